@@ -1,0 +1,1 @@
+"""Frozen image classifiers turned into families of early-exit networks."""

@@ -1,0 +1,105 @@
+"""Models put together from configurations and run directories."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dynexit.config import Config
+from dynexit.core.cost import ExitCosts
+from dynexit.data import describe_data
+from dynexit.dist import Ranks
+from dynexit.errors import Failure, UserError
+from dynexit.models.backbones import Backbone, build_backbone
+from dynexit.models.heads import StackedGates, StackedHeads
+from dynexit.models.macs import exit_costs
+from dynexit.models.multi_exit import MultiExit
+from dynexit.run_dir import atomic_write, is_done, job_dir, move_aside, write_text
+from dynexit.sweep import Point
+
+BACKBONE, HEADS, COSTS, METRICS, CONFIG = (
+    "backbone.safetensors",
+    "heads.safetensors",
+    "costs.json",
+    "metrics.jsonl",
+    "config.json",
+)
+
+
+def check_model(config: Config) -> None:
+    """Raises UserError where backbone, head types and exit positions do not fit together; builds the model to see."""
+    backbone = build_model(config, weights=False)
+    MultiExit(backbone, _positions(config, backbone))
+
+
+def build_model(config: Config, *, weights: bool) -> Backbone:
+    """The backbone that the configuration names, at the data set's classes and size; with its own weights or random."""
+    num_classes, channels = describe_data(config.data)
+    return build_backbone(
+        config.backbone.name,
+        arguments=config.backbone.arguments,
+        num_classes=num_classes,
+        image_size=config.data.image_size,
+        in_channels=channels,
+        weights=config.backbone.weights if weights else None,
+    )
+
+
+def _positions(config: Config, backbone: Backbone) -> Sequence[int]:
+    return range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
+
+
+def load_model(point: Point, study_dir: Path, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
+    """The prepared backbone with the point's exit positions, frozen, and what everything costs."""
+    config, identity = point.config, point.ids["prepare"]
+    directory = job_dir(study_dir, "prepare", identity)
+    if not is_done(directory, identity, check_bytes=True):
+        raise UserError(f"the backbone {identity} is not prepared; run `dynexit prepare` on the study first")
+    backbone = build_model(config, weights=False)
+    backbone.model.load_state_dict(load_tensors(directory / BACKBONE))
+    costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types)
+    return MultiExit(backbone, costs.positions).to(ranks.device), costs
+
+
+def load_heads(
+    points: Sequence[Point], study_dir: Path, model: MultiExit, costs: ExitCosts, ranks: Ranks
+) -> tuple[StackedHeads, StackedGates]:
+    """The trained heads and gates of `points`, stacked in that order."""
+    seeds = [point.config.seed for point in points]
+    dtype = {"float32": torch.float32, "float64": torch.float64}[points[0].config.train.precision]
+    heads = StackedHeads(model.feature_dims, costs.positions, costs.head_types, model.backbone.num_classes, seeds)
+    gates = StackedGates(len(costs.positions), seeds)
+    for module in (heads, gates):
+        module.to(device=ranks.device, dtype=dtype).requires_grad_(False)
+    for i, point in enumerate(points):
+        directory = job_dir(study_dir, "train", point.id)
+        if not is_done(directory, point.id, check_bytes=True):
+            raise UserError(f"the point {point.label} is not trained; run `dynexit train` on the study first")
+        state = load_tensors(directory / HEADS)
+        heads.load_member(i, state)
+        gates.load_member(i, state)
+    return heads, gates
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as safetensors, atomically."""
+    with atomic_write(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a damaged one is a Failure that names it."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise Failure(f"{path} cannot be read ({error}); {move_aside(path.parent)}") from error
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes JSON lines, atomically."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))

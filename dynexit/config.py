@@ -1,0 +1,218 @@
+"""The schema of a study: every key with its default, its unit and its meaning in one line.
+
+A key marked `changes_results=False` says where or how fast something is done, never what comes out, so it is no part
+of an id. Everything else is: two studies with the same values of the sections a job depends on share that job's work.
+"""
+
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+DATA_SETS = ("digits",)
+CONFIDENCE_NAMES = ("max_probability", "margin", "entropy", "gate")
+
+
+def key(default: Any, meaning: str, unit: str = "", *, changes_results: bool = True, **limits: Any) -> Any:
+    """A field of the schema: default, one-line meaning, unit, limits (ge, gt, le, lt, min_length)."""
+    extra: dict[str, Any] = {"unit": unit, "changes_results": changes_results}
+    arguments = {"description": meaning, "json_schema_extra": extra, **limits}
+    return Field(default_factory=default, **arguments) if callable(default) else Field(default, **arguments)
+
+
+def _known_data_set(name: str) -> str:
+    if name not in DATA_SETS:
+        raise ValueError(f"no data set of this name; known are {', '.join(DATA_SETS)}")
+    return name
+
+
+def _no_duplicates(values: Any) -> Any:
+    if isinstance(values, list) and len(set(values)) != len(values):
+        raise ValueError("a value stands in it twice")
+    return values
+
+
+def parse_weights(spec: str | list[float]) -> list[float]:
+    """The weights a list holds or `LO:HI:STEP` stands for, HI included, without rounding drift (0.4:1:0.01 holds 0.7).
+
+    Raises ValueError where the text is not of that form, the step is not positive, or a weight leaves [0, 1].
+    """
+    if isinstance(spec, list):
+        return spec
+    try:
+        low, high, step = (Decimal(part) for part in spec.split(":"))
+    except (ValueError, InvalidOperation):
+        raise ValueError("should be LO:HI:STEP, as 0.4:1:0.01, or a list of numbers") from None
+    if not (low.is_finite() and high.is_finite() and step.is_finite() and 0 <= low <= high <= 1 and step > 0):
+        raise ValueError("should be LO:HI:STEP with 0 <= LO <= HI <= 1 and STEP > 0")
+    return [float(low + i * step) for i in range(int((high - low) / step) + 1)]
+
+
+def _known_weights(spec: Any) -> Any:
+    if not parse_weights(spec):
+        raise ValueError("holds no value")
+    return spec
+
+
+DataSetName = Annotated[str, AfterValidator(_known_data_set)]
+Weight = Annotated[float, Field(ge=0, le=1)]
+Position = Annotated[int, Field(ge=0)]
+HeadType = Annotated[str, Field(pattern=r"^(linear|mlp[1-9]\d*x[1-9]\d*)$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    name: DataSetName = key("digits", "data set")
+    dir: str | None = key(None, "folder that holds the data set's files", changes_results=False)
+    seed: int = key(0, "split, views, batch order, and the backbone's initialisation", ge=0, lt=2**31)
+    image_size: int = key(32, "height and width of the images the backbone sees", "pixels", ge=8)
+    num_train_views: int = key(8, "fixed random views made of each training image (digits)", ge=1)
+    num_evaluation_views: int = key(3, "fixed random views made of each validation and test image (digits)", ge=1)
+    num_validation: int = key(300, "original images held out of training for validation", ge=1)
+    num_test: int = key(
+        400, "original images held out for the test (data sets with a test split of their own have theirs)", ge=1
+    )
+    noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
+
+
+class Backbone(Section):
+    name: str = key("resnet18", "model: a timm name of a supported family, or t2t_vit_7 and its like")
+    arguments: dict[str, Any] = key(dict, "arguments of the model's constructor, as timm names them")
+    weights: str | None = key(
+        None, "weights to start from: a .safetensors or .pth file, 'pretrained' (timm's hub), or null"
+    )
+
+
+class Prepare(Section):
+    num_epochs: int = key(20, "epochs of fitting the backbone to the data set; 0 takes it as it is", "epochs", ge=0)
+    optimizer: Literal["sgd", "adamw"] = key("sgd", "optimizer of the backbone")
+    learning_rate: float = key(0.1, "peak learning rate, reached after the warm-up, then cosine to 0", gt=0)
+    momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
+    weight_decay: float = key(5e-4, "weight decay", ge=0)
+    num_warm_up_epochs: int = key(1, "epochs over which the learning rate rises", "epochs", ge=0)
+    label_smoothing: float = key(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
+    global_batch_size: int = key(64, "images per step over all ranks", "images", ge=1)
+
+
+class Exits(Section):
+    positions: Literal["all"] | Annotated[list[Position], Field(min_length=1), AfterValidator(_no_duplicates)] = key(
+        "all", "indices of the blocks after which an exit sits; all = every block but the last"
+    )
+    head_types: Annotated[list[HeadType], Field(min_length=1), AfterValidator(_no_duplicates)] = key(
+        lambda: ["linear"], "exit heads at every position: linear, or mlp{n}x{w} (n linear layers, hidden width w)"
+    )
+
+
+class Train(Section):
+    method: Literal["jei_dnn"] = key("jei_dnn", "how exit heads and gates are trained")
+    num_epochs: int = key(15, "epochs, the warm-up's included", "epochs", ge=1)
+    global_batch_size: int = key(64, "images per step over all ranks", "images", ge=1)
+    learning_rate: float = key(0.01, "learning rate of heads and gates, cosine over the joint epochs", gt=0)
+    min_learning_rate: float = key(2e-4, "where the cosine ends", ge=0)
+    momentum: float = key(0.9, "momentum of the stochastic gradient descent", ge=0, lt=1)
+    weight_decay: float = key(5e-4, "weight decay of heads and gates", ge=0)
+    keep: Literal["last", "best"] = key(
+        "best",
+        "weights kept: the last, or those with the lowest validation cross-entropy + tradeoff x cost of the exit taken",
+    )
+    precision: Literal["float32", "float64"] = key("float32", "arithmetic of heads and gates")
+
+
+class JeiDnn(Section):
+    ce_ic_tradeoff: float = key(
+        0.7, "weight of the inference cost against the cross-entropy", "nats per full cost", ge=0
+    )
+    head_loss: Literal["reference", "paper", "single"] = key(
+        "paper",
+        "reference: uniform cross-entropy; paper: weighted by the exit probabilities; single: of the exit taken",
+    )
+    gate_objective: Literal["ce", "prob", "zero_one"] = key("ce", "prediction error in the gates' targets")
+    positive_weight: Literal["reference", "cumulative", "none"] = key(
+        "cumulative", "class balance of each gate's loss: from exact counts (reference), from counts up to it, or none"
+    )
+    max_warm_up_epochs: int = key(6, "most epochs of the heads' warm-up", "epochs", ge=0)
+    warm_up_patience: int = key(
+        2, "epochs without a better validation accuracy after which a head's warm-up ends", "epochs", ge=1
+    )
+    bilevel_batch_count: int = key(200, "batches per phase of the alternation of gates and heads", "batches", ge=1)
+    alternation: Literal["continuous", "reference"] = key(
+        "continuous", "phases run over the steps of training, or start with the gates again at every epoch (reference)"
+    )
+
+
+class Record(Section):
+    topk: int = key(1, "most probable classes recorded per exit", "classes", ge=1)
+    batch_size: int = key(256, "images per forward pass", "images", ge=1)
+    samples_per_shard: int = key(65536, "most samples in one shard", "samples", ge=1)
+
+
+class Search(Section):
+    accuracy_weights: Annotated[str | list[Weight], AfterValidator(_known_weights)] = key(
+        "0.4:1:0.01", "preferences searched: weights of accuracy against MACs, as LO:HI:STEP (HI included) or a list"
+    )
+    confidence: Literal["max_probability", "margin", "entropy", "gate"] = key(
+        "max_probability", "what is compared with an exit's threshold"
+    )
+    num_random_starts: int = key(4, "random starts of the search beside the neighbours' answers", "starts", ge=0)
+
+
+class Report(Section):
+    title: str | None = key(None, "heading of the report; null takes the study's name")
+    mlflow: bool = key(True, "whether the results are written to MLflow too")
+    tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")
+
+
+class Infer(Section):
+    relative_macs: float | None = key(
+        None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0
+    )
+    source: Literal["search", "gates", "any"] = key("any", "operating points to choose from")
+    split: Literal["validation", "test"] = key("test", "samples to classify")
+    batch_size: int = key(256, "images that enter together", "images", ge=1)
+
+
+class Dist(Section):
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", "where tensors live; auto takes a GPU if there is one", changes_results=False
+    )
+    num_threads: int | None = key(
+        None, "CPU threads of a process; null takes the machine's", changes_results=False, ge=1
+    )
+    num_workers: int = key(0, "processes that load images", changes_results=False, ge=0)
+    members_per_pack: int = key(64, "most points trained in one job", changes_results=False, ge=1)
+    checkpoint_seconds: float = key(60.0, "time between checkpoints", "s", changes_results=False, ge=0)
+    log_seconds: float = key(10.0, "time between lines in the log", "s", changes_results=False, ge=0)
+    timeout_minutes: int = key(24 * 60, "time limit of one submitted job", "min", changes_results=False, ge=1)
+
+
+class Config(Section):
+    """One setting of everything: a study's base, or a point of it."""
+
+    name: str = Field(
+        "study",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="folder of the study in runs_dir; default: the file's name",
+    )
+    runs_dir: str = key("runs", "folder for the results, relative to the working directory", changes_results=False)
+    seed: int = key(0, "initialisation of exit heads and gates", ge=0, lt=2**31)
+    data: Data = Field(default_factory=Data)
+    backbone: Backbone = Field(default_factory=Backbone)
+    prepare: Prepare = Field(default_factory=Prepare)
+    exits: Exits = Field(default_factory=Exits)
+    train: Train = Field(default_factory=Train)
+    jei_dnn: JeiDnn = Field(default_factory=JeiDnn)
+    record: Record = Field(default_factory=Record)
+    search: Search = Field(default_factory=Search)
+    report: Report = Field(default_factory=Report)
+    infer: Infer = Field(default_factory=Infer)
+    dist: Dist = Field(default_factory=Dist)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}

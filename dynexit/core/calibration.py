@@ -1,0 +1,110 @@
+"""How far confidences can be trusted: calibration error, conformal sets, temperature.
+
+Shapes: L exits, N samples, K classes, A values of alpha. numpy throughout: this is arithmetic on records.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.floating]
+IntArray = NDArray[np.int64]
+
+ALPHAS = (0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05)
+"""Miscoverage levels of the published conformal results."""
+CONFORMAL_VARIANTS = ("general", "gated_all", "gated_strict", "gated")
+
+_MIN_OWN_SAMPLES = 20
+_TEMPERATURE_RANGE = (1e-2, 1e2)
+
+
+def ece(confidence_N: FloatArray, correct_N: BoolArray, num_bins: int = 15, binning: str = "quantile") -> float:
+    """Expected calibration error, in [0, 1]: the mean over samples of |accuracy - mean confidence| of their bin.
+
+    quantile bins hold equally many samples (edges are percentiles; a sample on an edge belongs below), width bins
+    split [0, 1] evenly. Over a whole set: averaged over small batches it is biased upwards. Raises ValueError on no
+    samples or another binning. Source: JEI-DNN (arXiv 2310.09163), which bins by quantile.
+    """
+    if len(confidence_N) == 0:
+        raise ValueError("a calibration error needs at least one sample")
+    confidence_N = confidence_N.astype(np.float64)
+    if binning == "quantile":
+        edges = np.percentile(confidence_N, np.linspace(0, 100, num_bins + 1))
+    elif binning == "width":
+        edges = np.linspace(0, 1, num_bins + 1)
+    else:
+        raise ValueError(f"binning {binning!r} is unknown; it is one of quantile, width")
+    bin_N = np.searchsorted(edges[1:-1], confidence_N, side="left")
+    surplus = np.bincount(bin_N, weights=correct_N - confidence_N, minlength=num_bins)
+    return float(np.abs(surplus).sum() / len(confidence_N))
+
+
+def conformal_quantile(scores_N: FloatArray, alpha: float) -> float:
+    """Score below which a new sample's falls with probability >= 1 - alpha; 1 - alpha itself where there are no scores.
+
+    The order statistic at or above level min(1, ceil((N+1)(1-alpha)) / N). Raises ValueError unless 0 < alpha < 1.
+    Source: split conformal prediction with threshold (LAC) scores 1 - p[label]; JEI-DNN (arXiv 2310.09163).
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
+    num_samples = len(scores_N)
+    if num_samples == 0:
+        return 1 - alpha
+    level = min(1.0, np.ceil((num_samples + 1) * (1 - alpha)) / num_samples)
+    return float(np.quantile(scores_N, level, method="higher"))
+
+
+def conformal_thresholds(
+    scores_LN: FloatArray, exit_index_N: IntArray, alphas: Sequence[float], variant: str
+) -> NDArray[np.float64]:
+    """Conformal quantiles (A, L) of the scores 1 - p[label] of a calibration set, by the exit a sample takes.
+
+    general: one for all exits, from the scores at the exit taken. gated_all: per exit, from all samples.
+    gated_strict: per exit, from the samples that left there. gated: gated_strict where more than 20 samples left,
+    otherwise gated_all. Raises ValueError on another variant. Source: JEI-DNN (arXiv 2310.09163), conformal sets.
+    """
+    if variant not in CONFORMAL_VARIANTS:
+        raise ValueError(f"conformal variant {variant!r} is unknown; it is one of {', '.join(CONFORMAL_VARIANTS)}")
+    num_exits, num_samples = scores_LN.shape
+    samples_of_exit: list[FloatArray] = []
+    for exit_index in range(num_exits):
+        left_here = scores_LN[exit_index, exit_index_N == exit_index]
+        if variant == "general":
+            samples_of_exit.append(scores_LN[exit_index_N, np.arange(num_samples)])
+        elif variant == "gated_strict" or (variant == "gated" and len(left_here) > _MIN_OWN_SAMPLES):
+            samples_of_exit.append(left_here)
+        else:
+            samples_of_exit.append(scores_LN[exit_index])
+    return np.array([[conformal_quantile(scores, alpha) for scores in samples_of_exit] for alpha in alphas])
+
+
+def conformal_sets(probability_NK: FloatArray, exit_index_N: IntArray, threshold_L: FloatArray) -> BoolArray:
+    """Prediction sets (N, K) bool: the classes whose probability is at least 1 - the threshold of the exit taken.
+
+    probability_NK is that of the exit taken; threshold_L one row of conformal_thresholds. A set may be empty.
+    """
+    return np.asarray(probability_NK >= 1 - threshold_L[exit_index_N, None])
+
+
+def temperature(logits_NK: ArrayLike, labels_N: IntArray) -> float:
+    """Temperature T in [0.01, 100] that minimises the mean cross-entropy of softmax(logits / T).
+
+    At a bound of that range where the data want more (0.01: every label has the largest logit). Raises ValueError on
+    no samples. Source: Guo et al. 2017 (arXiv 1706.04599).
+    """
+    logits_NK = np.asarray(logits_NK, dtype=np.float64)
+    if len(logits_NK) == 0:
+        raise ValueError("a temperature needs at least one sample")
+    shifted_NK = logits_NK - logits_NK.max(axis=1, keepdims=True)
+    target = shifted_NK[np.arange(len(labels_N)), labels_N].mean()
+    low, high = _TEMPERATURE_RANGE
+    # the loss is convex in 1/T; fifty halvings of the range on a logarithmic scale reach the last bits
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        weights_NK = np.exp(shifted_NK / middle)
+        slope = ((weights_NK * shifted_NK).sum(axis=1) / weights_NK.sum(axis=1)).mean() - target
+        low, high = (middle, high) if slope > 0 else (low, middle)
+    return math.sqrt(low * high)

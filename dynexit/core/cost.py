@@ -1,0 +1,109 @@
+"""What leaving at each exit costs, in multiply-accumulates (MACs) per sample.
+
+Shapes: P positions, H head types, L = P + 1 exits when every position has one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ExitCosts:
+    """MACs of a backbone cut into blocks and of everything that can be attached to it; all counts are per sample.
+
+    Raises ValueError where lengths disagree, a count is not an integer of 0 or more, positions do not increase, or
+    backbone_macs decrease or exceed full_macs.
+    """
+
+    full_macs: int
+    """The whole backbone with its own classifier and no exits."""
+    positions: tuple[int, ...]
+    """(P,) indices of the blocks after which an exit may sit."""
+    backbone_macs: tuple[int, ...]
+    """(P,) the backbone alone from the input up to each position."""
+    head_types: tuple[str, ...]
+    """(H,) names of the exit heads."""
+    head_macs: tuple[tuple[int, ...], ...]
+    """(P, H) one exit head."""
+    gate_macs: tuple[int, ...]
+    """(P,) the gate at each position."""
+
+    def __post_init__(self) -> None:
+        num_positions, num_types = len(self.positions), len(self.head_types)
+        for name in ("backbone_macs", "head_macs", "gate_macs"):
+            if len(getattr(self, name)) != num_positions:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, but there are {num_positions} positions"
+                )
+        for row in self.head_macs:
+            if len(row) != num_types:
+                raise ValueError(f"head_macs has a row of {len(row)} entries, but there are {num_types} head types")
+        heads = tuple(macs for row in self.head_macs for macs in row)
+        for count in (self.full_macs, *self.positions, *self.backbone_macs, *heads, *self.gate_macs):
+            if type(count) is not int or count < 0:
+                raise ValueError(f"positions and MACs are integers of 0 or more, got {count!r}")
+        if any(a >= b for a, b in pairwise(self.positions)):
+            raise ValueError(f"positions must increase, got {list(self.positions)}")
+        path = (*self.backbone_macs, self.full_macs)
+        if any(a > b for a, b in pairwise(path)):
+            raise ValueError(f"MACs must not decrease with depth, got {list(path)} (the last is the full backbone)")
+
+    def macs_L(self, head_types: Sequence[str] | None = None, gates: bool = True) -> NDArray[np.int64]:  # noqa: N802
+        """MACs (L,) of leaving at each exit when every position has one head and, with `gates`, a gate.
+
+        The backbone up to there plus every head and gate passed, its own included; last the full backbone plus all of
+        them. head_types names the head at each position, and may be left out where there is only one type.
+        Raises ValueError on an unknown type, a wrong number of them, or none given where there are several.
+        """
+        if head_types is None:
+            if len(self.head_types) != 1:
+                raise ValueError(f"there are {len(self.head_types)} head types; say which one sits at each position")
+            head_types = self.head_types * len(self.positions)
+        if len(head_types) != len(self.positions):
+            raise ValueError(f"{len(head_types)} head types were given for {len(self.positions)} positions")
+        unknown = [name for name in head_types if name not in self.head_types]
+        if unknown:
+            raise ValueError(f"head type {unknown[0]!r} is unknown; it is one of {', '.join(self.head_types)}")
+        chosen = [row[self.head_types.index(name)] for row, name in zip(self.head_macs, head_types, strict=True)]
+        extra_P = np.array(chosen, dtype=np.int64) + (np.array(self.gate_macs, dtype=np.int64) if gates else 0)
+        return self.path_macs(extra_P)
+
+    def relative_cost_L(self) -> NDArray[np.float64]:  # noqa: N802
+        """macs_L() over its last entry, (L,) in [0, 1], the last 1: the cost that JEI-DNN's gate targets weigh.
+
+        Not the relative MACs of an operating point, which are over the bare backbone.
+        """
+        macs_L = self.macs_L()
+        return np.asarray(macs_L / macs_L[-1])
+
+    def path_macs(self, extra_P: NDArray[np.int64]) -> NDArray[np.int64]:
+        """MACs (P+1,) of stopping at each position, last the end, when passing position p adds extra_P[p]."""
+        path = np.array((*self.backbone_macs, self.full_macs), dtype=np.int64)
+        path[:-1] += np.cumsum(extra_P)
+        path[-1] += extra_P.sum()
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON knows them (lists, integers, strings); from_json inverts it."""
+        return {name: _lists(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ExitCosts":
+        """The costs that to_json wrote. Raises ValueError on missing or unknown keys and on what the class refuses."""
+        names = {field.name for field in fields(cls)}
+        if set(data) != names:
+            raise ValueError(f"exit costs need the keys {sorted(names)}, got {sorted(data)}")
+        return cls(**{name: _tuples(value) for name, value in data.items()})
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

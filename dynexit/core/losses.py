@@ -1,0 +1,119 @@
+"""Losses of JEI-DNN: warm-up, heads and gates, and the targets and weights of the gates. One value per member.
+
+Shapes: M members (or x, any leading axes, also none), L exits of which the last is the backbone's own classifier,
+G = L-1 gates, B batch, K classes. Every loss has the dtype of its logits. Source: JEI-DNN (arXiv 2310.09163).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dynexit.core.confidence import max_probability
+from dynexit.core.exit_policy import exit_index_from_gates, exit_probabilities
+
+HEAD_LOSSES = ("reference", "paper", "single")
+OBJECTIVES = ("ce", "prob", "zero_one")
+POSITIVE_WEIGHTS = ("reference", "cumulative", "none")
+
+_MIN_POSITIVES = 0.1
+_MAX_POSITIVE_WEIGHT = 5.0
+
+
+def cross_entropies(logits_xLBK: Tensor, labels_B: Tensor) -> Tensor:
+    """Cross-entropy in nats of every exit on every sample, (..., L, B)."""
+    index_xLB1 = labels_B[:, None].expand((*logits_xLBK.shape[:-1], 1))
+    # spelled out, because torch's log_softmax is several times slower on CPU for a handful of classes
+    shifted_xLBK = logits_xLBK - logits_xLBK.detach().amax(-1, keepdim=True)
+    return shifted_xLBK.exp().sum(-1).log() - shifted_xLBK.gather(-1, index_xLB1).squeeze(-1)
+
+
+def warm_up_loss(logits_MLBK: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean over the batch of every exit's cross-entropy, summed over the exits with weights L, L-1, ..., 1: (M,).
+
+    The last exit counts in the value; it gets a gradient only if its logits ask for one. Source: JEI-DNN's warm-up.
+    """
+    ce_ML = cross_entropies(logits_MLBK, labels_B).mean(-1)
+    num_exits = ce_ML.shape[-1]
+    return ce_ML @ torch.arange(num_exits, 0, -1, dtype=ce_ML.dtype, device=ce_ML.device)
+
+
+def head_loss(logits_MLBK: Tensor, labels_B: Tensor, gates_MGB: Tensor, kind: str) -> Tensor:
+    """Loss of the exit heads in the joint phase, (M,). gates_MGB are sigmoid outputs and count as constants.
+
+    reference: mean cross-entropy over intermediate exits and samples. The published code writes it as `paper` with a
+        rescaling that is not held constant, which cancels the exit probabilities from value and gradient alike.
+    paper: the same value, but the gradient of CE_il is P_il rho_i / (B G), with P of exit_probabilities and
+        rho_i = sum_l CE_il / sum_l P_il CE_il held constant. Where that denominator is 0 the exits weigh alike.
+    single: mean cross-entropy of the exit each sample takes, the last one included.
+    Raises ValueError on another kind.
+    """
+    if kind not in HEAD_LOSSES:
+        raise ValueError(f"head loss {kind!r} is unknown; it is one of {', '.join(HEAD_LOSSES)}")
+    if kind == "single":
+        taken_MB = exit_index_from_gates(gates_MGB.detach(), single=True)
+        return cross_entropies(logits_MLBK, labels_B).gather(-2, taken_MB[..., None, :]).squeeze(-2).mean(-1)
+    ce_MGB = cross_entropies(logits_MLBK[..., :-1, :, :], labels_B)
+    if kind == "paper":
+        ce_MGB = ce_MGB * _paper_weights(ce_MGB.detach(), gates_MGB.detach())
+    return ce_MGB.mean((-2, -1))
+
+
+def prediction_errors(logits_MLBK: Tensor, labels_B: Tensor, objective: str) -> Tensor:
+    """Error of every exit on every sample as the gate targets count it, (M, L, B); no gradient.
+
+    ce: cross-entropy in nats. prob: minus the largest probability where correct, else 0. zero_one: -1 where correct,
+    else 0. Raises ValueError on another objective.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"gate objective {objective!r} is unknown; it is one of {', '.join(OBJECTIVES)}")
+    logits_MLBK = logits_MLBK.detach()
+    if objective == "ce":
+        return cross_entropies(logits_MLBK, labels_B)
+    correct_MLB = (logits_MLBK.argmax(-1) == labels_B).to(logits_MLBK.dtype)
+    return -correct_MLB * max_probability(logits_MLBK) if objective == "prob" else -correct_MLB
+
+
+def gate_targets(errors_MLB: Tensor, relative_cost_L: Tensor, ce_ic_tradeoff_M: Tensor) -> Tensor:
+    """Exit with the least error + tradeoff * cost for every sample, (M, B) int64 in 0..G; ties go to the lowest."""
+    cost_ML = ce_ic_tradeoff_M[..., None] * relative_cost_L
+    return (errors_MLB + cost_ML[..., None]).argmin(-2)
+
+
+def gate_labels(targets_MB: Tensor, num_gates: int) -> Tensor:
+    """Whether a sample should have left by gate l, (M, G, B) bool: true at its target and at all later gates."""
+    return targets_MB[..., None, :] <= torch.arange(num_gates, device=targets_MB.device)[:, None]
+
+
+def gate_loss(gate_logits_MGB: Tensor, targets_MB: Tensor, positive_weight_MG: Tensor) -> Tensor:
+    """Mean over gates and samples of the binary cross-entropy to gate_labels, positives weighted by gate: (M,)."""
+    labels_MGB = gate_labels(targets_MB, gate_logits_MGB.shape[-2])
+    entropies_MGB = -functional.logsigmoid(torch.where(labels_MGB, gate_logits_MGB, -gate_logits_MGB))
+    weights_MG1 = positive_weight_MG[..., None].to(gate_logits_MGB.dtype)
+    return torch.where(labels_MGB, entropies_MGB * weights_MG1, entropies_MGB).mean((-2, -1))
+
+
+def positive_weights(counts_ML: Tensor, kind: str) -> Tensor:
+    """Weight of each gate's positives, (M, G) float64: min((N - n) / n, 5), N the sum of the counts, n at least 0.1.
+
+    counts_ML: number of samples whose gate target is exit l. reference: n_l = counts_l, as published. cumulative:
+    n_l = counts_0 + ... + counts_l, which is the number of positives of gate l. none: 1.
+    Raises ValueError on another kind.
+    """
+    if kind not in POSITIVE_WEIGHTS:
+        raise ValueError(f"positive weight {kind!r} is unknown; it is one of {', '.join(POSITIVE_WEIGHTS)}")
+    counts_ML = counts_ML.to(torch.float64)
+    if kind == "none":
+        return torch.ones_like(counts_ML[..., :-1])
+    positives_ML = counts_ML.cumsum(-1) if kind == "cumulative" else counts_ML
+    positives_MG = positives_ML[..., :-1].clamp_min(_MIN_POSITIVES)
+    return ((counts_ML.sum(-1, keepdim=True) - positives_MG) / positives_MG).clamp_max(_MAX_POSITIVE_WEIGHT)
+
+
+def _paper_weights(ce_MGB: Tensor, gates_MGB: Tensor) -> Tensor:
+    """P_il rho_i; all 1, the same value of the loss, for samples whose expected cross-entropy is 0."""
+    p_MGB = exit_probabilities(gates_MGB)
+    # the weights do not change with the scale of a sample's P, so bring the largest to 1: no underflow in the products
+    p_MGB = p_MGB / p_MGB.amax(-2, keepdim=True)
+    expected_M1B = (p_MGB * ce_MGB).sum(-2, keepdim=True)
+    weights_MGB = p_MGB * (ce_MGB.sum(-2, keepdim=True) / expected_M1B)
+    return torch.where((expected_M1B > 0) & weights_MGB.isfinite(), weights_MGB, 1)

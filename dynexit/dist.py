@@ -1,0 +1,77 @@
+"""Ranks: who computes what share, and sums over all of them.
+
+Gradients of what trains are summed here, each rank's weighted by its count, so a batch means the same at any world
+size. The frozen backbone is wrapped in nothing.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among all that do the same job."""
+
+    global_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.global_rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of `items`: disjoint over ranks, complete together, possibly empty."""
+        return items[self.global_rank :: self.world_size]
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces each tensor by its sum over ranks, in one message per dtype. No rank may leave a tensor out."""
+        if self.world_size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for same in by_dtype.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+            torch.distributed.all_reduce(flat)
+            for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank; the same answer everywhere."""
+        if self.world_size == 1:
+            return flag
+        count = torch.tensor([int(flag)], device=self.device)
+        torch.distributed.all_reduce(count)
+        return bool(count.item())
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+
+def start_ranks(device: str = "auto", num_threads: int | None = None) -> Ranks:
+    """Joins the process group that torchrun, accelerate or SLURM announced in the environment, if any.
+
+    `device` is auto, cpu or cuda; auto takes a GPU where there is one.
+    """
+    from accelerate import PartialState
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=use_cpu)
+    return Ranks(state.process_index, state.num_processes, state.device)
+
+
+def stop_ranks() -> None:
+    """Leaves the process group; without this an interpreter may abort at exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

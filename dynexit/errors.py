@@ -1,0 +1,19 @@
+"""The ways a command can end early. The command line turns them into one sentence and an exit status."""
+
+
+class UserError(Exception):
+    """The user's mistake: a key, a value, a file that is not there. Exit status 2.
+
+    The message is one sentence that names the key or file, the value, what is allowed and what to do.
+    """
+
+
+class Failure(Exception):  # noqa: N818  it is the failure of a run, and its text is shown without the class name
+    """Something that went wrong although the request was sound: damaged files, NaN, a full disk. Exit status 1.
+
+    The message is one sentence that names the file or member and the remedy.
+    """
+
+
+class Interrupted(Exception):  # noqa: N818  not an error: the state is saved and the job can go on
+    """A signal asked the job to stop; its state was saved at the step boundary. Exit status 130."""

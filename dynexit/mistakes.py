@@ -1,0 +1,65 @@
+"""What is wrong with a study, in sentences: the dotted key, the value, what is allowed, the nearest known key."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from dynexit.config import SECTIONS, Config
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the schema, in its order."""
+    top = [name for name in Config.model_fields if name not in SECTIONS]
+    return top + [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
+
+
+def unknown_key(dotted: str) -> str:
+    """That there is no such key, and which one may be meant."""
+    known = all_keys()
+    same_end = [name for name in known if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    near = same_end or difflib.get_close_matches(dotted, [*known, *SECTIONS, "sweep"], n=1, cutoff=0.6)
+    if not near:
+        by_end = {name.rpartition(".")[2]: name for name in known}
+        near = [by_end[end] for end in difflib.get_close_matches(dotted.rpartition(".")[2], by_end, n=1)]
+    hint = f"did you mean {near[0]}?" if near else "`dynexit config STUDY.yaml` lists all keys"
+    return f"{dotted} is not a key; {hint}"
+
+
+def sentences(error: ValidationError, prefix: str = "") -> list[str]:
+    """One sentence per key that pydantic found wrong; `prefix` goes before the keys."""
+    found: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        # a union's branches (str, list[...], literal[...]) stand in the location too: they are no keys
+        location = [part for part in item["loc"] if not re.search(r"[\[(]|^(str|int|float|none)$", str(part))]
+        dotted = prefix + ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            found.setdefault(dotted, unknown_key(dotted))
+            continue
+        text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        text = text[0].lower() + text[1:]
+        if dotted in found:
+            found[dotted] += f", or {text}" if text not in found[dotted] else ""
+        else:
+            found[dotted] = f"{dotted} = {item['input']!r}: {text}"
+    return list(found.values())
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Mistakes that only several keys together make."""
+    if config.train.min_learning_rate > config.train.learning_rate:
+        yield (
+            f"train.min_learning_rate = {config.train.min_learning_rate}: should be at most "
+            f"train.learning_rate, {config.train.learning_rate}"
+        )
+    if config.jei_dnn.max_warm_up_epochs >= config.train.num_epochs:
+        yield (
+            f"jei_dnn.max_warm_up_epochs = {config.jei_dnn.max_warm_up_epochs}: should be less than train.num_epochs, "
+            f"{config.train.num_epochs}, or the gates are never trained"
+        )
+    if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
+        yield (
+            f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
+            f"{config.prepare.num_epochs}"
+        )

@@ -1,0 +1,169 @@
+"""Backbones: any model of a supported family, by name, in eval mode and cut into stem, blocks and tail."""
+
+import copy
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model_in_modules
+from torch import Tensor, nn
+
+from dynexit.errors import Failure, UserError
+from dynexit.models.families import T2T_FAMILY, TIMM_FAMILIES, Cut, Family, State
+from dynexit.models.t2t_vit import VARIANTS as T2T_VIT
+from dynexit.models.t2t_vit import T2TViT
+from dynexit.models.weights import load_weights
+
+ImageSize = int | tuple[int, int]
+
+
+class Backbone(nn.Module):
+    """A classifier that can be run block by block. `forward` equals the wrapped `model`'s own, bit for bit.
+
+    What passes between blocks (`h`) is the model's own state with the batch first (see `families.py`); `select` takes
+    some samples out of it. `feature_dims[i]` is the width of what an exit after block i reads.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        cut: Callable[[Any], Cut],
+        num_classes: int,
+        input_size: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.model = model
+        self.num_classes = num_classes
+        self.input_size = input_size
+        self._cut_function = cut
+        self._cut = cut(model)
+        self.num_blocks = len(self._cut.blocks)
+        self.eval()
+        self.feature_dims = self._measure_feature_dims()
+
+    def shapes_only(self) -> Cut:
+        """A copy on the device "meta": it computes shapes without values, at next to no cost."""
+        parameters = self.model.parameters()
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in parameters}
+        memo |= {id(b): b.to("meta") for b in self.model.buffers()}
+        return self._cut_function(copy.deepcopy(self.model, memo))
+
+    @torch.no_grad()
+    def _measure_feature_dims(self) -> tuple[int, ...]:
+        cut, dims = self.shapes_only(), []
+        h = cut.stem(torch.empty(1, *self.input_size, device="meta"))
+        for block in cut.blocks:
+            h = block(h)
+            dims.append(cut.feature(h).shape[1])
+        return tuple(dims)
+
+    def stem(self, x: Tensor) -> State:
+        """The state before block 0, from images (B, C, H, W)."""
+        return self._cut.stem(x)
+
+    def run_block(self, i: int, h: State) -> State:
+        """The state after block i."""
+        return self._cut.blocks[i](h)
+
+    def tail(self, h: State) -> Tensor:
+        """The backbone's own logits (B, K), from the state after the last block."""
+        return self._cut.tail(h)
+
+    def feature(self, i: int, h: State) -> Tensor:
+        """What an exit after block i reads, (B, D_i), from the state after that block.
+
+        The class token through the final norm where the model classifies by it (JEI-DNN, section 3), else the mean
+        over space or patch tokens (DyCE), through the final norm where tokens have one.
+        """
+        return self._cut.feature(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The backbone's own logits (B, K)."""
+        h = self.stem(x)
+        for i in range(self.num_blocks):
+            h = self.run_block(i, h)
+        return self.tail(h)
+
+
+def select(h: State, index: Tensor) -> State:
+    """The state of the samples in `index` (int64 positions or a boolean mask over the batch)."""
+    return (h[0][index], *h[1:]) if isinstance(h, tuple) else h[index]
+
+
+def build_backbone(
+    name: str,
+    *,
+    arguments: dict[str, Any] | None = None,
+    num_classes: int,
+    image_size: ImageSize | None = None,
+    in_channels: int = 3,
+    weights: str | None = None,
+) -> Backbone:
+    """The model of that name in eval mode, cut into blocks.
+
+    `arguments` are handed to the model's constructor; `image_size` is in pixels (an int, or height and width; the
+    model's own if None); `weights` is None (random), "pretrained" (timm's hub) or a local file.
+    Raises UserError for a name of no supported family and for arguments, sizes or weights that do not fit, Failure if
+    the hub cannot be reached.
+    """
+    family = _family(name)
+    arguments = dict(arguments or {})
+    if image_size is not None and family.takes_image_size:
+        arguments.setdefault("img_size", image_size)
+    arguments |= {"num_classes": num_classes, "in_chans": in_channels}
+    model = _pretrained(name, arguments) if weights == "pretrained" else _create(name, arguments)
+    if weights not in (None, "pretrained"):
+        load_weights(model, Path(weights), name)
+    size = image_size or arguments.get("img_size") or model.default_cfg["input_size"][-2:]
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        return Backbone(name, model, family.cut, num_classes, (in_channels, height, width))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"backbone {name!r} takes no images of {height}x{width} pixels ({reason})") from error
+
+
+def _create(name: str, arguments: dict[str, Any], **options: Any) -> Any:
+    """The model with random weights."""
+    try:
+        if name in T2T_VIT:
+            return T2TViT(**{**T2T_VIT[name], **arguments})
+        return timm.create_model(name, **arguments, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"backbone {name!r} cannot be built with {arguments}: {str(error) or repr(error)}") from error
+
+
+def _pretrained(name: str, arguments: dict[str, Any]) -> Any:
+    """The model with the weights of timm's hub."""
+    published = None if name in T2T_VIT else timm.get_pretrained_cfg(name)
+    if published is None or not published.has_weights:
+        raise UserError(f"backbone {name!r} has no weights on timm's hub: give a local file as backbone.weights")
+    try:
+        return _create(name, arguments, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise Failure(
+            f"the weights of backbone {name!r} could not be fetched ({str(error).splitlines()[0]}): try again with a "
+            "network, or give a local file as backbone.weights"
+        ) from error
+
+
+def _family(name: str) -> Family:
+    if name in T2T_VIT:
+        return T2T_FAMILY
+    for module, family in TIMM_FAMILIES.items():
+        if is_model_in_modules(name, module):
+            try:
+                timm.get_pretrained_cfg(name)
+            except RuntimeError as error:  # no such tag
+                raise UserError(f"unknown backbone {name!r}: {error}") from error
+            return family
+    titles = ", ".join(dict.fromkeys(family.title for family in (T2T_FAMILY, *TIMM_FAMILIES.values())))
+    known = [*T2T_VIT, *timm.list_models(module=list(TIMM_FAMILIES))]
+    near = difflib.get_close_matches(name.split(".")[0], known, n=1)
+    hint = f" (nearest name: {near[0]!r})" if near else ""
+    raise UserError(f"unknown backbone {name!r}{hint}: use a model of one of the families {titles}")

@@ -1,0 +1,182 @@
+"""Multiply-accumulates of backbones, heads and gates; the only user of fvcore.
+
+MACs are the products of convolutions, linear layers and attention (fused or not, the performer's too), per sample.
+Norms, activations, pooling and additions are none.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynexit.core.cost import ExitCosts
+from dynexit.models.backbones import Backbone, ImageSize, build_backbone
+from dynexit.models.families import State
+from dynexit.models.heads import HeadSpec
+
+with warnings.catch_warnings():  # fvcore scripts a loss of its own when it is imported
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import get_shape
+
+# JEI-DNN's exit head and DyCE's
+REPORTED_HEADS = ("linear", "mlp1x1000", "mlp3x500", "mlp3x1000", "mlp5x500", "mlp5x1000")
+
+
+def head_macs(head_type: str, num_features: int, num_classes: int) -> int:
+    """MACs of an exit head of that type (`linear`, `mlp{n}x{w}`)."""
+    widths = HeadSpec.parse(head_type).widths(num_features, num_classes)
+    return sum(a * b for a, b in pairwise(widths))
+
+
+def gate_macs() -> int:
+    """MACs of a gate: one product for each of its four inputs (JEI-DNN, section 3)."""
+    return 4
+
+
+def backbone_macs(backbone: Backbone, image_size: ImageSize | None = None) -> tuple[list[int], int]:
+    """(MACs from the image to the end of every block, MACs of the whole backbone), of one image.
+
+    `image_size` is in pixels, the backbone's own if None.
+    """
+    channels, height, width = backbone.input_size
+    if image_size is not None:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    parameter = next(backbone.parameters())
+    image = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
+    blocks = [partial(backbone.run_block, i) for i in range(backbone.num_blocks)]
+    analysis = FlopCountAnalysis(_InParts(backbone, [backbone.stem, *blocks, backbone.tail]), image)
+    analysis.set_op_handle(**_HANDLERS).ancestor_mode("caller")
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    by_part = analysis.by_module()
+    total = list(accumulate(int(by_part[f"parts.{i}"]) for i in range(backbone.num_blocks + 2)))
+    return total[1:-1], total[-1]
+
+
+def exit_costs(
+    backbone: Backbone,
+    positions: Sequence[int],
+    head_types: Sequence[str],
+    image_size: ImageSize | None = None,
+) -> ExitCosts:
+    """The costs of a model with heads of all `head_types` and a gate at all `positions`."""
+    per_block, full = backbone_macs(backbone, image_size)
+    return ExitCosts(
+        full_macs=full,
+        positions=tuple(positions),
+        backbone_macs=tuple(per_block[i] for i in positions),
+        head_types=tuple(head_types),
+        head_macs=tuple(
+            tuple(head_macs(t, backbone.feature_dims[i], backbone.num_classes) for t in head_types) for i in positions
+        ),
+        gate_macs=tuple(gate_macs() for _ in positions),
+    )
+
+
+def macs_report(
+    name: str,
+    *,
+    image_size: ImageSize | None = None,
+    num_classes: int = 1000,
+    head_types: Sequence[str] = REPORTED_HEADS,
+    arguments: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a backbone of that name costs with exits after every block but the last, in MACs per sample.
+
+    Keys: `backbone`, `image_size` ([height, width] in pixels), `num_classes`, `full_macs` (the bare backbone),
+    `positions`, `backbone_macs` (one a position, the backbone alone up to there), `head_macs` (head type -> one a
+    position), `gate_macs` (one a position). Raises UserError as `build_backbone` does.
+    """
+    backbone = build_backbone(name, arguments=arguments, num_classes=num_classes, image_size=image_size)
+    costs = exit_costs(backbone, range(backbone.num_blocks - 1), head_types)
+    return {
+        "backbone": name,
+        "image_size": list(backbone.input_size[1:]),
+        "num_classes": num_classes,
+        "full_macs": costs.full_macs,
+        "positions": list(costs.positions),
+        "backbone_macs": list(costs.backbone_macs),
+        "head_macs": {t: [row[i] for row in costs.head_macs] for i, t in enumerate(costs.head_types)},
+        "gate_macs": list(costs.gate_macs),
+    }
+
+
+def dyce_macs_info(report: Mapping[str, Any]) -> dict[str, Any]:
+    """`macs_report`'s result as DyCE's search tool reads it (`macs_info`): the final exit is one more position."""
+    full = report["full_macs"]
+    return {
+        "head": [{"name": t, "macs": [*macs, 0], "params": []} for t, macs in report["head_macs"].items()],
+        "backbone": {"name": report["backbone"], "macs": [*report["backbone_macs"], full], "ori_macs": full},
+    }
+
+
+class _Part(nn.Module):
+    """A part of a backbone as a module, which is what fvcore counts by."""
+
+    def __init__(self, function: Callable[[State], State]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, h: State) -> State:
+        return self.function(h)
+
+
+class _InParts(nn.Module):
+    """A backbone as its parts in a row, for one trace of all of them."""
+
+    def __init__(self, backbone: Backbone, functions: Sequence[Callable[[State], State]]) -> None:
+        super().__init__()
+        self.backbone = backbone  # the tracer wants to know all parameters
+        self.parts = nn.ModuleList(_Part(function) for function in functions)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h: State = x
+        for part in self.parts:
+            h = part(h)
+        logits: torch.Tensor = h
+        return logits
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value = (get_shape(x) for x in inputs[:3])
+    return int(prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _product(left: int) -> Callable[[list[Any], list[Any]], int]:
+    """A matrix product whose left factor is input `left`: every output sums over that factor's last axis."""
+
+    def count(inputs: list[Any], outputs: list[Any]) -> int:
+        return int(prod(get_shape(outputs[0])) * get_shape(inputs[left])[-1])
+
+    return count
+
+
+# what fvcore counts and we do not
+_NOT_COUNTED = [
+    f"aten::{name}"
+    for name in (
+        "batch_norm",
+        "group_norm",
+        "layer_norm",
+        "instance_norm",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "adaptive_avg_pool2d",
+        "grid_sampler",
+    )
+]
+
+_HANDLERS: dict[str, Callable[[list[Any], list[Any]], int]] = {
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::matmul": _product(0),
+    "aten::mm": _product(0),
+    "aten::bmm": _product(0),
+    "aten::baddbmm": _product(1),
+    **dict.fromkeys(_NOT_COUNTED, lambda inputs, outputs: 0),
+}

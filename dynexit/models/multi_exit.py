@@ -1,0 +1,73 @@
+"""A frozen backbone with exits at chosen positions: what every exit reads at once, or one stretch after another."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dynexit.errors import UserError
+from dynexit.models.backbones import Backbone, select
+from dynexit.models.families import State
+
+__all__ = ["MultiExit", "select"]
+
+
+class MultiExit(nn.Module):
+    """A backbone, frozen (eval mode and no autograd, always), with exits after the blocks in `positions`.
+
+    `positions` rise strictly and lie in 0..num_blocks-2: after the last block the backbone's own classifier decides.
+    Raises UserError otherwise.
+    """
+
+    def __init__(self, backbone: Backbone, positions: Sequence[int]) -> None:
+        super().__init__()
+        last = backbone.num_blocks - 2
+        if not positions or list(positions) != sorted(set(positions)) or positions[0] < 0 or positions[-1] > last:
+            raise UserError(
+                f"exit positions {list(positions)} do not fit {backbone.name}: give block indices in rising order from "
+                f"0 to {last} (it has {backbone.num_blocks} blocks, and its own classifier sits after the last)"
+            )
+        self.positions = tuple(positions)
+        self.feature_dims = tuple(backbone.feature_dims[i] for i in self.positions)
+        self.backbone = backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "MultiExit":
+        """Nothing but the flag: the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(What every exit reads, P tensors (B, D_p); the backbone's own logits (B, K)) from images (B, C, H, W)."""
+        features = []
+        h = self.start(x)
+        for p in range(len(self.positions)):
+            h = self.advance(h, p - 1, p)
+            features.append(self.feature(p, h))
+        return features, self.tail(h, len(self.positions) - 1)
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> State:
+        """The state before the first block, from images (B, C, H, W)."""
+        return self.backbone.stem(x)
+
+    @torch.no_grad()
+    def advance(self, h: State, from_p: int, to_p: int) -> State:
+        """The state at position number `to_p` (0..P-1), from the state at position number `from_p` (-1: the start)."""
+        return self._run(h, from_p, self.positions[to_p] + 1)
+
+    @torch.no_grad()
+    def feature(self, p: int, h: State) -> Tensor:
+        """What the exit at position number p reads, (B, D_p), from the state there."""
+        return self.backbone.feature(self.positions[p], h)
+
+    @torch.no_grad()
+    def tail(self, h: State, from_p: int) -> Tensor:
+        """The backbone's own logits (B, K), from the state at position number `from_p` (-1: the start)."""
+        return self.backbone.tail(self._run(h, from_p, self.backbone.num_blocks))
+
+    def _run(self, h: State, from_p: int, stop: int) -> State:
+        for i in range(0 if from_p < 0 else self.positions[from_p] + 1, stop):
+            h = self.backbone.run_block(i, h)
+        return h

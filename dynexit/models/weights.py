@@ -1,0 +1,151 @@
+"""Weights from a local file into a model, or one sentence on why they do not fit. Nothing in a file is executed."""
+
+import importlib
+import logging
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dynexit.errors import UserError
+from dynexit.models.t2t_vit import T2TViT, resize_positions
+
+logger = logging.getLogger(__name__)
+
+# where a checkpoint may keep the weights, best first ("net": JEI-DNN's fine-tuned backbones)
+_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
+_PREFIXES = ("module.", "_orig_mod.")
+# what JEI-DNN's checkpoints hold beside the backbone
+_NOT_BACKBONE = ("intermediate_heads.", "gates.")
+
+
+def load_weights(model: Any, path: Path, backbone_name: str) -> None:
+    """Fills the model from a `.safetensors` file, or from one that torch reads with weights_only.
+
+    The file holds the state, or a dict with `state_dict_ema` or `state_dict`; a leading `module.` is stripped. The
+    classifier stays as it is where the file's has another number of classes; position embeddings are resized.
+    Raises UserError, naming the file, where anything else does not fit.
+    """
+    state = read_state(path)
+    state = _without_classifier_of_other_size(state, model)
+    if not _fits(state, model):
+        state = _converted(state, model)
+    _refuse_misfit(state, model, path, backbone_name)
+    model.load_state_dict(state, strict=False)  # what may be missing was settled above
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, out of whatever dict they are wrapped in, without `module.`."""
+    if not path.is_file():
+        raise UserError(
+            f"weights file {str(path)!r} does not exist: give the path of a .safetensors or .pth file, or 'pretrained'"
+        )
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"weights file {str(path)!r} cannot be read as plain weights ({reason}): give a complete .safetensors "
+            "file, or a .pth file that torch.load reads with weights_only=True"
+        ) from error
+    for key in _CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        content = {}
+    state = {_stripped(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in state.items() if not name.startswith(_NOT_BACKBONE)}
+    if not state:
+        raise UserError(
+            f"weights file {str(path)!r} holds no tensors: give a file with a state dict, bare or under 'state_dict'"
+        )
+    return state
+
+
+def _read_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _stripped(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _classifier_names(model: Any) -> tuple[str, ...]:
+    names = model.default_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _without_classifier_of_other_size(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    own = model.state_dict()
+    for name in _classifier_names(model):
+        weight, in_file = own[f"{name}.weight"], state.get(f"{name}.weight")
+        if in_file is not None and in_file.shape[0] != weight.shape[0]:
+            logger.info("the file's classifier has %d classes, not %d: left out", in_file.shape[0], weight.shape[0])
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+    return state
+
+
+def _optional(name: str, model: Any) -> bool:
+    """What a file may lack: the classifier (of a feature extractor or of other classes) and old files' batch counts."""
+    return name.endswith(".num_batches_tracked") or name.startswith(tuple(f"{c}." for c in _classifier_names(model)))
+
+
+def _misfits(state: Mapping[str, Tensor], model: Any) -> tuple[list[str], list[str], list[str]]:
+    """(missing names, names the model does not know, names of other shapes with both shapes)."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in state and not _optional(name, model)]
+    unknown = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    return missing, unknown, shapes
+
+
+def _fits(state: Mapping[str, Tensor], model: Any) -> bool:
+    return not any(_misfits(state, model))
+
+
+def _converted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The state in the model's own terms: positions resized, and names of the models' authors translated by timm."""
+    if isinstance(model, T2TViT):
+        positions = state.get("pos_embed")
+        return state if positions is None else {**state, "pos_embed": resize_positions(positions, model.grid)}
+    convert = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        return dict(convert(dict(state), model))
+    except (KeyError, RuntimeError, ValueError, AttributeError, IndexError, TypeError, AssertionError):
+        return state  # of another model altogether; the misfit is reported in the file's own names
+
+
+def _refuse_misfit(state: Mapping[str, Tensor], model: Any, path: Path, backbone_name: str) -> None:
+    missing, unknown, shapes = _misfits(state, model)
+    faults = [
+        f"{len(names)} {what} (first: {_first(names)})"
+        for what, names in (
+            ("weights are missing", missing),
+            ("are unknown to it", unknown),
+            ("have another shape", shapes),
+        )
+        if names
+    ]
+    if faults:
+        raise UserError(
+            f"weights file {str(path)!r} is not of backbone {backbone_name!r}: {'; '.join(faults)}; give that "
+            "model's own weights, or the name and arguments of the model that the file is of"
+        )
+
+
+def _first(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:3])

@@ -1,0 +1,78 @@
+"""What a long job says while it runs: a bar on a terminal, plain lines in its log, a file for `dynexit status`."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynexit.run_dir import PROGRESS, write_json
+
+
+class Progress:
+    """Counts the steps of a job; says at most every `log_seconds` where it is.
+
+    `directory` receives `log.txt` (lines are appended) and `progress.json`. A quiet Progress (ranks but the main one)
+    says nothing.
+    """
+
+    def __init__(self, name: str, directory: Path, log_seconds: float = 10.0, *, quiet: bool = False) -> None:
+        self.name, self.directory, self.log_seconds, self.quiet = name, directory, log_seconds, quiet
+        self._bar: Any = None
+        self._begin(0, 0)
+
+    def _begin(self, step: int, num_steps: int) -> None:
+        self.step, self.num_steps = step, num_steps
+        self._first_step, self._num_images = step, 0
+        self._started = self._last_said = time.monotonic()
+
+    def start(self, num_steps: int, step: int = 0) -> None:
+        """Begins counting to `num_steps`, from `step` where a run goes on."""
+        self._begin(step, num_steps)
+        if not self.quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=num_steps, initial=step, desc=self.name, unit="step", dynamic_ncols=True)
+
+    def advance(self, num_images: int, figures: Mapping[str, Any]) -> None:
+        """One step done on `num_images` images; `figures` are read (and so computed) only when something is said."""
+        self.step += 1
+        self._num_images += num_images
+        if self._bar is not None:
+            self._bar.update()
+        if not self.quiet and time.monotonic() - self._last_said >= self.log_seconds:
+            self._say_where(figures)
+
+    def _say_where(self, figures: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        self._last_said = now
+        seconds = max(now - self._started, 1e-9)
+        values = {name: float(value) for name, value in figures.items()}
+        rate = self._num_images / seconds
+        left = seconds / max(self.step - self._first_step, 1) * (self.num_steps - self.step)
+        shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self._write(f"{self.name}: step {self.step}/{self.num_steps} {shown} {rate:.0f} images/s {left:.0f} s left")
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+        content = {"step": self.step, "num_steps": self.num_steps, "figures": {k: repr(v) for k, v in values.items()}}
+        write_json(self.directory / PROGRESS, {**content, "images_per_second": rate, "seconds_left": left})
+
+    def say(self, text: str) -> None:
+        """A line in the log and on the terminal."""
+        if not self.quiet:
+            self._write(f"{self.name}: {text}", always=True)
+
+    def _write(self, line: str, *, always: bool = False) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
+        if self._bar is None:
+            print(line, flush=True)
+        elif always:
+            self._bar.write(line)
+
+    def finish(self) -> None:
+        """Takes the bar down."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

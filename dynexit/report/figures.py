@@ -1,0 +1,246 @@
+"""The report's pictures. Every front in them is chosen on validation and drawn with test values.
+
+matplotlib's object interface is used throughout: no global figure, no display, no change to the caller's settings.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter
+
+from dynexit.report.aggregate import Row, by_seed, front_of, within_budgets
+from dynexit.report.published import PublishedPoint
+from dynexit.run_dir import atomic_write
+
+DOTS_PER_INCH = 160
+MARKERS = "osD^vPX<>*"
+# The finest budgets of relative MACs a picture tells apart; closer points of a front differ by noise, not by cost.
+HUNDREDTHS = [hundredth / 100 for hundredth in range(1, 151)]
+
+_PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g} %")
+
+
+@dataclass(frozen=True)
+class _Theme:
+    background: str
+    ink: str
+    muted: str
+    grid: str
+    methods: tuple[str, ...]
+    map_range: tuple[float, float]
+
+
+_THEMES = {
+    "light": _Theme(
+        "#ffffff", "#1c2128", "#5f6875", "#e6e8ec",
+        ("#d9480f", "#1971c2", "#2b8a3e", "#9c36b5", "#a37500", "#c2255c"), (0.0, 0.85),
+    ),
+    "dark": _Theme(
+        "#15181d", "#e6e8ec", "#9aa3af", "#2a2f37",
+        ("#ff8a4c", "#5fb0ff", "#5fce7b", "#d591ec", "#e0b83a", "#ff7fa8"), (0.2, 0.9),
+    ),
+}  # fmt: skip
+
+
+def pareto_figure(
+    rows: Iterable[Row], path: Path, published: Sequence[PublishedPoint] | None = None, *, theme: str = "light"
+) -> None:
+    """Draws test accuracy against relative MACs as a PNG: gates, the front of the search, the backbone as a line.
+
+    With one method a gate's colour is its ce_ic_tradeoff and its marker its seed. With several a colour is a method
+    and its line the accuracy that each budget buys: mean over seeds, the band from the worst to the best seed.
+    `published` points are drawn beside. Any part may be missing; without test rows the axes are empty.
+    """
+    rows = list(rows)
+    look = _THEMES[theme]
+    figure, axes = _figure(look, (9, 5.4))
+    methods = sorted({row.method for row in rows if row.source == "search"})
+    colours = {method: look.methods[index % len(look.methods)] for index, method in enumerate(methods)}
+    _draw_backbone(axes, rows, look)
+    if len(methods) > 1:
+        _draw_budget_curves(axes, rows, colours)
+    else:
+        _draw_search_front(axes, rows, colours)
+    _draw_gates(figure, axes, rows, colours if len(methods) > 1 else {}, look)
+    _draw_published(axes, published or (), look)
+    axes.set(xlabel="relative MACs (bare backbone = 1)", ylabel="test accuracy")
+    axes.yaxis.set_major_formatter(_PERCENT)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="lower right", frameon=False, labelcolor=look.ink, borderaxespad=1.2)
+    _save(figure, path)
+
+
+def _draw_backbone(axes: Axes, rows: list[Row], look: _Theme) -> None:
+    accuracies = [row.accuracy for row in rows if row.source == "backbone" and row.split == "test"]
+    if not accuracies:
+        return
+    mean = float(np.mean(accuracies))
+    if len(accuracies) > 1:
+        axes.axhspan(min(accuracies), max(accuracies), color=look.ink, alpha=0.07, linewidth=0)
+    axes.axhline(mean, color=look.ink, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    axes.annotate(
+        f"backbone {100 * mean:.2f} %", (0, mean), (8, 4), xycoords=("axes fraction", "data"),
+        textcoords="offset points", color=look.ink, fontsize=10,
+    )  # fmt: skip
+
+
+def _draw_search_front(axes: Axes, rows: list[Row], colours: dict[str, str]) -> None:
+    search = [row for row in rows if row.source == "search"]
+    front = sorted((point.test for point in within_budgets(front_of(search), HUNDREDTHS)), key=_cost)
+    if not front:
+        return
+    (colour,) = colours.values()
+    tests = [row for row in search if row.split == "test"]
+    axes.scatter(
+        [row.relative_macs for row in tests], [row.accuracy for row in tests],
+        s=9, color=colour, alpha=0.22, linewidths=0, zorder=2, label="search, every configuration",
+    )  # fmt: skip
+    axes.plot(
+        [row.relative_macs for row in front], [row.accuracy for row in front],
+        color=colour, linewidth=2, marker=".", markersize=6, zorder=3, label="search, front chosen on validation",
+    )  # fmt: skip
+
+
+def _draw_budget_curves(axes: Axes, rows: list[Row], colours: dict[str, str]) -> None:
+    for method, colour in colours.items():
+        seeds = by_seed(row for row in rows if row.source == "search" and row.method == method)
+        budgets, accuracy_SB = budget_curves(seeds)
+        if not len(budgets):
+            continue
+        label = f"search, {method}" + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
+        axes.plot(budgets, accuracy_SB.mean(0), color=colour, linewidth=2, zorder=3, label=label)
+        axes.fill_between(budgets, accuracy_SB.min(0), accuracy_SB.max(0), color=colour, alpha=0.15, linewidth=0)
+
+
+def budget_curves(groups: Sequence[Sequence[Row]]) -> tuple[np.ndarray, np.ndarray]:
+    """Budgets of relative MACs (B,) and the test accuracy (S, B) that each of S groups of rows reaches within them.
+
+    Within a budget a group takes the point of its front that is best on validation; the budgets begin where every group
+    has one and end at 1 or where the dearest point is.
+    """
+    fronts = [front for front in map(front_of, groups) if front]
+    if not fronts:
+        return np.zeros(0), np.zeros((0, 0))
+    costs = [np.array([point.validation.relative_macs for point in front]) for front in fronts]
+    budgets = np.linspace(max(cost[0] for cost in costs), max(1.0, *(cost[-1] for cost in costs)), 400)
+    accuracies = [np.array([point.test.accuracy for point in front]) for front in fronts]
+    taken = [np.searchsorted(cost, budgets, side="right") - 1 for cost in costs]
+    return budgets, np.stack([accuracy[index] for accuracy, index in zip(accuracies, taken, strict=True)])
+
+
+def _draw_gates(figure: Figure, axes: Axes, rows: list[Row], colours: dict[str, str], look: _Theme) -> None:
+    gates = [row for row in rows if row.source == "gates" and row.split == "test"]
+    tradeoffs = sorted({row.ce_ic_tradeoff for row in gates if row.ce_ic_tradeoff is not None})
+    ramp = LinearSegmentedColormap.from_list("", colormaps["viridis"](np.linspace(*look.map_range, 64)))
+    shades = ListedColormap(ramp(np.linspace(0, 1, len(tradeoffs)))) if tradeoffs else None
+
+    def colour(row: Row) -> Any:
+        if colours or shades is None or row.ce_ic_tradeoff is None:
+            return colours.get(row.method, look.muted)
+        return shades(tradeoffs.index(row.ce_ic_tradeoff))
+
+    for index, group in enumerate(by_seed(gates)):
+        marker = MARKERS[index % len(MARKERS)]
+        axes.scatter(
+            [row.relative_macs for row in group], [row.accuracy for row in group], c=[colour(row) for row in group],
+            s=46, marker=marker, edgecolors=look.background, linewidths=0.8, zorder=4,
+        )  # fmt: skip
+        name = "gates" if group[0].seed is None else f"gates, seed {group[0].seed}"
+        axes.scatter([], [], s=46, marker=marker, color=look.muted, linewidths=0, label=name)
+    if not colours and shades is not None and len(tradeoffs) > 1:
+        _tradeoff_bar(figure, axes, tradeoffs, shades, look)
+
+
+def _tradeoff_bar(figure: Figure, axes: Axes, tradeoffs: list[float], shades: ListedColormap, look: _Theme) -> None:
+    norm = BoundaryNorm(np.arange(len(tradeoffs) + 1) - 0.5, len(tradeoffs))
+    every = -(-len(tradeoffs) // 16)
+    ticks = range(0, len(tradeoffs), every)
+    bar = figure.colorbar(ScalarMappable(norm, shades), ax=axes, ticks=list(ticks), pad=0.02, fraction=0.035, aspect=32)
+    bar.ax.set_yticklabels([f"{tradeoffs[index]:g}" for index in ticks])
+    bar.ax.tick_params(which="both", length=0, colors=look.muted, labelsize=9)
+    bar.outline.set_visible(False)
+    bar.set_label("gates: ce_ic_tradeoff", color=look.ink, labelpad=8)
+
+
+def _draw_published(axes: Axes, published: Sequence[PublishedPoint], look: _Theme) -> None:
+    for index, method in enumerate(sorted({point.method for point in published})):
+        points = sorted((point.relative_macs, point.accuracy) for point in published if point.method == method)
+        axes.plot(
+            *zip(*points, strict=True), color=look.muted, linewidth=1, linestyle=":", marker="x+1234|_"[index % 8],
+            markersize=6, zorder=2, label=f"published: {method}",
+        )  # fmt: skip
+
+
+def exit_share_figure(
+    rows: Iterable[Row], path: Path, exit_names: Sequence[str] | None = None, *, theme: str = "light", most: int = 24
+) -> None:
+    """Draws the share of test samples leaving at each exit as a PNG of stacked bars, along the front of all rows.
+
+    At most `most` points, evenly spread over their cost. `exit_names` (L,) default to exit 0, 1, ..., backbone.
+    """
+    front = front_of(rows)
+    costs = [point.validation.relative_macs for point in front]
+    budgets = np.linspace(costs[0], costs[-1], most) if costs else ()
+    bars = sorted((point.test for point in within_budgets(front, budgets)), key=_cost)
+    num_exits = max((len(row.exit_fractions) for row in bars), default=0)
+    names = exit_names or [*(f"exit {exit_}" for exit_ in range(num_exits - 1)), "backbone"]
+    share_BL = np.zeros((len(bars), num_exits))
+    for index, row in enumerate(bars):
+        share_BL[index, : len(row.exit_fractions) - 1] = row.exit_fractions[:-1]
+        share_BL[index, -1] = row.exit_fractions[-1]
+    look = _THEMES[theme]
+    figure, axes = _figure(look, (9, 3.6))
+    shades = colormaps["viridis"](np.linspace(look.map_range[1], look.map_range[0], max(1, num_exits - 1)))
+    for exit_ in range(num_exits):
+        last = exit_ == num_exits - 1
+        axes.bar(
+            range(len(bars)), share_BL[:, exit_], bottom=share_BL[:, :exit_].sum(1), width=0.86, label=names[exit_],
+            color=look.grid if last else shades[exit_], edgecolor=look.background, linewidth=0.4,
+        )  # fmt: skip
+    axes.set(xlabel="relative MACs of the front's points", ylabel="share of test samples", ylim=(0, 1))
+    axes.set_xticks(range(len(bars)), [f"{row.relative_macs:.2f}" for row in bars], fontsize=8)
+    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.grid(visible=False)
+    axes.margins(x=0.01)
+    if num_exits:
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(
+            handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False,
+            labelcolor=look.ink, handlelength=1, handleheight=1,
+        )  # fmt: skip
+    _save(figure, path)
+
+
+def _cost(row: Row) -> float:
+    return row.relative_macs
+
+
+def _figure(look: _Theme, inches: tuple[float, float]) -> tuple[Figure, Axes]:
+    with rc_context({"font.size": 10.5, "axes.axisbelow": True}):
+        figure = Figure(
+            figsize=inches, facecolor=look.background, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        )
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(facecolor=look.background)
+    axes.grid(color=look.grid, linewidth=0.8)
+    axes.spines[:].set_visible(False)
+    axes.spines["bottom"].set(visible=True, color=look.muted)
+    axes.tick_params(colors=look.muted, length=0, pad=6)
+    axes.xaxis.label.set_color(look.ink)
+    axes.yaxis.label.set_color(look.ink)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})

@@ -1,0 +1,224 @@
+"""The report of a study: every point's records and configurations -> one table, figures, a page.
+
+Nothing here needs a model or a data set: records and configurations say all.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynexit.sweep import Point
+from dynexit.core.cost import ExitCosts
+from dynexit.core.exit_policy import exit_index_from_gates
+from dynexit.core.tradeoff import OperatingPoint, operating_point
+from dynexit.record.shards import Record
+from dynexit.report.aggregate import Row, front_of, mark_front, percent, within_budgets, write_csv
+from dynexit.report.figures import exit_share_figure, pareto_figure
+from dynexit.report.page import Figure, describe_configuration, write_page
+from dynexit.run_dir import job_dir, read_json
+
+SPLITS = ("validation", "test")
+
+
+def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
+    """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, searched thresholds."""
+    rows: list[Row] = []
+    backbones: set[tuple[str, str]] = set()
+    for point in points:
+        source = job_dir(study_dir, "record", point.ids["record"])
+        costs = ExitCosts.from_json(read_json(source / "costs.json"))
+        for split in SPLITS:
+            record = Record.open(source / split)
+            if (point.ids["prepare"], split) not in backbones:
+                backbones.add((point.ids["prepare"], split))
+                rows.append(_backbone_row(point, split, record, costs))
+            rows.append(_gates_row(point, split, record, costs))
+        rows += _search_rows(point, study_dir)
+    return mark_front(rows)
+
+
+def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more: object) -> Row:
+    own = {
+        "method": point.config.train.method,
+        "seed": point.config.seed,
+        "ce_ic_tradeoff": point.config.jei_dnn.ce_ic_tradeoff,
+        "accuracy_weight": None,
+        "point_id": point.id,
+        **more,
+    }
+    return Row(
+        source=source,
+        split=split,
+        accuracy=measured.accuracy,
+        macs=measured.macs,
+        relative_macs=measured.relative_macs,
+        exit_fractions=measured.exit_fractions,
+        **own,  # type: ignore[arg-type]
+    )
+
+
+def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts) -> Row:
+    """The bare backbone: everybody goes to the end and no head is computed."""
+    correct_LN = record.correct_RN[_one_head_rows(costs)]
+    macs_L = np.array([*costs.backbone_macs, costs.full_macs], dtype=np.int64)
+    last_N = np.full(record.num_samples, len(macs_L) - 1, dtype=np.int64)
+    measured = operating_point(last_N, correct_LN, macs_L, costs.full_macs)
+    anonymous = {"method": "backbone", "seed": None, "ce_ic_tradeoff": None, "point_id": point.ids["prepare"]}
+    return _row(point, "backbone", split, measured, **anonymous)
+
+
+def _gates_row(point: Point, split: str, record: Record, costs: ExitCosts) -> Row:
+    exit_N = exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy()
+    measured = operating_point(exit_N, record.correct_RN[_one_head_rows(costs)], costs.macs_L(), costs.full_macs)
+    return _row(point, "gates", split, measured)
+
+
+def _one_head_rows(costs: ExitCosts) -> list[int]:
+    """The rows of the first head type at every position, then the backbone's."""
+    num_types = len(costs.head_types)
+    return [p * num_types for p in range(len(costs.positions))] + [-1]
+
+
+def _search_rows(point: Point, study_dir: Path) -> Iterator[Row]:
+    entries = read_json(job_dir(study_dir, "search", point.ids["search"]) / "configurations.json")
+    for entry in entries:
+        for split in SPLITS:
+            figures = entry[split]
+            measured = OperatingPoint(
+                accuracy=figures["accuracy"],
+                macs=figures["macs"],
+                relative_macs=figures["relative_macs"],
+                exit_fractions=tuple(figures["exit_fractions"]),
+                num_samples=0,
+            )
+            yield _row(
+                point,
+                "search",
+                split,
+                measured,
+                accuracy_weight=entry["accuracy_weight"],
+                configuration=json.dumps(entry["exits"], separators=(",", ":")),
+            )
+
+
+def write_report(
+    points: Sequence[Point],
+    failed: Sequence[str],
+    study_dir: Path,
+) -> list[Row]:
+    """Writes report/ in `study_dir`: operating_points.csv, pareto.png, exit_shares.png, report.html; returns the rows.
+
+    `points` are recorded and searched; `failed` says in a sentence each what is missing and why.
+    """
+    rows = collect_rows(points, study_dir)
+    directory = study_dir / "report"
+    settings = points[0].config.report
+    study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
+    write_csv(directory / "operating_points.csv", rows)
+    figures = []
+    costs = ExitCosts.from_json(read_json(job_dir(study_dir, "record", points[0].ids["record"]) / "costs.json"))
+    names = [f"block {position}" for position in costs.positions] + ["backbone"]
+    for name, draw, alt, caption in (
+        ("pareto", pareto_figure, "Accuracy against relative MACs", _PARETO_CAPTION),
+        ("exit_shares", partial(exit_share_figure, exit_names=names), "Share leaving at each exit", _SHARES_CAPTION),
+    ):
+        paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
+        for theme, path in paths.items():
+            draw(rows, path, theme=theme)
+        figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
+    write_page(
+        directory / "report.html",
+        settings.title or study_dir.name,
+        rows,
+        figures,
+        study_text,
+        [_point_summary(point) for point in points],
+        [*_NOTES, *failed],
+        budgets=_budgets(rows, costs),
+        describe=partial(_describe, costs=costs),
+    )
+    return rows
+
+
+_PARETO_CAPTION = (
+    "Test accuracy against mean MACs relative to the bare backbone. The front was chosen on validation and is drawn "
+    "with its test values."
+)
+_SHARES_CAPTION = "Where test samples leave, along the front."
+_NOTES = (
+    "gates: the exit rule that JEI-DNN's gates learned at each ce_ic_tradeoff. search: exact thresholds on the exits' "
+    "confidence, for each accuracy weight.",
+)
+_BUDGETS = (0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)
+
+
+def _point_summary(point: Point) -> dict[str, Any]:
+    return {**{name.rpartition(".")[2]: value for name, value in point.swept.items()}, "id": point.id}
+
+
+def _describe(row: Row, costs: ExitCosts) -> str:
+    if row.source == "backbone":
+        return "everything runs to the end"
+    if row.source == "gates":
+        return f"the gates of ce_ic_tradeoff {row.ce_ic_tradeoff:g}, seed {row.seed}"
+    return describe_configuration(row.configuration, costs.positions, costs.head_types)
+
+
+def _budgets(rows: Sequence[Row], costs: ExitCosts) -> list[dict[str, Any]]:
+    """For some budgets of relative MACs: the best configuration on validation, and whether the budget holds on test."""
+    table: dict[int, dict[str, Any]] = {}
+    front = front_of(rows)
+    for budget in _BUDGETS:
+        for point in within_budgets(front, [budget]):
+            cells = {
+                "budget": f"≤ {budget:g} relative MACs",
+                "configuration": _describe(point.test, costs),
+                "validation": f"{point.validation.relative_macs:.3f} at {percent(point.validation.accuracy)}",
+                "test": f"{point.test.relative_macs:.3f} at {percent(point.test.accuracy)}",
+                "holds on test": point.test.relative_macs <= budget,
+            }
+            table.setdefault(id(point), cells)  # a larger budget that buys nothing more needs no line
+    return list(table.values())
+
+
+def track(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> None:
+    """Writes the study and its points to MLflow; reporting again changes nothing there."""
+    from dynexit.report.tracking import default_tracking_uri, flatten, log_study
+
+    config = points[0].config
+    uri = config.report.tracking_uri or default_tracking_uri(Path(config.runs_dir))
+    own: dict[str, dict[str, float]] = {point.id: {} for point in points}
+    for row in rows:
+        if row.source == "gates":
+            own[row.point_id][f"{row.split}_accuracy"] = row.accuracy
+            own[row.point_id][f"{row.split}_relative_macs"] = row.relative_macs
+    tracked = [
+        {
+            "id": point.id,
+            "name": point.label,
+            "params": flatten(point.config.model_dump(mode="json", exclude={"dist", "report", "infer"})),
+            "metrics": own[point.id],
+            "history": _history(job_dir(study_dir, "train", point.id) / "metrics.jsonl"),
+            "tags": {"dynexit.method": point.config.train.method},
+        }
+        for point in points
+    ]
+    base = next(row for row in rows if row.source == "backbone" and row.split == "test")
+    metrics = {"backbone_test_accuracy": base.accuracy, "num_points": float(len(points))}
+    log_study(uri, config.name, config.name, tracked, study_dir / "report", {}, metrics)  # type: ignore[arg-type]
+
+
+def _history(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The per-epoch figures of a training, as (epoch, value) by name."""
+    history: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if isinstance(value, float):
+                history.setdefault(name, []).append((row["epoch"], value))
+    return history

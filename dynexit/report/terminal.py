@@ -1,0 +1,35 @@
+"""What `dynexit run` ends with on the terminal."""
+
+import math
+from collections.abc import Iterable
+
+from dynexit.report.aggregate import Row, at_tenths, percent, summary
+
+
+def short_table(rows: Iterable[Row]) -> str:
+    """About ten lines: the front's points at every tenth of the backbone's MACs, on test, and the gates' span.
+
+    Rows without an operating point on both splits give one sentence.
+    """
+    read = summary(rows)
+    if not read.front:
+        return "no operating points on both validation and test yet"
+    lines = ["relative MACs  accuracy  vs backbone  source"]
+    for point in at_tenths(read.front):
+        row = point.test
+        gain = "" if math.isnan(point.accuracy_drop) else f"{-100 * point.accuracy_drop:+.2f}"
+        lines.append(f"{row.relative_macs:13.3f}  {percent(row.accuracy):>8}  {gain:>11}  {_name(row)}")
+    if read.backbone_accuracy is not None and lines[-1].split()[-1] != "backbone":
+        lines.append(f"{1:13.3f}  {percent(read.backbone_accuracy):>8}  {'':>11}  backbone")
+    if read.gates_span:
+        low, high = read.gates_span
+        lines.append(f"the gates span {low:.2f} to {high:.2f} relative MACs")
+    return "\n".join(lines)
+
+
+def _name(row: Row) -> str:
+    if row.source == "backbone":
+        return "backbone"
+    named = {"tradeoff": row.ce_ic_tradeoff, "weight": row.accuracy_weight, "seed": row.seed}
+    settings = "".join(f", {name} {value:g}" for name, value in named.items() if value is not None)
+    return f"{row.source} ({row.method}{settings})"

@@ -1,0 +1,142 @@
+"""Where a run keeps things, and how it writes them: whole or not at all.
+
+A run directory is finished when it holds `DONE`, its last write: JSON with the id of what was done and the size and
+SHA-256 of every file that was promised. The existence of any other file says nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynexit.errors import Failure
+
+DONE = "DONE"
+FAILED = "FAILED.json"
+PROGRESS = "progress.json"
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    The bytes are on disk (fsync of file and folder) before the rename, so a reader or a machine that loses power sees
+    the old file or the new one. Raises Failure, naming the file, where the disk is full or the folder is read-only.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise Failure(
+            f"{path} could not be written: {reason}; make room or mend the permissions, then run again"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically; floats keep their full precision, NaN is refused (ValueError)."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`; a damaged file is a Failure that names it, a missing one FileNotFoundError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Failure(f"{path} is damaged (not JSON: {error}); {move_aside(path.parent)}") from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def move_aside(directory: Path) -> str:
+    """The remedy for a damaged output: a shell command that moves it aside, so that the next run makes it anew."""
+    source = shlex.quote(str(directory))
+    return f"move it aside with `mv {source} {source}.damaged` and run the same command again to remake it"
+
+
+def mark_done(directory: Path, identity: str, files: Sequence[str]) -> None:
+    """Writes DONE: the id of what was done, and size and SHA-256 of each of `files` (names inside `directory`)."""
+    listed = {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)} for name in files
+    }
+    for name in (FAILED, PROGRESS):
+        (directory / name).unlink(missing_ok=True)
+    write_json(directory / DONE, {"id": identity, "files": listed})
+
+
+def is_done(directory: Path, identity: str, *, check_bytes: bool = False) -> bool:
+    """Whether `directory` holds the finished work `identity`.
+
+    False where there is no DONE. Raises Failure, naming the file and the command that mends it, where DONE is of
+    another id or damaged, or where a promised file is missing or has another size (with `check_bytes`, other bytes).
+    """
+    try:
+        done = read_json(directory / DONE)
+    except FileNotFoundError:
+        return False
+    if not isinstance(done, dict) or not isinstance(done.get("files"), dict):
+        raise Failure(f"{directory / DONE} is damaged; {move_aside(directory)}")
+    if done.get("id") != identity:
+        raise Failure(
+            f"{directory} holds the work of another configuration (id {done.get('id')}, expected {identity}); "
+            f"{move_aside(directory)}"
+        )
+    for name, promised in done["files"].items():
+        _check_file(directory, name, promised, check_bytes)
+    return True
+
+
+def _check_file(directory: Path, name: str, promised: dict[str, Any], check_bytes: bool) -> None:
+    path, remedy = directory / name, move_aside(directory)
+    if not path.is_file():
+        raise Failure(f"{path} is missing although its job is finished; {remedy}")
+    size = path.stat().st_size
+    if size != promised["bytes"]:
+        raise Failure(f"{path} has {size} bytes instead of {promised['bytes']}; {remedy}")
+    if check_bytes and sha256_file(path) != promised["sha256"]:
+        raise Failure(f"{path} was altered (its SHA-256 is not the one in DONE); {remedy}")
+
+
+def done_digest(directory: Path, name: str) -> str:
+    """The SHA-256 that DONE promises for the file `name`."""
+    digest: str = read_json(directory / DONE)["files"][name]["sha256"]
+    return digest
+
+
+def job_dir(study_dir: Path, job: str, identity: str) -> Path:
+    """Where the job `job` (prepare, train, pack, record, search, infer) with that id keeps what it makes."""
+    return study_dir / job / identity

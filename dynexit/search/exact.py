@@ -1,0 +1,253 @@
+"""The best exit configuration for every accuracy weight: exact line search, coordinate descent, a pool of all it saw.
+
+Between two neighbouring confidences nothing changes, so a prefix sum over the samples sorted by confidence finds the
+best threshold of an exit, the rest of the configuration fixed (`tables.py`). All sums are integers: the same arguments
+give the same configurations, whatever the number of workers.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynexit.core.tradeoff import Configuration, OperatingPoint
+from dynexit.errors import UserError
+from dynexit.search.problem import Objective, Problem, objective_of, tie_breaking
+from dynexit.search.tables import MAX_POSITIONS, MAX_SAMPLES, OFF, Rows, Tables
+
+Exits = tuple[tuple[int, float], ...]
+
+_WARM_STEPS = 100  # the warm-started grid has steps of a hundredth ...
+_LOWEST_WARM = 40  # ... and reaches down to 0.40, where samples leave early: better optima are found coming from there
+_STARTS_UP_TO_SAMPLES = 65_536
+_STARTED_WEIGHTS = 12
+_TASKS_PER_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search chose at one accuracy weight: objective and operating point are those of the searched record."""
+
+    accuracy_weight: float
+    configuration: Configuration
+    objective: float
+    point: OperatingPoint
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration with its exact sums over the record."""
+
+    exits: Exits
+    correct: int
+    macs: int
+    exit_counts: tuple[int, ...]
+    """Samples leaving at each position, last at the end."""
+
+    def point(self, full_macs: int) -> OperatingPoint:
+        """Its operating point; equals the problem's `evaluate`."""
+        count = sum(self.exit_counts)
+        return OperatingPoint(
+            accuracy=self.correct / count,
+            macs=self.macs / count,
+            relative_macs=self.macs / (count * full_macs),
+            exit_fractions=tuple(leaving / count for leaving in self.exit_counts),
+            num_samples=count,
+        )
+
+
+class LineSearch:
+    """A record prepared once, and a configuration that moves over it."""
+
+    def __init__(self, problem: Problem, rows: Rows | None = None) -> None:
+        """`rows`: those of another search of the same record, to be shared."""
+        num_positions, num_heads, count = problem.confidence_PHN.shape
+        if num_positions > MAX_POSITIONS or count >= MAX_SAMPLES:
+            raise UserError(
+                f"the record has {num_positions} positions and {count} samples; at most {MAX_POSITIONS} positions and "
+                f"{MAX_SAMPLES - 1} samples can be searched; leave some out"
+            )
+        costs = problem.costs
+        self.problem = problem
+        self.rows = rows or Rows(problem.confidence_PHN, problem.correct_PHN, problem.base_correct_N)
+        self.tables = Tables(
+            self.rows,
+            np.array([*costs.backbone_macs, costs.full_macs], dtype=np.int64),
+            np.array(costs.head_macs, dtype=np.int64).reshape(num_positions, num_heads),
+        )
+
+    def descend(self, exits: Exits, objective: Objective) -> list[Candidate]:
+        """The configuration after each sweep over the positions, last to first; the last one is a fixed point.
+
+        At the fixed point no change of one position's head type, threshold or both lowers the objective. Ties keep what
+        is there, then prefer no exit, the first head type, and the highest threshold.
+        """
+        self.move_to(exits)
+        path = []
+        while self._sweep(objective) or not path:
+            path.append(self.candidate())
+        return path
+
+    def _sweep(self, objective: Objective) -> bool:
+        changed = False
+        for position in reversed(range(len(self.tables.head_P))):
+            head, threshold, gain = self.tables.best_exit(position, objective.per_mac, objective.per_correct)
+            changed |= gain > 0 or head != self.tables.head_P[position]
+            self.tables.move(position, head, threshold)
+        return changed
+
+    def move_to(self, exits: Exits) -> None:
+        """Sets the configuration."""
+        for position, (head, threshold) in enumerate(exits):
+            self.tables.move(position, head, threshold)
+
+    def candidate(self) -> Candidate:
+        """The configuration as it is now."""
+        heads, thresholds = self.tables.head_P.tolist(), self.tables.threshold_P.tolist()
+        costs = self.problem.costs
+        paid_P = [row[head] if head != OFF else 0 for row, head in zip(costs.head_macs, heads, strict=True)]
+        counts = self.tables.count_FQ.sum(axis=1).tolist()
+        path = costs.path_macs(np.array(paid_P, dtype=np.int64)).tolist()
+        return Candidate(
+            exits=tuple(zip(heads, thresholds, strict=True)),
+            correct=int(self.tables.right_F[0].sum()),
+            macs=sum(count * macs for count, macs in zip(counts, path, strict=True)),
+            exit_counts=tuple(counts),
+        )
+
+
+class Front:
+    """The trade-off of one record, better known with every weight asked for: `pool` keeps all candidates ever seen.
+
+    The objective is linear in the weight, so a candidate found at one weight is one for every other. Made by coordinate
+    descent along a grid of weights, upwards and downwards, each started from its neighbour's answer, and from `starts`
+    random configurations at a dozen weights where the record has at most 65,536 samples.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        lowest: float = 0.4,
+        normalize: bool = False,
+        starts: int = 4,
+        seed: int = 0,
+        workers: int = 1,
+    ) -> None:
+        """`lowest`: the least weight that will be asked for. `workers`: threads; they share the record."""
+        self.problem = problem
+        self.normalize = normalize
+        self.pool: dict[Exits, Candidate] = {}
+        self._search = LineSearch(problem)
+        self._ends: dict[tuple[Exits, float], Exits] = {}
+        # where the descent from a configuration at a weight ended
+        self._workers = workers
+        first = max(0, min(_LOWEST_WARM, int(lowest * _WARM_STEPS)))
+        grid = [step / _WARM_STEPS for step in range(first, _WARM_STEPS + 1)]
+        self._warm_sweep(grid)
+        if problem.num_samples <= _STARTS_UP_TO_SAMPLES and starts:
+            self._random_starts(grid[:: -(-len(grid) // _STARTED_WEIGHTS)], starts, np.random.default_rng(seed))
+
+    def solve(self, accuracy_weights: Sequence[float]) -> list[Candidate]:
+        """The best of the pool for each weight, descended from again while that finds something better for any.
+
+        No change of one position improves any of them at its own weight.
+        """
+        objectives = tie_breaking(self.problem, accuracy_weights, self.normalize)
+        while True:
+            starts = [
+                (candidate.exits, weight)
+                for candidate, weight in zip(self._best_of_pool(objectives), accuracy_weights, strict=True)
+            ]
+            tasks = [start for start in dict.fromkeys(starts) if start not in self._ends]
+            if not tasks:
+                return [self.pool[self._ends[start]] for start in starts]
+            self._descend_all(tasks)
+
+    def _best_of_pool(self, objectives: Iterable[Objective]) -> list[Candidate]:
+        candidates = list(self.pool.values())
+        correct = np.array([candidate.correct for candidate in candidates], dtype=np.float64)
+        macs = np.array([candidate.macs for candidate in candidates], dtype=np.float64)
+        costs = (objective.per_mac * macs - objective.per_correct * correct for objective in objectives)
+        return [candidates[int(np.argmin(cost))] for cost in costs]
+
+    def _warm_sweep(self, grid: Sequence[float]) -> None:
+        exits: Exits = ((OFF, 1.0),) * len(self.problem.costs.positions)
+        for weight in (*grid, *reversed(grid)):
+            exits = self._keep(exits, weight, self._descend(self._search, exits, weight))
+
+    def _random_starts(self, weights: Sequence[float], starts: int, generator: np.random.Generator) -> None:
+        confidence_PHN = self.problem.confidence_PHN
+        num_positions, num_heads, count = confidence_PHN.shape
+        tasks = []
+        for weight in np.repeat(weights, starts).tolist():
+            heads = generator.integers(OFF, num_heads, size=num_positions).tolist()
+            samples = generator.integers(count, size=num_positions)
+            exits = tuple(
+                (head, float(confidence_HN[head, sample])) if head != OFF else (OFF, 1.0)
+                for confidence_HN, head, sample in zip(confidence_PHN, heads, samples, strict=True)
+            )
+            tasks.append((exits, weight))
+        self._descend_all(tasks)
+
+    def _descend_all(self, tasks: Sequence[tuple[Exits, float]]) -> None:
+        blocks = [tasks[start : start + _TASKS_PER_BLOCK] for start in range(0, len(tasks), _TASKS_PER_BLOCK)]
+        if self._workers == 1 or len(blocks) == 1:
+            paths = [self._descend(self._search, *task) for task in tasks]
+        else:
+            with ThreadPoolExecutor(self._workers) as threads:
+                paths = [path for block in threads.map(self._descend_block, blocks) for path in block]
+        for (exits, weight), path in zip(tasks, paths, strict=True):
+            self._keep(exits, weight, path)
+
+    def _descend_block(self, block: Sequence[tuple[Exits, float]]) -> list[list[Candidate]]:
+        search = LineSearch(self.problem, self._search.rows)
+        return [self._descend(search, *task) for task in block]
+
+    def _descend(self, search: LineSearch, exits: Exits, weight: float) -> list[Candidate]:
+        (objective,) = tie_breaking(self.problem, [weight], self.normalize)
+        return search.descend(exits, objective)
+
+    def _keep(self, exits: Exits, weight: float, path: Sequence[Candidate]) -> Exits:
+        self.pool.update((candidate.exits, candidate) for candidate in path)
+        end = path[-1].exits
+        self._ends[exits, weight] = self._ends[end, weight] = end
+        return end
+
+
+def sweep(
+    problem: Problem,
+    accuracy_weights: Sequence[float],
+    *,
+    normalize: bool = False,
+    starts: int = 4,
+    seed: int = 0,
+    workers: int = 1,
+) -> list[SearchResult]:
+    """The best configuration found for each accuracy weight, in the order given; see Front for how.
+
+    The same arguments give the same answer; it does not depend on the number of workers.
+    Raises UserError for a weight outside [0, 1] and what `objective_of` refuses.
+    """
+    for weight in accuracy_weights:
+        objective_of(problem, weight, normalize)
+    if not accuracy_weights:
+        return []
+    front = Front(problem, lowest=min(accuracy_weights), normalize=normalize, starts=starts, seed=seed, workers=workers)
+    return results(problem, accuracy_weights, front.solve(accuracy_weights), normalize)
+
+
+def results(
+    problem: Problem, accuracy_weights: Sequence[float], candidates: Sequence[Candidate], normalize: bool = False
+) -> list[SearchResult]:
+    """The candidates as results of the weights they were chosen for."""
+    return [
+        SearchResult(
+            weight,
+            Configuration(candidate.exits),
+            objective_of(problem, weight, normalize)(candidate.correct, candidate.macs),
+            candidate.point(problem.costs.full_macs),
+        )
+        for weight, candidate in zip(accuracy_weights, candidates, strict=True)
+    ]

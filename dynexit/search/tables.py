@@ -1,0 +1,350 @@
+"""The compiled part of the exact search: sorted rows, tables of what leaving would change, the line search over them.
+
+A configuration decides, per sample, where it leaves (`first`) and where it would leave if not there (`second`). A table
+holds, per position, head type and bin of confidences, how many of the samples that arrive at the position would go on
+to leave at each later one, and how many would be right only there or only here. Tables hold integers and depend neither
+on the accuracy weight nor on MACs: a new weight reads them again, a new threshold updates the samples that cross it.
+
+Shapes: N samples, P positions, H head types, B bins, Q = F = P + 1 places to leave, the last the end.
+"""
+
+import math
+
+import numba
+import numpy as np
+
+OFF = -1
+EVERYONE = -1.0  # a threshold below every confidence: whoever arrives leaves
+MAX_POSITIONS = 62  # where a sample would leave is a bit each, in 64 with a sign
+MAX_SAMPLES = 1 << 30
+MAX_BINS = 1024
+# Below this two objectives count as equal: rounding of the final multiplication must not make the descent go in circles.
+EQUAL = 1e-12
+
+_INDEX = MAX_SAMPLES - 1  # of `order_PHN`: the sample; above it whether it is right, and whether the next one ties
+_CORRECT = 1 << 30
+_TIE = 1 << 31
+_BIN = (1 << 15) - 1  # of `code_PNH`: the bin; above it whether the sample is right
+_BULK = 16  # more than a sixteenth of the samples moved: the tables are made anew when next read
+_LATER, _HERE, _AT = 0, 1, 2  # columns of a table: right only later, right only here, and leaving at q in _AT + q
+
+_compiled = numba.njit(nogil=True, cache=True)
+
+
+class Rows:
+    """A record prepared for the search: every row sorted by falling confidence and cut into bins. Never changes."""
+
+    def __init__(self, confidence_PHN: np.ndarray, correct_PHN: np.ndarray, base_correct_N: np.ndarray) -> None:
+        num_positions, num_heads, count = confidence_PHN.shape
+        bins = min(MAX_BINS, max(1, math.isqrt(count)))
+        self.confidence_PHN = confidence_PHN
+        self.correct_PHN = correct_PHN
+        self.base_correct_N = base_correct_N
+        self.order_PHN = np.empty(confidence_PHN.shape, np.uint32)
+        """Samples by falling confidence, with two flags."""
+        self.edges_PHB = np.empty((num_positions, num_heads, bins + 1), np.int32)
+        """(P, H, B + 1) where each bin starts in `order_PHN`; equal confidences share a bin."""
+        self.code_PNH = np.empty((num_positions, count, num_heads), np.uint16)
+        """The bin of every sample, with a flag."""
+        for position in range(num_positions):
+            for head in range(num_heads):
+                _cut_row(
+                    _falling_keys(confidence_PHN[position, head]),
+                    np.ascontiguousarray(correct_PHN[position, head]),
+                    self.order_PHN[position, head],
+                    self.edges_PHB[position, head],
+                    self.code_PNH[position, :, head],
+                )
+
+
+class Tables:
+    """One configuration on prepared rows, with its tables; `move` changes an exit, `best_exit` finds the best one."""
+
+    def __init__(self, rows: Rows, path_macs_Q: np.ndarray, head_macs_PH: np.ndarray) -> None:
+        num_positions, num_heads, count = rows.confidence_PHN.shape
+        self.rows = rows
+        self.path_macs_Q = path_macs_Q
+        """int64, the backbone alone up to each position, last to the end."""
+        self.head_macs_PH = head_macs_PH
+        self.head_P = np.full(num_positions, OFF, np.int64)
+        self.threshold_P = np.ones(num_positions, np.float32)
+        self._leaves_N = np.full(count, 1 << num_positions, np.int64)
+        """Bit p: would leave at p if it arrives; bit P always."""
+        self._right_N = rows.base_correct_N.astype(np.int64) << num_positions
+        """Bit p: the enabled head at p is right; bit P: the backbone is."""
+        self._state_N = np.full(count, -1, np.int32)
+        """First, second (8 bits each), whether right at first, at second; -1 before it is known."""
+        bins = rows.edges_PHB.shape[2] - 1
+        self.table_PHB = np.zeros((num_positions, num_heads, bins, _AT + num_positions + 1), np.int32)
+        self.fresh_P = np.zeros(num_positions, np.bool_)
+        """Whether the tables of a position are those of the configuration."""
+        self.count_FQ = np.zeros((num_positions + 1, num_positions + 1), np.int64)
+        """Samples by first and second."""
+        self.right_F = np.zeros((2, num_positions + 1), np.int64)
+        """(2, F) samples right at first and at second, by first."""
+        self._update(np.arange(count))
+
+    def fork(self) -> "Tables":
+        """The same rows at the configuration without exits, free to move on their own."""
+        return Tables(self.rows, self.path_macs_Q, self.head_macs_PH)
+
+    def move(self, position: int, head: int, threshold: float) -> None:
+        """Sets the exit at one position; head -1 is none."""
+        new, old = np.float32(threshold), self.threshold_P[position]
+        if head == self.head_P[position] and (head == OFF or new == old):
+            return
+        rows, bit = self.rows, np.int64(1 << position)
+        if head == self.head_P[position]:
+            start = self._rank(position, head, max(new, old))
+            stop = self._rank(position, head, min(new, old))
+            crossing_M = (rows.order_PHN[position, head, start:stop] & np.uint32(_INDEX)).astype(np.int64)
+            self._leaves_N[crossing_M] ^= bit
+        else:
+            leaves_N, right_N = self._leaves_N & ~bit, self._right_N & ~bit
+            if head != OFF:
+                leaves_N |= np.where(rows.confidence_PHN[position, head] > new, bit, 0)
+                right_N |= np.where(rows.correct_PHN[position, head], bit, 0)
+            crossing_M = np.flatnonzero((leaves_N != self._leaves_N) | (right_N != self._right_N))
+            self._leaves_N, self._right_N = leaves_N, right_N
+        # exits behind the second choice of a sample do not concern it
+        crossing_M = crossing_M[((self._state_N[crossing_M] >> 8) & 255) >= position]
+        self.head_P[position], self.threshold_P[position] = head, new if head != OFF else 1
+        if len(crossing_M) * _BULK > len(self._state_N):
+            self.fresh_P[:] = False
+        self._update(crossing_M)
+
+    def _rank(self, position: int, head: int, threshold: np.float32) -> int:
+        """How many samples have a confidence above the threshold."""
+        order_N, confidence_N = self.rows.order_PHN[position, head], self.rows.confidence_PHN[position, head]
+        low, high = 0, len(order_N)
+        while low < high:
+            middle = (low + high) // 2
+            if confidence_N[order_N[middle] & _INDEX] > threshold:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _update(self, crossing_M: np.ndarray) -> None:
+        _update(
+            crossing_M,
+            self._leaves_N,
+            self._right_N,
+            self._state_N,
+            self.rows.code_PNH,
+            self.table_PHB,
+            np.flatnonzero(self.fresh_P),
+            self.count_FQ,
+            self.right_F,
+        )
+
+    def best_exit(self, position: int, per_mac: float, per_correct: float) -> tuple[int, float, float]:
+        """(head, threshold, gain) of the best exit at one position, the others fixed; the gain is in the objective.
+
+        Ties keep what is there, then prefer no exit, the first head type and the highest threshold. An exit that is no
+        better than none is removed.
+        """
+        if not self.fresh_P[position]:
+            _build(position, self._state_N, self.rows.code_PNH[position], self.table_PHB[position])
+            self.fresh_P[position] = True
+        head, last, following, gain = _best_exit(
+            position,
+            per_mac,
+            per_correct,
+            self.path_macs_Q,
+            self.head_macs_PH,
+            self.head_P,
+            self.count_FQ,
+            self.right_F,
+            self.table_PHB[position],
+            self.rows.edges_PHB[position],
+            self.rows.order_PHN[position],
+            self._state_N,
+        )
+        if last < 0:
+            return head, float(self.threshold_P[position]) if head != OFF else 1.0, gain
+        confidence_N = self.rows.confidence_PHN[position, head]
+        threshold = midpoint(confidence_N[last], confidence_N[following]) if following >= 0 else EVERYONE
+        return head, threshold, gain
+
+
+def midpoint(upper: float, lower: float) -> float:
+    """The float32 midpoint of two float32 confidences, or `lower` where the midpoint is not strictly below `upper`."""
+    middle = np.float32((float(upper) + float(lower)) / 2)
+    return float(middle) if middle < upper else float(lower)
+
+
+def _falling_keys(confidence_N: np.ndarray) -> np.ndarray:
+    """uint64, rising: the confidence's bits turned so that the highest comes first, and below them the sample."""
+    # the bits of a float of 0 or more sort like the float (+ 0 turns -0 into 0); one sort of 64 bits beats an argsort
+    key_N = ((confidence_N + np.float32(0)).view(np.uint32) ^ np.uint32(0xFFFFFFFF)).astype(np.uint64)
+    key_N <<= np.uint64(32)
+    key_N |= np.arange(len(key_N), dtype=np.uint64)
+    key_N.sort()
+    return key_N
+
+
+@_compiled
+def _cut_row(
+    key_N: np.ndarray, correct_N: np.ndarray, order_N: np.ndarray, edges_B: np.ndarray, code_N: np.ndarray
+) -> None:
+    """Finds the bins of one row, and packs them, correctness and ties into `order_N`, `edges_B` and `code_N`."""
+    count, bins = len(key_N), len(edges_B) - 1
+    bin_ = last = -1
+    tied = False
+    for i in range(count):
+        n = int(key_N[i]) & _INDEX
+        share = i * bins // count
+        if share > last and not tied:
+            bin_, last = bin_ + 1, share
+            edges_B[bin_] = i
+        tied = i + 1 < count and int(key_N[i + 1]) >> 32 == int(key_N[i]) >> 32
+        order_N[i] = n | (_CORRECT if correct_N[n] else 0) | (_TIE if tied else 0)
+        code_N[n] = bin_ | (int(correct_N[n]) << 15)
+    edges_B[bin_ + 1 :] = count
+
+
+@_compiled
+def _update(
+    crossing_M: np.ndarray,
+    leaves_N: np.ndarray,
+    right_N: np.ndarray,
+    state_N: np.ndarray,
+    code_PNH: np.ndarray,
+    table_PHB: np.ndarray,
+    fresh: np.ndarray,
+    count_FQ: np.ndarray,
+    right_F: np.ndarray,
+) -> None:
+    """Brings the states of these samples, the sums and the tables of the fresh positions up to the bits."""
+    num_positions = len(table_PHB)
+    for n in crossing_M:
+        leaves, right = leaves_N[n], right_N[n]
+        first = 0
+        while not (leaves >> first) & 1:
+            first += 1
+        second = first + (first < num_positions)
+        while not (leaves >> second) & 1:
+            second += 1
+        new = first | (second << 8) | (((right >> first) & 1) << 16) | (((right >> second) & 1) << 17)
+        old = state_N[n]
+        if new == old:
+            continue
+        state_N[n] = new
+        for sign in (-1, 1):
+            state = old if sign < 0 else new
+            if state < 0:
+                continue
+            first, second = state & 255, (state >> 8) & 255
+            right_first, right_second = (state >> 16) & 1, (state >> 17) & 1
+            count_FQ[first, second] += sign
+            right_F[0, first] += sign * right_first
+            right_F[1, first] += sign * right_second
+            for position in fresh:
+                if position < first:
+                    _enter(code_PNH[position, n], table_PHB[position], first, right_first, sign)
+                elif position == first:
+                    _enter(code_PNH[position, n], table_PHB[position], second, right_second, sign)
+
+
+@_compiled
+def _enter(code_H: np.ndarray, table_HB: np.ndarray, later: int, right_later: int, sign: int) -> None:
+    """Adds a sample that would leave at `later` to every head's table of a position, or takes it away."""
+    for head in range(len(code_H)):
+        code = code_H[head]
+        right_here = code >> 15
+        row = table_HB[head, code & _BIN]
+        row[_LATER] += sign * (right_later & (1 - right_here))
+        row[_HERE] += sign * ((1 - right_later) & right_here)
+        row[_AT + later] += sign
+
+
+@_compiled
+def _build(position: int, state_N: np.ndarray, code_NH: np.ndarray, table_HB: np.ndarray) -> None:
+    """Makes the tables of one position from the states of all samples."""
+    table_HB[:] = 0
+    for n in range(len(state_N)):
+        state = state_N[n]
+        first = state & 255
+        if first > position:
+            _enter(code_NH[n], table_HB, first, (state >> 16) & 1, 1)
+        elif first == position:
+            _enter(code_NH[n], table_HB, (state >> 8) & 255, (state >> 17) & 1, 1)
+
+
+@_compiled
+def _best_exit(
+    position: int,
+    per_mac: float,
+    per_correct: float,
+    path_macs_Q: np.ndarray,
+    head_macs_PH: np.ndarray,
+    head_P: np.ndarray,
+    count_FQ: np.ndarray,
+    right_F: np.ndarray,
+    table_HB: np.ndarray,
+    edges_HB: np.ndarray,
+    order_HN: np.ndarray,
+    state_N: np.ndarray,
+) -> tuple[int, int, int, float]:
+    """(head, last sample to leave, first arriving sample to stay, gain); samples are -1 where there is none or no change."""
+    num_positions, num_heads = head_macs_PH.shape
+    bins, current = table_HB.shape[1], head_P[position]
+    # MACs saved by leaving here instead of at each later place, the head here aside
+    saved_Q = np.zeros(num_positions + 1, np.int64)
+    heads = 0
+    for later in range(position + 1, num_positions + 1):
+        if later < num_positions and head_P[later] != OFF:
+            heads += head_macs_PH[later, head_P[later]]
+        saved_Q[later] = path_macs_Q[later] - path_macs_Q[position] + heads
+    arrived = count_FQ[position:].sum()
+    kept = 0.0
+    if current != OFF:
+        macs = head_macs_PH[position, current] * arrived - (count_FQ[position] * saved_Q).sum()
+        kept = per_mac * macs - per_correct * (right_F[0, position] - right_F[1, position])
+    best, best_head, best_last = min(0.0, kept - EQUAL), OFF, -1
+    # leaving costs a sample that is right only later at most this, and any other nothing
+    steepest = max(0.0, per_correct - per_mac * saved_Q[position + 1])
+    change_B, saved_B, gained_B = np.empty(bins), np.empty(bins + 1, np.int64), np.empty(bins + 1, np.int64)
+    for head in range(num_heads):
+        paid = head_macs_PH[position, head] * arrived
+        saved_B[0] = gained_B[0] = 0
+        lowest = np.inf
+        for b in range(bins):
+            row = table_HB[head, b]
+            saved = 0
+            for later in range(position + 1, num_positions + 1):
+                saved += row[_AT + later] * saved_Q[later]
+            saved_B[b + 1] = saved_B[b] + saved
+            gained_B[b + 1] = gained_B[b] + row[_HERE] - row[_LATER]
+            change_B[b] = per_mac * (paid - saved_B[b + 1]) - per_correct * gained_B[b + 1]
+            lowest = min(lowest, change_B[b])
+        for b in range(bins):
+            # no threshold inside the bin is better than this bound; EQUAL covers its rounding
+            bound = change_B[b] - steepest * table_HB[head, b, _LATER] - EQUAL
+            if bound >= best or bound > lowest:
+                continue
+            saved, gained, last = saved_B[b], gained_B[b], -1
+            for i in range(edges_HB[head, b], edges_HB[head, b + 1]):
+                packed = order_HN[head, i]
+                state = state_N[packed & _INDEX]
+                first = state & 255
+                if first >= position:
+                    later, right = (first, state >> 16) if first > position else ((state >> 8) & 255, state >> 17)
+                    saved += saved_Q[later]
+                    gained += ((packed >> 30) & 1) - (right & 1)
+                    last = i
+                if last >= 0 and not packed >> 31:
+                    change = per_mac * (paid - saved) - per_correct * gained
+                    if change < best:
+                        best, best_head, best_last = change, head, last
+                    last = -1
+    if best_last < 0:
+        unneeded = current != OFF and kept >= 0
+        return (OFF if unneeded else current), -1, -1, (kept if unneeded else 0.0)
+    order_N = order_HN[best_head]
+    for i in range(best_last + 1, order_N.shape[0]):
+        following = order_N[i] & _INDEX
+        if (state_N[following] & 255) >= position:
+            return best_head, order_N[best_last] & _INDEX, following, kept - best
+    return best_head, order_N[best_last] & _INDEX, -1, kept - best

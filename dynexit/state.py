@@ -1,0 +1,36 @@
+"""What is known of a point from the files it left: no model, no tensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynexit.run_dir import DONE, FAILED, job_dir, read_json
+from dynexit.sweep import Point, digest
+
+JOBS_OF_A_POINT = ("prepare", "train", "record", "search")
+
+
+def finished_jobs(point: Point, study_dir: Path) -> list[str]:
+    """The jobs of the point that left DONE, in order."""
+    return [job for job in JOBS_OF_A_POINT if (job_dir(study_dir, job, point.ids[job]) / DONE).is_file()]
+
+
+def failure_reason(point: Point, study_dir: Path) -> str | None:
+    """Why the point's training failed, or None."""
+    try:
+        reason: str = read_json(job_dir(study_dir, "train", point.id) / FAILED)["reason"]
+    except FileNotFoundError:
+        return None
+    return reason
+
+
+def missing_reason(point: Point, study_dir: Path) -> str:
+    """Why a point is not in the report, as a sentence."""
+    finished = finished_jobs(point, study_dir)
+    missing = next((job for job in JOBS_OF_A_POINT if job not in finished), "report")
+    return failure_reason(point, study_dir) or f"{point.label}: {missing} is not done"
+
+
+def report_identity(points: Sequence[Point], study_dir: Path) -> str:
+    """The id of a report: that of every point in it, of those that failed, and of the report's own settings."""
+    found = [[point.ids["search"], "search" in finished_jobs(point, study_dir)] for point in points]
+    return digest([found, points[0].config.report.model_dump(mode="json")])

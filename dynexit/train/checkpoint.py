@@ -1,0 +1,66 @@
+"""Checkpoints of a running job: written whole, the two newest kept, a damaged one passed over.
+
+A checkpoint is a safetensors file and, written after it, a JSON file with its SHA-256 and the facts that are no
+tensors. Without its JSON file a checkpoint does not exist.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from dynexit.errors import Failure
+from dynexit.run_dir import atomic_write, read_json, sha256_file, write_json
+
+_KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints in `directory`, one due every `seconds`."""
+
+    def __init__(self, directory: Path, seconds: float = 60.0) -> None:
+        self.directory, self.seconds = directory, seconds
+        self._last_saved = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether `seconds` have passed since the last save (or since the start)."""
+        return time.monotonic() - self._last_saved >= self.seconds
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Writes the state after `step` steps and removes all but the two newest. Raises Failure on a full disk."""
+        path = self.directory / f"checkpoint-{step:010d}.safetensors"
+        with atomic_write(path) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            digest = sha256_file(temporary)
+        write_json(path.with_suffix(".json"), {"sha256": digest, "step": step, "facts": facts})
+        for old in self._complete()[_KEPT:]:
+            old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
+        self._last_saved = time.monotonic()
+
+    def _complete(self) -> list[Path]:
+        """The JSON files, newest first."""
+        return sorted(self.directory.glob("checkpoint-*.json"), reverse=True)
+
+    def latest(self, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, facts) of the newest checkpoint that is whole, or None; says which damaged ones it passed over."""
+        for path in self._complete():
+            weights = path.with_suffix(".safetensors")
+            try:
+                described = read_json(path)
+                data = weights.read_bytes()
+                if hashlib.sha256(data).hexdigest() != described["sha256"]:
+                    raise Failure("its SHA-256 is not the one that was written")
+                return load(data), described["facts"]
+            except (Failure, OSError, KeyError, TypeError) as error:
+                say(f"checkpoint {weights} is damaged ({error}); falling back to the one before")
+        return None
+
+    def clear(self) -> None:
+        """Removes every checkpoint, and the folder where it holds nothing else."""
+        for path in self.directory.glob("checkpoint-*"):
+            path.unlink(missing_ok=True)

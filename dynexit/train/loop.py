@@ -1,0 +1,116 @@
+"""The one training loop: epochs of batches, checkpoints by time, a clean stop on a signal.
+
+What is trained is a Task; the loop knows of no model. The batches of an epoch follow from (seed, epoch) alone, so a
+position in the run is two numbers, and a run that was killed and resumed goes through the same batches.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dynexit.data import Batch, Split, epoch_batches, load_batches
+from dynexit.dist import Ranks
+from dynexit.errors import Interrupted
+from dynexit.progress import Progress
+from dynexit.train.checkpoint import Checkpoints
+
+
+class Task(Protocol):
+    """Something that is trained batch by batch."""
+
+    def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
+        """One update from this rank's part of a batch, `share` of the whole one; returns losses to show."""
+
+    def end_epoch(self, epoch: int) -> None:
+        """Evaluation and whatever else belongs between epochs."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step depends on: tensors, and facts that JSON can hold."""
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Puts back what `state` gave."""
+
+
+def fit(
+    task: Task,
+    split: Split,
+    *,
+    num_epochs: int,
+    global_batch_size: int,
+    seed: int,
+    ranks: Ranks,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    num_workers: int = 0,
+) -> None:
+    """Trains `task` on `split` for `num_epochs`, going on from the newest whole checkpoint where there is one.
+
+    Raises Interrupted, after saving, where SIGINT, SIGTERM or SIGUSR2 came; KeyboardInterrupt at a second SIGINT.
+    """
+    epoch = position = 0
+    saved = checkpoints.latest(progress.say)
+    if saved is not None:
+        tensors, facts = saved
+        task.restore(tensors, facts["task"])
+        epoch, position = facts["epoch"], facts["position"]
+        progress.say(f"goes on after epoch {epoch}, batch {position}")
+    per_epoch = -(-len(split) // global_batch_size)
+    progress.start(num_epochs * per_epoch, epoch * per_epoch + position)
+
+    def save() -> None:
+        tensors, facts = task.state()
+        if ranks.is_main:
+            checkpoints.save(progress.step, tensors, {"epoch": epoch, "position": position, "task": facts})
+
+    with _stop_signals() as stop_requested:
+        while epoch < num_epochs:
+            batches = epoch_batches(len(split), global_batch_size, seed, epoch)[position:]
+            shares = [ranks.share(batch) for batch in batches]
+            for whole, batch in zip(batches, load_batches(split, shares, num_workers), strict=True):
+                figures = task.train_step(_to_device(batch, ranks), len(batch[0]) / len(whole))
+                position += 1
+                progress.advance(len(whole), figures)
+                if position < per_epoch and ranks.any(stop_requested.is_set()):
+                    save()
+                    raise Interrupted(
+                        f"stopped by a signal in epoch {epoch} after batch {position}; the state is saved"
+                    )
+                if position < per_epoch and ranks.any(checkpoints.due()):
+                    save()
+            task.end_epoch(epoch)
+            epoch, position = epoch + 1, 0
+            if ranks.any(stop_requested.is_set() or checkpoints.due()):
+                save()
+            if ranks.any(stop_requested.is_set()):
+                raise Interrupted(f"stopped by a signal after epoch {epoch - 1}; the state is saved")
+    progress.finish()
+
+
+def _to_device(batch: Batch, ranks: Ranks) -> Batch:
+    index, images, labels = batch
+    return index, images.to(ranks.device, non_blocking=True), labels.to(ranks.device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT, SIGTERM or SIGUSR2 sets; a second SIGINT interrupts at once."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested  # signals cannot be caught here
+        return
+
+    def request(number: int, frame: object) -> None:
+        if requested.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        requested.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,58 @@
+"""Where each member stands in JEI-DNN's schedule: warm-up, then alternating phases, the learning rate along them.
+
+Source: JEI-DNN (arXiv 2310.09163), section 5. Members that share a seed form a group: their schedule is the same, and
+their warm-up too, since it does not depend on ce_ic_tradeoff.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from dynexit.config import JeiDnn, Train
+
+WARM_UP, JOINT = "warm-up", "joint"
+TERMS = ("warm-up loss", "gate loss", "head loss")
+
+
+@dataclasses.dataclass
+class Group:
+    """Members of one seed; its first member, the leader, is the one that is trained during the warm-up."""
+
+    members: list[int]
+    stage: str
+    warm_up_epochs: int = 0
+    joint_epochs: int = 0
+    phase_step: int = 0  # joint batches since the alternation began
+    best_accuracy: list[float] = dataclasses.field(default_factory=list)  # per exit, on validation, of the warm-up
+    impatience: list[int] = dataclasses.field(default_factory=list)  # epochs without a better one
+    frozen: list[bool] = dataclasses.field(default_factory=list)  # exits whose warm-up has ended
+
+    @property
+    def leader(self) -> int:
+        return self.members[0]
+
+    def term(self, method: JeiDnn) -> int:
+        """Index into TERMS of the loss that the next batch brings down."""
+        if self.stage == WARM_UP:
+            return 0
+        return 1 + self.phase_step // method.bilevel_batch_count % 2
+
+    def learning_rate(self, settings: Train) -> float:
+        """Constant in the warm-up, then a cosine over num_epochs, stepped once per joint epoch only."""
+        low, high = settings.min_learning_rate, settings.learning_rate
+        return low + (high - low) * (1 + math.cos(math.pi * self.joint_epochs / settings.num_epochs)) / 2
+
+
+def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnn) -> list[Group]:
+    """One group per seed, in order of their first members."""
+    stage = WARM_UP if method.max_warm_up_epochs else JOINT
+    return [
+        Group(
+            members=[i for i, other in enumerate(seeds) if other == seed],
+            stage=stage,
+            best_accuracy=[-1.0] * num_gates,
+            impatience=[0] * num_gates,
+            frozen=[False] * num_gates,
+        )
+        for seed in dict.fromkeys(seeds)
+    ]

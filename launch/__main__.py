@@ -1,0 +1,198 @@
+"""The command line: parse, plan, submit, print. No logic, and no torch before a job needs it."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynexit.sweep import Study
+    from launch.plan import Job
+
+STAGES = ("prepare", "train", "record", "search", "report")
+JOB_HELP = {
+    "run": "do all jobs that are missing, in order, up to the report",
+    "prepare": "fit the backbone to the data set",
+    "train": "train exit heads and gates of every point",
+    "record": "record what every exit says of validation and test",
+    "search": "find the best exit configuration for every preference",
+    "report": "put all points side by side: table, figures, page, MLflow",
+    "infer": "classify with the best configuration within infer.relative_macs",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="dynexit", description="Turns a frozen image classifier into a family of early-exit networks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in JOB_HELP.items():
+        command = _study_command(commands, name, text + ", and what it needs" * (name not in ("run", "prepare")))
+        command.add_argument(
+            "--on", choices=("here", "local"), default="here", help="in this process, or local processes"
+        )
+        command.add_argument("--dry-run", action="store_true", help="print points, packs, ids and resources only")
+    _study_command(commands, "status", "state, step, last figures and log of every point")
+    _study_command(commands, "config", "the resolved study: every key with its meaning, unit and default")
+    _study_command(commands, "ui", "MLflow's page on the study's results")
+    return parser
+
+
+def _study_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    command.add_argument("study", type=Path, metavar="STUDY.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the study's keys")
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status: 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
+    options = build_parser().parse_args(arguments)
+    from dynexit.errors import Failure, Interrupted, UserError
+
+    try:
+        return _dispatch(options)
+    except UserError as error:
+        print(f"dynexit: {error}", file=sys.stderr)
+        return 2
+    except Failure as error:
+        print(f"dynexit: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Interrupted) as stop:
+        print(f"dynexit: {stop or 'interrupted'}; the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    from dynexit.config_io import load_study, resolved_yaml
+
+    study = load_study(options.study, options.overrides)
+    if options.command == "config":
+        print(resolved_yaml(study), end="")
+        return 0
+    if options.command == "status":
+        from launch.status import study_status, table
+
+        print(table(study_status(study)))
+        return 0
+    if options.command == "ui":
+        return _open_ui(study)
+    return _run(study, options)
+
+
+def _run(study: "Study", options: argparse.Namespace) -> int:
+    from launch.plan import check_identity
+    from launch.submit import hold
+
+    stages = STAGES if options.command in ("run", "infer") else STAGES[: STAGES.index(options.command) + 1]
+    if options.dry_run:
+        return _print_plan(study, stages, options)
+    _check_models(study)
+    with hold(study.directory):
+        check_identity(study)
+        return _run_stages(study, stages, options)
+
+
+def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
+    from dynexit.config_io import resolved_yaml
+    from dynexit.run_dir import write_text
+    from launch.plan import Job, missing_jobs, report_is_done
+
+    failures: list[str] = []
+    write_text(study.directory / "study.yaml", resolved_yaml(study, with_meanings=False))
+    did_something = False
+    left = study
+    for stage in stages:
+        if stage == "report":
+            jobs = [] if report_is_done(study) else [Job("report", study.points, study.directory)]
+        else:
+            jobs = missing_jobs(left, stage, check_bytes=True)
+        if jobs:
+            did_something = True
+            failures += _run_jobs(jobs, options.on, study)
+        if stage != "report":
+            left = dataclasses.replace(left, points=_finished(left, stage))
+            if not left.points:
+                break
+    if not did_something and options.command != "infer":
+        print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
+    if "report" in stages and left.points:
+        _print_result(study)
+    if options.command == "infer" and not failures:
+        failures += _run_jobs([Job("infer", left.points, study.directory)], options.on, study)
+    for text in failures:
+        print(f"dynexit: {text}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _finished(study: "Study", stage: str) -> tuple:  # type: ignore[type-arg]
+    from dynexit.state import finished_jobs
+
+    return tuple(point for point in study.points if stage in finished_jobs(point, study.directory))
+
+
+def _run_jobs(jobs: "Sequence[Job]", where: str, study: "Study") -> list[str]:
+    from launch.submit import run_here, run_local
+
+    return run_here(jobs) if where == "here" else run_local(jobs, study.directory / "submitted")
+
+
+def _check_models(study: "Study") -> None:
+    """Builds one model of every kind that is not trained yet: what does not fit is found before anything starts."""
+    from launch.plan import missing_jobs
+
+    kinds = {}
+    for stage in ("prepare", "train"):
+        for job in missing_jobs(study, stage):
+            for point in job.points:
+                kinds[repr((point.config.data, point.config.backbone, point.config.exits))] = point.config
+    if kinds:
+        from dynexit.assemble import check_model
+        from dynexit.errors import UserError
+
+        mistakes = []
+        for config in kinds.values():
+            try:
+                check_model(config)
+            except UserError as error:
+                mistakes.append(str(error))
+        if mistakes:
+            raise UserError("\n".join(dict.fromkeys(mistakes)))
+
+
+def _print_plan(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
+    from launch.plan import describe_plan
+
+    _check_models(study)
+    print(describe_plan(study, stages, options.on))
+    return 0
+
+
+def _print_result(study: "Study") -> None:
+    from dynexit.report.aggregate import read_csv
+    from dynexit.report.terminal import short_table
+
+    directory = study.directory / "report"
+    print(short_table(read_csv(directory / "operating_points.csv")))
+    print(f"report: {directory / 'report.html'}")
+
+
+def _open_ui(study: "Study") -> int:
+    config = study.config
+    uri = config.report.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = uri or f"sqlite:///{(Path(config.runs_dir) / 'mlflow.db').resolve()}"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

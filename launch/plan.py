@@ -1,0 +1,143 @@
+"""Study -> points -> packs -> jobs: what is missing, and what can be done together."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynexit.errors import UserError
+from dynexit.run_dir import DONE, is_done, job_dir, read_json, write_json
+from dynexit.state import report_identity
+from dynexit.sweep import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Work for one process (or one group of ranks): the stage and the points it is done for."""
+
+    stage: str
+    points: tuple[Point, ...]
+    study_dir: Path
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.stage} {len(self.points)} points"
+            if len(self.points) > 1
+            else f"{self.stage} {self.points[0].label}"
+        )
+
+
+def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list[Job]:
+    """The jobs of a stage (not report) that are not done yet, in order.
+
+    Raises Failure, naming the file, where something finished was damaged.
+    """
+    points = [
+        point
+        for point in study.points
+        if not is_done(job_dir(study.directory, stage, point.ids[stage]), point.ids[stage], check_bytes=check_bytes)
+    ]
+    if stage == "prepare":
+        groups = list({point.ids["prepare"]: [point] for point in reversed(points)}.values())[::-1]
+    elif stage == "search":
+        groups = [points] if points else []
+    else:
+        groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study))
+    return [Job(stage, tuple(group), study.directory) for group in groups]
+
+
+def make_packs(
+    points: Sequence[Point], members_per_pack: int, unfinished: Sequence[Sequence[str]] = ()
+) -> list[list[Point]]:
+    """Points that differ only in PACK_KEYS, together, at most `members_per_pack` in one.
+
+    Packs that were begun before (`unfinished`: lists of ids) stay as they were, so that their checkpoints serve.
+    """
+    by_id = {point.id: point for point in points}
+    packs = []
+    for ids in unfinished:
+        if all(identity in by_id for identity in ids):
+            packs.append([by_id.pop(identity) for identity in ids])
+    groups: dict[str, list[Point]] = {}
+    for point in by_id.values():
+        groups.setdefault(_pack_key(point), []).append(point)
+    for group in groups.values():
+        packs += [group[i : i + members_per_pack] for i in range(0, len(group), members_per_pack)]
+    return packs
+
+
+def _pack_key(point: Point) -> str:
+    config = point.config
+    method = json.loads(canonical_json(config.jei_dnn))
+    for name in PACK_KEYS:
+        method.pop(name.rpartition(".")[2], None)
+    sections = (config.exits, config.train, config.record)
+    return digest([point.ids["prepare"], method, *(canonical_json(section) for section in sections)])
+
+
+def unfinished_packs(study: Study) -> list[list[str]]:
+    """Ids of the members of every pack that left a checkpoint, in the order of their folders."""
+    folders = sorted({path.parent for path in (study.directory / "pack").glob("*/checkpoint-*.json")})
+    return [read_json(folder / "members.json") for folder in folders if (folder / "members.json").is_file()]
+
+
+def check_identity(study: Study) -> None:
+    """Raises UserError where the study's run directory was made by another configuration; else notes this one there.
+
+    The grid may grow and shrink, and what only searches or reports may change; a fixed key that every point's
+    training depends on may not, or results that do not belong together would stand in one table.
+    """
+    path = study.directory / "study.json"
+    values = fixed_values(study)
+    try:
+        before = read_json(path)
+    except FileNotFoundError:
+        before = values
+    for name, value in values.items():
+        if name in before and before[name] != value:
+            raise UserError(
+                f"{study.directory} was made by another configuration: {name} was {before[name]!r} there and is "
+                f"{value!r} now; choose another folder with name=NAME, sweep the key, or move {study.directory} aside"
+            )
+    if before is values or before != values:
+        write_json(path, values)
+
+
+def report_is_done(study: Study) -> bool:
+    """Whether the report of just these points, with what of them is finished now, is there and whole."""
+    directory = study.directory / "report"
+    try:
+        found = read_json(directory / DONE)["id"]
+    except FileNotFoundError:
+        return False
+    identity = report_identity(study.points, study.directory)
+    return found == identity and is_done(directory, identity, check_bytes=True)
+
+
+def describe_plan(study: Study, stages: Sequence[str], where: str) -> str:
+    """Points, packs, ids and resources of what would be done, as text."""
+    dist = study.config.dist
+    lines = [f"study {study.config.name}: {len(study.points)} points in {study.directory}"]
+    lines += [f"  point {point.id}  {point.label}" for point in study.points]
+    left = study
+    for stage in stages:
+        if stage == "report":
+            lines.append("report: " + ("done" if report_is_done(study) else "1 job"))
+            continue
+        jobs = missing_jobs(left, stage)
+        lines.append(f"{stage}: {len(jobs)} jobs" if jobs else f"{stage}: done")
+        lines += [f"  {_job_line(job)}" for job in jobs]
+    threads = dist.num_threads or os.cpu_count()
+    lines.append(
+        f"resources: --on {where}, device {dist.device}, {threads} threads a process, {dist.num_workers} loading "
+        f"processes, at most {dist.members_per_pack} points a pack, {dist.timeout_minutes} minutes a job"
+    )
+    return "\n".join(lines)
+
+
+def _job_line(job: Job) -> str:
+    ids = list(dict.fromkeys(point.ids[job.stage] for point in job.points))
+    shown = " ".join(ids[:4]) + (f" ... {ids[-1]}" if len(ids) > 5 else "" if len(ids) < 5 else f" {ids[4]}")
+    return f"{job.name}: {shown}"

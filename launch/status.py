@@ -1,0 +1,106 @@
+"""What runs, what is done, what failed and why: read from the files that the jobs leave."""
+
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from dynexit.run_dir import PROGRESS, job_dir, read_json
+from dynexit.state import JOBS_OF_A_POINT, failure_reason, finished_jobs
+from dynexit.sweep import Point, Study
+
+
+@dataclasses.dataclass(frozen=True)
+class PointStatus:
+    """A point's line in the table."""
+
+    point: str
+    id: str
+    state: str
+    step: str
+    figures: str
+    log: str
+
+
+def study_status(study: Study) -> list[PointStatus]:
+    """The state of every point, in the order of the sweep."""
+    held = _is_held(study.directory)
+    packs = _pack_folders(study.directory)
+    return [_point_status(study, point, held, packs) for point in study.points]
+
+
+def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]) -> PointStatus:
+    finished = finished_jobs(point, study.directory)
+    folder = packs.get(point.id)
+    log = (
+        folder / "log.txt"
+        if folder is not None
+        else job_dir(study.directory, "prepare", point.ids["prepare"]) / "log.txt"
+    )
+    reason = failure_reason(point, study.directory)
+    state, step, figures = "waiting", "", ""
+    if reason is not None:
+        state, figures = "failed", reason
+    elif len(finished) == len(JOBS_OF_A_POINT):
+        state, figures = "done", _last_figures(study.directory, point)
+    elif finished or folder is not None:
+        job = next(job for job in JOBS_OF_A_POINT if job not in finished)
+        progress = _progress(folder) if job == "train" and folder is not None else {}
+        state = f"{job} {'running' if held else 'to do'}"
+        step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
+        figures = " ".join(f"{name} {float(value):.4g}" for name, value in progress.get("figures", {}).items())
+        if "train" in finished:
+            figures = _last_figures(study.directory, point)
+    elif held:
+        state = "waiting (prepare running)"
+    return PointStatus(point.label, point.id, state, step, figures, str(log) if log.is_file() else "")
+
+
+def _last_figures(study_dir: Path, point: Point) -> str:
+    """Accuracy and cost on validation at the end of the training."""
+    lines = (job_dir(study_dir, "train", point.id) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    if "validation_accuracy" not in last:
+        return ""
+    return (
+        f"validation {100 * last['validation_accuracy']:.2f} % at {last['validation_relative_macs']:.3f} relative MACs"
+    )
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = read_json(folder / PROGRESS)
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def _pack_folders(study_dir: Path) -> dict[str, Path]:
+    """The newest folder of a pack that each point is or was a member of."""
+    folders = sorted((study_dir / "pack").glob("*/members.json"), key=lambda path: path.stat().st_mtime)
+    return {identity: path.parent for path in folders for identity in read_json(path)}
+
+
+def _is_held(study_dir: Path) -> bool:
+    """Whether a launcher works on the study now."""
+    try:
+        with (study_dir / ".lock").open("r+", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def table(statuses: list[PointStatus]) -> str:
+    """The states as a table of text, with a line of counts."""
+    names = [field.name for field in dataclasses.fields(PointStatus)]
+    cells = [names, *([getattr(status, name) for name in names] for status in statuses)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    counts: dict[str, int] = {}
+    for status in statuses:
+        counts[status.state] = counts.get(status.state, 0) + 1
+    return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])

@@ -1,0 +1,143 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynexit.report import figures
+from dynexit.report.aggregate import by_seed, front_of
+from dynexit.report.published import PublishedPoint
+from tests.report.synthetic_rows import synthetic_rows
+
+ROWS = synthetic_rows(tradeoffs=(0.1, 1.0, 5.0), accuracy_weights=(0.5, 0.7, 0.8, 0.9, 0.95))
+METHODS = synthetic_rows((0.1, 1.0), (0, 1, 2), (0.5, 0.8, 0.95), ("jei_dnn", "dyce", "boosted"))
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws and gives the axes instead of a file."""
+    kept = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
+
+    def draw(function, *arguments, **options):
+        function(*arguments[:1], tmp_path / "x.png", *arguments[1:], **options)
+        return kept[-1].axes[0]
+
+    return draw
+
+
+def labels(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
+
+
+def test_the_picture_is_sharp_and_the_same_every_time(tmp_path):
+    for name in ("a.png", "b.png"):
+        figures.pareto_figure(ROWS, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (1440, 864)
+        assert image.info["dpi"] == pytest.approx((160, 160), abs=0.1)
+        assert image.getpixel((2, 2))[:3] == (255, 255, 255)
+    figures.pareto_figure(ROWS, tmp_path / "c.png", theme="dark")
+    with Image.open(tmp_path / "c.png") as image:
+        assert max(image.getpixel((2, 2))[:3]) < 40
+
+
+def test_the_front_is_drawn_with_test_values_of_points_chosen_on_validation(drawn):
+    axes = drawn(figures.pareto_figure, ROWS)
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "search, front chosen on validation"]
+    allowed = {(p.test.relative_macs, p.test.accuracy) for p in front_of(r for r in ROWS if r.source == "search")}
+    shown = set(zip(*line.get_data(), strict=True))
+    assert shown
+    assert shown <= allowed
+    assert list(line.get_xdata()) == sorted(line.get_xdata())
+
+
+def test_gates_backbone_and_seeds_are_all_there(drawn):
+    axes = drawn(figures.pareto_figure, ROWS)
+    offsets = {tuple(point) for dots in axes.collections for point in np.asarray(dots.get_offsets()).tolist()}
+    gates = {(r.relative_macs, r.accuracy) for r in ROWS if r.source == "gates" and r.split == "test"}
+    assert gates <= offsets
+    backbone = next(r.accuracy for r in ROWS if r.source == "backbone" and r.split == "test")
+    assert any(list(line.get_ydata()) == [backbone, backbone] for line in axes.get_lines())
+    assert f"backbone {100 * backbone:.2f} %" in [text.get_text() for text in axes.texts]
+    assert labels(axes)[-2:] == ["gates, seed 0", "gates, seed 1"]
+    assert [text.get_text() for text in axes.figure.axes[1].get_yticklabels()] == ["0.1", "1", "5"]
+
+
+def test_budget_curves_take_the_best_on_validation():
+    groups = by_seed(r for r in METHODS if r.source == "search" and r.method == "jei_dnn")
+    budgets, accuracy_SB = figures.budget_curves(groups)
+    assert accuracy_SB.shape == (3, len(budgets))
+    for group, accuracy_B in zip(groups, accuracy_SB, strict=True):
+        tests = {r.key: r.accuracy for r in group if r.split == "test"}
+        for budget, accuracy in zip(budgets[::40], accuracy_B[::40], strict=True):
+            affordable = [r for r in group if r.split == "validation" and r.relative_macs <= budget]
+            best = max(affordable, key=lambda r: (r.accuracy, -r.relative_macs))
+            assert accuracy == tests[best.key]
+    assert figures.budget_curves([])[1].size == 0
+
+
+def test_several_methods_have_a_colour_and_a_band_each(drawn):
+    published = [
+        PublishedPoint("jei_dnn", 0.9, 0.6),
+        PublishedPoint("jei_dnn", 0.8, 0.4),
+        PublishedPoint("old", 0.5, 0.3),
+    ]
+    axes = drawn(figures.pareto_figure, METHODS, published)
+    assert labels(axes)[:3] == [f"search, {method}, 3 seeds" for method in ("boosted", "dyce", "jei_dnn")]
+    assert labels(axes)[-2:] == ["published: jei_dnn", "published: old"]
+    assert len({line.get_color() for line in axes.get_lines() if line.get_label().startswith("search")}) == 3
+    assert len(axes.figure.axes) == 1, "no bar of tradeoffs where a colour is a method"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [r for r in ROWS if r.source == "backbone"],
+        [r for r in ROWS if r.source == "gates"],
+        [r for r in ROWS if r.split == "validation"],
+        [replace(r, seed=None, ce_ic_tradeoff=None) for r in ROWS],
+        [replace(r, ce_ic_tradeoff=0.0) for r in ROWS],
+        [replace(r, seed=seed, point_id=f"{seed}") for seed in range(13) for r in ROWS if r.source == "gates"],
+        [
+            replace(r, accuracy=r.accuracy - 0.01 * i, point_id=str(i))
+            for i in range(3)
+            for r in ROWS
+            if r.source == "backbone"
+        ],
+    ],
+    ids=["none", "backbone", "gates", "validation", "no seed", "zero tradeoff", "13 seeds", "3 backbones"],
+)
+def test_any_part_may_be_missing(rows, tmp_path):
+    figures.pareto_figure(rows, tmp_path / "a.png")
+    figures.exit_share_figure(rows, tmp_path / "b.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.png"}
+
+
+def test_the_bars_are_the_shares_on_test(drawn):
+    axes = drawn(figures.exit_share_figure, ROWS, [*"abcdefg", "end"], most=5)
+    bars = [[bar.get_height() for bar in container] for container in axes.containers]
+    shown = {tuple(shares) for shares in np.array(bars).T.round(9).tolist()}
+    assert 2 <= len(shown) <= 5
+    assert shown <= {tuple(np.round(p.test.exit_fractions, 9).tolist()) for p in front_of(ROWS)}
+    assert labels(axes) == ["end", *"gfedcba"]
+
+
+def test_points_with_fewer_exits_still_end_with_the_backbone(drawn):
+    rows = [replace(r, exit_fractions=(0.25, 0.75)) if r.source == "backbone" else r for r in ROWS]
+    rows = [replace(r, accuracy=1.0) if r.source == "backbone" else r for r in rows]
+    axes = drawn(figures.exit_share_figure, rows)
+    dearest = [container[-1].get_height() for container in axes.containers]
+    assert dearest == pytest.approx([0.25, 0, 0, 0, 0, 0, 0, 0.75])
+
+
+def test_neither_mlflow_nor_a_global_figure_is_loaded():
+    program = (
+        "import sys; from dynexit.report import aggregate, figures, page, published, terminal, tracking;"
+        "sys.exit(bool({'mlflow', 'matplotlib.pyplot'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

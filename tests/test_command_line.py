@@ -1,0 +1,228 @@
+"""One study from backbone to curve through the command line, and what happens when things go wrong."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import ENVIRONMENT, ROOT, TINY, digests, dynexit, start
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny study has run."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = dynexit(folder, "run", TINY)
+    assert "report: runs/tiny_study/report/report.html" in result.stdout
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, to damage."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_help_is_instant_and_imports_no_torch() -> None:
+    code = "import sys; from launch.__main__ import build_parser; build_parser(); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout == "False\n"
+    assert "{" not in dynexit(ROOT, "--help").stdout.splitlines()[0]
+
+
+def test_a_run_leaves_table_picture_page_and_mlflow(finished: Path) -> None:
+    report = finished / "runs" / "tiny_study" / "report"
+    with (report / "operating_points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    by_source = {source: [row for row in rows if row["source"] == source] for source in ("backbone", "gates", "search")}
+    assert [len(found) for found in by_source.values()] == [2, 2 * 6, 2 * 6 * 6]
+    validation = [
+        (float(r["accuracy"]), float(r["relative_macs"]), r["on_front"]) for r in rows if r["split"] == "validation"
+    ]
+    for accuracy, macs, on_front in validation:
+        beaten = any(a >= accuracy and m <= macs and (a > accuracy or m < macs) for a, m, _ in validation)
+        assert on_front == ("false" if beaten else "true")
+    for row in rows:
+        fractions = [float(row[name]) for name in row if name.startswith("exit_")]
+        assert sum(fractions) == pytest.approx(1)
+    assert (report / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    page = (report / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert (finished / "runs" / "mlflow.db").is_file()
+
+
+def test_a_second_run_does_nothing(finished: Path) -> None:
+    before = digests(finished / "runs" / "tiny_study")
+    result = dynexit(finished, "run", TINY)
+    assert "nothing to do, all 6 points are done" in result.stdout
+    assert digests(finished / "runs" / "tiny_study") == before
+
+
+def test_a_larger_grid_trains_only_the_new_points(copy: Path) -> None:
+    before = digests(copy / "runs" / "tiny_study")
+    dynexit(copy, "run", TINY, "jei_dnn.ce_ic_tradeoff=[0.1, 0.4, 1, 5]")
+    after = digests(copy / "runs" / "tiny_study")
+    kept = {name for name in before if not name.startswith("report/")}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert len(list((copy / "runs" / "tiny_study" / "train").iterdir())) == 8
+
+
+def test_infer_equals_its_operating_point(finished: Path) -> None:
+    for budget in (0.45, 0.7):
+        result = dynexit(finished, "infer", TINY, f"infer.relative_macs={budget}", "infer.batch_size=37")
+        assert "0 other differences" in result.stdout
+    with (finished / "runs" / "tiny_study" / "report" / "operating_points.csv").open() as file:
+        rows = {(r["point_id"], r["configuration"]): r for r in csv.DictReader(file) if r["split"] == "test"}
+    assert rows
+    for path in (finished / "runs" / "tiny_study" / "infer").glob("*/summary.json"):
+        summary = json.loads(path.read_text())
+        assert summary["differences_near_a_threshold"] == summary["unexplained_differences"] == 0
+        matching = [
+            r
+            for r in rows.values()
+            if float(r["accuracy"]) == summary["accuracy"] and float(r["macs"]) == summary["macs"]
+        ]
+        assert matching
+    text = dynexit(finished, "infer", TINY, "infer.relative_macs=0.01", status=2).stderr
+    assert "infer.relative_macs = 0.01: no operating point is within it; the cheapest takes 0." in text
+
+
+def test_status_and_dry_run_start_nothing(finished: Path, tmp_path: Path) -> None:
+    table = dynexit(finished, "status", TINY).stdout.splitlines()
+    assert len(table) == 8
+    assert table[-1] == "6 done"
+    assert "relative MACs" in table[1]
+    assert "runs/tiny_study/pack/" in table[1]
+    plan = dynexit(tmp_path, "run", TINY, "--dry-run").stdout
+    assert "train: 1 jobs" in plan
+    assert "resources: --on here" in plan
+    assert list(tmp_path.iterdir()) == []
+    assert dynexit(tmp_path, "status", TINY).stdout.splitlines()[-1] == "6 waiting"
+
+
+def test_local_processes_give_the_same_results(finished: Path, tmp_path: Path) -> None:
+    dynexit(tmp_path, "run", TINY, "--on", "local")
+    assert digests(tmp_path / "runs" / "tiny_study") == digests(finished / "runs" / "tiny_study")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_any_moment_loses_nothing(finished: Path, tmp_path: Path, seed: int) -> None:
+    expected = digests(finished / "runs" / "tiny_study")
+    moments = random.Random(seed)
+    for _ in range(4):
+        process = start(tmp_path, "run", TINY)
+        time.sleep(moments.uniform(1.5, 9))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    dynexit(tmp_path, "run", TINY)
+    assert digests(tmp_path / "runs" / "tiny_study") == expected
+
+
+def test_ctrl_c_saves_and_goes_on(finished: Path, tmp_path: Path) -> None:
+    slow = "dist.checkpoint_seconds=1000"  # only the signal can have saved
+    process = start(tmp_path, "run", TINY, slow)
+    log = tmp_path / "runs" / "tiny_study" / "pack"
+    deadline = time.monotonic() + 120
+    while not list(log.glob("*/progress.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the state is saved; the same command goes on from there" in err
+    assert "goes on after epoch" in dynexit(tmp_path, "run", TINY, slow).stdout
+    assert digests(tmp_path / "runs" / "tiny_study") == digests(finished / "runs" / "tiny_study")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "harm", "expected"),
+    [
+        ("train/*/heads.safetensors", "alter", "was altered (its SHA-256 is not the one in DONE)"),
+        ("train/*/heads.safetensors", "truncate", "bytes instead of"),
+        ("prepare/*/backbone.safetensors", "remove", "is missing although its job is finished"),
+        ("record/*/test/*.safetensors", "alter", ".safetensors"),
+        ("record/*/validation/*.safetensors", "truncate", ".safetensors"),
+        ("record/*/validation/*.safetensors", "remove", ".safetensors"),
+        ("search/*/configurations.json", "truncate", "bytes instead of"),
+        ("train/*/DONE", "truncate", "DONE is damaged"),
+    ],
+)
+def test_damage_is_refused_by_name_and_mended_by_the_command_it_names(
+    copy: Path, finished: Path, pattern: str, harm: str, expected: str
+) -> None:
+    path = sorted((copy / "runs" / "tiny_study").glob(pattern))[0]
+    content = bytearray(path.read_bytes())
+    if harm == "alter":
+        content[-3] ^= 4
+        path.write_bytes(content)
+    elif harm == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    relative = path.relative_to(copy)
+    error = dynexit(copy, "run", TINY, status=1).stderr
+    assert expected in error
+    assert str(relative) in error
+    assert len(error.strip().splitlines()) == 1
+    command = error.split("`")[1]
+    assert command.startswith("mv runs/tiny_study/")
+    subprocess.run(command.split(), cwd=copy, check=True)
+    dynexit(copy, "run", TINY)
+    kept = {k: v for k, v in digests(copy / "runs" / "tiny_study").items() if ".damaged" not in k}
+    assert kept == digests(finished / "runs" / "tiny_study")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, "run", TINY)
+    pack = tmp_path / "runs" / "tiny_study" / "pack"
+    deadline = time.monotonic() + 120
+    while len(list(pack.glob("*/checkpoint-*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    newest = sorted(pack.glob("*/checkpoint-*.safetensors"))[-1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    out = dynexit(tmp_path, "run", TINY).stdout
+    assert "is damaged" in out
+    assert "falling back to the one before" in out
+    assert digests(tmp_path / "runs" / "tiny_study") == digests(finished / "runs" / "tiny_study")
+
+
+def test_mistakes_in_the_study_end_with_status_2(finished: Path, tmp_path: Path) -> None:
+    cases = {
+        "train.num_epoch=3": "train.num_epoch is not a key; did you mean train.num_epochs?",
+        "backbone.name=resnet19": "unknown backbone 'resnet19'",
+        "data.name=digit": "no data set of this name; known are digits",
+        "exits.positions=[0, 9]": "exit positions [0, 9] do not fit resnet18",
+        "sweep.seed=[]": "sweep.seed = []: the grid is empty",
+    }
+    for override, expected in cases.items():
+        error = dynexit(tmp_path, "run", TINY, override, status=2).stderr
+        assert expected in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+    error = dynexit(finished, "run", TINY, "train.num_epochs=4", status=2).stderr
+    assert "runs/tiny_study was made by another configuration: train.num_epochs was 5 there and is 4 now" in error
+
+
+def test_two_launchers_on_one_study(tmp_path: Path) -> None:
+    process = start(tmp_path, "run", TINY)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs" / "tiny_study" / "study.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    error = dynexit(tmp_path, "run", TINY, status=2).stderr
+    process.kill()
+    process.communicate()
+    assert f"runs/tiny_study is held by process {process.pid}" in error
