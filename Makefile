@@ -25,7 +25,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dynexit needs Python 3.11 or newer; name one with make PYTHON=...")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet uv || true
-	$(VENV)/bin/python -m uv pip install --python $(VENV)/bin/python -e '.[dev]' -c tests/pins.txt \
+	$(VENV)/bin/python -m uv pip install --compile-bytecode --python $(VENV)/bin/python -e '.[dev]' -c tests/pins.txt \
 	    || $(VENV)/bin/python -m pip install -e '.[dev]' -c tests/pins.txt
 	@touch $(STAMP)
 

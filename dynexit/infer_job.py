@@ -39,12 +39,11 @@ def run_infer(points: Sequence[Point], study_dir: Path) -> None:
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     engine.configure(configuration, config.search.confidence)
     samples = load_data(config.data).split(settings.split)
-    answers, seconds = _classify(engine, samples, settings.batch_size, ranks)
-    whole_seconds = _time_backbone(engine, samples, settings.batch_size, ranks)
+    answers, seconds, whole_seconds = _classify(engine, samples, settings.batch_size, ranks)
     checkpoint = done_digest(job_dir(study_dir, "train", point.id), HEADS)
     record = Record.open(job_dir(study_dir, "record", point.ids["record"]) / settings.split, checkpoint)
-    expected_N, macs_L = _expected(record, costs, configuration, config.search.confidence)
-    summary = _compare(answers, samples, record, expected_N, macs_L, costs)
+    expected = _expected(record, costs, configuration, config.search.confidence)
+    summary = _compare(answers, samples, record, expected, costs)
     summary |= {
         "point": point.label,
         "source": chosen.source,
@@ -89,39 +88,38 @@ def choose(rows: Sequence[Row], relative_macs: float | None, source: str) -> Row
 
 def _expected(
     record: Record, costs: ExitCosts, configuration: Configuration | None, confidence: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where the record says each sample leaves (N,), and the MACs of leaving there (L,)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the record says each sample leaves (N,), and for each exit (L,) its MACs and its row of the record."""
+    num_types, last = len(costs.head_types), len(record.rows) - 1
     if configuration is None:
         assert record.gate is not None
-        return exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy(), costs.macs_L()
+        exit_N = exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy()
+        return exit_N, costs.macs_L(), np.array([*range(0, last, num_types), last])
+    rows_L = np.array([p * num_types + max(head, 0) for p, (head, _) in enumerate(configuration.exits)] + [last])
     problem = Problem.from_record(record, costs, confidence)
     exit_N, _ = apply_configuration(configuration, problem.confidence_PHN, problem.correct_PHN, problem.base_correct_N)
-    return exit_N, configuration_macs_L(configuration, problem.costs)
-
-
-def _classify(engine: Engine, samples: Split, batch_size: int, ranks: Ranks) -> tuple[Answers, float]:
-    order = list(range(len(samples)))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    parts, seconds = [], 0.0
-    for _, images, _ in load_batches(samples, batches):
-        images = images.to(ranks.device)
-        start = _now(ranks)
-        parts.append(engine.classify(images))
-        seconds += _now(ranks) - start
-    fields = ("prediction_B", "exit_B", "near_B")
-    return Answers(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in fields)), seconds
+    return exit_N, configuration_macs_L(configuration, problem.costs), rows_L
 
 
 @torch.no_grad()
-def _time_backbone(engine: Engine, samples: Split, batch_size: int, ranks: Ranks) -> float:
-    seconds = 0.0
+def _classify(engine: Engine, samples: Split, batch_size: int, ranks: Ranks) -> tuple[Answers, float, float]:
+    """The engine's answers, and the seconds that it and the whole backbone took on the same batches, in turn."""
     order = list(range(len(samples)))
-    for _, images, _ in load_batches(samples, [order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    parts: list[Answers] = []
+    seconds, whole_seconds = 0.0, 0.0
+    for _, images, _ in load_batches(samples, batches):
         images = images.to(ranks.device)
+        if not parts:  # the first pass of each pays for what is set up once
+            engine.classify(images), engine.model.backbone(images)
         start = _now(ranks)
+        parts.append(engine.classify(images))
+        between = _now(ranks)
         engine.model.backbone(images)
-        seconds += _now(ranks) - start
-    return seconds
+        seconds, whole_seconds = seconds + between - start, whole_seconds + _now(ranks) - between
+    fields = ("prediction_B", "exit_B", "near_B")
+    answers = Answers(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in fields))
+    return answers, seconds, whole_seconds
 
 
 def _now(ranks: Ranks) -> float:
@@ -131,14 +129,17 @@ def _now(ranks: Ranks) -> float:
 
 
 def _compare(
-    answers: Answers, samples: Split, record: Record, expected_N: np.ndarray, macs_L: np.ndarray, costs: ExitCosts
+    answers: Answers,
+    samples: Split,
+    record: Record,
+    expected: tuple[np.ndarray, np.ndarray, np.ndarray],
+    costs: ExitCosts,
 ) -> dict[str, Any]:
     exit_N, prediction_N = answers.exit_B.numpy(), answers.prediction_B.numpy()
-    num_types = len(costs.head_types)
+    expected_N, macs_L, rows_L = expected
     correct_N = prediction_N == samples.labels.numpy()
     measured = operating_point(exit_N, np.broadcast_to(correct_N, (len(macs_L), len(exit_N))), macs_L, costs.full_macs)
-    rows_N = np.where(expected_N < len(costs.positions), expected_N * num_types, len(record.rows) - 1)
-    recorded_N = record.prediction()[rows_N, np.arange(len(exit_N))] if num_types == 1 else prediction_N
+    recorded_N = record.prediction()[rows_L[expected_N], np.arange(len(exit_N))]
     differs_N = (exit_N != expected_N) | (prediction_N != recorded_N)
     near_N = answers.near_B.numpy()
     return {

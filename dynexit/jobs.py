@@ -24,11 +24,11 @@ from dynexit.assemble import (
     write_lines,
 )
 from dynexit.config import parse_weights
+from dynexit.core.confidence import gate_features
 from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, load_batches, load_data
 from dynexit.dist import start_ranks
 from dynexit.errors import Failure
-from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
 from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_done, read_json, write_json
@@ -165,6 +165,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
     data = load_data(config.data)
     model, costs = load_model(points[0], study_dir, ranks)
     heads, gates = load_heads(points, study_dir, model, costs, ranks)
+    dtype = next(heads.parameters()).dtype
     directories = [job_dir(study_dir, "record", point.ids["record"]) for point in points]
     for split in SPLITS:
         samples = data.split(split)
@@ -188,8 +189,9 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
             for batch, loaded in zip(missing, load_batches(samples, ranges, config.dist.num_workers), strict=True):
                 index_B, images, labels_B = loaded
                 features, final_BK = model.features(images.to(ranks.device))
-                logits_MRBK, gate_MGB = _outputs(heads, gates, features, final_BK)
-                recorder.add(batch, index_B, labels_B, logits_MRBK, gate_MGB)
+                logits_MPBK = heads([feature.to(dtype) for feature in features])
+                gate_MGB = gates(gate_features(logits_MPBK)).sigmoid()
+                recorder.add(batch, index_B, labels_B, logits_MPBK, gate_MGB, backbone_logits_BK=final_BK)
                 progress.advance(len(labels_B), {})
         progress.finish()
     ranks.wait()
@@ -197,18 +199,6 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
         for point, directory in zip(points, directories, strict=True):
             write_json(directory / COSTS, costs.to_json())
             mark_done(directory, point.ids["record"], [COSTS, *(f"{split}/{MANIFEST}" for split in SPLITS)])
-
-
-def _outputs(
-    heads: StackedHeads, gates: StackedGates, features: Sequence[Tensor], final_BK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(logits (M, R, B, K) with the backbone's last, gate outputs (M, G, B)) of every member."""
-    from dynexit.core.confidence import gate_features
-
-    dtype = next(heads.parameters()).dtype
-    exits_MGBK = heads([feature.to(dtype) for feature in features])
-    final_M1BK = final_BK.to(dtype).expand(len(exits_MGBK), 1, *final_BK.shape)
-    return torch.cat((exits_MGBK, final_M1BK), 1), gates(gate_features(exits_MGBK)).sigmoid()
 
 
 def _record_header(point: Point, study_dir: Path, split: str, data: DataSets) -> dict[str, Any]:
@@ -229,6 +219,8 @@ def search(points: Sequence[Point], study_dir: Path) -> None:
     from dynexit.search.exact import sweep
     from dynexit.search.problem import Problem
 
+    progress = Progress("search", study_dir / "search", points[0].config.dist.log_seconds)
+    progress.start(len(points))
     for point in points:
         identity, settings = point.ids["search"], point.config.search
         directory = job_dir(study_dir, "search", identity)
@@ -253,6 +245,8 @@ def search(points: Sequence[Point], study_dir: Path) -> None:
         ]
         write_json(directory / "configurations.json", entries)
         mark_done(directory, identity, ["configurations.json"])
+        progress.advance(validation.num_samples, {})
+    progress.finish()
 
 
 def _point_json(point: Any) -> dict[str, Any]:

@@ -55,19 +55,20 @@ def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
     threads = jobs[0].points[0].config.dist.num_threads or os.cpu_count() or 1
     at_once = max(1, (os.cpu_count() or 1) // threads)
     waiting, failures = list(jobs), list[str]()
-    running: dict[Job, Any] = {}
+    running: list[tuple[Job, Any]] = []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                running[job] = executor.submit(Task(), job)
-                print(f"{job.name}: process {running[job].job_id}, log {running[job].paths.stdout}", flush=True)
-            for job, submitted in list(running.items()):
-                if submitted.done():
-                    failures += _outcome(job, running.pop(job))
+                submitted = executor.submit(Task(), job)
+                running.append((job, submitted))
+                print(f"{job.name}: process {submitted.job_id}, log {submitted.paths.stdout}", flush=True)
+            for job, submitted in [(job, submitted) for job, submitted in running if submitted.done()]:
+                running.remove((job, submitted))
+                failures += _outcome(job, submitted)
             time.sleep(_POLL_SECONDS if running else 0)
     finally:
-        for submitted in running.values():
+        for _, submitted in running:
             submitted.cancel(check=False)
     return failures
 

@@ -14,7 +14,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "error::DeprecationWarning:dynexit",
 }
-ENVIRONMENT.pop("MLFLOW_TRACKING_URI", None)
+for name in ("MLFLOW_TRACKING_URI", "PYTHONDONTWRITEBYTECODE"):
+    ENVIRONMENT.pop(name, None)
 
 
 def start(folder: Path, *arguments: str | Path) -> "subprocess.Popen[str]":

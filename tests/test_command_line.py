@@ -81,9 +81,9 @@ def test_a_larger_grid_trains_only_the_new_points(copy: Path) -> None:
 
 
 def test_infer_equals_its_operating_point(finished: Path) -> None:
-    for budget in (0.45, 0.7):
-        result = dynexit(finished, "infer", TINY, f"infer.relative_macs={budget}", "infer.batch_size=37")
-        assert "0 other differences" in result.stdout
+    for source, budget in (("search", 0.85), ("gates", 0.85), ("any", "null")):
+        asked = (f"infer.source={source}", f"infer.relative_macs={budget}", "infer.batch_size=37")
+        assert "0 other differences" in dynexit(finished, "infer", TINY, *asked).stdout
     with (finished / "runs" / "tiny_study" / "report" / "operating_points.csv").open() as file:
         rows = {(r["point_id"], r["configuration"]): r for r in csv.DictReader(file) if r["split"] == "test"}
     assert rows
@@ -123,11 +123,11 @@ def test_kill_9_at_any_moment_loses_nothing(finished: Path, tmp_path: Path, seed
     expected = digests(finished / "runs" / "tiny_study")
     moments = random.Random(seed)
     for _ in range(4):
-        process = start(tmp_path, "run", TINY)
+        process = start(tmp_path, "run", TINY, "report.mlflow=false")
         time.sleep(moments.uniform(1.5, 9))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    dynexit(tmp_path, "run", TINY)
+    dynexit(tmp_path, "run", TINY, "report.mlflow=false")
     assert digests(tmp_path / "runs" / "tiny_study") == expected
 
 

@@ -46,6 +46,13 @@ class Backbone(nn.Module):
         self.eval()
         self.feature_dims = self._measure_feature_dims()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cut"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._cut = self._cut_function(self.model)  # a copy runs its own modules, not the original's
+
     def shapes_only(self) -> Cut:
         """A copy on the device "meta": it computes shapes without values, at next to no cost."""
         parameters = self.model.parameters()

@@ -170,7 +170,7 @@ class T2TViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sinusoid(1 + self.grid[0] * self.grid[1], embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, drop_path=rate)
+            Block(embed_dim, num_heads, mlp_ratio, drop_path=rate, norm_layer=nn.LayerNorm)
             for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         )
         self.norm = nn.LayerNorm(embed_dim)
@@ -217,10 +217,13 @@ def sinusoid(num_positions: int, width: int) -> Tensor:
 
 
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A square grid's position embedding (1, 1 + n², D) for another grid; the class token's row stays (bicubic)."""
-    if pos_embed.shape[1] == 1 + grid[0] * grid[1]:
-        return pos_embed
+    """A square grid's position embedding (1, 1 + n², D) for another grid (bicubic); the class token's row stays.
+
+    Returned as it is where its number of positions is not 1 + n².
+    """
     side = math.isqrt(pos_embed.shape[1] - 1)
+    if grid == (side, side) or pos_embed.shape[1] != 1 + side * side:
+        return pos_embed
     image = pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     resized = interpolate(image, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it is refused below if it matters
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _stripped(name: str) -> str:
@@ -124,7 +127,11 @@ def _converted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     if convert is None:
         return state
     try:
-        return dict(convert(dict(state), model))
+        with warnings.catch_warnings():
+            # timm's resizing of Swin's position biases: a remark on speed, and a way of indexing that will go
+            warnings.filterwarnings("ignore", message="torch.searchsorted")
+            warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
+            return dict(convert(dict(state), model))
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError, TypeError, AssertionError):
         return state  # of another model altogether; the misfit is reported in the file's own names
 

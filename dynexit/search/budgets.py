@@ -12,11 +12,12 @@ import numpy as np
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import UserError
 from dynexit.search.exact import Candidate, Exits, Front
-from dynexit.search.problem import objective_of
+from dynexit.search.problem import Problem, objective_of
 from dynexit.search.tables import EVERYONE, OFF, midpoint
 
 KINDS = ("relative_macs", "relative_latency", "min_accuracy", "max_accuracy_drop")
 _PICOSECONDS = 10**12
+_CLIMB_UP_TO_SAMPLES = 65_536  # above, corners of the front lie too close for it to matter
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class _Limit:
     """Whether sums over the record keep within a budget, and which of two that do is the better (the larger key)."""
 
     keeps: Callable[[Any, Any], Any]
-    key: Callable[[int, int], tuple[int, int]]
+    key: Callable[[Any, Any], tuple[Any, Any]]
+
+    def of(self, candidate: Candidate) -> tuple[int, int]:
+        key: tuple[int, int] = self.key(candidate.correct, candidate.macs)
+        return key
 
 
 def within(front: Front, budget: Budget) -> tuple[float, Candidate]:
@@ -53,14 +58,16 @@ def within(front: Front, budget: Budget) -> tuple[float, Candidate]:
     ends = front.solve([0.0, 1.0])
     cheapest, most_accurate = ends
     by_cost = budget.kind.startswith("relative")
-    if not limit.keeps(*((cheapest.correct, cheapest.macs) if by_cost else (most_accurate.correct, most_accurate.macs))):
+    if not limit.keeps(
+        *((cheapest.correct, cheapest.macs) if by_cost else (most_accurate.correct, most_accurate.macs))
+    ):
         raise UserError(_unattainable(front, budget, cheapest if by_cost else most_accurate))
-    weight = _bisect(front, limit, cheapest, most_accurate)
-    best = max(
-        (candidate for candidate in front.pool.values() if limit.keeps(candidate.correct, candidate.macs)),
-        key=lambda candidate: limit.key(candidate.correct, candidate.macs),
-    )
-    return weight, _climb(front, limit, best)
+    weight, *edge = _bisect(front, limit, cheapest, most_accurate)
+    kept = [candidate for candidate in front.pool.values() if limit.keeps(candidate.correct, candidate.macs)]
+    if front.problem.num_samples <= _CLIMB_UP_TO_SAMPLES:
+        for start in (max(kept, key=limit.of), *edge):
+            kept += _climb(front, limit, start)
+    return weight, max(kept, key=limit.of)
 
 
 def _limit(front: Front, budget: Budget) -> _Limit:
@@ -87,8 +94,8 @@ def _unattainable(front: Front, budget: Budget, nearest: Candidate) -> str:
     return f"{budget.kind} {budget.value} is unattainable on the searched record: {reached}; ask for that or more room"
 
 
-def _bisect(front: Front, limit: _Limit, cheap: Candidate, accurate: Candidate) -> float:
-    """The weight of the front's edge across the limit; the pool then holds both its ends.
+def _bisect(front: Front, limit: _Limit, cheap: Candidate, accurate: Candidate) -> tuple[float, Candidate, Candidate]:
+    """The weight of the front's edge across the limit, and its two ends.
 
     The next weight asked for is always the one at which both ends cost the same; once the front has nothing below them
     there, they are neighbours on it.
@@ -106,33 +113,69 @@ def _bisect(front: Front, limit: _Limit, cheap: Candidate, accurate: Candidate) 
             cheap = middle
         else:
             accurate = middle
-    return weight
+    return weight, cheap, accurate
 
 
-def _climb(front: Front, limit: _Limit, best: Candidate) -> Candidate:
-    """The best within the limit after single changes, as long as one is better: between two points of the front there
-    are configurations that no weight asks for."""
+def _climb(front: Front, limit: _Limit, start: Candidate) -> list[Candidate]:
+    """The best within the limit that single changes lead to, each better than the one before: between two corners of
+    the front there are configurations that no weight asks for. None where `start` exceeds it and no change mends that."""
+    climbed = [start] if limit.keeps(start.correct, start.macs) else []
     while True:
-        better = None
-        highest = limit.key(best.correct, best.macs)
-        for position in range(len(best.exits)):
-            for head, thresholds, correct, macs in _single_changes(front, best.exits, position):
-                kept = np.flatnonzero(limit.keeps(correct, macs))
-                if len(kept):
-                    keys = [limit.key(c, m) for c, m in zip(correct[kept], macs[kept], strict=True)]
-                    place = max(range(len(keys)), key=keys.__getitem__)
-                    if keys[place] > highest:
-                        highest = keys[place]
-                        exit_ = (head, float(thresholds(int(kept[place]))))
-                        better = (*best.exits[:position], exit_, *best.exits[position + 1 :])
-        if better is None:
-            return best
-        best = front.candidate(better)
+        exits = climbed[-1].exits if climbed else start.exits
+        found = [change for p in range(len(exits)) for change in _best_changes(front, limit, exits, p)]
+        top = max(found, default=None, key=lambda change: change[0])
+        if top is None or (climbed and top[0] <= limit.of(climbed[-1])):
+            return climbed
+        climbed.append(front.candidate(top[1]))
 
 
-def _single_changes(front: Front, exits: Exits, position: int) -> list[tuple[int, Callable[[int], float], Any, Any]]:
-    """Per head type at one position: a threshold by its place, and the sums (correct, MACs) at every place."""
-    return []
+def _best_changes(front: Front, limit: _Limit, exits: Exits, position: int) -> list[tuple[tuple[int, int], Exits]]:
+    """(key, configuration) of the best threshold within the limit for each head type at one position, and of none."""
+    without = front.candidate((*exits[:position], (OFF, 1.0), *exits[position + 1 :]))
+    arrives_N, rest_macs_N, rest_correct_N = _after(front.problem, exits, position)
+    changes = (
+        [(limit.key(without.correct, without.macs), without.exits)]
+        if limit.keeps(without.correct, without.macs)
+        else []
+    )
+    for head, head_macs in enumerate(front.problem.costs.head_macs[position]):
+        order_N = front.rows.order(position, head)
+        order_A = order_N[arrives_N[order_N]]
+        confidence_A = front.problem.confidence_PHN[position, head][order_A]
+        ends = np.flatnonzero(np.append(confidence_A[1:] < confidence_A[:-1], True))[: len(order_A)]
+        gained_A = front.problem.correct_PHN[position, head][order_A].astype(np.int64) - rest_correct_N[order_A]
+        correct = without.correct + gained_A.cumsum()[ends]
+        macs = without.macs + head_macs * len(order_A) - rest_macs_N[order_A].cumsum()[ends]
+        kept = np.flatnonzero(limit.keeps(correct, macs))
+        if len(kept):
+            first, second = limit.key(correct[kept], macs[kept])
+            place = np.lexsort((second, first))[-1]
+            last = ends[kept[place]]
+            following = last + 1 < len(order_A)
+            threshold = midpoint(confidence_A[last], confidence_A[last + 1]) if following else EVERYONE
+            key = (int(first[place]), int(second[place]))
+            changes.append((key, (*exits[:position], (head, threshold), *exits[position + 1 :])))
+    return changes
+
+
+def _after(problem: Problem, exits: Exits, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Who arrives at a position, and per sample what it still pays behind it and whether it is right, if it goes on."""
+    costs = problem.costs
+    arrives_N = np.ones(problem.num_samples, dtype=bool)
+    for earlier, (head, threshold) in enumerate(exits[:position]):
+        if head != OFF:
+            arrives_N &= problem.confidence_PHN[earlier, head] <= np.float32(threshold)
+    path = [*costs.backbone_macs, costs.full_macs]
+    rest_macs_N = np.full(problem.num_samples, path[-1] - path[-2] if len(exits) else 0, dtype=np.int64)
+    rest_correct_N = problem.base_correct_N.astype(np.int64)
+    for later in reversed(range(position + 1, len(exits))):
+        head, threshold = exits[later]
+        if head != OFF:
+            leaves_N = problem.confidence_PHN[later, head] > np.float32(threshold)
+            rest_macs_N = np.where(leaves_N, 0, rest_macs_N) + costs.head_macs[later][head]
+            rest_correct_N = np.where(leaves_N, problem.correct_PHN[later, head], rest_correct_N)
+        rest_macs_N = rest_macs_N + (path[later] - path[later - 1])
+    return arrives_N, rest_macs_N, rest_correct_N
 
 
 def latency_costs(table: Mapping[str, Any], costs: ExitCosts) -> ExitCosts:
@@ -151,9 +194,10 @@ def latency_costs(table: Mapping[str, Any], costs: ExitCosts) -> ExitCosts:
             f"{'unknown' if unknown else 'missing'}: {', '.join(unknown or missing)}"
         )
     stages = _times(table["stage_seconds"], "stage_seconds", num_positions + 1)
-    if len(table["head_seconds"]) != num_positions:
-        raise UserError(f"head_seconds has {len(table['head_seconds'])} lists, expected {num_positions}, one a position")
-    heads = tuple(tuple(_times(row, "head_seconds", num_heads)) for row in table["head_seconds"])
+    rows = table["head_seconds"]
+    if not isinstance(rows, list) or len(rows) != num_positions:
+        raise UserError(f"head_seconds is not a list of {num_positions} lists, one a position; measure every head type")
+    heads = tuple(tuple(_times(row, "head_seconds", num_heads)) for row in rows)
     gates = _times(table.get("gate_seconds", [0.0] * num_positions), "gate_seconds", num_positions)
     path = [int(total) for total in np.cumsum(stages)]
     if not path[-1]:
@@ -162,8 +206,12 @@ def latency_costs(table: Mapping[str, Any], costs: ExitCosts) -> ExitCosts:
 
 
 def _times(values: Any, name: str, expected: int) -> list[int]:
+    if not isinstance(values, list):
+        raise UserError(f"{name} holds {values!r} where a list of {expected} times belongs")
     if len(values) != expected:
-        raise UserError(f"{name} has {len(values)} times, expected {expected}; measure every stage of the model recorded")
+        raise UserError(
+            f"{name} has {len(values)} times, expected {expected}; measure every stage of the model recorded"
+        )
     for value in values:
         if not (isinstance(value, int | float) and 0 <= value < float("inf")):
             raise UserError(f"{name} holds {value!r}, allowed are seconds of 0 or more")

@@ -140,6 +140,7 @@ class Front:
         self.normalize = normalize
         self.pool: dict[Exits, Candidate] = {}
         self._search = LineSearch(problem)
+        self.rows = self._search.rows
         self._ends: dict[tuple[Exits, float], Exits] = {}
         # where the descent from a configuration at a weight ended
         self._workers = workers
@@ -164,6 +165,12 @@ class Front:
             if not tasks:
                 return [self.pool[self._ends[start]] for start in starts]
             self._descend_all(tasks)
+
+    def candidate(self, exits: Exits) -> Candidate:
+        """The sums of one configuration; it joins the pool."""
+        self._search.move_to(exits)
+        candidate = self._search.candidate()
+        return self.pool.setdefault(candidate.exits, candidate)
 
     def _best_of_pool(self, objectives: Iterable[Objective]) -> list[Candidate]:
         candidates = list(self.pool.values())
@@ -202,7 +209,7 @@ class Front:
             self._keep(exits, weight, path)
 
     def _descend_block(self, block: Sequence[tuple[Exits, float]]) -> list[list[Candidate]]:
-        search = LineSearch(self.problem, self._search.rows)
+        search = LineSearch(self.problem, self.rows)
         return [self._descend(search, *task) for task in block]
 
     def _descend(self, search: LineSearch, exits: Exits, weight: float) -> list[Candidate]:

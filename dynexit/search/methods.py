@@ -56,9 +56,7 @@ def fixed_thresholds(confidence_MN: FloatArray, fractions_M: FloatArray) -> Floa
     return thresholds_M
 
 
-def onepass(
-    problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False
-) -> list[SearchResult]:
+def onepass(problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False) -> list[SearchResult]:
     """DyCE's `onepass`: from no exits, positions in order of depth, each set once to its best type and threshold."""
 
     def pass_once(search: LineSearch, objective: Objective) -> None:
@@ -69,9 +67,7 @@ def onepass(
     return _from_no_exits(problem, accuracy_weights, normalize, pass_once)
 
 
-def circular(
-    problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False
-) -> list[SearchResult]:
+def circular(problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False) -> list[SearchResult]:
     """DyCE's `circular`: from no exits, the best single change anywhere, again and again until none gains."""
 
     def change_best(search: LineSearch, objective: Objective) -> None:
@@ -101,9 +97,7 @@ def _from_no_exits(
     return results(problem, accuracy_weights, found, normalize)
 
 
-def samethres(
-    problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False
-) -> list[SearchResult]:
+def samethres(problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False) -> list[SearchResult]:
     """DyCE's `samethres`: one head type at every position, and one threshold for all of them, the best there is.
 
     DyCE takes the accuracy weight itself for the threshold; here every threshold is priced and each weight gets its

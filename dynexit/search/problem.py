@@ -83,11 +83,7 @@ class Problem:
                     "confidence is 'gate', but the record holds no gates; use max_probability, margin or entropy"
                 )
             confidence_PHN = np.broadcast_to(np.asarray(record.gate)[:, None, :], shape)
-            with_gates = tuple(
-                tuple(head + gate for head in heads)
-                for heads, gate in zip(costs.head_macs, costs.gate_macs, strict=True)
-            )
-            costs = replace(costs, head_macs=with_gates)
+            costs = with_gates(costs)
         else:
             confidence_PHN = record.confidence(confidence)[:-1].reshape(shape)
         correct_RN = record.correct_RN
@@ -110,6 +106,12 @@ class Problem:
         macs_L = configuration_macs_L(configuration, self.costs)
         correct_LN = np.broadcast_to(correct_N, (len(macs_L), self.num_samples))
         return operating_point(exit_index_N, correct_LN, macs_L, self.costs.full_macs)
+
+
+def with_gates(costs: ExitCosts) -> ExitCosts:
+    """The same costs, where every head brings its position's gate with it."""
+    heads = zip(costs.head_macs, costs.gate_macs, strict=True)
+    return replace(costs, head_macs=tuple(tuple(head + gate for head in row) for row, gate in heads))
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,10 @@ class Rows:
                     self.code_PNH[position, :, head],
                 )
 
+    def order(self, position: int, head: int) -> np.ndarray:
+        """(N,) int64, the samples of one row by falling confidence; of equals the first one first."""
+        return (self.order_PHN[position, head] & np.uint32(_INDEX)).astype(np.int64)
+
 
 class Tables:
     """One configuration on prepared rows, with its tables; `move` changes an exit, `best_exit` finds the best one."""
@@ -83,10 +87,6 @@ class Tables:
         self.right_F = np.zeros((2, num_positions + 1), np.int64)
         """(2, F) samples right at first and at second, by first."""
         self._update(np.arange(count))
-
-    def fork(self) -> "Tables":
-        """The same rows at the configuration without exits, free to move on their own."""
-        return Tables(self.rows, self.path_macs_Q, self.head_macs_PH)
 
     def move(self, position: int, head: int, threshold: float) -> None:
         """Sets the exit at one position; head -1 is none."""

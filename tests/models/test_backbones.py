@@ -1,5 +1,7 @@
 """Every family, cut into blocks, is still the model it was."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,6 +111,19 @@ def test_a_batch_may_shrink_between_blocks(family: str) -> None:
             h, kept = select(h, torch.tensor([True, False, True])), kept[[0, 2]]
     assert kept.tolist() == [3, 0]
     torch.testing.assert_close(backbone.tail(h), expected[kept], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", TINY)
+def test_a_copy_runs_its_own_modules(family: str) -> None:
+    backbone = build_tiny(family)
+    x = images(backbone)
+    before = backbone(x)
+    copied = copy.deepcopy(backbone)
+    for parameter in copied.parameters():
+        parameter.zero_()
+    assert not copied(x).any()
+    assert torch.equal(backbone(x), before)
 
 
 def test_the_digits_backbone_has_exits_spread_over_its_depth() -> None:

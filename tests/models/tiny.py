@@ -55,7 +55,11 @@ TINY: dict[str, tuple[str, dict[str, Any], int]] = {
         {"widths": [8, 8, 12, 16, 32], "depths": [1, 1, 1, 2, 2], "head_widths": [16, 24]},
         64,
     ),
-    "EfficientViT MSRA": ("efficientvit_m0", {}, 64),
+    "EfficientViT MSRA": (
+        "efficientvit_m0",
+        {"embed_dim": [16, 24, 32], "key_dim": [4, 4, 4], "num_heads": [2, 2, 2], "kernels": [5, 3]},
+        64,
+    ),
     "EfficientFormerV2": (
         "efficientformerv2_s0",
         {"embed_dims": [8, 12, 16, 24], "depths": [1, 2, 2, 2], "mlp_ratios": [[2], [2, 2], [2, 2], [2, 2]]},
