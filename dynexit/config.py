@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 DATA_SETS = ("digits",)
+METHODS_WITH_SETTINGS = ("jei_dnn", "boosted", "weighted", "dyce")  # each in the section of its name
+METHODS_WITH_GATES = ("jei_dnn",)
+METHODS_WITH_ONE_HEAD_TYPE = ("jei_dnn", "boosted", "weighted")
 CONFIDENCE_NAMES = ("max_probability", "margin", "entropy", "gate")
 
 
@@ -107,16 +110,24 @@ class Exits(Section):
 
 
 class Train(Section):
-    method: Literal["jei_dnn"] = key("jei_dnn", "how exit heads and gates are trained")
+    method: Literal["jei_dnn", "independent", "boosted", "weighted", "dyce"] = key(
+        "jei_dnn", "how exits are trained; a method's own keys stand in the section of its name, if it has any"
+    )
     num_epochs: int = key(15, "epochs, the warm-up's included", "epochs", ge=1)
     global_batch_size: int = key(64, "images per step over all ranks", "images", ge=1)
-    learning_rate: float = key(0.01, "learning rate of heads and gates, cosine over the joint epochs", gt=0)
+    learning_rate: float = key(
+        0.01, "peak learning rate of heads and gates (dyce has its own), then a cosine after any warm-up", gt=0
+    )
     min_learning_rate: float = key(2e-4, "where the cosine ends", ge=0)
     momentum: float = key(0.9, "momentum of the stochastic gradient descent", ge=0, lt=1)
     weight_decay: float = key(5e-4, "weight decay of heads and gates", ge=0)
     keep: Literal["last", "best"] = key(
         "best",
-        "weights kept: the last, or those with the lowest validation cross-entropy + tradeoff x cost of the exit taken",
+        "weights kept: the last, or those with the lowest validation cross-entropy + tradeoff x cost of the exit taken "
+        "(without gates: with the lowest mean cross-entropy of the exits)",
+    )
+    distillation: float = key(
+        0.0, "weight of the exits' divergence from the backbone's own classifier, added to their cross-entropy", ge=0
     )
     precision: Literal["float32", "float64"] = key("float32", "arithmetic of heads and gates")
 
@@ -140,6 +151,39 @@ class JeiDnn(Section):
     bilevel_batch_count: int = key(200, "batches per phase of the alternation of gates and heads", "batches", ge=1)
     alternation: Literal["continuous", "reference"] = key(
         "continuous", "phases run over the steps of training, or start with the gates again at every epoch (reference)"
+    )
+
+
+class Boosted(Section):
+    shrinkage: float = key(0.5, "what of the logits of the exit before is added to an exit's own", ge=0, le=1)
+
+
+class Weighted(Section):
+    meta_interval: int = key(100, "batches from one update of the weighting network to the next", "batches", ge=1)
+    strength: float = key(0.3, "how far a sample's weight may go from 1", ge=0, lt=1)
+    hidden_width: int = key(500, "width of the weighting network", ge=1)
+    learning_rate: float = key(1e-4, "learning rate of the weighting network (Adam)", gt=0)
+    weight_decay: float = key(1e-4, "weight decay of the weighting network", ge=0)
+    exit_ratio: float = key(
+        0.75, "share of samples allotted to each exit over that of the exit before, when the network is judged", gt=0
+    )
+
+
+class Dyce(Section):
+    loss: Literal["ce", "weighted", "distill"] = key(
+        "ce",
+        "ce: cross-entropy; weighted: scaled by 2 x (1 - confidence of the first exit) at all later ones; distill: "
+        "divergence from the backbone's own classifier, no labels",
+    )
+    learning_rate: float = key(6.25e-4, "peak learning rate of AdamW, as published for batches of 512", gt=0)
+    min_learning_rate: float = key(1e-6, "where the cosine ends", ge=0)
+    weight_decay: float = key(0.05, "weight decay, decoupled", ge=0)
+    num_warm_up_epochs: int = key(5, "epochs over which the learning rate rises", "epochs", ge=0)
+    mixup: float = key(0.8, "alpha of mixup; 0 has none", ge=0)
+    cutmix: float = key(1.0, "alpha of cutmix; 0 has none, with mixup each batch has one of the two", ge=0)
+    label_smoothing: float = key(0.1, "label smoothing", ge=0, lt=1)
+    ema_decay: float = key(
+        0.9999, "decay of the moving average of the weights, reached gradually, that is kept; 0 has none", ge=0, lt=1
     )
 
 
@@ -169,7 +213,7 @@ class Infer(Section):
     relative_macs: float | None = key(
         None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0
     )
-    source: Literal["search", "gates", "any"] = key("any", "operating points to choose from")
+    source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
     split: Literal["validation", "test"] = key("test", "samples to classify")
     batch_size: int = key(256, "images that enter together", "images", ge=1)
 
@@ -204,6 +248,9 @@ class Config(Section):
     exits: Exits = Field(default_factory=Exits)
     train: Train = Field(default_factory=Train)
     jei_dnn: JeiDnn = Field(default_factory=JeiDnn)
+    boosted: Boosted = Field(default_factory=Boosted)
+    weighted: Weighted = Field(default_factory=Weighted)
+    dyce: Dyce = Field(default_factory=Dyce)
     record: Record = Field(default_factory=Record)
     search: Search = Field(default_factory=Search)
     report: Report = Field(default_factory=Report)

@@ -44,18 +44,27 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if not isinstance(sweep, dict):
         mistakes.append(f"sweep = {sweep!r}: should map keys to lists, as `seed: [0, 1]`")
         sweep = {}
+    zipped = sweep.pop("zip", None) or {}
+    if not isinstance(zipped, dict) or set(zipped) & set(sweep):
+        mistakes.append(f"sweep.zip = {zipped!r}: should map keys that are swept nowhere else to lists of equal length")
+        zipped = {}
+    sweep |= zipped
     for name in [name for name in sweep if _lookup(raw, name) is not None]:
         mistakes.append(f"{name} is both set and swept; keep one of the two")
     for override in overrides:
         _apply_override(raw, sweep, override, mistakes)
     raw.setdefault("name", path.stem)
     base = _validate(raw, mistakes)
-    mistakes += check_sweep(sweep, base)
+    together = tuple(name for name in zipped if name in sweep)
+    mistakes += check_sweep(sweep, base, together)
     if mistakes or base is None:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
-    points = tuple(expand(base, sweep))
-    swept = {name: list({repr(p.swept[name]): p.swept[name] for p in points}.values()) for name in sweep}
-    return Study(path, base, swept, points)
+    points = tuple(expand(base, sweep, together))
+    swept = {
+        name: list({repr(p.swept[name]): p.swept[name] for p in points if name in p.swept}.values()) or values
+        for name, values in sweep.items()
+    }
+    return Study(path, base, {**swept, **{name: sweep[name] for name in together}}, points, together)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -150,7 +159,9 @@ def resolved_yaml(study: Study, *, with_meanings: bool = True) -> str:
                 _key_lines(last, getattr(value, last), inner, "  ", with_meanings, f"{name}.{last}" in study.sweep)
             )
     lines.append("sweep:" if study.sweep else "sweep: {}")
-    lines.extend(f"  {name}: {json.dumps(values)}" for name, values in study.sweep.items())
+    lines.extend(f"  {name}: {json.dumps(v)}" for name, v in study.sweep.items() if name not in study.zipped)
+    if study.zipped:
+        lines += ["  zip:", *(f"    {name}: {json.dumps(study.sweep[name])}" for name in study.zipped)]
     return "\n".join(lines) + "\n"
 
 

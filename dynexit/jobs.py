@@ -35,8 +35,6 @@ from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_do
 from dynexit.state import missing_reason, report_identity
 from dynexit.sweep import Point, digest
 
-SPLITS = ("validation", "test")
-
 
 def prepare(points: Sequence[Point], study_dir: Path) -> None:
     """Fits the backbone that the points share to the data set: backbone.safetensors, costs.json, metrics.jsonl."""
@@ -154,10 +152,10 @@ def _finish_point(
 
 def record(points: Sequence[Point], study_dir: Path) -> None:
     """Records what every exit of all `points` says of validation and test, from one pass of the backbone."""
-    from dynexit.record.manifest import MANIFEST
+    from dynexit.record.finished import SPLITS, is_recorded
     from dynexit.record.recorder import Recorder
 
-    points = [p for p in points if not is_done(job_dir(study_dir, "record", p.ids["record"]), p.ids["record"])]
+    points = [p for p in points if not is_recorded(job_dir(study_dir, "record", p.ids["record"]), p.ids["record"])]
     if not points:
         return
     config = points[0].config
@@ -198,7 +196,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
     if ranks.is_main:
         for point, directory in zip(points, directories, strict=True):
             write_json(directory / COSTS, costs.to_json())
-            mark_done(directory, point.ids["record"], [COSTS, *(f"{split}/{MANIFEST}" for split in SPLITS)])
+            mark_done(directory, point.ids["record"], [COSTS])
 
 
 def _record_header(point: Point, study_dir: Path, split: str, data: DataSets) -> dict[str, Any]:
@@ -215,6 +213,7 @@ def _record_header(point: Point, study_dir: Path, split: str, data: DataSets) ->
 
 def search(points: Sequence[Point], study_dir: Path) -> None:
     """Finds the exit configuration for every preference, from records alone: chosen on validation, judged on test."""
+    from dynexit.record.finished import SPLITS
     from dynexit.record.shards import Record
     from dynexit.search.exact import sweep
     from dynexit.search.problem import Problem

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import ValidationError
 
-from dynexit.config import SECTIONS, Config
+from dynexit.config import METHODS_WITH_GATES, METHODS_WITH_ONE_HEAD_TYPE, SECTIONS, Config
 
 
 def all_keys() -> list[str]:
@@ -48,16 +48,28 @@ def sentences(error: ValidationError, prefix: str = "") -> list[str]:
 
 def contradictions(config: Config) -> Iterator[str]:
     """Mistakes that only several keys together make."""
-    if config.train.min_learning_rate > config.train.learning_rate:
-        yield (
-            f"train.min_learning_rate = {config.train.min_learning_rate}: should be at most "
-            f"train.learning_rate, {config.train.learning_rate}"
-        )
-    if config.jei_dnn.max_warm_up_epochs >= config.train.num_epochs:
+    method, num_epochs = config.train.method, config.train.num_epochs
+    rates = "dyce" if method == "dyce" else "train"
+    low, high = (getattr(getattr(config, rates), f"{name}learning_rate") for name in ("min_", ""))
+    if low > high:
+        yield f"{rates}.min_learning_rate = {low}: should be at most {rates}.learning_rate, {high}"
+    if method == "jei_dnn" and config.jei_dnn.max_warm_up_epochs >= num_epochs:
         yield (
             f"jei_dnn.max_warm_up_epochs = {config.jei_dnn.max_warm_up_epochs}: should be less than train.num_epochs, "
-            f"{config.train.num_epochs}, or the gates are never trained"
+            f"{num_epochs}, or the gates are never trained"
         )
+    if method == "dyce" and config.dyce.num_warm_up_epochs >= num_epochs:
+        yield (
+            f"dyce.num_warm_up_epochs = {config.dyce.num_warm_up_epochs}: should be less than train.num_epochs, "
+            f"{num_epochs}"
+        )
+    if method in METHODS_WITH_ONE_HEAD_TYPE and len(config.exits.head_types) > 1:
+        yield (
+            f"exits.head_types = {config.exits.head_types}: should be one head type where train.method is {method}; "
+            "dyce and independent take several"
+        )
+    if method not in METHODS_WITH_GATES and config.search.confidence == "gate":
+        yield f"search.confidence = 'gate': should be another where train.method is {method}, which trains no gates"
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "

@@ -13,12 +13,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dynexit.config import Config, Section
+from dynexit.config import METHODS_WITH_SETTINGS, Config, Section
 from dynexit.mistakes import all_keys, contradictions, sentences, unknown_key
 
-# What each job's result depends on; a job's id covers these sections (and `seed` from training on) and nothing else.
+# What each job's result depends on; a job's id covers these sections (and `seed` from training on) and nothing else,
+# and of the methods' sections only that of the point's own method.
 _PREPARE = ("data", "backbone", "prepare")
-_TRAIN = (*_PREPARE, "seed", "exits", "train", "jei_dnn")
+_TRAIN = (*_PREPARE, "seed", "exits", "train", *METHODS_WITH_SETTINGS)
 JOB_SECTIONS = {
     "prepare": _PREPARE,
     "train": _TRAIN,
@@ -57,14 +58,19 @@ class Study:
     config: Config
     sweep: dict[str, list[Any]]
     points: tuple[Point, ...]
+    zipped: tuple[str, ...] = ()  # keys of the sweep whose values go together
 
     @property
     def directory(self) -> Path:
         return Path(self.config.runs_dir) / self.config.name
 
 
-def check_sweep(sweep: dict[Any, Any], base: Config | None) -> Iterator[str]:
-    """What is wrong with the sweep, value by value, as sentences."""
+def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str] = ()) -> Iterator[str]:
+    """What is wrong with the sweep, value by value, as sentences. In a list of `zipped` a value may come again."""
+    lengths = {name: len(sweep[name]) for name in zipped if isinstance(sweep[name], list)}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        yield f"sweep.zip: its lists go together and should be equally long, but {told}"
     for name, values in sweep.items():
         if name not in all_keys():
             yield f"sweep.{unknown_key(str(name))}"
@@ -74,7 +80,7 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None) -> Iterator[str]:
             yield f"sweep.{name} = {values!r}: should be a list of values"
         elif not values:
             yield f"sweep.{name} = []: the grid is empty; give at least one value or remove the key"
-        elif any(value in values[:i] for i, value in enumerate(values)):
+        elif name not in zipped and any(value in values[:i] for i, value in enumerate(values)):
             yield f"sweep.{name} = {values!r}: a value stands in it twice"
         else:
             for value in values:
@@ -95,16 +101,45 @@ def _with_value(config: Config, dotted: str, value: Any) -> Config:
     return config.model_copy(update={name: type(section).model_validate({**section.model_dump(), last: value})})
 
 
-def expand(base: Config, sweep: dict[str, list[Any]]) -> Iterator[Point]:
-    """Every point of a checked grid, the first swept key varying slowest. A section is made once per value it takes."""
+def expand(base: Config, sweep: dict[str, list[Any]], zipped: Sequence[str] = ()) -> Iterator[Point]:
+    """Every point of a checked grid, the first swept key varying slowest, the `zipped` keys together and fastest.
+
+    A section is made once per value it takes. Settings that differ only in keys of methods they do not use are one
+    point.
+    """
     sections: dict[str, tuple[Any, str]] = {}
     hashes: dict[tuple[str, ...], str] = {}
-    for values in itertools.product(*sweep.values()):
-        setting = dict(zip(sweep, values, strict=True))
+    seen: set[str] = set()
+    for setting in _settings(sweep, zipped):
         parts = {name: _section(name, base, setting, sections) for name in SWEEPABLE}
         config = base.model_copy(update={name: value for name, (value, _) in parts.items()})
-        ids = {job: _identity(job, [parts[name][1] for name in names], hashes) for job, names in JOB_SECTIONS.items()}
-        yield Point(config, {name: _value(config, name) for name in sweep}, ids)
+        ids = {
+            job: _identity(job, [parts[name][1] for name in names if is_used(name, config)], hashes)
+            for job, names in JOB_SECTIONS.items()
+        }
+        if ids["search"] not in seen:
+            seen.add(ids["search"])
+            swept = {name: _value(config, name) for name in sweep if is_used(name.partition(".")[0], config)}
+            yield Point(config, swept, ids)
+
+
+def _settings(sweep: dict[str, list[Any]], zipped: Sequence[str]) -> Iterator[dict[str, Any]]:
+    axes = [[{name: value} for value in values] for name, values in sweep.items() if name not in zipped]
+    if zipped:
+        together = zip(*(sweep[name] for name in zipped), strict=True)
+        axes.append([dict(zip(zipped, values, strict=True)) for values in together])
+    for parts in itertools.product(*axes):
+        yield {name: value for part in parts for name, value in part.items()}
+
+
+def is_used(section: str, config: Config) -> bool:
+    """Whether results can depend on the section: those of other methods than the configuration's own cannot."""
+    return section not in METHODS_WITH_SETTINGS or section == config.train.method
+
+
+def method_settings(config: Config) -> Any:
+    """The section of the configuration's method, None where it has none."""
+    return getattr(config, config.train.method, None)
 
 
 def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, tuple[Any, str]]) -> tuple[Any, str]:
@@ -152,7 +187,10 @@ def digest(content: Any) -> str:
 def fixed_values(study: Study) -> dict[str, Any]:
     """By dotted key the values that all results of the study share: neither swept nor without effect on results."""
     values: dict[str, Any] = {}
+    used = {point.config.train.method: point.config for point in study.points}.values()
     for section in SWEEPABLE[: SWEEPABLE.index("search")]:
+        if not any(is_used(section, config) for config in used):
+            continue
         content = json.loads(canonical_json(getattr(study.config, section)))
         flat = (
             {f"{section}.{name}": value for name, value in content.items()}

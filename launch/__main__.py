@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.tools import add_tools
+
 if TYPE_CHECKING:
     from dynexit.sweep import Study
     from launch.plan import Job
@@ -39,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     _study_command(commands, "status", "state, step, last figures and log of every point")
     _study_command(commands, "config", "the resolved study: every key with its meaning, unit and default")
     _study_command(commands, "ui", "MLflow's page on the study's results")
+    add_tools(commands)
     return parser
 
 
@@ -72,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(options: argparse.Namespace) -> int:
+    if "tool" in options:
+        options.tool(options)
+        return 0
     from dynexit.config_io import load_study, resolved_yaml
 
     study = load_study(options.study, options.overrides)

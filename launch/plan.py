@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynexit.errors import UserError
+from dynexit.record.finished import is_recorded
 from dynexit.run_dir import DONE, is_done, job_dir, read_json, write_json
 from dynexit.state import report_identity
-from dynexit.sweep import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values
+from dynexit.sweep import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values, method_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,11 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
 
     Raises Failure, naming the file, where something finished was damaged.
     """
+    finished = is_recorded if stage == "record" else is_done
     points = [
         point
         for point in study.points
-        if not is_done(job_dir(study.directory, stage, point.ids[stage]), point.ids[stage], check_bytes=check_bytes)
+        if not finished(job_dir(study.directory, stage, point.ids[stage]), point.ids[stage], check_bytes=check_bytes)
     ]
     if stage == "prepare":
         groups = list({point.ids["prepare"]: [point] for point in reversed(points)}.values())[::-1]
@@ -70,7 +72,7 @@ def make_packs(
 
 def _pack_key(point: Point) -> str:
     config = point.config
-    method = json.loads(canonical_json(config.jei_dnn))
+    method = json.loads(canonical_json(method_settings(config))) or {}
     for name in PACK_KEYS:
         method.pop(name.rpartition(".")[2], None)
     sections = (config.exits, config.train, config.record)

@@ -135,7 +135,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("seed: 1\nsweep: {seed: [0]}", (), "seed is both set and swept; keep one of the two"),
         ("sweep: {seed: 3}", (), "sweep.seed = 3: should be a list of values"),
         ("sweep: {seed: [1, 1]}", (), "sweep.seed = [1, 1]: a value stands in it twice"),
-        ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, record, search"),
+        ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, dyce, record, search"),
         ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=5"),
         ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
         ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all', or should be a valid list"),

@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynexit.sweep import Point
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
+from dynexit.record.finished import SPLITS
 from dynexit.record.shards import Record
 from dynexit.report.aggregate import Row, front_of, mark_front, percent, within_budgets, write_csv
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.page import Figure, describe_configuration, write_page
 from dynexit.run_dir import job_dir, read_json
-
-SPLITS = ("validation", "test")
+from dynexit.sweep import Point
 
 
 def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:

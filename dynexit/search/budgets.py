@@ -13,7 +13,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.errors import UserError
 from dynexit.search.exact import Candidate, Exits, Front
 from dynexit.search.problem import Problem, objective_of
-from dynexit.search.tables import EVERYONE, OFF, midpoint
+from dynexit.search.rows import EVERYONE, OFF, midpoint
 
 KINDS = ("relative_macs", "relative_latency", "min_accuracy", "max_accuracy_drop")
 _PICOSECONDS = 10**12
@@ -117,8 +117,9 @@ def _bisect(front: Front, limit: _Limit, cheap: Candidate, accurate: Candidate) 
 
 
 def _climb(front: Front, limit: _Limit, start: Candidate) -> list[Candidate]:
-    """The best within the limit that single changes lead to, each better than the one before: between two corners of
-    the front there are configurations that no weight asks for. None where `start` exceeds it and no change mends that."""
+    """The best within the limit that single changes lead to, each better than the one before; none where `start`
+    exceeds it and no change mends that. Between two corners of the front lie configurations that no weight asks for.
+    """
     climbed = [start] if limit.keeps(start.correct, start.macs) else []
     while True:
         exits = climbed[-1].exits if climbed else start.exits

@@ -59,8 +59,8 @@ def search_and_eval(
         raise UserError(f"method is {method!r}, allowed are {', '.join(METHODS)}; name one of them")
     if calibration:
         raise UserError(
-            "calibration=True asks for DyCE's pessimistic accuracy, which the exact search does not have; leave it out, "
-            "or certify a risk (search-records --risk)"
+            "calibration=True asks for DyCE's pessimistic accuracy, which the exact search does not have; leave it "
+            "out, or certify a risk (search-records --risk)"
         )
     path = Path(save_dir) / f"{save_name or f'{sim_index}_{method}'}.csv"
     if path.exists() and not refresh:
@@ -85,10 +85,10 @@ def search_and_eval(
 def _weights(search_range: Sequence[float], step: float) -> list[float]:
     if len(search_range) != 2 or not step > 0 or not 0 <= search_range[0] <= search_range[1]:
         raise UserError(
-            f"search_range is {list(search_range)} and search_step {step}, allowed are two rising numbers from 0 up and "
-            "a step above 0"
+            f"search_range is {list(search_range)} and search_step {step}, allowed are two rising numbers from 0 up "
+            "and a step above 0"
         )
-    weights = np.arange(*search_range, step).tolist()
+    weights = np.arange(search_range[0], search_range[1], step).tolist()
     if not weights:
         raise UserError(f"search_range {list(search_range)} holds no λ; give an upper end above the lower one")
     if weights[-1] > 1:

@@ -14,7 +14,8 @@ import numpy as np
 from dynexit.core.tradeoff import Configuration, OperatingPoint
 from dynexit.errors import UserError
 from dynexit.search.problem import Objective, Problem, objective_of, tie_breaking
-from dynexit.search.tables import MAX_POSITIONS, MAX_SAMPLES, OFF, Rows, Tables
+from dynexit.search.rows import MAX_SAMPLES, OFF, Rows
+from dynexit.search.tables import MAX_POSITIONS, Tables
 
 Exits = tuple[tuple[int, float], ...]
 
@@ -84,7 +85,7 @@ class LineSearch:
         is there, then prefer no exit, the first head type, and the highest threshold.
         """
         self.move_to(exits)
-        path = []
+        path: list[Candidate] = []
         while self._sweep(objective) or not path:
             path.append(self.candidate())
         return path
@@ -141,8 +142,9 @@ class Front:
         self.pool: dict[Exits, Candidate] = {}
         self._search = LineSearch(problem)
         self.rows = self._search.rows
+        self._idle = [self._search]
         self._ends: dict[tuple[Exits, float], Exits] = {}
-        # where the descent from a configuration at a weight ended
+        """Where the descent from a configuration at a weight ended."""
         self._workers = workers
         first = max(0, min(_LOWEST_WARM, int(lowest * _WARM_STEPS)))
         grid = [step / _WARM_STEPS for step in range(first, _WARM_STEPS + 1)]
@@ -189,11 +191,11 @@ class Front:
         num_positions, num_heads, count = confidence_PHN.shape
         tasks = []
         for weight in np.repeat(weights, starts).tolist():
-            heads = generator.integers(OFF, num_heads, size=num_positions).tolist()
+            heads = [int(head) for head in generator.integers(OFF, num_heads, size=num_positions)]
             samples = generator.integers(count, size=num_positions)
             exits = tuple(
-                (head, float(confidence_HN[head, sample])) if head != OFF else (OFF, 1.0)
-                for confidence_HN, head, sample in zip(confidence_PHN, heads, samples, strict=True)
+                (head, float(confidence_PHN[position, head, samples[position]])) if head != OFF else (OFF, 1.0)
+                for position, head in enumerate(heads)
             )
             tasks.append((exits, weight))
         self._descend_all(tasks)
@@ -209,8 +211,13 @@ class Front:
             self._keep(exits, weight, path)
 
     def _descend_block(self, block: Sequence[tuple[Exits, float]]) -> list[list[Candidate]]:
-        search = LineSearch(self.problem, self.rows)
-        return [self._descend(search, *task) for task in block]
+        try:
+            search = self._idle.pop()
+        except IndexError:
+            search = LineSearch(self.problem, self.rows)
+        paths = [self._descend(search, *task) for task in block]
+        self._idle.append(search)
+        return paths
 
     def _descend(self, search: LineSearch, exits: Exits, weight: float) -> list[Candidate]:
         (objective,) = tie_breaking(self.problem, [weight], self.normalize)

@@ -24,10 +24,11 @@ def read_json_file(path: Path, what: str) -> Any:
 
 
 def parse_costs(content: Any, source: str) -> ExitCosts:
-    """ExitCosts from their own JSON or from DyCE's `macs_info`, told apart by their keys; `source` names them in errors.
+    """ExitCosts from their own JSON or from DyCE's `macs_info`, told apart by their keys.
 
-    DyCE's positions have no block indices: they count from 0. Its `shared` MACs are added to the backbone's. What is
-    given is left as it is. Raises UserError for anything else and for what ExitCosts refuses, as MACs that decrease.
+    DyCE's positions have no block indices: they count from 0. Its `shared` MACs are added to the backbone's. `content`
+    is left as it is; `source` names it in errors. Raises UserError for anything else and for what ExitCosts refuses, as
+    MACs that decrease.
     """
     try:
         if isinstance(content, Mapping) and {"head", "backbone"} <= set(content):
@@ -52,7 +53,7 @@ def _dyce_costs(content: Mapping[str, Any]) -> ExitCosts:
     for head, macs in zip(content["head"], heads, strict=True):
         if len(macs) not in (num_positions, num_positions + 1):
             raise ValueError(
-                f"head {head['name']!r} has {len(macs)} MACs, but the backbone has {num_positions} positions and the end"
+                f"head {head['name']!r} has {len(macs)} MACs, the backbone {len(path)} (the last is the end)"
             )
     return ExitCosts(
         full_macs=path[-1],

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dynexit.core.tradeoff import Configuration
-from dynexit.search.exact import Candidate, Exits, LineSearch, SearchResult, results, sweep
+from dynexit.search.exact import LineSearch, SearchResult, results, sweep
 from dynexit.search.problem import Objective, Problem, tie_breaking
-from dynexit.search.tables import EQUAL, EVERYONE, OFF, midpoint
+from dynexit.search.rows import EVERYONE, OFF, midpoint
+from dynexit.search.tables import EQUAL
 
 FloatArray = NDArray[np.floating]
 
@@ -124,7 +124,7 @@ def _shared_thresholds(problem: Problem, head: int) -> tuple[FloatArray, NDArray
     path_macs = costs.path_macs(np.array([row[head] for row in costs.head_macs], dtype=np.int64))
     highest_N = np.full(count, -1, dtype=np.float32)
     passes = []
-    for position, confidence_N in enumerate(problem.confidence_PHN[:, head]):
+    for confidence_N in problem.confidence_PHN[:, head]:
         passes.append(confidence_N > highest_N)
         highest_N = np.maximum(highest_N, confidence_N)
     later_macs_N = np.full(count, path_macs[-1])

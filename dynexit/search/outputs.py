@@ -17,7 +17,7 @@ SEARCHED, JUDGED = "train", "val"
 
 @dataclass(frozen=True)
 class Answer:
-    """A configuration, and what asked for it: a weight, a budget (with the weight it lies at), or a risk (no weight)."""
+    """A configuration and what asked for it: a weight, a budget (with the weight it lies at), or a risk (no weight)."""
 
     configuration: Configuration
     accuracy_weight: float | None
@@ -99,12 +99,10 @@ def write_points(path: Path, problems: Mapping[str, Problem], answers: Sequence[
         for place, (source, answer) in enumerate(rows):
             for split in (SEARCHED, JUDGED):
                 on_front = "true" if front[place] else "false"
-                writer.writerow(
-                    [source, method if source == "search" else "", "", "", _text(answer.accuracy_weight), split]
-                    + _figures(points[split][place])
-                    + [on_front, "", json.dumps(answer.configuration.to_json())]
-                    + [json.dumps(dict(answer.budget)) if answer.budget else ""]
-                )
+                row = [source, method if source == "search" else "", "", "", _text(answer.accuracy_weight), split]
+                row += _figures(points[split][place])
+                row += [on_front, "", json.dumps(answer.configuration.to_json())]
+                writer.writerow([*row, json.dumps(dict(answer.budget)) if answer.budget else ""])
 
 
 def _figures(point: OperatingPoint) -> list[str]:

@@ -48,7 +48,7 @@ class Problem:
             shape = getattr(self, name).shape
             if shape != expected:
                 raise UserError(
-                    f"{name} has shape {shape}, but costs and labels say (positions, head types, samples) = {expected}; "
+                    f"{name} has shape {shape}, costs and labels say (positions, head types, samples) = {expected}; "
                     "give the costs of the model that made the record"
                 )
         if expected[2] == 0:
@@ -177,7 +177,7 @@ def check_same_model(record: "Record", costs: ExitCosts) -> None:
         recorded, costed = list(getattr(record, name)), list(getattr(costs, name))
         if recorded != costed:
             raise UserError(
-                f"the record has {name} {recorded}, the costs have {costed}; give the costs of the model that made the record"
+                f"the record has {name} {recorded}, the costs have {costed}; give the costs of the model that made it"
             )
 
 

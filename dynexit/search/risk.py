@@ -15,7 +15,7 @@ from dynexit.core.tradeoff import Configuration, apply_configuration, pareto_fro
 from dynexit.errors import UserError
 from dynexit.search.exact import Front
 from dynexit.search.problem import Problem
-from dynexit.search.tables import OFF
+from dynexit.search.rows import OFF
 
 _WEIGHTS = 201
 _MOST = 500  # candidates; each is a test, and a longer sequence has more chances to stop early
@@ -53,14 +53,14 @@ def certify(
         least = 1 - (1 - confidence) ** (1 / count)
         wanted = math.ceil(math.log(1 - confidence) / math.log(1 - risk))
         raise UserError(
-            f"risk {risk} is unattainable at confidence {confidence}: {count} samples without a loss certify {least:.4g} "
-            f"at best; ask for that or more, or give at least {wanted} samples"
+            f"risk {risk} is unattainable at confidence {confidence}: {count} samples without a loss certify "
+            f"{least:.4g} at best; ask for that or more, or give at least {wanted} samples"
         )
     return fixed_sequence(certificate, safest_first(train, workers), risk, confidence)
 
 
 def safest_first(train: Problem, workers: int = 1) -> list[Configuration]:
-    """Configurations of least cost for rising risk on `train`: first no exits, which never lose, then ever cheaper ones."""
+    """Configurations of least cost for rising risk on `train`: no exits, which never lose, then ever cheaper ones."""
     lossless = replace(
         train,
         correct_PHN=train.correct_PHN | ~train.base_correct_N,

@@ -8,57 +8,16 @@ on the accuracy weight nor on MACs: a new weight reads them again, a new thresho
 Shapes: N samples, P positions, H head types, B bins, Q = F = P + 1 places to leave, the last the end.
 """
 
-import math
-
-import numba
 import numpy as np
 
-OFF = -1
-EVERYONE = -1.0  # a threshold below every confidence: whoever arrives leaves
+from dynexit.search.rows import BIN, EVERYONE, INDEX, OFF, Rows, compiled, midpoint
+
 MAX_POSITIONS = 62  # where a sample would leave is a bit each, in 64 with a sign
-MAX_SAMPLES = 1 << 30
-MAX_BINS = 1024
-# Below this two objectives count as equal: rounding of the final multiplication must not make the descent go in circles.
 EQUAL = 1e-12
+"""Below this two objectives count as equal: rounding in the last product must not turn the descent in circles."""
 
-_INDEX = MAX_SAMPLES - 1  # of `order_PHN`: the sample; above it whether it is right, and whether the next one ties
-_CORRECT = 1 << 30
-_TIE = 1 << 31
-_BIN = (1 << 15) - 1  # of `code_PNH`: the bin; above it whether the sample is right
-_BULK = 16  # more than a sixteenth of the samples moved: the tables are made anew when next read
+_BULK = 8  # more than an eighth of the samples moved: the tables are made anew when next read
 _LATER, _HERE, _AT = 0, 1, 2  # columns of a table: right only later, right only here, and leaving at q in _AT + q
-
-_compiled = numba.njit(nogil=True, cache=True)
-
-
-class Rows:
-    """A record prepared for the search: every row sorted by falling confidence and cut into bins. Never changes."""
-
-    def __init__(self, confidence_PHN: np.ndarray, correct_PHN: np.ndarray, base_correct_N: np.ndarray) -> None:
-        num_positions, num_heads, count = confidence_PHN.shape
-        bins = min(MAX_BINS, max(1, math.isqrt(count)))
-        self.confidence_PHN = confidence_PHN
-        self.correct_PHN = correct_PHN
-        self.base_correct_N = base_correct_N
-        self.order_PHN = np.empty(confidence_PHN.shape, np.uint32)
-        """Samples by falling confidence, with two flags."""
-        self.edges_PHB = np.empty((num_positions, num_heads, bins + 1), np.int32)
-        """(P, H, B + 1) where each bin starts in `order_PHN`; equal confidences share a bin."""
-        self.code_PNH = np.empty((num_positions, count, num_heads), np.uint16)
-        """The bin of every sample, with a flag."""
-        for position in range(num_positions):
-            for head in range(num_heads):
-                _cut_row(
-                    _falling_keys(confidence_PHN[position, head]),
-                    np.ascontiguousarray(correct_PHN[position, head]),
-                    self.order_PHN[position, head],
-                    self.edges_PHB[position, head],
-                    self.code_PNH[position, :, head],
-                )
-
-    def order(self, position: int, head: int) -> np.ndarray:
-        """(N,) int64, the samples of one row by falling confidence; of equals the first one first."""
-        return (self.order_PHN[position, head] & np.uint32(_INDEX)).astype(np.int64)
 
 
 class Tables:
@@ -97,7 +56,7 @@ class Tables:
         if head == self.head_P[position]:
             start = self._rank(position, head, max(new, old))
             stop = self._rank(position, head, min(new, old))
-            crossing_M = (rows.order_PHN[position, head, start:stop] & np.uint32(_INDEX)).astype(np.int64)
+            crossing_M = (rows.order_PHN[position, head, start:stop] & np.uint32(INDEX)).astype(np.int64)
             self._leaves_N[crossing_M] ^= bit
         else:
             leaves_N, right_N = self._leaves_N & ~bit, self._right_N & ~bit
@@ -119,7 +78,7 @@ class Tables:
         low, high = 0, len(order_N)
         while low < high:
             middle = (low + high) // 2
-            if confidence_N[order_N[middle] & _INDEX] > threshold:
+            if confidence_N[order_N[middle] & INDEX] > threshold:
                 low = middle + 1
             else:
                 high = middle
@@ -168,43 +127,7 @@ class Tables:
         return head, threshold, gain
 
 
-def midpoint(upper: float, lower: float) -> float:
-    """The float32 midpoint of two float32 confidences, or `lower` where the midpoint is not strictly below `upper`."""
-    middle = np.float32((float(upper) + float(lower)) / 2)
-    return float(middle) if middle < upper else float(lower)
-
-
-def _falling_keys(confidence_N: np.ndarray) -> np.ndarray:
-    """uint64, rising: the confidence's bits turned so that the highest comes first, and below them the sample."""
-    # the bits of a float of 0 or more sort like the float (+ 0 turns -0 into 0); one sort of 64 bits beats an argsort
-    key_N = ((confidence_N + np.float32(0)).view(np.uint32) ^ np.uint32(0xFFFFFFFF)).astype(np.uint64)
-    key_N <<= np.uint64(32)
-    key_N |= np.arange(len(key_N), dtype=np.uint64)
-    key_N.sort()
-    return key_N
-
-
-@_compiled
-def _cut_row(
-    key_N: np.ndarray, correct_N: np.ndarray, order_N: np.ndarray, edges_B: np.ndarray, code_N: np.ndarray
-) -> None:
-    """Finds the bins of one row, and packs them, correctness and ties into `order_N`, `edges_B` and `code_N`."""
-    count, bins = len(key_N), len(edges_B) - 1
-    bin_ = last = -1
-    tied = False
-    for i in range(count):
-        n = int(key_N[i]) & _INDEX
-        share = i * bins // count
-        if share > last and not tied:
-            bin_, last = bin_ + 1, share
-            edges_B[bin_] = i
-        tied = i + 1 < count and int(key_N[i + 1]) >> 32 == int(key_N[i]) >> 32
-        order_N[i] = n | (_CORRECT if correct_N[n] else 0) | (_TIE if tied else 0)
-        code_N[n] = bin_ | (int(correct_N[n]) << 15)
-    edges_B[bin_ + 1 :] = count
-
-
-@_compiled
+@compiled
 def _update(
     crossing_M: np.ndarray,
     leaves_N: np.ndarray,
@@ -228,51 +151,56 @@ def _update(
             second += 1
         new = first | (second << 8) | (((right >> first) & 1) << 16) | (((right >> second) & 1) << 17)
         old = state_N[n]
-        if new == old:
-            continue
         state_N[n] = new
         for sign in (-1, 1):
             state = old if sign < 0 else new
-            if state < 0:
-                continue
-            first, second = state & 255, (state >> 8) & 255
-            right_first, right_second = (state >> 16) & 1, (state >> 17) & 1
-            count_FQ[first, second] += sign
-            right_F[0, first] += sign * right_first
-            right_F[1, first] += sign * right_second
-            for position in fresh:
-                if position < first:
-                    _enter(code_PNH[position, n], table_PHB[position], first, right_first, sign)
-                elif position == first:
-                    _enter(code_PNH[position, n], table_PHB[position], second, right_second, sign)
+            if state >= 0:
+                count_FQ[state & 255, (state >> 8) & 255] += sign
+                right_F[0, state & 255] += sign * ((state >> 16) & 1)
+                right_F[1, state & 255] += sign * ((state >> 17) & 1)
+        for position in fresh:
+            before, after = _rest(old, position), _rest(new, position)
+            if before != after:
+                _enter(code_PNH[position, n], table_PHB[position], before, after)
 
 
-@_compiled
-def _enter(code_H: np.ndarray, table_HB: np.ndarray, later: int, right_later: int, sign: int) -> None:
-    """Adds a sample that would leave at `later` to every head's table of a position, or takes it away."""
+@compiled
+def _rest(state: int, position: int) -> int:
+    """Where a sample that arrives would leave later, and above 8 bits whether it is right there; -1: it does not arrive."""
+    first = state & 255
+    if state < 0 or first < position:
+        return -1
+    return first | (state >> 8) & 256 if first > position else ((state >> 8) & 255) | (state >> 9) & 256
+
+
+@compiled
+def _enter(code_H: np.ndarray, table_HB: np.ndarray, before: int, after: int) -> None:
+    """Takes a sample out of every head's table of a position with one rest, and puts it in with another."""
     for head in range(len(code_H)):
         code = code_H[head]
         right_here = code >> 15
-        row = table_HB[head, code & _BIN]
-        row[_LATER] += sign * (right_later & (1 - right_here))
-        row[_HERE] += sign * ((1 - right_later) & right_here)
-        row[_AT + later] += sign
+        row = table_HB[head, code & BIN]
+        if before >= 0:
+            row[_AT + (before & 255)] -= 1
+            row[_LATER] -= (before >> 8) & ~right_here & 1
+            row[_HERE] -= ~(before >> 8) & right_here & 1
+        if after >= 0:
+            row[_AT + (after & 255)] += 1
+            row[_LATER] += (after >> 8) & ~right_here & 1
+            row[_HERE] += ~(after >> 8) & right_here & 1
 
 
-@_compiled
+@compiled
 def _build(position: int, state_N: np.ndarray, code_NH: np.ndarray, table_HB: np.ndarray) -> None:
     """Makes the tables of one position from the states of all samples."""
     table_HB[:] = 0
     for n in range(len(state_N)):
-        state = state_N[n]
-        first = state & 255
-        if first > position:
-            _enter(code_NH[n], table_HB, first, (state >> 16) & 1, 1)
-        elif first == position:
-            _enter(code_NH[n], table_HB, (state >> 8) & 255, (state >> 17) & 1, 1)
+        rest = _rest(state_N[n], position)
+        if rest >= 0:
+            _enter(code_NH[n], table_HB, -1, rest)
 
 
-@_compiled
+@compiled
 def _best_exit(
     position: int,
     per_mac: float,
@@ -287,7 +215,7 @@ def _best_exit(
     order_HN: np.ndarray,
     state_N: np.ndarray,
 ) -> tuple[int, int, int, float]:
-    """(head, last sample to leave, first arriving sample to stay, gain); samples are -1 where there is none or no change."""
+    """(head, last sample to leave, first arriving sample to stay, gain); a sample is -1 where there is none."""
     num_positions, num_heads = head_macs_PH.shape
     bins, current = table_HB.shape[1], head_P[position]
     # MACs saved by leaving here instead of at each later place, the head here aside
@@ -327,7 +255,7 @@ def _best_exit(
             saved, gained, last = saved_B[b], gained_B[b], -1
             for i in range(edges_HB[head, b], edges_HB[head, b + 1]):
                 packed = order_HN[head, i]
-                state = state_N[packed & _INDEX]
+                state = state_N[packed & INDEX]
                 first = state & 255
                 if first >= position:
                     later, right = (first, state >> 16) if first > position else ((state >> 8) & 255, state >> 17)
@@ -344,7 +272,7 @@ def _best_exit(
         return (OFF if unneeded else current), -1, -1, (kept if unneeded else 0.0)
     order_N = order_HN[best_head]
     for i in range(best_last + 1, order_N.shape[0]):
-        following = order_N[i] & _INDEX
+        following = order_N[i] & INDEX
         if (state_N[following] & 255) >= position:
-            return best_head, order_N[best_last] & _INDEX, following, kept - best
-    return best_head, order_N[best_last] & _INDEX, -1, kept - best
+            return best_head, order_N[best_last] & INDEX, following, kept - best
+    return best_head, order_N[best_last] & INDEX, -1, kept - best

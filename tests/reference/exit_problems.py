@@ -1,4 +1,4 @@
-"""Made-up records for the search: heads that get better with depth, confidences that mean something, and every oddity."""
+"""Made-up records for the search: heads that get better with depth, confidences that mean something, and oddities."""
 
 import numpy as np
 

@@ -66,6 +66,22 @@ def dyce_onepass(problem: Problem, weight: float, normalize: bool = False) -> Ex
     return exits
 
 
+def evaluate_fast(problem: Problem, exits: Exits) -> tuple[int, int]:
+    """`evaluate` in numpy."""
+    costs = problem.costs
+    left_N = np.zeros(problem.num_samples, dtype=bool)
+    correct = macs = heads = 0
+    for position, (head, threshold) in enumerate(exits):
+        if head != -1:
+            heads += costs.head_macs[position][head]
+            leaves_N = ~left_N & (problem.confidence_PHN[position, head] > np.float32(threshold))
+            correct += int(np.count_nonzero(problem.correct_PHN[position, head] & leaves_N))
+            macs += int(np.count_nonzero(leaves_N)) * (costs.backbone_macs[position] + heads)
+            left_N |= leaves_N
+    correct += int(np.count_nonzero(problem.base_correct_N & ~left_N))
+    return correct, macs + int(np.count_nonzero(~left_N)) * (costs.full_macs + heads)
+
+
 class FastEvaluator:
     """`objective` in numpy, for minimisers that call it thousands of times."""
 
@@ -77,18 +93,8 @@ class FastEvaluator:
         self.spans = base - self.lowest, full - self.cheapest
 
     def __call__(self, exits: Exits) -> float:
-        problem, costs = self.problem, self.problem.costs
-        left_N = np.zeros(problem.num_samples, dtype=bool)
-        correct = macs = heads = 0
-        for position, (head, threshold) in enumerate(exits):
-            if head != -1:
-                heads += costs.head_macs[position][head]
-                leaves_N = ~left_N & (problem.confidence_PHN[position, head] > np.float32(threshold))
-                correct += np.count_nonzero(problem.correct_PHN[position, head] & leaves_N)
-                macs += np.count_nonzero(leaves_N) * (costs.backbone_macs[position] + heads)
-                left_N |= leaves_N
-        correct += np.count_nonzero(problem.base_correct_N & ~left_N)
-        macs += np.count_nonzero(~left_N) * (costs.full_macs + heads)
+        problem = self.problem
+        correct, macs = evaluate_fast(problem, exits)
         accuracy = (correct / problem.num_samples - self.lowest) / self.spans[0]
         relative_macs = (macs / problem.num_samples - self.cheapest) / self.spans[1]
         return self.weight * (1 - accuracy) + (1 - self.weight) * relative_macs

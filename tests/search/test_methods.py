@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from dynexit.search.methods import METHODS, circular, onepass, samethres
+from dynexit.search.problem import tie_breaking
 from tests.reference import exit_search
 from tests.reference.exit_problems import odd_problem, random_problem
 from tests.reference.line_search import best_exit
-from dynexit.search.problem import tie_breaking
 
 WEIGHTS = [0.0, 0.45, 0.7, 0.9, 1.0]
 

@@ -1,11 +1,11 @@
-"""Tables that follow a configuration equal tables made anew, bit for bit; rows, bins and thresholds keep their rules."""
+"""Tables that follow a configuration equal tables made anew, bit for bit; rows and thresholds keep their rules."""
 
 import numpy as np
 import pytest
 
 from dynexit.search import tables as compiled
 from dynexit.search.exact import LineSearch
-from dynexit.search.tables import OFF, midpoint
+from dynexit.search.rows import OFF, midpoint
 from tests.reference import exit_search
 from tests.reference.exit_problems import odd_problem, random_problem
 
