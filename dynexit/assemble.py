@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dynexit.config import Config
 from dynexit.core.cost import ExitCosts
 from dynexit.data import describe_data
 from dynexit.dist import Ranks
-from dynexit.errors import Failure, UserError
+from dynexit.errors import UserError
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
-from dynexit.run_dir import atomic_write, is_done, job_dir, move_aside, write_text
+from dynexit.run_dir import is_done, job_dir, write_text
 from dynexit.sweep import Point
+from dynexit.tensor_files import load_tensors
 
 BACKBONE, HEADS, COSTS, METRICS, CONFIG = (
     "backbone.safetensors",
@@ -84,20 +82,6 @@ def load_heads(
         heads.load_member(i, state)
         gates.load_member(i, state)
     return heads, gates
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as safetensors, atomically."""
-    with atomic_write(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a damaged one is a Failure that names it."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise Failure(f"{path} cannot be read ({error}); {move_aside(path.parent)}") from error
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -20,7 +20,6 @@ from dynexit.assemble import (
     build_model,
     load_heads,
     load_model,
-    save_tensors,
     write_lines,
 )
 from dynexit.config import parse_weights
@@ -34,6 +33,7 @@ from dynexit.progress import Progress
 from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_done, read_json, write_json
 from dynexit.state import missing_reason, report_identity
 from dynexit.sweep import Point, digest
+from dynexit.tensor_files import save_tensors
 
 
 def prepare(points: Sequence[Point], study_dir: Path) -> None:
@@ -84,8 +84,9 @@ def train(points: Sequence[Point], study_dir: Path) -> None:
     are finished, then Failure is raised, naming it.
     """
     from dynexit.train.checkpoint import Checkpoints
-    from dynexit.train.jei_dnn import JeiDnnTask, Member
+    from dynexit.train.jei_dnn import JeiDnnTask
     from dynexit.train.loop import fit
+    from dynexit.train.pack import Member, Pack
 
     points = [point for point in points if not is_done(job_dir(study_dir, "train", point.id), point.id)]
     if not points:
@@ -95,7 +96,9 @@ def train(points: Sequence[Point], study_dir: Path) -> None:
     data = load_data(config.data)
     model, costs = load_model(points[0], study_dir, ranks)
     members = [Member(p.config.seed, p.config.jei_dnn.ce_ic_tradeoff, p.label) for p in points]
-    task = JeiDnnTask(model, costs, members, config.train, config.jei_dnn, data.validation, ranks)
+    steps_per_epoch = -(-len(data.train) // config.train.global_batch_size)
+    together = Pack(model, costs, members, config.train, data.validation, ranks, steps_per_epoch, config.data.seed)
+    task = JeiDnnTask(together, config.jei_dnn)
     pack = pack_dir(study_dir, points)
     checkpoints = Checkpoints(pack, config.dist.checkpoint_seconds)
     if ranks.is_main:

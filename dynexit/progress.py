@@ -1,11 +1,13 @@
 """What a long job says while it runs: a bar on a terminal, plain lines in its log, a file for `dynexit status`."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dynexit.errors import Failure
 from dynexit.run_dir import PROGRESS, write_json
 
 
@@ -55,7 +57,8 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
         content = {"step": self.step, "num_steps": self.num_steps, "figures": {k: repr(v) for k, v in values.items()}}
-        write_json(self.directory / PROGRESS, {**content, "images_per_second": rate, "seconds_left": left})
+        with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
+            write_json(self.directory / PROGRESS, {**content, "images_per_second": rate, "seconds_left": left})
 
     def say(self, text: str) -> None:
         """A line in the log and on the terminal."""
@@ -63,9 +66,10 @@ class Progress:
             self._write(f"{self.name}: {text}", always=True)
 
     def _write(self, line: str, *, always: bool = False) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "log.txt").open("a", encoding="utf-8") as log:
-            log.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
+        with contextlib.suppress(OSError):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
         if self._bar is None:
             print(line, flush=True)
         elif always:

@@ -72,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        print(f"dynexit: {error}; mend it, then run the same command again", file=sys.stderr)
+        return 1
 
 
 def _dispatch(options: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
-"""Losses of JEI-DNN: warm-up, heads and gates, and the targets and weights of the gates. One value per member.
+"""Losses of exit heads and gates, and the targets and weights of JEI-DNN's gates. One value per member.
 
 Shapes: M members (or x, any leading axes, also none), L exits of which the last is the backbone's own classifier,
-G = L-1 gates, B batch, K classes. Every loss has the dtype of its logits. Source: JEI-DNN (arXiv 2310.09163).
+G = L-1 gates, B batch, K classes. Every loss has the dtype of its logits. Source, where no other is named: JEI-DNN
+(arXiv 2310.09163).
 """
 
 import torch
@@ -25,6 +26,34 @@ def cross_entropies(logits_xLBK: Tensor, labels_B: Tensor) -> Tensor:
     # spelled out, because torch's log_softmax is several times slower on CPU for a handful of classes
     shifted_xLBK = logits_xLBK - logits_xLBK.detach().amax(-1, keepdim=True)
     return shifted_xLBK.exp().sum(-1).log() - shifted_xLBK.gather(-1, index_xLB1).squeeze(-1)
+
+
+def soft_cross_entropies(logits_xLBK: Tensor, target_BK: Tensor) -> Tensor:
+    """Cross-entropy in nats of every exit to the probabilities `target_BK`, (..., L, B)."""
+    shifted_xLBK = logits_xLBK - logits_xLBK.detach().amax(-1, keepdim=True)
+    return shifted_xLBK.exp().sum(-1).log() * target_BK.sum(-1) - (shifted_xLBK * target_BK).sum(-1)
+
+
+def divergences(logits_xLBK: Tensor, temperature: float = 3.0) -> Tensor:
+    """Divergence of every intermediate exit from the last one, (..., L-1, B): T^2 KL(last || exit), logits over T.
+
+    The last exit is the teacher and a constant. T^2 keeps the gradient's size. Source: Hinton et al., Distilling the
+    Knowledge in a Neural Network (arXiv 1503.02531), section 2.
+    """
+    log_teacher_x1BK = (logits_xLBK[..., -1:, :, :].detach() / temperature).log_softmax(-1)
+    log_exit_xGBK = (logits_xLBK[..., :-1, :, :] / temperature).log_softmax(-1)
+    return temperature**2 * (log_teacher_x1BK.exp() * (log_teacher_x1BK - log_exit_xGBK)).sum(-1)
+
+
+def first_exit_weights(logits_MRBK: Tensor, num_head_types: int) -> Tensor:
+    """Weight (M, R, B) of every head on every sample: 1 at the first position, 2 (1 - p_max there) at all later ones.
+
+    Rows R are position-major, and a head is weighed by the one of its own type at the first position. Constants: held
+    fixed, the first exit cannot lower the loss by being sure of itself. Source: DyCE (arXiv 2403.01695).
+    """
+    first_MHB = max_probability(logits_MRBK.detach()[:, :num_head_types])
+    later_MRB = (2 * (1 - first_MHB)).repeat(1, logits_MRBK.shape[1] // num_head_types, 1)
+    return torch.cat((torch.ones_like(first_MHB), later_MRB[:, num_head_types:]), 1)
 
 
 def warm_up_loss(logits_MLBK: Tensor, labels_B: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ class StackedHeads(_Stacked):
     """One head of every type at every position, for every member.
 
     `seeds_M` are the members' seeds, `initialisation` is "uniform" (nn.Linear's default, JEI-DNN) or "truncated_normal"
-    (standard deviation 0.02, DyCE).
+    (standard deviation 0.02, DyCE). With a `shrinkage` above 0 heads are additive: what leaves a position is its own
+    logits plus shrinkage times those of the position before (BoostedNet); gradients stop there.
     """
 
     prefix = "heads."
@@ -114,11 +115,12 @@ class StackedHeads(_Stacked):
         num_classes: int,
         seeds_M: Sequence[int],
         initialisation: str = "uniform",
+        shrinkage: float = 0.0,
     ) -> None:
         super().__init__()
         if initialisation not in INITIALISATIONS:
             raise UserError(f"unknown initialisation {initialisation!r}: use one of {', '.join(INITIALISATIONS)}")
-        self.num_members, self.num_classes = len(seeds_M), num_classes
+        self.num_members, self.num_classes, self.shrinkage = len(seeds_M), num_classes, shrinkage
         self.row_names = [f"{position}.{head_type}" for position in positions for head_type in head_types]
         for row, name in enumerate(self.row_names):
             num_features = feature_dims_P[row // len(head_types)]
@@ -135,18 +137,23 @@ class StackedHeads(_Stacked):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (M, P·H, B, K) from what the exits read, one (B, D_p) a position."""
-        rows_per_position = len(self.row_names) // len(features)
-        return torch.stack(
-            [self.head(name, features[row // rows_per_position]) for row, name in enumerate(self.row_names)], dim=1
-        )
+        num_types = len(self.row_names) // len(features)
+        rows: list[Tensor] = []
+        for row, name in enumerate(self.row_names):
+            before = rows[row - num_types] if row >= num_types else None
+            rows.append(self.head(name, features[row // num_types], before))
+        return torch.stack(rows, dim=1)
 
-    def head(self, row_name: str, x: Tensor) -> Tensor:
-        """Logits (M, B, K) of the one head `{position}.{head_type}`, from its position's feature (B, D)."""
+    def head(self, row_name: str, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """Logits (M, B, K) of the one head `{position}.{head_type}`, from its position's feature (B, D).
+
+        `before` is what this gave for the same head type at the position before; only additive heads need it.
+        """
         layers = list(self.get_submodule(row_name).children())
         for layer in layers[:-1]:
             x = layer(x).relu()
         logits: Tensor = layers[-1](x)
-        return logits
+        return logits if before is None or not self.shrinkage else logits + self.shrinkage * before.detach()
 
 
 class StackedGates(_Stacked):

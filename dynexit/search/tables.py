@@ -38,7 +38,7 @@ class Tables:
         self._state_N = np.full(count, -1, np.int32)
         """First, second (8 bits each), whether right at first, at second; -1 before it is known."""
         bins = rows.edges_PHB.shape[2] - 1
-        self.table_PHB = np.zeros((num_positions, num_heads, bins, _AT + num_positions + 1), np.int32)
+        self.table_PHQB = np.zeros((num_positions, num_heads, _AT + num_positions + 1, bins), np.int32)
         self.fresh_P = np.zeros(num_positions, np.bool_)
         """Whether the tables of a position are those of the configuration."""
         self.count_FQ = np.zeros((num_positions + 1, num_positions + 1), np.int64)
@@ -91,7 +91,7 @@ class Tables:
             self._right_N,
             self._state_N,
             self.rows.code_PNH,
-            self.table_PHB,
+            self.table_PHQB,
             np.flatnonzero(self.fresh_P),
             self.count_FQ,
             self.right_F,
@@ -104,7 +104,7 @@ class Tables:
         better than none is removed.
         """
         if not self.fresh_P[position]:
-            _build(position, self._state_N, self.rows.code_PNH[position], self.table_PHB[position])
+            _build(position, self._state_N, self.rows.code_PNH, self.table_PHQB)
             self.fresh_P[position] = True
         head, last, following, gain = _best_exit(
             position,
@@ -115,7 +115,7 @@ class Tables:
             self.head_P,
             self.count_FQ,
             self.right_F,
-            self.table_PHB[position],
+            self.table_PHQB[position],
             self.rows.edges_PHB[position],
             self.rows.order_PHN[position],
             self._state_N,
@@ -134,13 +134,13 @@ def _update(
     right_N: np.ndarray,
     state_N: np.ndarray,
     code_PNH: np.ndarray,
-    table_PHB: np.ndarray,
+    table_PHQB: np.ndarray,
     fresh: np.ndarray,
     count_FQ: np.ndarray,
     right_F: np.ndarray,
 ) -> None:
     """Brings the states of these samples, the sums and the tables of the fresh positions up to the bits."""
-    num_positions = len(table_PHB)
+    num_positions = len(table_PHQB)
     for n in crossing_M:
         leaves, right = leaves_N[n], right_N[n]
         first = 0
@@ -161,12 +161,13 @@ def _update(
         for position in fresh:
             before, after = _rest(old, position), _rest(new, position)
             if before != after:
-                _enter(code_PNH[position, n], table_PHB[position], before, after)
+                _enter(n, position, code_PNH, table_PHQB, before, after)
 
 
 @compiled
 def _rest(state: int, position: int) -> int:
-    """Where a sample that arrives would leave later, and above 8 bits whether it is right there; -1: it does not arrive."""
+    """Where a sample that arrives would leave later, and above 8 bits whether it is right there; -1: it does not
+    arrive."""
     first = state & 255
     if state < 0 or first < position:
         return -1
@@ -174,30 +175,32 @@ def _rest(state: int, position: int) -> int:
 
 
 @compiled
-def _enter(code_H: np.ndarray, table_HB: np.ndarray, before: int, after: int) -> None:
+def _enter(n: int, position: int, code_PNH: np.ndarray, table_PHQB: np.ndarray, before: int, after: int) -> None:
     """Takes a sample out of every head's table of a position with one rest, and puts it in with another."""
-    for head in range(len(code_H)):
-        code = code_H[head]
-        right_here = code >> 15
-        row = table_HB[head, code & BIN]
+    # arrays are indexed whole: making a view costs more than what is done with it
+    for head in range(code_PNH.shape[2]):
+        code = code_PNH[position, n, head]
+        bin_, right_here = code & BIN, code >> 15
         if before >= 0:
-            row[_AT + (before & 255)] -= 1
-            row[_LATER] -= (before >> 8) & ~right_here & 1
-            row[_HERE] -= ~(before >> 8) & right_here & 1
+            table_PHQB[position, head, _AT + (before & 255), bin_] -= 1
         if after >= 0:
-            row[_AT + (after & 255)] += 1
-            row[_LATER] += (after >> 8) & ~right_here & 1
-            row[_HERE] += ~(after >> 8) & right_here & 1
+            table_PHQB[position, head, _AT + (after & 255), bin_] += 1
+        if before < 0 or after < 0 or (before ^ after) & 256:
+            column = _HERE if right_here else _LATER
+            if before >= 0 and (before >> 8) != right_here:
+                table_PHQB[position, head, column, bin_] -= 1
+            if after >= 0 and (after >> 8) != right_here:
+                table_PHQB[position, head, column, bin_] += 1
 
 
 @compiled
-def _build(position: int, state_N: np.ndarray, code_NH: np.ndarray, table_HB: np.ndarray) -> None:
+def _build(position: int, state_N: np.ndarray, code_PNH: np.ndarray, table_PHQB: np.ndarray) -> None:
     """Makes the tables of one position from the states of all samples."""
-    table_HB[:] = 0
+    table_PHQB[position] = 0
     for n in range(len(state_N)):
         rest = _rest(state_N[n], position)
         if rest >= 0:
-            _enter(code_NH[n], table_HB, -1, rest)
+            _enter(n, position, code_PNH, table_PHQB, -1, rest)
 
 
 @compiled
@@ -210,14 +213,14 @@ def _best_exit(
     head_P: np.ndarray,
     count_FQ: np.ndarray,
     right_F: np.ndarray,
-    table_HB: np.ndarray,
+    table_HQB: np.ndarray,
     edges_HB: np.ndarray,
     order_HN: np.ndarray,
     state_N: np.ndarray,
 ) -> tuple[int, int, int, float]:
     """(head, last sample to leave, first arriving sample to stay, gain); a sample is -1 where there is none."""
     num_positions, num_heads = head_macs_PH.shape
-    bins, current = table_HB.shape[1], head_P[position]
+    bins, current = table_HQB.shape[2], head_P[position]
     # MACs saved by leaving here instead of at each later place, the head here aside
     saved_Q = np.zeros(num_positions + 1, np.int64)
     heads = 0
@@ -233,26 +236,27 @@ def _best_exit(
     best, best_head, best_last = min(0.0, kept - EQUAL), OFF, -1
     # leaving costs a sample that is right only later at most this, and any other nothing
     steepest = max(0.0, per_correct - per_mac * saved_Q[position + 1])
-    change_B, saved_B, gained_B = np.empty(bins), np.empty(bins + 1, np.int64), np.empty(bins + 1, np.int64)
+    change_B, saved_B, gained_B = np.empty(bins), np.empty(bins, np.int64), np.empty(bins, np.int64)
     for head in range(num_heads):
         paid = head_macs_PH[position, head] * arrived
-        saved_B[0] = gained_B[0] = 0
-        lowest = np.inf
+        saved_B[:] = 0
+        for later in range(position + 1, num_positions + 1):
+            for b in range(bins):
+                saved_B[b] += table_HQB[head, _AT + later, b] * saved_Q[later]
+        saved, gained, lowest = 0, 0, np.inf
         for b in range(bins):
-            row = table_HB[head, b]
-            saved = 0
-            for later in range(position + 1, num_positions + 1):
-                saved += row[_AT + later] * saved_Q[later]
-            saved_B[b + 1] = saved_B[b] + saved
-            gained_B[b + 1] = gained_B[b] + row[_HERE] - row[_LATER]
-            change_B[b] = per_mac * (paid - saved_B[b + 1]) - per_correct * gained_B[b + 1]
+            saved += saved_B[b]
+            gained += table_HQB[head, _HERE, b] - table_HQB[head, _LATER, b]
+            saved_B[b], gained_B[b] = saved, gained
+            change_B[b] = per_mac * (paid - saved) - per_correct * gained
             lowest = min(lowest, change_B[b])
         for b in range(bins):
             # no threshold inside the bin is better than this bound; EQUAL covers its rounding
-            bound = change_B[b] - steepest * table_HB[head, b, _LATER] - EQUAL
+            bound = change_B[b] - steepest * table_HQB[head, _LATER, b] - EQUAL
             if bound >= best or bound > lowest:
                 continue
-            saved, gained, last = saved_B[b], gained_B[b], -1
+            saved, gained = (saved_B[b - 1], gained_B[b - 1]) if b else (0, 0)
+            last = -1
             for i in range(edges_HB[head, b], edges_HB[head, b + 1]):
                 packed = order_HN[head, i]
                 state = state_N[packed & INDEX]

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from dynexit.errors import Failure
-from dynexit.run_dir import atomic_write, read_json, sha256_file, write_json
+from dynexit.run_dir import read_json, write_json
+from dynexit.tensor_files import save_tensors
 
 _KEPT = 2
 
@@ -33,9 +34,7 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Writes the state after `step` steps and removes all but the two newest. Raises Failure on a full disk."""
         path = self.directory / f"checkpoint-{step:010d}.safetensors"
-        with atomic_write(path) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-            digest = sha256_file(temporary)
+        digest = save_tensors(path, tensors)
         write_json(path.with_suffix(".json"), {"sha256": digest, "step": step, "facts": facts})
         for old in self._complete()[_KEPT:]:
             old.unlink()

@@ -22,6 +22,16 @@ def leaves(stack: Stack, members: Tensor | None) -> Stack:
     return {name: value.detach().requires_grad_() for name, value in chosen.items()}
 
 
+def clone(stack: Stack) -> Stack:
+    """A copy of every tensor."""
+    return {name: value.clone() for name, value in stack.items()}
+
+
+def pick(tensor: Tensor, members: Tensor | None) -> Tensor:
+    """The chosen members' entries of (M, ...); all of them if None."""
+    return tensor if members is None else tensor[members]
+
+
 def copy_members(stack: Stack, source: Mapping[str, Tensor], chosen_M: Tensor) -> None:
     """Overwrites, in place, the members of `stack` where `chosen_M` (M,) is true by those of `source`."""
     for name, value in stack.items():
@@ -56,6 +66,56 @@ class MemberSGD:
                 buffer.copy_(new_buffer)
             else:
                 value[members], buffer[members] = new, new_buffer
+
+
+class MemberAdam:
+    """Adam, or with `decoupled` weight decay AdamW, as torch.optim's, for any part of the members.
+
+    Who is not stepped keeps parameters, moments and step count as they are.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        weight_decay: float,
+        *,
+        decoupled: bool,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+    ) -> None:
+        self.stack, self.weight_decay, self.decoupled = stack, weight_decay, decoupled
+        self.betas, self.epsilon = betas, epsilon
+        self.buffers = {f"{kind}.{name}": torch.zeros_like(v) for kind in ("mean", "square") for name, v in stack.items()}
+        self.buffers |= {f"num_steps.{name}": value.new_zeros(len(value)) for name, value in stack.items()}
+
+    def step(
+        self, gradients: Stack, members: Tensor | None, learning_rate_m: Tensor, active_m: Mapping[str, Tensor]
+    ) -> None:
+        """One step of the chosen members; a parameter moves only where its entry of `active_m` (m,) is true."""
+        for name, gradient in gradients.items():
+            slots = [self.stack[name], *(self.buffers[f"{kind}.{name}"] for kind in ("mean", "square", "num_steps"))]
+            before = [slot if members is None else slot[members] for slot in slots]
+            for slot, old, new in zip(slots, before, self._moved(gradient, learning_rate_m, *before), strict=True):
+                kept = torch.where(active_m[name].view((-1,) + (1,) * (old.dim() - 1)), new, old)
+                if members is None:
+                    slot.copy_(kept)
+                else:
+                    slot[members] = kept
+
+    def _moved(
+        self, gradient: Tensor, rate_m: Tensor, value: Tensor, mean: Tensor, square: Tensor, num_steps_m: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        num_steps_m = num_steps_m + 1
+        wide = (-1,) + (1,) * (value.dim() - 1)
+        rate, corrections = rate_m.view(wide), [(1 - beta**num_steps_m).view(wide) for beta in self.betas]
+        if self.decoupled:
+            value = value * (1 - rate * self.weight_decay)
+        else:
+            gradient = gradient + self.weight_decay * value
+        mean = self.betas[0] * mean + (1 - self.betas[0]) * gradient
+        square = self.betas[1] * square + (1 - self.betas[1]) * gradient**2
+        scale = (square / corrections[1]).sqrt() + self.epsilon
+        return value - rate * (mean / corrections[0]) / scale, mean, square, num_steps_m
 
 
 def finite_members(loss_m: Tensor, gradients: Stack) -> Tensor:

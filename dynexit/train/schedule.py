@@ -1,4 +1,4 @@
-"""Where each member stands in JEI-DNN's schedule: warm-up, then alternating phases, the learning rate along them.
+"""Learning rates along the training, and where each member stands in JEI-DNN's schedule: warm-up, then phases in turn.
 
 Source: JEI-DNN (arXiv 2310.09163), section 5. Members that share a seed form a group: their schedule is the same, and
 their warm-up too, since it does not depend on ce_ic_tradeoff.
@@ -12,6 +12,17 @@ from dynexit.config import JeiDnn, Train
 
 WARM_UP, JOINT = "warm-up", "joint"
 TERMS = ("warm-up loss", "gate loss", "head loss")
+
+
+def cosine_rate(step: int, num_steps: int, high: float, low: float, num_warm_up_steps: int = 0) -> float:
+    """The rate of a step: linear up to `high` over the warm-up, then half a cosine that would reach `low` at the end.
+
+    The first step of a warm-up has 1/num_warm_up_steps of `high`, the first after it all of `high`.
+    """
+    if step < num_warm_up_steps:
+        return high * (step + 1) / num_warm_up_steps
+    progress = (step - num_warm_up_steps) / max(num_steps - num_warm_up_steps, 1)
+    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclasses.dataclass
@@ -39,8 +50,9 @@ class Group:
 
     def learning_rate(self, settings: Train) -> float:
         """Constant in the warm-up, then a cosine over num_epochs, stepped once per joint epoch only."""
-        low, high = settings.min_learning_rate, settings.learning_rate
-        return low + (high - low) * (1 + math.cos(math.pi * self.joint_epochs / settings.num_epochs)) / 2
+        return cosine_rate(
+            self.joint_epochs, settings.num_epochs, settings.learning_rate, settings.min_learning_rate
+        )
 
 
 def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnn) -> list[Group]:

@@ -23,7 +23,7 @@ from dynexit.dist import start_ranks
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
-from dynexit.train.jei_dnn import JeiDnnTask, Member
+from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.schedule import JOINT
 
 # the size of T2T-ViT-7 at 224 pixels: width 256, seven blocks, four heads, MLP ratio 2
@@ -34,7 +34,7 @@ def step_of(model: MultiExit, costs: ExitCosts, num_members: int, split: Split) 
     """One batch of 64, both phases in turn."""
     members = [Member(i // 12, 0.1 * (1 + i % 12), str(i)) for i in range(num_members)]
     method = JeiDnn(bilevel_batch_count=1, max_warm_up_epochs=0)
-    task = JeiDnnTask(model, costs, members, Train(), method, split, start_ranks("auto"))
+    task = JeiDnnTask(Pack(model, costs, members, Train(), split, start_ranks("auto")), method)
     assert all(group.stage == JOINT for group in task.groups)
     batch = split.__getitems__(range(len(split)))
 

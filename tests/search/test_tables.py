@@ -42,7 +42,7 @@ def test_tables_after_many_moves_equal_tables_made_anew(levels):
             for search in (wandered, anew):
                 search.tables.best_exit(position, 1e-6, 1e-3)
         assert wandered.tables.fresh_P.all()
-        for name in ("table_PHB", "count_FQ", "right_F", "head_P", "threshold_P"):
+        for name in ("table_PHQB", "count_FQ", "right_F", "head_P", "threshold_P"):
             np.testing.assert_array_equal(getattr(wandered.tables, name), getattr(anew.tables, name))
         assert wandered.candidate() == anew.candidate()
         assert (wandered.candidate().correct, wandered.candidate().macs) == exit_search.evaluate(
@@ -61,7 +61,7 @@ def test_the_bulk_route_and_the_update_route_give_the_same_tables(monkeypatch):
         for position in range(4):
             search.tables.best_exit(position, 1e-6, 1e-3)
         both.append(search)
-    np.testing.assert_array_equal(both[0].tables.table_PHB, both[1].tables.table_PHB)
+    np.testing.assert_array_equal(both[0].tables.table_PHQB, both[1].tables.table_PHQB)
     assert both[0].candidate() == both[1].candidate()
 
 

@@ -11,7 +11,8 @@ from dynexit.dist import Ranks
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
-from dynexit.train.jei_dnn import JeiDnnTask, Member
+from dynexit.train.jei_dnn import JeiDnnTask
+from dynexit.train.pack import Member, Pack
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 NUM_CLASSES = 5
@@ -26,16 +27,24 @@ def tiny_split(num_samples: int = 90, seed: int = 3) -> Split:
     return Split(images, labels, torch.arange(num_samples))
 
 
-def tiny_model() -> tuple[MultiExit, ExitCosts]:
+def tiny_model(head_types: Sequence[str] = ("linear",)) -> tuple[MultiExit, ExitCosts]:
     """A ResNet of five blocks with exits after the first four."""
     torch.manual_seed(11)
     backbone = build_backbone("resnet18", arguments=ARGUMENTS, num_classes=NUM_CLASSES, image_size=24, in_channels=1)
-    costs = exit_costs(backbone, range(backbone.num_blocks - 1), ["linear"])
+    costs = exit_costs(backbone, range(backbone.num_blocks - 1), list(head_types))
     return MultiExit(backbone, costs.positions), costs
 
 
 def tiny_task(members: Sequence[tuple[int, float]], train: Train, method: JeiDnn) -> JeiDnnTask:
     """The training of members given as (seed, ce_ic_tradeoff)."""
-    model, costs = tiny_model()
-    pack = [Member(seed, tradeoff, f"seed={seed} ce_ic_tradeoff={tradeoff}") for seed, tradeoff in members]
-    return JeiDnnTask(model, costs, pack, train, method, tiny_split(40, seed=4), RANKS)
+    return JeiDnnTask(tiny_pack(members, train), method)
+
+
+def tiny_pack(
+    members: Sequence[tuple[int, float]], train: Train, head_types: Sequence[str] = ("linear",)
+) -> Pack:
+    """A pack of members given as (seed, ce_ic_tradeoff)."""
+    model, costs = tiny_model(head_types)
+    named = [Member(seed, tradeoff, f"seed={seed} ce_ic_tradeoff={tradeoff}") for seed, tradeoff in members]
+    steps_per_epoch = -(-len(tiny_split()) // train.global_batch_size)
+    return Pack(model, costs, named, train, tiny_split(40, seed=4), RANKS, steps_per_epoch, seed=7)

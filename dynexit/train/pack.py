@@ -1,0 +1,214 @@
+"""What the training of a pack is, whatever the method: members side by side, one pass of the backbone a batch.
+
+Shapes: M members of the pack, m chosen members, L exits, P positions, B batch, K classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dynexit.config import Train
+from dynexit.core.cost import ExitCosts
+from dynexit.core.losses import divergences
+from dynexit.data import Split
+from dynexit.dist import Ranks
+from dynexit.models.heads import StackedHeads
+from dynexit.models.multi_exit import MultiExit
+from dynexit.train.members import (
+    MemberAdam,
+    MemberSGD,
+    Stack,
+    clone,
+    copy_members,
+    finite_members,
+    pick,
+    stack_of,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """What is a member's own: the seed of its heads and gates, its tradeoff (JEI-DNN's), and a name for messages."""
+
+    seed: int
+    ce_ic_tradeoff: float
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Points that are trained together, and what with. `seed` is that of the data."""
+
+    model: MultiExit
+    costs: ExitCosts
+    members: Sequence[Member]
+    settings: Train
+    validation: Split
+    ranks: Ranks
+    steps_per_epoch: int = 1
+    seed: int = 0
+
+
+class PackTask:
+    """The heads of every member, their optimizer, what is kept of them, and which members have been stopped.
+
+    A method adds `train_step` and `end_epoch`, and modules and optimizers of its own, by `_add`.
+    """
+
+    terms: tuple[str, ...] = ("head loss",)  # what may turn out not finite, for messages
+
+    def __init__(self, pack: Pack, *, initialisation: str = "uniform", shrinkage: float = 0.0) -> None:
+        model, ranks, settings = pack.model, pack.ranks, pack.settings
+        self.model, self.members, self.settings = model, list(pack.members), settings
+        self.validation, self.ranks, self.seed = pack.validation, ranks, pack.seed
+        self.dtype = {"float32": torch.float32, "float64": torch.float64}[settings.precision]
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, MemberSGD | MemberAdam] = {}
+        self.best: dict[str, Stack] = {}
+        self.seeds = [member.seed for member in pack.members]
+        self.heads = StackedHeads(
+            model.feature_dims,
+            model.positions,
+            pack.costs.head_types,
+            model.backbone.num_classes,
+            self.seeds,
+            initialisation,
+            shrinkage,
+        )
+        num_members = len(self.members)
+        self.best_objective_M = torch.full((num_members,), math.inf, dtype=torch.float64)
+        self.alive_M = torch.ones(num_members, dtype=torch.bool, device=ranks.device)
+        self.stopped_at_M = torch.full((num_members, 2), -1, dtype=torch.int64, device=ranks.device)  # step, term
+        self.stopped: dict[int, str] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.step_number = 0
+
+    def _add(self, part: str, module: nn.Module, optimizer: MemberSGD | MemberAdam | None = None) -> None:
+        """Makes `module` a part that is trained, by JEI-DNN's SGD if nothing else is given, kept and restored."""
+        settings = self.settings
+        self.modules[part] = module.to(self.ranks.device, self.dtype)
+        optimizer = optimizer or MemberSGD(stack_of(module), settings.momentum, settings.weight_decay)
+        self.optimizers[part], self.best[part] = optimizer, clone(optimizer.stack)
+
+    # ---- one batch
+
+    def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        features, final_BK = self.model.features(images)
+        return [feature.to(self.dtype) for feature in features], final_BK.to(self.dtype)
+
+    def _logits(self, heads: Stack, features: list[Tensor], final_BK: Tensor) -> Tensor:
+        """Logits (m, L, B, K) of the chosen members' heads and, last, of the backbone's own classifier."""
+        logits_mPBK = functional_call(self.heads, heads, (features,))
+        final_m1BK = final_BK.expand(len(logits_mPBK), 1, *final_BK.shape)
+        return torch.cat((logits_mPBK, final_m1BK), 1)
+
+    def exit_logits(self, images: Tensor) -> Tensor:
+        """Logits (M, L, B, K) of every member's weights as they would be kept now."""
+        return self._logits(self.current()["heads"], *self._features(images))
+
+    def _distilled(self, logits_mLBK: Tensor) -> Tensor | float:
+        """What distillation adds to the loss of every intermediate exit on every sample, (m, L-1, B) or 0."""
+        weight = self.settings.distillation
+        return weight * divergences(logits_mLBK) if weight else 0.0
+
+    def _update(
+        self,
+        part: str,
+        parameters: Stack,
+        loss_m: Tensor,
+        members: Tensor | None,
+        share: float,
+        term: int,
+        moving: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Steps the chosen members of `part`; who has a loss or gradient that is not finite stops where it is."""
+        total = (loss_m * share).sum() if share else loss_m.nansum() * 0
+        gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+        loss_m = loss_m.detach() * share
+        self.ranks.sum_([loss_m, *gradients.values()])
+        alive_m = pick(self.alive_M, members)
+        finite_m = finite_members(loss_m, gradients)
+        self._note_stopped(alive_m & ~finite_m, members, term)
+        alive_m = alive_m & finite_m
+        if members is None:
+            self.alive_M = alive_m
+        else:
+            self.alive_M[members] = alive_m
+        active = {name: alive_m if moving is None else alive_m & moving[name] for name in parameters}
+        self.optimizers[part].step(gradients, members, self._learning_rate(part, members), active)
+
+    def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
+        """The rate (m,) of the next step of a part."""
+        raise NotImplementedError
+
+    def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, term: int) -> None:
+        now_m2 = self.stopped_at_M.new_tensor([self.step_number, term]).expand(len(stopping_m), 2)
+        noted_m2 = torch.where(stopping_m[:, None], now_m2, pick(self.stopped_at_M, members))
+        if members is None:
+            self.stopped_at_M = noted_m2
+        else:
+            self.stopped_at_M[members] = noted_m2
+
+    # ---- between epochs
+
+    def current(self) -> dict[str, Stack]:
+        """By part the weights that are evaluated and may be kept."""
+        return {part: optimizer.stack for part, optimizer in self.optimizers.items()}
+
+    def _keep_better(self, objective_M: Tensor, eligible_M: Tensor) -> None:
+        """Keeps the current weights of eligible members whose `objective_M` (on the CPU) is the lowest so far."""
+        better_M = (objective_M < self.best_objective_M) & eligible_M.cpu() & self.alive_M.cpu()
+        self.best_objective_M = torch.where(better_M, objective_M, self.best_objective_M)
+        for part, stack in self.current().items():
+            copy_members(self.best[part], stack, better_M.to(self.ranks.device))
+
+    def _report_stopped(self) -> None:
+        for i in (~self.alive_M).nonzero().flatten().tolist():
+            if i not in self.stopped:
+                step, term = self.stopped_at_M[i].tolist()
+                self.stopped[i] = (
+                    f"{self.members[i].name}: the {self.terms[term]} was not finite at step {step}; the member was "
+                    f"stopped and its last good state kept; lower {self.rate_key} or look at the data"
+                )
+
+    rate_key = "train.learning_rate"
+
+    # ---- state
+
+    def member_state(self, i: int) -> Stack:
+        """Member i's parts as they are kept, without the member axis."""
+        parts = self.best if self.settings.keep == "best" else self.current()
+        return {f"{part}.{name}": value[i].clone() for part, stack in parts.items() for name, value in stack.items()}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {name: getattr(self, name) for name in self._plain_tensors}
+        tensors |= {f"{kind}.{name}": value for kind, stack in self._stacks().items() for name, value in stack.items()}
+        facts = {
+            "rows": self.rows,
+            "stopped": {str(i): text for i, text in self.stopped.items()},
+            "step_number": self.step_number,
+        }
+        return tensors, facts
+
+    _plain_tensors: tuple[str, ...] = ("best_objective_M", "alive_M", "stopped_at_M")
+
+    def _stacks(self) -> dict[str, Stack]:
+        stacks: dict[str, Stack] = {}
+        for part, optimizer in self.optimizers.items():
+            stacks |= {part: optimizer.stack, f"momentum.{part}": optimizer.buffers, f"best.{part}": self.best[part]}
+        return stacks
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        for name in self._plain_tensors:
+            setattr(self, name, tensors[name].to(getattr(self, name).device))
+        for kind, stack in self._stacks().items():
+            for name, value in stack.items():
+                value.copy_(tensors[f"{kind}.{name}"])
+        self.rows = list(facts["rows"])
+        self.stopped = {int(i): text for i, text in facts["stopped"].items()}
+        self.step_number = facts["step_number"]
