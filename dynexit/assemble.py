@@ -1,5 +1,6 @@
 """Models put together from configurations and run directories."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dynexit.config import Config
+from dynexit.config import METHODS_WITH_GATES, Config
 from dynexit.core.cost import ExitCosts
 from dynexit.data import describe_data
 from dynexit.dist import Ranks
@@ -61,26 +62,36 @@ def load_model(point: Point, study_dir: Path, ranks: Ranks) -> tuple[MultiExit, 
     backbone = build_model(config, weights=False)
     backbone.model.load_state_dict(load_tensors(directory / BACKBONE))
     costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types)
+    if config.train.method not in METHODS_WITH_GATES:
+        costs = dataclasses.replace(costs, gate_macs=(0,) * len(costs.positions))
     return MultiExit(backbone, costs.positions).to(ranks.device), costs
 
 
 def load_heads(
     points: Sequence[Point], study_dir: Path, model: MultiExit, costs: ExitCosts, ranks: Ranks
-) -> tuple[StackedHeads, StackedGates]:
-    """The trained heads and gates of `points`, stacked in that order."""
-    seeds = [point.config.seed for point in points]
-    dtype = {"float32": torch.float32, "float64": torch.float64}[points[0].config.train.precision]
-    heads = StackedHeads(model.feature_dims, costs.positions, costs.head_types, model.backbone.num_classes, seeds)
-    gates = StackedGates(len(costs.positions), seeds)
-    for module in (heads, gates):
+) -> tuple[StackedHeads, StackedGates | None]:
+    """The trained heads and gates of `points`, stacked in that order; no gates where the method has none."""
+    seeds, config = [point.config.seed for point in points], points[0].config
+    dtype = {"float32": torch.float32, "float64": torch.float64}[config.train.precision]
+    heads = StackedHeads(
+        model.feature_dims,
+        costs.positions,
+        costs.head_types,
+        model.backbone.num_classes,
+        seeds,
+        shrinkage=config.boosted.shrinkage if config.train.method == "boosted" else 0.0,
+    )
+    gates = StackedGates(len(costs.positions), seeds) if config.train.method in METHODS_WITH_GATES else None
+    modules = [heads] if gates is None else [heads, gates]
+    for module in modules:
         module.to(device=ranks.device, dtype=dtype).requires_grad_(False)
     for i, point in enumerate(points):
         directory = job_dir(study_dir, "train", point.id)
         if not is_done(directory, point.id, check_bytes=True):
             raise UserError(f"the point {point.label} is not trained; run `dynexit train` on the study first")
         state = load_tensors(directory / HEADS)
-        heads.load_member(i, state)
-        gates.load_member(i, state)
+        for module in modules:
+            module.load_member(i, state)
     return heads, gates
 
 

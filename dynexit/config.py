@@ -142,7 +142,7 @@ class JeiDnn(Section):
     )
     gate_objective: Literal["ce", "prob", "zero_one"] = key("ce", "prediction error in the gates' targets")
     positive_weight: Literal["reference", "cumulative", "none"] = key(
-        "cumulative", "class balance of each gate's loss: from exact counts (reference), from counts up to it, or none"
+        "none", "class balance of each gate's loss: from exact counts (reference), from counts up to it, or none"
     )
     max_warm_up_epochs: int = key(6, "most epochs of the heads' warm-up", "epochs", ge=0)
     warm_up_patience: int = key(
@@ -230,6 +230,12 @@ class Dist(Section):
     checkpoint_seconds: float = key(60.0, "time between checkpoints", "s", changes_results=False, ge=0)
     log_seconds: float = key(10.0, "time between lines in the log", "s", changes_results=False, ge=0)
     timeout_minutes: int = key(24 * 60, "time limit of one submitted job", "min", changes_results=False, ge=1)
+    nodes: int = key(1, "machines that train or record one pack together (slurm)", changes_results=False, ge=1)
+    tasks_per_node: int = key(1, "ranks on each of them, one per GPU where there are GPUs", changes_results=False, ge=1)
+    timeout_seconds: float = key(600.0, "longest wait of a rank for the others", "s", changes_results=False, gt=0)
+    max_timeouts: int = key(100, "requeues of a job whose time was up", changes_results=False, ge=0)
+    max_preemptions: int = key(1000, "requeues of a job that was preempted", changes_results=False, ge=0)
+    max_retries: int = key(2, "requeues of a job that crashed", changes_results=False, ge=0)
 
 
 class Config(Section):

@@ -5,6 +5,8 @@ size. The frozen backbone is wrapped in nothing.
 """
 
 import dataclasses
+import datetime
+import os
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -51,23 +53,36 @@ class Ranks:
         torch.distributed.all_reduce(count)
         return bool(count.item())
 
+    def agree(self, value: T) -> T:
+        """The main rank's `value`, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value if self.is_main else None]
+        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]  # type: ignore[return-value]
+
     def wait(self) -> None:
         """Returns when every rank has come here."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
 
-def start_ranks(device: str = "auto", num_threads: int | None = None) -> Ranks:
+def start_ranks(
+    device: str = "auto", num_threads: int | None = None, timeout_seconds: float | None = None
+) -> Ranks:
     """Joins the process group that torchrun, accelerate or SLURM announced in the environment, if any.
 
-    `device` is auto, cpu or cuda; auto takes a GPU where there is one.
+    `device` is auto, cpu or cuda; auto takes a GPU where there is one. A rank that waits for the others for longer than
+    `timeout_seconds` raises; what the first call of a process says of it holds.
     """
     from accelerate import PartialState
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     use_cpu = device == "cpu" or not torch.cuda.is_available()
-    state = PartialState(cpu=use_cpu)
+    announced = int(os.environ.get("WORLD_SIZE", "1")) > 1 and timeout_seconds is not None
+    options = {"timeout": datetime.timedelta(seconds=timeout_seconds or 0)} if announced else {}
+    state = PartialState(cpu=use_cpu, **options)
     return Ranks(state.process_index, state.num_processes, state.device)
 
 

@@ -36,7 +36,8 @@ class Engine:
         self, model: MultiExit, head_types: Sequence[str], heads: StackedHeads, gates: StackedGates | None = None
     ) -> None:
         self.model, self.head_types, self.heads, self.gates = model, tuple(head_types), heads, gates
-        self.configure(None)
+        if gates is not None:
+            self.configure(None)
 
     def configure(self, configuration: Configuration | None, confidence: str = "max_probability") -> None:
         """Leaves by the thresholds of `configuration` on `confidence`, or, with None, by the gates, from now on.
@@ -49,8 +50,12 @@ class Engine:
             )
         if configuration is not None and max(head for head, _ in configuration.exits) >= len(self.head_types):
             raise ValueError(f"the configuration uses a head type beyond the model's {', '.join(self.head_types)}")
-        if self.gates is None and confidence == "gate":
+        if self.gates is None and (configuration is None or confidence == "gate"):
             raise ValueError("the model has no gates")
+        if self.heads.shrinkage and configuration is not None:
+            used = [head >= 0 for head, _ in configuration.exits]
+            if used != sorted(used, reverse=True):
+                raise ValueError("additive heads need every exit before one that is used; give it a threshold of 1")
         self.configuration, self.confidence = configuration, confidence
 
     @torch.no_grad()
@@ -63,16 +68,18 @@ class Engine:
         inside = torch.arange(size, device=device)  # b: who is still in the batch
         used_b = torch.zeros(size, device=device)  # of the exit probabilities, by the exits passed
         state, reached = self.model.start(images), -1
+        before_bK: Tensor | None = None  # logits of the exit before, for additive heads
         for p in range(len(self.model.positions)):
             if not self._is_enabled(p) or not len(inside):
                 continue
             state, reached = self.model.advance(state, reached, p), p
-            logits_bK = self._logits(p, self.model.feature(p, state))
+            logits_bK = self._logits(p, self.model.feature(p, state), before_bK)
             leaves_b, near_b, used_b = self._decide(p, logits_bK, used_b)
             near_B[inside] |= near_b
             left = inside[leaves_b]
             prediction_B[left], exit_B[left] = logits_bK[leaves_b].argmax(-1), p
             inside, used_b = inside[~leaves_b], used_b[~leaves_b]
+            before_bK = logits_bK[~leaves_b] if self.heads.shrinkage else None
             if len(left):
                 state = select(state, ~leaves_b)
         if len(inside):
@@ -82,10 +89,11 @@ class Engine:
     def _is_enabled(self, p: int) -> bool:
         return self.configuration is None or self.configuration.exits[p][0] >= 0
 
-    def _logits(self, p: int, feature_bD: Tensor) -> Tensor:
+    def _logits(self, p: int, feature_bD: Tensor, before_bK: Tensor | None) -> Tensor:
         head_type = 0 if self.configuration is None else self.configuration.exits[p][0]
         name = f"{self.model.positions[p]}.{self.head_types[head_type]}"
-        return self.heads.head(name, feature_bD.to(next(self.heads.parameters()).dtype))[0]
+        before_1bK = None if before_bK is None else before_bK[None]
+        return self.heads.head(name, feature_bD.to(next(self.heads.parameters()).dtype), before_1bK)[0]
 
     def _decide(self, p: int, logits_bK: Tensor, used_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Who leaves at position number p, who was near to deciding otherwise, and what of the probability is used."""

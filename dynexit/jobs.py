@@ -4,7 +4,7 @@ Each can be called again at any time, does only what is missing, and writes DONE
 (train, record) takes them together, since one pass of the backbone serves them all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,23 @@ from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
 from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_done, read_json, write_json
 from dynexit.state import missing_reason, report_identity
-from dynexit.sweep import Point, digest
+from dynexit.sweep import Point, digest, method_settings
+from dynexit.train.boosted import BoostedTask
+from dynexit.train.dyce import DyceTask
+from dynexit.train.independent import IndependentTask
+from dynexit.train.jei_dnn import JeiDnnTask
+from dynexit.train.pack import Member, Pack, PackTask
+from dynexit.train.weighted import WeightedTask
 from dynexit.tensor_files import save_tensors
+
+# by train.method the task that trains a pack, made from the Pack and the method's section
+METHODS: dict[str, Callable[..., PackTask]] = {
+    "jei_dnn": JeiDnnTask,
+    "independent": IndependentTask,
+    "boosted": BoostedTask,
+    "weighted": WeightedTask,
+    "dyce": DyceTask,
+}
 
 
 def prepare(points: Sequence[Point], study_dir: Path) -> None:
@@ -84,9 +99,7 @@ def train(points: Sequence[Point], study_dir: Path) -> None:
     are finished, then Failure is raised, naming it.
     """
     from dynexit.train.checkpoint import Checkpoints
-    from dynexit.train.jei_dnn import JeiDnnTask
     from dynexit.train.loop import fit
-    from dynexit.train.pack import Member, Pack
 
     points = [point for point in points if not is_done(job_dir(study_dir, "train", point.id), point.id)]
     if not points:
@@ -98,7 +111,7 @@ def train(points: Sequence[Point], study_dir: Path) -> None:
     members = [Member(p.config.seed, p.config.jei_dnn.ce_ic_tradeoff, p.label) for p in points]
     steps_per_epoch = -(-len(data.train) // config.train.global_batch_size)
     together = Pack(model, costs, members, config.train, data.validation, ranks, steps_per_epoch, config.data.seed)
-    task = JeiDnnTask(together, config.jei_dnn)
+    task = METHODS[config.train.method](together, method_settings(config))
     pack = pack_dir(study_dir, points)
     checkpoints = Checkpoints(pack, config.dist.checkpoint_seconds)
     if ranks.is_main:
@@ -177,7 +190,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
             topk=config.record.topk,
             num_samples=len(samples),
             batch_size=config.record.batch_size,
-            num_gates=len(costs.positions),
+            num_gates=len(costs.positions) if gates is not None else 0,
             samples_per_shard=config.record.samples_per_shard,
             rank=ranks.global_rank,
             world_size=ranks.world_size,
@@ -191,7 +204,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
                 index_B, images, labels_B = loaded
                 features, final_BK = model.features(images.to(ranks.device))
                 logits_MPBK = heads([feature.to(dtype) for feature in features])
-                gate_MGB = gates(gate_features(logits_MPBK)).sigmoid()
+                gate_MGB = None if gates is None else gates(gate_features(logits_MPBK)).sigmoid()
                 recorder.add(batch, index_B, labels_B, logits_MPBK, gate_MGB, backbone_logits_BK=final_BK)
                 progress.advance(len(labels_B), {})
         progress.finish()
@@ -218,8 +231,8 @@ def search(points: Sequence[Point], study_dir: Path) -> None:
     """Finds the exit configuration for every preference, from records alone: chosen on validation, judged on test."""
     from dynexit.record.finished import SPLITS
     from dynexit.record.shards import Record
-    from dynexit.search.exact import sweep
     from dynexit.search.problem import Problem
+    from dynexit.search.study_points import fixed_points, searched_points
 
     progress = Progress("search", study_dir / "search", points[0].config.dist.log_seconds)
     progress.start(len(points))
@@ -234,30 +247,15 @@ def search(points: Sequence[Point], study_dir: Path) -> None:
         validation, test = (
             Problem.from_record(Record.open(source / split, checkpoint), costs, settings.confidence) for split in SPLITS
         )
-        found = sweep(validation, parse_weights(settings.accuracy_weights), starts=settings.num_random_starts)
-        entries = [
-            {
-                "accuracy_weight": result.accuracy_weight,
-                "exits": result.configuration.to_json(),
-                "objective": result.objective,
-                "validation": _point_json(result.point),
-                "test": _point_json(test.evaluate(result.configuration)),
-            }
-            for result in found
-        ]
-        write_json(directory / "configurations.json", entries)
-        mark_done(directory, identity, ["configurations.json"])
+        weights, additive = parse_weights(settings.accuracy_weights), point.config.train.method == "boosted"
+        searched = searched_points(
+            validation, test, weights, starts=settings.num_random_starts, additive=additive
+        )
+        write_json(directory / "configurations.json", searched)
+        write_json(directory / "fixed.json", fixed_points(validation, test))
+        mark_done(directory, identity, ["configurations.json", "fixed.json"])
         progress.advance(validation.num_samples, {})
     progress.finish()
-
-
-def _point_json(point: Any) -> dict[str, Any]:
-    return {
-        "accuracy": point.accuracy,
-        "macs": point.macs,
-        "relative_macs": point.relative_macs,
-        "exit_fractions": list(point.exit_fractions),
-    }
 
 
 def report(points: Sequence[Point], study_dir: Path) -> None:

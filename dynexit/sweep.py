@@ -47,7 +47,12 @@ class Point:
     @property
     def label(self) -> str:
         """The swept values in words, as `ce_ic_tradeoff=0.5 seed=1`."""
-        return " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in self.swept.items()) or "the only point"
+        last = [name.rpartition(".")[2] for name in self.swept]
+        words = [
+            f"{short if last.count(short) == 1 else name}={value}"
+            for short, (name, value) in zip(last, self.swept.items(), strict=True)
+        ]
+        return " ".join(words) or "the only point"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.commands import add_commands
 from launch.tools import add_tools
 
 if TYPE_CHECKING:
@@ -35,12 +36,16 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in JOB_HELP.items():
         command = _study_command(commands, name, text + ", and what it needs" * (name not in ("run", "prepare")))
         command.add_argument(
-            "--on", choices=("here", "local"), default="here", help="in this process, or local processes"
+            "--on",
+            choices=("here", "local", "slurm"),
+            default="here",
+            help="in this process, as local processes, or as jobs of a SLURM cluster, submitted at once",
         )
+        command.add_argument("--site", type=Path, metavar="SITE.yaml", help="the cluster's profile, for --on slurm")
         command.add_argument("--dry-run", action="store_true", help="print points, packs, ids and resources only")
-    _study_command(commands, "status", "state, step, last figures and log of every point")
     _study_command(commands, "config", "the resolved study: every key with its meaning, unit and default")
     _study_command(commands, "ui", "MLflow's page on the study's results")
+    add_commands(commands)
     add_tools(commands)
     return parser
 
@@ -87,11 +92,6 @@ def _dispatch(options: argparse.Namespace) -> int:
     if options.command == "config":
         print(resolved_yaml(study), end="")
         return 0
-    if options.command == "status":
-        from launch.status import study_status, table
-
-        print(table(study_status(study)))
-        return 0
     if options.command == "ui":
         return _open_ui(study)
     return _run(study, options)
@@ -99,6 +99,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 def _run(study: "Study", options: argparse.Namespace) -> int:
     from launch.plan import check_identity
+    from launch.submissions import check_queue
     from launch.submit import hold
 
     stages = STAGES if options.command in ("run", "infer") else STAGES[: STAGES.index(options.command) + 1]
@@ -107,7 +108,24 @@ def _run(study: "Study", options: argparse.Namespace) -> int:
     _check_models(study)
     with hold(study.directory):
         check_identity(study)
+        if options.on == "slurm":
+            return _submit(study, stages, options)
+        check_queue(study)
         return _run_stages(study, stages, options)
+
+
+def _submit(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
+    from dynexit.config_io import resolved_yaml
+    from dynexit.errors import UserError
+    from dynexit.run_dir import write_text
+    from launch.site import load_site
+    from launch.slurm import submit_study
+
+    if options.command == "infer":
+        raise UserError("infer runs --on here or --on local; run it where the study's folder is")
+    write_text(study.directory / "study.yaml", resolved_yaml(study, with_meanings=False))
+    print("\n".join(submit_study(study, stages, load_site(options.site))))
+    return 0
 
 
 def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
@@ -182,6 +200,11 @@ def _print_plan(study: "Study", stages: Sequence[str], options: argparse.Namespa
 
     _check_models(study)
     print(describe_plan(study, stages, options.on))
+    if options.on == "slurm":
+        from launch.site import load_site
+        from launch.slurm import describe_submission
+
+        print(describe_submission(study, stages, load_site(options.site)))
     return 0
 
 

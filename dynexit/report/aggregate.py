@@ -19,7 +19,7 @@ from dynexit.core.tradeoff import hypervolume, pareto_front
 from dynexit.errors import Failure
 from dynexit.run_dir import atomic_write, move_aside
 
-SOURCES = ("backbone", "gates", "search")
+SOURCES = ("backbone", "gates", "search", "fixed")
 SPLITS = ("validation", "test")
 
 RowKey = tuple[str, str, str, float | None, str]

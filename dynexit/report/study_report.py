@@ -25,7 +25,7 @@ from dynexit.sweep import Point
 
 
 def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
-    """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, searched thresholds."""
+    """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds."""
     rows: list[Row] = []
     backbones: set[tuple[str, str]] = set()
     for point in points:
@@ -36,8 +36,10 @@ def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
             if (point.ids["prepare"], split) not in backbones:
                 backbones.add((point.ids["prepare"], split))
                 rows.append(_backbone_row(point, split, record, costs))
-            rows.append(_gates_row(point, split, record, costs))
-        rows += _search_rows(point, study_dir)
+            if record.gate is not None:
+                rows.append(_gates_row(point, split, record, costs))
+        for source_name, file in (("search", "configurations.json"), ("fixed", "fixed.json")):
+            rows += _configuration_rows(point, source_name, file, study_dir)
     return mark_front(rows)
 
 
@@ -45,7 +47,7 @@ def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more
     own = {
         "method": point.config.train.method,
         "seed": point.config.seed,
-        "ce_ic_tradeoff": point.config.jei_dnn.ce_ic_tradeoff,
+        "ce_ic_tradeoff": point.config.jei_dnn.ce_ic_tradeoff if point.config.train.method == "jei_dnn" else None,
         "accuracy_weight": None,
         "point_id": point.id,
         **more,
@@ -83,8 +85,8 @@ def _one_head_rows(costs: ExitCosts) -> list[int]:
     return [p * num_types for p in range(len(costs.positions))] + [-1]
 
 
-def _search_rows(point: Point, study_dir: Path) -> Iterator[Row]:
-    entries = read_json(job_dir(study_dir, "search", point.ids["search"]) / "configurations.json")
+def _configuration_rows(point: Point, source: str, file: str, study_dir: Path) -> Iterator[Row]:
+    entries = read_json(job_dir(study_dir, "search", point.ids["search"]) / file)
     for entry in entries:
         for split in SPLITS:
             figures = entry[split]
@@ -97,10 +99,10 @@ def _search_rows(point: Point, study_dir: Path) -> Iterator[Row]:
             )
             yield _row(
                 point,
-                "search",
+                source,
                 split,
                 measured,
-                accuracy_weight=entry["accuracy_weight"],
+                accuracy_weight=entry.get("accuracy_weight"),
                 configuration=json.dumps(entry["exits"], separators=(",", ":")),
             )
 
@@ -151,7 +153,8 @@ _PARETO_CAPTION = (
 _SHARES_CAPTION = "Where test samples leave, along the front."
 _NOTES = (
     "gates: the exit rule that JEI-DNN's gates learned at each ce_ic_tradeoff. search: exact thresholds on the exits' "
-    "confidence, for each accuracy weight.",
+    "confidence, for each accuracy weight. fixed: thresholds set on validation by MSDNet's rule, a given share of the "
+    "samples for each exit.",
 )
 _BUDGETS = (0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)
 

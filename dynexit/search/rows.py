@@ -11,7 +11,7 @@ import numpy as np
 OFF = -1
 EVERYONE = -1.0  # a threshold below every confidence: whoever arrives leaves
 MAX_SAMPLES = 1 << 30
-MAX_BINS = 1024
+MAX_BINS = 2048
 
 INDEX = MAX_SAMPLES - 1
 """Bits of `Rows.order_PHN` that hold the sample; above them CORRECT and TIE (with the next sample of the order)."""
@@ -28,7 +28,7 @@ class Rows:
 
     def __init__(self, confidence_PHN: np.ndarray, correct_PHN: np.ndarray, base_correct_N: np.ndarray) -> None:
         num_positions, num_heads, count = confidence_PHN.shape
-        bins = min(MAX_BINS, max(1, math.isqrt(count)))
+        bins = min(MAX_BINS, max(1, math.isqrt(count), count // 128))
         self.confidence_PHN = confidence_PHN
         self.correct_PHN = correct_PHN
         self.base_correct_N = base_correct_N

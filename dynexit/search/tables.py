@@ -16,7 +16,7 @@ MAX_POSITIONS = 62  # where a sample would leave is a bit each, in 64 with a sig
 EQUAL = 1e-12
 """Below this two objectives count as equal: rounding in the last product must not turn the descent in circles."""
 
-_BULK = 8  # more than an eighth of the samples moved: the tables are made anew when next read
+_BULK = 2  # more than half of the samples moved: the tables are made anew when next read
 _LATER, _HERE, _AT = 0, 1, 2  # columns of a table: right only later, right only here, and leaving at q in _AT + q
 
 
@@ -187,10 +187,9 @@ def _enter(n: int, position: int, code_PNH: np.ndarray, table_PHQB: np.ndarray, 
             table_PHQB[position, head, _AT + (after & 255), bin_] += 1
         if before < 0 or after < 0 or (before ^ after) & 256:
             column = _HERE if right_here else _LATER
-            if before >= 0 and (before >> 8) != right_here:
-                table_PHQB[position, head, column, bin_] -= 1
-            if after >= 0 and (after >> 8) != right_here:
-                table_PHQB[position, head, column, bin_] += 1
+            was_other = before >= 0 and (before >> 8) != right_here
+            is_other = after >= 0 and (after >> 8) != right_here
+            table_PHQB[position, head, column, bin_] += is_other - was_other
 
 
 @compiled

@@ -4,6 +4,7 @@ Shapes: M members, L exits, G = L-1 gates, B batch, K classes.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from dynexit.data import Split, load_batches
 
 if TYPE_CHECKING:
     from dynexit.train.jei_dnn import JeiDnnTask
+    from dynexit.train.pack import PackTask
 
 _BATCH_SIZE = 256
 
@@ -38,7 +40,7 @@ class Evaluation:
             counts_L = self.exit_counts_ML[member]
             figures |= {
                 "validation_accuracy": self.accuracy_M[member].item(),
-                "validation_cross_entropy": _number(self.cross_entropy_M[member].item()),
+                "validation_cross_entropy": finite_or_none(self.cross_entropy_M[member].item()),
                 "validation_relative_cost": self.relative_cost_M[member].item(),
                 "validation_relative_macs": self.relative_macs_M[member].item(),
                 "exit_fractions": (counts_L / counts_L.sum()).tolist(),
@@ -46,7 +48,7 @@ class Evaluation:
         return figures
 
 
-def _number(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """NaN and infinity have no place in JSON."""
     return value if abs(value) < float("inf") else None
 
@@ -64,10 +66,8 @@ def evaluate(task: "JeiDnnTask", split: Split) -> Evaluation:
         "count": (1,),
     }
     total = {name: torch.zeros(size, dtype=torch.float64, device=task.ranks.device) for name, size in sums.items()}
-    order = list(range(len(split)))
-    batches = [order[i : i + _BATCH_SIZE] for i in range(0, len(order), _BATCH_SIZE)]
-    for _, images, labels in load_batches(split, task.ranks.share(batches)):
-        _add_batch(task, total, images.to(task.ranks.device), labels.to(task.ranks.device))
+    for images, labels in _my_batches(task, split):
+        _add_batch(task, total, images, labels)
     task.ranks.sum_(total.values())
     count = total["count"]
     exits_ML = total["exits"]
@@ -81,6 +81,32 @@ def evaluate(task: "JeiDnnTask", split: Split) -> Evaluation:
         "relative_macs_M": exits_ML @ task.macs_L.to(torch.float64) / (count * task.full_macs),
     }
     return Evaluation(**{name: value.cpu() for name, value in figures.items()})
+
+
+@torch.no_grad()
+def evaluate_exits(task: "PackTask", split: Split) -> tuple[Tensor, Tensor]:
+    """(accuracy, mean cross-entropy) of every member's exits on `split`, both (M, L) float64 on the CPU."""
+    sums_2ML: Tensor | None = None
+    for images, labels_B in _my_batches(task, split):
+        logits_MLBK = task.exit_logits(images)
+        correct_MLB = (logits_MLBK.argmax(-1) == labels_B).to(torch.float64)
+        ce_MLB = cross_entropies(logits_MLBK, labels_B).to(torch.float64)
+        batch_2ML = torch.stack((correct_MLB.sum(-1), ce_MLB.sum(-1)))
+        sums_2ML = batch_2ML if sums_2ML is None else sums_2ML + batch_2ML
+    if sums_2ML is None:  # more ranks than batches
+        shape = (2, len(task.members), len(task.heads.row_names) + 1)
+        sums_2ML = torch.zeros(shape, dtype=torch.float64, device=task.ranks.device)
+    task.ranks.sum_([sums_2ML])
+    accuracy_ML, cross_entropy_ML = sums_2ML.cpu() / len(split)
+    return accuracy_ML, cross_entropy_ML
+
+
+def _my_batches(task: "PackTask", split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) of this rank's share of the batches, on its device."""
+    order = list(range(len(split)))
+    batches = [order[i : i + _BATCH_SIZE] for i in range(0, len(order), _BATCH_SIZE)]
+    for _, images, labels in load_batches(split, task.ranks.share(batches)):
+        yield images.to(task.ranks.device), labels.to(task.ranks.device)
 
 
 def _add_batch(task: "JeiDnnTask", total: dict[str, Tensor], images: Tensor, labels_B: Tensor) -> None:

@@ -52,7 +52,8 @@ def fit(
     Raises Interrupted, after saving, where SIGINT, SIGTERM or SIGUSR2 came; KeyboardInterrupt at a second SIGINT.
     """
     epoch = position = 0
-    saved = checkpoints.latest(progress.say)
+    # a network folder may show the ranks different files for a while
+    saved = ranks.agree(checkpoints.latest(progress.say) if ranks.is_main else None)
     if saved is not None:
         tensors, facts = saved
         task.restore(tensors, facts["task"])
@@ -65,6 +66,7 @@ def fit(
         tensors, facts = task.state()
         if ranks.is_main:
             checkpoints.save(progress.step, tensors, {"epoch": epoch, "position": position, "task": facts})
+        ranks.wait()  # a rank that ends may end the job, and with it the main rank's writing
 
     with _stop_signals() as stop_requested:
         while epoch < num_epochs:

@@ -5,7 +5,7 @@ Shapes: M members of the pack, m chosen members, L exits, P positions, B batch, 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from dynexit.train.members import (
     pick,
     stack_of,
 )
+
+MakeOptimizer = Callable[[Stack], MemberSGD | MemberAdam]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +63,14 @@ class PackTask:
     """
 
     terms: tuple[str, ...] = ("head loss",)  # what may turn out not finite, for messages
+    rate_key = "train.learning_rate"
+    _plain_tensors: tuple[str, ...] = ("best_objective_M", "alive_M", "stopped_at_M")
 
     def __init__(self, pack: Pack, *, initialisation: str = "uniform", shrinkage: float = 0.0) -> None:
         model, ranks, settings = pack.model, pack.ranks, pack.settings
         self.model, self.members, self.settings = model, list(pack.members), settings
         self.validation, self.ranks, self.seed = pack.validation, ranks, pack.seed
         self.dtype = {"float32": torch.float32, "float64": torch.float64}[settings.precision]
-        self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, MemberSGD | MemberAdam] = {}
         self.best: dict[str, Stack] = {}
         self.seeds = [member.seed for member in pack.members]
@@ -88,12 +91,12 @@ class PackTask:
         self.rows: list[dict[str, Any]] = []
         self.step_number = 0
 
-    def _add(self, part: str, module: nn.Module, optimizer: MemberSGD | MemberAdam | None = None) -> None:
-        """Makes `module` a part that is trained, by JEI-DNN's SGD if nothing else is given, kept and restored."""
-        settings = self.settings
-        self.modules[part] = module.to(self.ranks.device, self.dtype)
-        optimizer = optimizer or MemberSGD(stack_of(module), settings.momentum, settings.weight_decay)
-        self.optimizers[part], self.best[part] = optimizer, clone(optimizer.stack)
+    def _add(self, part: str, module: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
+        """Makes `module` a part that is trained (by SGD if nothing else is given), kept and restored."""
+        stack = stack_of(module.to(self.ranks.device, self.dtype))
+        sgd = MemberSGD(stack, self.settings.momentum, self.settings.weight_decay)
+        self.optimizers[part] = sgd if make_optimizer is None else make_optimizer(stack)
+        self.best[part] = clone(stack)
 
     # ---- one batch
 
@@ -176,8 +179,6 @@ class PackTask:
                     f"stopped and its last good state kept; lower {self.rate_key} or look at the data"
                 )
 
-    rate_key = "train.learning_rate"
-
     # ---- state
 
     def member_state(self, i: int) -> Stack:
@@ -194,8 +195,6 @@ class PackTask:
             "step_number": self.step_number,
         }
         return tensors, facts
-
-    _plain_tensors: tuple[str, ...] = ("best_objective_M", "alive_M", "stopped_at_M")
 
     def _stacks(self) -> dict[str, Stack]:
         stacks: dict[str, Stack] = {}

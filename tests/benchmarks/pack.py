@@ -24,6 +24,7 @@ from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
 from dynexit.train.jei_dnn import JeiDnnTask
+from dynexit.train.pack import Member, Pack
 from dynexit.train.schedule import JOINT
 
 # the size of T2T-ViT-7 at 224 pixels: width 256, seven blocks, four heads, MLP ratio 2

@@ -1,18 +1,23 @@
 """A small pack to train: shapes all different, seconds not minutes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import pytest
 import torch
 
 from dynexit.config import JeiDnn, Train
 from dynexit.core.cost import ExitCosts
-from dynexit.data import Split
+from dynexit.data import Batch, Split
 from dynexit.dist import Ranks
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
+from dynexit.progress import Progress
+from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
-from dynexit.train.pack import Member, Pack
+from dynexit.train.loop import fit
+from dynexit.train.pack import Member, Pack, PackTask
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 NUM_CLASSES = 5
@@ -48,3 +53,51 @@ def tiny_pack(
     named = [Member(seed, tradeoff, f"seed={seed} ce_ic_tradeoff={tradeoff}") for seed, tradeoff in members]
     steps_per_epoch = -(-len(tiny_split()) // train.global_batch_size)
     return Pack(model, costs, named, train, tiny_split(40, seed=4), RANKS, steps_per_epoch, seed=7)
+
+
+def run(task: PackTask, folder: Path, stop_at: int | None = None, seconds: float = 1e9) -> PackTask:
+    """Trains `task` on the tiny split, with a checkpoint every `seconds`; stops before step `stop_at` as if killed."""
+    step = task.train_step
+
+    def die(batch: Batch, share: float) -> Mapping[str, torch.Tensor]:
+        if task.step_number == stop_at:
+            raise KilledError
+        return step(batch, share)
+
+    task.train_step = die  # type: ignore[method-assign]
+    fit(
+        task,
+        tiny_split(),
+        num_epochs=task.settings.num_epochs,
+        global_batch_size=task.settings.global_batch_size,
+        seed=7,
+        ranks=RANKS,
+        checkpoints=Checkpoints(folder, seconds),
+        progress=Progress("train", folder, 1e9, quiet=True),
+    )
+    return task
+
+
+def check_resume(make: Callable[[], PackTask], folder: Path, stops: Sequence[int]) -> None:
+    """Fails unless a training that was killed before each of `stops` ends bit for bit as one that was not."""
+    whole = run(make(), folder / "whole")
+    for stop in stops:
+        with pytest.raises(KilledError):
+            run(make(), folder / str(stop), stop, seconds=0.0)
+        resumed = run(make(), folder / str(stop))
+        assert resumed.step_number == whole.step_number
+        assert resumed.rows == whole.rows
+        for i in range(len(whole.members)):
+            expected, found = whole.member_state(i), resumed.member_state(i)
+            assert expected.keys() == found.keys()
+            assert all(torch.equal(expected[name], found[name]) for name in expected), (stop, i)
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Of any entry of two states, which must have the same names."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+class KilledError(Exception):
+    """Stands for a kill at a step."""

@@ -1,0 +1,140 @@
+"""Commands that follow a study on a cluster: status, logs, cancel, retry; and aggregate, for many studies."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynexit.sweep import Point, Study
+    from launch.submissions import Submitted
+
+_WATCH_SECONDS = 30
+_LOG_LINES = 40
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands to the command line."""
+    status = _command(commands, "status", "state, step, last figures, attempts and log of every point", _status)
+    status.add_argument("--watch", action="store_true", help=f"print it again every {_WATCH_SECONDS} seconds")
+    _command(commands, "logs", "the end of what the jobs of a point printed", _logs, "POINT")
+    _command(commands, "cancel", "take a study's jobs, or those of some points, out of the queue", _cancel, "POINT")
+    retry = _command(commands, "retry", "submit again what failed or is missing, and nothing else", _retry)
+    retry.add_argument("--site", type=Path, metavar="SITE.yaml", help="default: as it was submitted before")
+    aggregate = commands.add_parser(
+        "aggregate", help="operating points of any number of studies as one table (CSV)", description=_aggregate.__doc__
+    )
+    aggregate.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a study's folder, or runs/")
+    aggregate.add_argument("--output", type=Path, metavar="FILE.csv", help="default: the terminal")
+    aggregate.set_defaults(tool=_aggregate)
+
+
+def _command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None], points: str = ""
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    command.add_argument("study", type=Path, metavar="STUDY.yaml")
+    what = "ids of points (or how they begin), and overrides of the study's keys" if points else "overrides"
+    command.add_argument("words", nargs="*", metavar=f"{points} key.path=value".strip(), help=what)
+    command.set_defaults(tool=run)
+    return command
+
+
+def _study_of(options: argparse.Namespace) -> "tuple[Study, list[Point]]":
+    """The study, and the points that were named (all where none was)."""
+    from dynexit.config_io import load_study
+    from dynexit.errors import UserError
+
+    study = load_study(options.study, [word for word in options.words if "=" in word])
+    names = [word for word in options.words if "=" not in word]
+    chosen: list[Point] = []
+    for name in names:
+        found = [point for point in study.points if point.id.startswith(name)]
+        if not found:
+            known = ", ".join(point.id for point in study.points[:5])
+            raise UserError(f"no point's id begins with {name!r}; `dynexit status` shows them ({known}, ...)")
+        chosen += found
+    return study, chosen if names else list(study.points)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from launch.status import study_status, table
+
+    study, _ = _study_of(options)
+    print(table(study_status(study)), flush=True)
+    while options.watch:
+        time.sleep(_WATCH_SECONDS)
+        print("\n" + time.strftime("%H:%M:%S\n") + table(study_status(study)), flush=True)
+
+
+def _logs(options: argparse.Namespace) -> None:
+    from dynexit.errors import UserError
+    from launch.submissions import all_submitted
+
+    study, points = _study_of(options)
+    printed = False
+    newest: dict[str, Submitted] = {}
+    for job in all_submitted(study.directory):
+        if any(set(job.work) & set(point.ids.values()) for point in points):
+            newest[job.stage] = job
+    for job in newest.values():
+        for path in job.logs():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if lines:
+                printed = True
+                print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
+    if not printed:
+        raise UserError(f"no job of these points has printed anything; their own logs are in {study.directory / 'pack'}")
+
+
+def _cancel(options: argparse.Namespace) -> None:
+    from launch.cluster import cancel_jobs
+    from launch.submissions import live_jobs
+
+    study, points = _study_of(options)
+    named = any("=" not in word for word in options.words)
+    ids = {identity for point in points for stage, identity in point.ids.items() if stage != "prepare"}
+    live = [job for job, _ in live_jobs(study.directory) if not named or ids & set(job.work)]
+    if not live:
+        print("nothing of it is in the queue")
+        return
+    cancel_jobs([job.job_id for job in live])
+    for job in live:
+        job.note_cancelled()
+        others = [p for p in study.points if set(p.ids.values()) & set(job.work) and p not in points]
+        with_others = f", and with it {len(others)} other points of its pack" if others and job.stage == "train" else ""
+        print(f"cancelled {job.stage} {job.job_id}{with_others}")
+
+
+def _retry(options: argparse.Namespace) -> None:
+    from launch.plan import check_identity
+    from launch.site import Site, load_site
+    from launch.slurm import ALL_STAGES, submit_study
+    from launch.submissions import last_site
+    from launch.submit import hold
+
+    study, _ = _study_of(options)
+    before = last_site(study.directory)
+    site = load_site(options.site) if options.site or before is None else Site.model_validate(before)
+    with hold(study.directory):
+        check_identity(study)
+        print("\n".join(submit_study(study, ALL_STAGES, site)))
+
+
+def _aggregate(options: argparse.Namespace) -> None:
+    """Operating points of all finished points of any number of studies, also while others still run, as CSV."""
+    from dynexit.report.many_studies import aggregate, to_csv
+
+    text = to_csv(aggregate(options.directories, say=lambda line: print(line, file=sys.stderr)))
+    if options.output is None:
+        print(text, end="")
+    else:
+        from dynexit.run_dir import write_text
+
+        write_text(options.output, text)
+
+

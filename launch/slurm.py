@@ -1,0 +1,156 @@
+"""Submitting a study to SLURM through submitit: everything at once, chained by dependencies."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from dynexit.errors import Failure, UserError
+from dynexit.sweep import Study
+from launch import cluster
+from launch.arrays import Array, Live, plan_arrays, resolve
+from launch.plan import Job
+from launch.site import Site, site_contradictions
+from launch.submissions import Submission, live_jobs
+from launch.task import ClusterTask, script_after, script_before
+
+
+ALL_STAGES = ("prepare", "train", "record", "search", "report")
+
+
+class _Executor(submitit.SlurmExecutor):
+    """Submitit's, also where there is no SLURM: the text of a script can be made anywhere."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def script(self, num_tasks: int) -> str:
+        """The text that sbatch would get."""
+        if num_tasks > 1:
+            self.parameters["map_count"] = num_tasks
+        text: str = self._make_submission_file_text(self._submitit_command_str, "")
+        return text
+
+
+def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
+    """Submits what is missing and returns at once: a line for every array. The caller holds the study.
+
+    Raises UserError where the cluster could never run it, Failure where sbatch refuses; what was submitted before that
+    stays in the queue and is not submitted again by the next try.
+    """
+    if not cluster.is_here():
+        raise UserError("there is no sbatch on this machine; submit from a node of the cluster, or run --on here")
+    check_site(study, site)
+    dist = study.config.dist
+    cluster.check_request(site, dist.nodes, site.minutes(dist))
+    queued = live_jobs(study.directory)
+    arrays = plan_arrays(study, stages, _limits(site), _live(queued))
+    if not arrays:
+        return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
+    reports = [job.job_id for job, _ in queued if job.stage == "report"]
+    if reports and arrays[-1].stage == "report":
+        cluster.cancel_jobs(reports)  # the new one covers what they would have, and two must not write one page
+    submission = Submission(study, site.model_dump(mode="json"))
+    lines: list[str] = []
+    job_ids: list[str] = []
+    for array in arrays:
+        after = resolve(array.after, job_ids, lambda i: len(arrays[i].tasks) > 1)
+        executor = _executor(study, site, array, after, submission.folder)
+        try:
+            jobs = executor.submit_array([_task(study, site, jobs) for jobs in array.tasks])
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+            raise Failure(f"sbatch refused {describe_array(array)}: {' '.join(str(error).split())}") from error
+        submission.add([job.job_id for job in jobs], array.stage, array.work())
+        job_ids.append(jobs[0].job_id.partition("_")[0])
+        lines.append(f"{describe_array(array)}: job {job_ids[-1]}" + (f" after {after}" if after else ""))
+    return [*lines, f"logs: {submission.folder}"]
+
+
+def _limits(site: Site) -> cluster.Limits:
+    return cluster.limits(site, sum(entry.is_live for entry in cluster.queue().values()))
+
+
+def _live(queued: Sequence[tuple[Any, Any]]) -> Live:
+    return {(job.stage, identity): job.job_id for job, _ in queued for identity in job.work}
+
+
+def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
+    """What `submit_study` would submit: arrays, packs, most it can cost, and the text that sbatch would get."""
+    check_site(study, site)
+    notes = []
+    try:
+        limits, live = _limits(site), _live(live_jobs(study.directory))
+    except Failure as failure:  # a plan can be looked at anywhere
+        notes.append(f"no cluster answers here ({failure}): its limits and queue are left out")
+        limits, live = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs), {}
+    arrays = plan_arrays(study, stages, limits, live)
+    blocks = [*notes, f"queue: {len(arrays)} submissions, {sum(len(array.tasks) for array in arrays)} jobs"]
+    blocks.append(_most_hours(study, site, arrays))
+    for i, array in enumerate(arrays):
+        after = resolve(array.after, [f"<{n}>" for n in range(i)], lambda n: len(arrays[n].tasks) > 1)
+        executor = _executor(study, site, array, after, study.directory / "slurm" / "NNNN")
+        blocks.append(f"<{i}> {describe_array(array)}\n{executor.script(len(array.tasks))}")
+    return "\n".join(blocks)
+
+
+def describe_array(array: Array) -> str:
+    """An array in words: stage, tasks, packs."""
+    num_packs = sum(job.stage == array.stage for jobs in array.tasks for job in jobs)
+    packs = f", {num_packs} packs" if array.stage in ("train", "record") else ""
+    return f"{array.stage}: {len(array.tasks)} task{'s' if len(array.tasks) > 1 else ''}{packs}"
+
+
+def _most_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
+    dist = study.config.dist
+    hours = site.minutes(dist) / 60
+    together = sum(len(array.tasks) for array in arrays if array.stage in ("train", "record"))
+    alone = sum(len(array.tasks) for array in arrays if array.stage == "prepare")
+    if site.gpus_per_node:
+        most, unit = hours * (together * dist.nodes * site.gpus_per_node + alone), "GPU-hours"
+    else:
+        ranks = together * dist.nodes * dist.tasks_per_node + alone
+        most, unit = hours * ranks * site.cpus(dist), "CPU-hours"
+    return f"expected: at most {most:,.1f} {unit} (time limit of {site.minutes(dist)} minutes for every job)"
+
+
+def _task(study: Study, site: Site, jobs: tuple[Job, ...]) -> ClusterTask:
+    dist = study.config.dist
+    return ClusterTask(jobs, 60.0 * site.minutes(dist), site.delay_seconds(dist))
+
+
+def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) -> _Executor:
+    """submitit's executor for one array."""
+    dist = study.config.dist
+    together = array.stage in ("train", "record")  # the others are work for one process
+    executor = _Executor(folder)
+    executor.python = f"{site.container} {executor.python}".strip()
+    gpus = {"report": 0, "prepare": min(site.gpus_per_node, 1)}.get(array.stage, site.gpus_per_node)
+    options = {name.replace("_", "-"): value for name, value in site.sbatch.items()}
+    executor.update_parameters(
+        wckey=None,  # submitit's own, which not every cluster knows
+        job_name=f"{study.config.name}-{array.stage}"[:60],
+        time=site.minutes(dist),
+        nodes=dist.nodes if together else 1,
+        ntasks_per_node=dist.tasks_per_node if together else 1,
+        cpus_per_task=site.cpus(dist),
+        signal_delay_s=site.delay_seconds(dist),
+        array_parallelism=site.array_parallelism,
+        setup=[*site.shell_lines(dist), *script_before(folder.absolute())],
+        teardown=script_after(dist.max_timeouts, dist.max_preemptions, dist.max_retries),
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={site.cpus(dist)}", *site.srun_args],
+        additional_parameters={"requeue": True, "kill-on-invalid-dep": "yes", **options},
+        **{name: getattr(site, name) for name in ("partition", "account", "qos", "constraint", "exclude")},
+        **({"mem": f"{site.mem_gb * 1024:.0f}M"} if site.mem_gb else {}),
+        **({"gpus_per_node": gpus} if gpus else {}),
+        **({"dependency": after} if after else {}),
+    )
+    return executor
+
+
+def check_site(study: Study, site: Site) -> None:
+    """Raises UserError where profile and study do not fit together."""
+    mistakes = site_contradictions(site, study.config)
+    if mistakes:
+        raise UserError("\n".join(mistakes))

@@ -1,0 +1,106 @@
+"""What was submitted for a study: one folder per submission, with the jobs' logs and the list of who does what."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynexit.errors import UserError
+from dynexit.run_dir import read_json, write_json
+from dynexit.sweep import Study
+from launch import cluster
+from launch.cluster import QueuedJob
+
+_LIST = "jobs.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Submitted:
+    """A job or array task that was submitted, and the ids of the work it does."""
+
+    job_id: str
+    stage: str
+    work: tuple[str, ...]
+    folder: Path
+
+    @property
+    def ends(self) -> list[str]:
+        """A line for every time the job ended and was not through: why, when, where."""
+        path = self.folder / f"{self.job_id}.ends"
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+    def note_cancelled(self) -> None:
+        """Notes that the user took the job out of the queue."""
+        with (self.folder / f"{self.job_id}.ends").open("a", encoding="utf-8") as file:
+            file.write(f"cancelled {time.strftime('%FT%T')} by the user\n")
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What failed of a job that came through: stage, points, reason."""
+        path = self.folder / f"{self.job_id}.failures.json"
+        found: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+        return found
+
+    def logs(self) -> list[Path]:
+        """What its ranks printed: outputs first, then errors, by rank."""
+        paths = list(self.folder.glob(f"{self.job_id}_*_log.*"))
+        return sorted(paths, key=lambda path: (path.suffix != ".out", len(path.name), path.name))
+
+
+class Submission:
+    """A submission that is being made: keeps the list on disk as complete as the queue is."""
+
+    def __init__(self, study: Study, site: dict[str, Any]) -> None:
+        root = study.directory / "slurm"
+        number = next(n for n in itertools.count(1) if not (root / f"{n:04d}").exists())
+        self.folder = root / f"{number:04d}"
+        self.folder.mkdir(parents=True)
+        self._content: dict[str, Any] = {"site": site, "arrays": []}
+
+    def add(self, job_ids: Sequence[str], stage: str, work: Sequence[Sequence[str]]) -> None:
+        """Notes the tasks of an array that was submitted."""
+        self._content["arrays"].append({"stage": stage, "tasks": dict(zip(job_ids, work, strict=True))})
+        write_json(self.folder / _LIST, self._content)
+
+
+def all_submitted(study_dir: Path) -> list[Submitted]:
+    """Everything that was ever submitted for the study, oldest first."""
+    return [job for path in _lists(study_dir) for job in _jobs(path)]
+
+
+def _jobs(path: Path) -> Iterator[Submitted]:
+    for array in read_json(path)["arrays"]:
+        for job_id, work in array["tasks"].items():
+            yield Submitted(job_id, array["stage"], tuple(work), path.parent)
+
+
+def _lists(study_dir: Path) -> list[Path]:
+    return sorted((study_dir / "slurm").glob(f"*/{_LIST}"))
+
+
+def last_site(study_dir: Path) -> dict[str, Any] | None:
+    """The site profile of the last submission, or None."""
+    lists = _lists(study_dir)
+    return read_json(lists[-1])["site"] if lists else None
+
+
+def live_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
+    """What waits or runs; one squeue call, and none where nothing was ever submitted."""
+    submitted = all_submitted(study_dir)
+    if not submitted or not cluster.is_here():
+        return []
+    queued = cluster.queue()
+    pairs = ((job, queued.get(job.job_id)) for job in submitted)
+    return [(job, entry) for job, entry in pairs if entry is not None and entry.is_live]
+
+
+def check_queue(study: Study) -> None:
+    """Raises UserError where jobs of the study wait or run: nobody else may write what they write."""
+    live = live_jobs(study.directory)
+    if live:
+        names = " ".join(job.job_id for job, _ in live[:5]) + (" ..." if len(live) > 5 else "")
+        raise UserError(
+            f"{len(live)} jobs of {study.directory} are in the cluster's queue ({names}); wait for them, "
+            "or take them out with `dynexit cancel`"
+        )

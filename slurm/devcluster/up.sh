@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Starts a SLURM cluster on this machine, for tests and for trying things out; stop it with down.sh.
+# Needs root (nodes get host names of their own, GPUs are fake devices) and Debian's slurm-wlm and munge (install.sh).
+#   DEVCLUSTER=folder   where everything is kept (default: run/ beside this file); its path must be short
+#   NODES=3 CPUS=4 MEMORY_MB=8000 GPUS=2   what each node claims to have
+#   EXTRA_CONF='MaxArraySize=6'            more lines for slurm.conf
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+folder=${DEVCLUSTER:-$here/run}
+nodes=${NODES:-3} cpus=${CPUS:-4} memory=${MEMORY_MB:-8000} gpus=${GPUS:-2}
+for program in slurmctld slurmd munged unshare; do
+    command -v "$program" >/dev/null || { echo "$program is not installed; run $here/install.sh" >&2; exit 1; }
+done
+[ "$(id -u)" -eq 0 ] || { echo "the cluster's nodes get host names of their own, which only root may give" >&2; exit 1; }
+if [ -e "$folder/slurm.conf" ]; then
+    echo "$folder holds a cluster already; stop it with $here/down.sh" >&2
+    exit 1
+fi
+mkdir -p "$folder"/{devices,log,pid,spool,state}
+
+(umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
+: >"$folder/gres.conf"
+gres=
+if [ "$gpus" -gt 0 ]; then
+    for g in $(seq 0 $((gpus - 1))); do mknod "$folder/devices/gpu$g" c 1 3; done # SLURM takes nothing but devices
+    echo "NodeName=dev[1-$nodes] Name=gpu File=$folder/devices/gpu[0-$((gpus - 1))]" >"$folder/gres.conf"
+    gres="Gres=gpu:$gpus"
+fi
+{
+    cat <<CONF
+ClusterName=devcluster
+SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmctldPort=26817
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# a requeued job starts when its old credential has expired: 120 s by default
+AuthInfo=socket=$folder/pid/munge.socket,cred_expire=10
+# never the numbers of a cluster that was here before
+FirstJobId=$(($(date +%s) % 60000000))
+MinJobAge=3600
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool/%n
+SlurmctldPidFile=$folder/pid/slurmctld.pid
+SlurmdPidFile=$folder/pid/%n.pid
+SlurmctldLogFile=$folder/log/slurmctld.log
+SlurmdLogFile=$folder/log/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+MailProg=/bin/true
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=$((memory / cpus))
+GresTypes=gpu
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+SchedulerParameters=bf_interval=5,sched_interval=5,sched_min_interval=500000
+SlurmdTimeout=20
+KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+CONF
+    printf '%s\n' "${EXTRA_CONF:-}"
+    for i in $(seq "$nodes"); do
+        echo "NodeName=dev$i NodeHostname=dev$i NodeAddr=127.0.1.$i Port=$((27000 + i)) CPUs=$cpus" \
+            "RealMemory=$memory $gres State=UNKNOWN"
+    done
+    echo "PartitionName=main Nodes=ALL Default=YES LLN=YES MaxTime=1-0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30"
+    echo "PartitionName=urgent Nodes=ALL MaxTime=1-0 PriorityTier=9 PreemptMode=OFF"
+} >"$folder/slurm.conf"
+for i in $(seq "$nodes"); do # torch's ranks meet at the name of the first node
+    echo "127.0.1.$i dev$i # dynexit devcluster" >>/etc/hosts
+done
+echo "export SLURM_CONF=$folder/slurm.conf" >"$folder/env.sh"
+export SLURM_CONF="$folder/slurm.conf"
+
+munged --socket="$folder/pid/munge.socket" --key-file="$folder/munge.key" --pid-file="$folder/pid/munged.pid" \
+    --log-file="$folder/log/munged.log" --seed-file="$folder/munge.seed"
+slurmctld
+for i in $(seq "$nodes"); do
+    unshare --uts sh -c "hostname dev$i && exec slurmd -N dev$i"
+done
+for _ in $(seq 300); do
+    ready=$(sinfo --noheader --Node --partition main --states idle --format %N 2>/dev/null | sort -u | wc -l)
+    [ "$ready" -eq "$nodes" ] && { echo "$nodes nodes are up; to use them: . $folder/env.sh"; exit 0; }
+    sleep 0.2
+done
+echo "only $ready of $nodes nodes came up; see $folder/log" >&2
+exit 1
