@@ -160,7 +160,7 @@ class Boosted(Section):
 
 class Weighted(Section):
     meta_interval: int = key(100, "batches from one update of the weighting network to the next", "batches", ge=1)
-    strength: float = key(0.3, "how far a sample's weight may go from 1", ge=0, lt=1)
+    strength: float = key(0.3, "how unequal samples may weigh: their weights lie within twice this of 1", ge=0, le=1)
     hidden_width: int = key(500, "width of the weighting network", ge=1)
     learning_rate: float = key(1e-4, "learning rate of the weighting network (Adam)", gt=0)
     weight_decay: float = key(1e-4, "weight decay of the weighting network", ge=0)

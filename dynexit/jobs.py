@@ -28,18 +28,19 @@ from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, load_batches, load_data
 from dynexit.dist import start_ranks
 from dynexit.errors import Failure
+from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
 from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_done, read_json, write_json
 from dynexit.state import missing_reason, report_identity
 from dynexit.sweep import Point, digest, method_settings
+from dynexit.tensor_files import save_tensors
 from dynexit.train.boosted import BoostedTask
 from dynexit.train.dyce import DyceTask
 from dynexit.train.independent import IndependentTask
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.pack import Member, Pack, PackTask
 from dynexit.train.weighted import WeightedTask
-from dynexit.tensor_files import save_tensors
 
 # by train.method the task that trains a pack, made from the Pack and the method's section
 METHODS: dict[str, Callable[..., PackTask]] = {
@@ -178,8 +179,9 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
     ranks = start_ranks(config.dist.device, config.dist.num_threads)
     data = load_data(config.data)
     model, costs = load_model(points[0], study_dir, ranks)
-    heads, gates = load_heads(points, study_dir, model, costs, ranks)
-    dtype = next(heads.parameters()).dtype
+    # a stack of its own for every point: the bits of a record do not depend on who else is recorded
+    members = [load_heads([point], study_dir, model, costs, ranks) for point in points]
+    has_gates = members[0][1] is not None
     directories = [job_dir(study_dir, "record", point.ids["record"]) for point in points]
     for split in SPLITS:
         samples = data.split(split)
@@ -190,7 +192,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
             topk=config.record.topk,
             num_samples=len(samples),
             batch_size=config.record.batch_size,
-            num_gates=len(costs.positions) if gates is not None else 0,
+            num_gates=len(costs.positions) if has_gates else 0,
             samples_per_shard=config.record.samples_per_shard,
             rank=ranks.global_rank,
             world_size=ranks.world_size,
@@ -203,8 +205,9 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
             for batch, loaded in zip(missing, load_batches(samples, ranges, config.dist.num_workers), strict=True):
                 index_B, images, labels_B = loaded
                 features, final_BK = model.features(images.to(ranks.device))
-                logits_MPBK = heads([feature.to(dtype) for feature in features])
-                gate_MGB = None if gates is None else gates(gate_features(logits_MPBK)).sigmoid()
+                outputs = [_outputs(heads, gates, features) for heads, gates in members]
+                logits_MPBK = torch.cat([logits for logits, _ in outputs])
+                gate_MGB = torch.cat([gate for _, gate in outputs if gate is not None]) if has_gates else None
                 recorder.add(batch, index_B, labels_B, logits_MPBK, gate_MGB, backbone_logits_BK=final_BK)
                 progress.advance(len(labels_B), {})
         progress.finish()
@@ -213,6 +216,14 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
         for point, directory in zip(points, directories, strict=True):
             write_json(directory / COSTS, costs.to_json())
             mark_done(directory, point.ids["record"], [COSTS])
+
+
+def _outputs(
+    heads: StackedHeads, gates: StackedGates | None, features: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    dtype = next(heads.parameters()).dtype
+    logits_1PBK = heads([feature.to(dtype) for feature in features])
+    return logits_1PBK, None if gates is None else gates(gate_features(logits_1PBK)).sigmoid()
 
 
 def _record_header(point: Point, study_dir: Path, split: str, data: DataSets) -> dict[str, Any]:
@@ -248,10 +259,8 @@ def search(points: Sequence[Point], study_dir: Path) -> None:
             Problem.from_record(Record.open(source / split, checkpoint), costs, settings.confidence) for split in SPLITS
         )
         weights, additive = parse_weights(settings.accuracy_weights), point.config.train.method == "boosted"
-        searched = searched_points(
-            validation, test, weights, starts=settings.num_random_starts, additive=additive
-        )
-        write_json(directory / "configurations.json", searched)
+        found = searched_points(validation, test, weights, starts=settings.num_random_starts, additive=additive)
+        write_json(directory / "configurations.json", found)
         write_json(directory / "fixed.json", fixed_points(validation, test))
         mark_done(directory, identity, ["configurations.json", "fixed.json"])
         progress.advance(validation.num_samples, {})

@@ -132,6 +132,10 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
     ("text", "overrides", "expected"),
     [
         ("train: {num_epochs: 3}", (), "jei_dnn.max_warm_up_epochs = 6: should be less than train.num_epochs, 3, or the gates are never trained"),
+        ("train: {method: dyce, num_epochs: 3}", (), "dyce.num_warm_up_epochs = 5: should be less than train.num_epochs, 3"),
+        ("train: {method: dyce}", ("dyce.min_learning_rate=0.1",), "dyce.min_learning_rate = 0.1: should be at most dyce.learning_rate, 0.000625"),
+        ("train: {method: boosted}", ("exits.head_types=[linear, mlp2x9]",), "exits.head_types = ['linear', 'mlp2x9']: should be one head type where train.method is boosted; dyce and independent take several"),
+        ("sweep: {train.method: [jei_dnn, dyce]}", ("search.confidence=gate",), "sweep.train.method = 'dyce': search.confidence = 'gate': should be another where train.method is dyce, which trains no gates"),
         ("seed: 1\nsweep: {seed: [0]}", (), "seed is both set and swept; keep one of the two"),
         ("sweep: {seed: 3}", (), "sweep.seed = 3: should be a list of values"),
         ("sweep: {seed: [1, 1]}", (), "sweep.seed = [1, 1]: a value stands in it twice"),
@@ -153,6 +157,46 @@ def test_files_that_are_no_study(tmp_path: Path) -> None:
     assert mistakes(tmp_path, "train: [")[0].startswith(f"the study {tmp_path / 'small.yaml'} is not YAML: ")
     assert mistakes(tmp_path, "- a")[0].endswith("should hold sections, as `train:`, not list")
     assert "the key 'seed' stands twice" in mistakes(tmp_path, "seed: 1\nseed: 2")[0]
+
+
+METHODS = (
+    "train: {num_epochs: 9}\nsweep: {train.method: [jei_dnn, dyce, independent], jei_dnn.ce_ic_tradeoff: [0.1, 1]}\n"
+)
+
+
+def test_a_methods_section_counts_only_for_its_own_points(tmp_path: Path) -> None:
+    before = study(tmp_path, METHODS)
+    assert [point.label for point in before.points] == [
+        "method=jei_dnn ce_ic_tradeoff=0.1",
+        "method=jei_dnn ce_ic_tradeoff=1.0",
+        "method=dyce",
+        "method=independent",
+    ]
+    after = study(tmp_path, METHODS, "dyce.mixup=0.0", "boosted.shrinkage=0.1").points
+    changed = [old.id != new.id for old, new in zip(before.points, after, strict=True)]
+    assert changed == [False, False, True, False]
+    values = fixed_values(before)
+    assert {name.partition(".")[0] for name in values} >= {"jei_dnn", "dyce", "train"}
+    assert not {name for name in values if name.startswith(("boosted.", "weighted."))}
+    again = study(tmp_path, resolved_yaml(before))
+    assert (again.points, again.sweep) == (before.points, before.sweep)
+
+
+def test_zipped_keys_take_their_values_together(tmp_path: Path) -> None:
+    text = "sweep: {exits.head_types: [[linear], [mlp2x7]], zip: {seed: [0, 1, 1], data.seed: [4, 5, 6]}}"
+    first = study(tmp_path, text)
+    assert [(p.config.exits.head_types[0], p.config.seed, p.config.data.seed) for p in first.points] == [
+        (head, *seeds) for head in ("linear", "mlp2x7") for seeds in ((0, 4), (1, 5), (1, 6))
+    ]
+    assert first.points[0].label == "head_types=['linear'] seed=0 data.seed=4"
+    again = study(tmp_path, resolved_yaml(first))
+    assert (again.points, again.sweep, again.zipped) == (first.points, first.sweep, first.zipped)
+    assert [p.config.seed for p in study(tmp_path, text, "data.seed=9").points[:3]] == [0, 1]
+    uneven = "sweep: {zip: {seed: [0, 1], data.seed: [4]}}"
+    told = "sweep.zip: its lists go together and should be equally long, but seed has 2, data.seed has 1"
+    assert mistakes(tmp_path, uneven) == [told]
+    assert mistakes(tmp_path, "sweep: {zip: {sed: [1]}}") == ["sweep.sed is not a key; did you mean seed?"]
+    assert mistakes(tmp_path, "sweep: {zip: 3}")[0].startswith("sweep.zip = 3: should map keys that are swept nowhere")
 
 
 def test_weights_do_not_drift() -> None:

@@ -81,15 +81,18 @@ def read_problems(
 ) -> dict[str, Problem]:
     """The problem of every record, by name. Errors name the record they are about.
 
-    Costs whose positions are not block indices (DyCE's) take those of the record.
+    DyCE's costs and `.npz` count positions from 0 instead of naming blocks; they fit the other's as many.
     """
     problems = {}
     for name, path in paths.items():
         try:
             record = open_record(path, costs.head_types)
-            if costs.positions == tuple(range(len(record.positions))):
-                costs = replace(costs, positions=tuple(record.positions))
-            problems[name] = Problem.from_record(record, costs, confidence)
+            counted = tuple(range(len(costs.positions)))
+            unnamed = costs.positions == counted or (Path(path).suffix == ".npz" and record.positions == counted)
+            if unnamed and len(record.positions) == len(counted):
+                problems[name] = Problem.from_record(record, replace(costs, positions=record.positions), confidence)
+            else:
+                problems[name] = Problem.from_record(record, costs, confidence)
         except UserError as error:
             text = str(error)
             raise UserError(text if str(path) in text else f"{path}: {text}") from error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.mixup import Mixup, mixup_target
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from dynexit.config import Dyce
@@ -43,7 +43,7 @@ class DyceTask(IndependentTask):
         self.num_warm_up_steps = method.num_warm_up_epochs * pack.steps_per_epoch
         self.num_classes = pack.model.backbone.num_classes
         self.average = ModelEmaV3(self.heads, decay=method.ema_decay, use_warmup=True) if method.ema_decay else None
-        self.mixup = Mixup(
+        self.mixup = Mixup(  # type: ignore[no-untyped-call]
             mixup_alpha=method.mixup,
             cutmix_alpha=method.cutmix,
             label_smoothing=method.label_smoothing,
@@ -67,7 +67,8 @@ class DyceTask(IndependentTask):
         even = len(labels_B) // 2 * 2
         with _numpy_seeded((self.seed, self.step_number, self.ranks.global_rank)):
             mixed, target_BK = self.mixup(images[:even].clone(), labels_B[:even])
-        rest_BK = mixup_target(labels_B[even:], self.num_classes, 1.0, self.method.label_smoothing)
+        smoothing = self.method.label_smoothing
+        rest_BK = mixup_target(labels_B[even:], self.num_classes, 1.0, smoothing)  # type: ignore[no-untyped-call]
         return torch.cat((mixed, images[even:])), torch.cat((target_BK, rest_BK))
 
     def _loss(self, logits_MLBK: Tensor, target: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ class MemberAdam:
     ) -> None:
         self.stack, self.weight_decay, self.decoupled = stack, weight_decay, decoupled
         self.betas, self.epsilon = betas, epsilon
-        self.buffers = {f"{kind}.{name}": torch.zeros_like(v) for kind in ("mean", "square") for name, v in stack.items()}
+        self.buffers = {
+            f"{kind}.{name}": torch.zeros_like(v) for kind in ("mean", "square") for name, v in stack.items()
+        }
         self.buffers |= {f"num_steps.{name}": value.new_zeros(len(value)) for name, value in stack.items()}
 
     def step(

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from dynexit.config import Train
 from dynexit.core.cost import ExitCosts
 from dynexit.core.losses import divergences
-from dynexit.data import Split
+from dynexit.data import Batch, Split
 from dynexit.dist import Ranks
 from dynexit.models.heads import StackedHeads
 from dynexit.models.multi_exit import MultiExit
@@ -100,6 +100,10 @@ class PackTask:
 
     # ---- one batch
 
+    def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
+        """One update of the members from this rank's `share` of a batch; the losses to show."""
+        raise NotImplementedError
+
     def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         features, final_BK = self.model.features(images)
         return [feature.to(self.dtype) for feature in features], final_BK.to(self.dtype)
@@ -158,6 +162,10 @@ class PackTask:
             self.stopped_at_M[members] = noted_m2
 
     # ---- between epochs
+
+    def end_epoch(self, epoch: int) -> None:
+        """Evaluation, and what is kept."""
+        raise NotImplementedError
 
     def current(self) -> dict[str, Stack]:
         """By part the weights that are evaluated and may be kept."""

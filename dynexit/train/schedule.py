@@ -50,9 +50,7 @@ class Group:
 
     def learning_rate(self, settings: Train) -> float:
         """Constant in the warm-up, then a cosine over num_epochs, stepped once per joint epoch only."""
-        return cosine_rate(
-            self.joint_epochs, settings.num_epochs, settings.learning_rate, settings.min_learning_rate
-        )
+        return cosine_rate(self.joint_epochs, settings.num_epochs, settings.learning_rate, settings.min_learning_rate)
 
 
 def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnn) -> list[Group]:

@@ -70,7 +70,7 @@ class WeightedTask(IndependentTask):
     def _weights(self, network: Stack, ce_MGB: Tensor) -> Tensor:
         """The weight (M, G, B) of every sample at every exit, 1 on average over a batch's samples and exits."""
         inputs_MBG = ce_MGB.detach().transpose(1, 2)
-        output_MBG = functional_call(self.network, network, ([inputs_MBG],))[:, 0].tanh()
+        output_MBG: Tensor = functional_call(self.network, network, ([inputs_MBG],))[:, 0].tanh()
         centred_MBG = output_MBG - output_MBG.mean((1, 2), keepdim=True)
         return 1 + self.method.strength * centred_MBG.transpose(1, 2)
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from dynexit.config import JeiDnn, Train
 from dynexit.data import Split, epoch_batches
 from dynexit.models.multi_exit import MultiExit
+from tests.reference.deep_supervision_training import divergence
 
 
 def features_of(probabilities: torch.Tensor) -> torch.Tensor:
@@ -74,8 +75,12 @@ def train_alone(
         return (errors.detach() + tradeoff * torch.tensor(cost)[:, None]).argmin(0)
 
     def warm_up(logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        losses = [(num_gates + 1 - l) * functional.cross_entropy(a, labels) for l, a in enumerate(logits[:-1])]
+        ce = [functional.cross_entropy(a, labels) + distilled(a, logits[-1]).mean() for a in logits[:-1]]
+        losses = [(num_gates + 1 - l) * ce[l] for l in range(num_gates)]
         return sum(losses) + functional.cross_entropy(logits[-1], labels)
+
+    def distilled(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return settings.distillation * divergence(student, teacher)
 
     def gate_loss(logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         target = best_exit(logits, labels)
@@ -88,15 +93,16 @@ def train_alone(
 
     def head_loss(logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         ce = torch.stack([functional.cross_entropy(a, labels, reduction="none") for a in logits])
+        added = torch.stack([distilled(a, logits[-1]) for a in logits[:-1]]).mean()
         if method.head_loss == "reference":
-            return ce[:-1].mean()
+            return ce[:-1].mean() + added
         g = [r.sigmoid().detach() for r in gate_logits(logits)]
         if method.head_loss == "single":
-            return ce[taken_exits(g), range(len(labels))].mean()
+            return ce[taken_exits(g), range(len(labels))].mean() + added
         p = [torch.clamp(torch.minimum(g[l], 1 - sum(g[:l], torch.zeros_like(g[0]))), min=0) for l in range(num_gates)]
         weights = torch.stack(p)
         rho = (ce[:-1].sum(0) / (weights * ce[:-1]).sum(0)).detach()
-        return (weights * ce[:-1] * rho).mean()
+        return (weights * ce[:-1] * rho).mean() + added
 
     def step(loss: torch.Tensor, modules: list[torch.nn.Linear]) -> None:
         sgd.zero_grad(set_to_none=True)

@@ -28,7 +28,7 @@ def expected_state(seed: int, method: Dyce, distillation: float) -> dict[str, to
     """One point, slowly; what to mix with what is asked of the task, whose drawing has a test of its own."""
     model, _ = tiny_model(HEAD_TYPES)
     fresh = make((seed,), method)
-    heads = build_heads(model, HEAD_TYPES, {name: value for name, value in fresh.member_state(0).items()})
+    heads = build_heads(model, HEAD_TYPES, fresh.member_state(0))
     average = copy.deepcopy(heads)
 
     def loss_of(logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,11 @@ def expected_state(seed: int, method: Dyce, distillation: float) -> dict[str, to
 
 @pytest.mark.parametrize(
     ("changed", "distillation"),
-    [({"loss": "ce"}, 0.0), ({"loss": "weighted", "ema_decay": 0.8}, 0.3), ({"loss": "distill", "ema_decay": 0.0}, 0.0)],
+    [
+        ({"loss": "ce"}, 0.0),
+        ({"loss": "weighted", "ema_decay": 0.8}, 0.3),
+        ({"loss": "distill", "ema_decay": 0.0}, 0.0),
+    ],
 )
 def test_a_member_equals_the_point_alone_and_the_slow_reference(
     changed: dict[str, float], distillation: float, tmp_path: Path

@@ -61,19 +61,23 @@ def test_a_member_of_a_pack_equals_the_point_trained_alone(
 
 
 @pytest.mark.parametrize("head_loss", ["reference", "paper", "single"])
-@pytest.mark.parametrize("positive_weight", ["reference", "cumulative", "none"])
-def test_training_equals_the_slow_reference(head_loss: str, positive_weight: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("positive_weight", "distillation"), [("reference", 0.0), ("cumulative", 0.0), ("none", 0.0), ("none", 0.4)]
+)
+def test_training_equals_the_slow_reference(
+    head_loss: str, positive_weight: str, distillation: float, tmp_path: Path
+) -> None:
+    settings = TRAIN.model_copy(update={"distillation": distillation})
     alternation = "reference" if head_loss == "reference" else "continuous"
     update = {"head_loss": head_loss, "positive_weight": positive_weight, "alternation": alternation}
     method = METHOD.model_copy(update=update)
-    pack = run(tiny_task(MEMBERS, TRAIN, method), tmp_path)
+    pack = run(tiny_task(MEMBERS, settings, method), tmp_path)
     model, costs = tiny_model()
     for i in (0, 3):
         _, tradeoff = MEMBERS[i]
         fresh = tiny_task([MEMBERS[i]], TRAIN, method).member_state(0)
-        expected = train_alone(
-            model, costs.relative_cost_L(), fresh, tradeoff, TRAIN, method, tiny_split(), tiny_split(40, seed=4), seed=7
-        )
+        splits = tiny_split(), tiny_split(40, seed=4)
+        expected = train_alone(model, costs.relative_cost_L(), fresh, tradeoff, settings, method, *splits, seed=7)
         assert largest_difference(pack.member_state(i), expected) <= 1e-10
 
 

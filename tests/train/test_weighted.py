@@ -1,6 +1,5 @@
 """L2W-DEN in a pack: each member as alone and as written down slowly; who is allotted to which exit."""
 
-import itertools
 import math
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def expected_state(model: MultiExit, fresh: dict[str, torch.Tensor]) -> dict[str
 
     def losses(parameters: list[torch.Tensor], images: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         features, _ = model.features(split.images[images])
-        pairs = itertools.batched(parameters, 2) if hasattr(itertools, "batched") else zip(*[iter(parameters)] * 2)  # noqa: B905
+        pairs = zip(parameters[::2], parameters[1::2], strict=True)
         logits = [z.double() @ weight.T + bias for z, (weight, bias) in zip(features, pairs, strict=True)]
         ce = [functional.cross_entropy(a, split.labels[images], reduction="none") for a in logits]
         return ce, [a.softmax(-1).max(-1).values for a in logits]

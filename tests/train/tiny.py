@@ -45,9 +45,7 @@ def tiny_task(members: Sequence[tuple[int, float]], train: Train, method: JeiDnn
     return JeiDnnTask(tiny_pack(members, train), method)
 
 
-def tiny_pack(
-    members: Sequence[tuple[int, float]], train: Train, head_types: Sequence[str] = ("linear",)
-) -> Pack:
+def tiny_pack(members: Sequence[tuple[int, float]], train: Train, head_types: Sequence[str] = ("linear",)) -> Pack:
     """A pack of members given as (seed, ce_ic_tradeoff)."""
     model, costs = tiny_model(head_types)
     named = [Member(seed, tradeoff, f"seed={seed} ce_ic_tradeoff={tradeoff}") for seed, tradeoff in members]
