@@ -4,79 +4,69 @@ A key marked `changes_results=False` says where or how fast something is done, n
 of an id. Everything else is: two studies with the same values of the sections a job depends on share that job's work.
 """
 
-from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
-DATA_SETS = ("digits",)
+from dynexit.keys import (
+    DATA_SETS,
+    DataSetName,
+    HeadType,
+    Position,
+    Section,
+    Weight,
+    key,
+    known_weights,
+    no_duplicates,
+)
+
 METHODS_WITH_SETTINGS = ("jei_dnn", "boosted", "weighted", "dyce")  # each in the section of its name
 METHODS_WITH_GATES = ("jei_dnn",)
 METHODS_WITH_ONE_HEAD_TYPE = ("jei_dnn", "boosted", "weighted")
 CONFIDENCE_NAMES = ("max_probability", "margin", "entropy", "gate")
 
 
-def key(default: Any, meaning: str, unit: str = "", *, changes_results: bool = True, **limits: Any) -> Any:
-    """A field of the schema: default, one-line meaning, unit, limits (ge, gt, le, lt, min_length)."""
-    extra: dict[str, Any] = {"unit": unit, "changes_results": changes_results}
-    arguments = {"description": meaning, "json_schema_extra": extra, **limits}
-    return Field(default_factory=default, **arguments) if callable(default) else Field(default, **arguments)
-
-
-def _known_data_set(name: str) -> str:
-    if name not in DATA_SETS:
-        raise ValueError(f"no data set of this name; known are {', '.join(DATA_SETS)}")
-    return name
-
-
-def _no_duplicates(values: Any) -> Any:
-    if isinstance(values, list) and len(set(values)) != len(values):
-        raise ValueError("a value stands in it twice")
-    return values
-
-
-def parse_weights(spec: str | list[float]) -> list[float]:
-    """The weights a list holds or `LO:HI:STEP` stands for, HI included, without rounding drift (0.4:1:0.01 holds 0.7).
-
-    Raises ValueError where the text is not of that form, the step is not positive, or a weight leaves [0, 1].
-    """
-    if isinstance(spec, list):
-        return spec
-    try:
-        low, high, step = (Decimal(part) for part in spec.split(":"))
-    except (ValueError, InvalidOperation):
-        raise ValueError("should be LO:HI:STEP, as 0.4:1:0.01, or a list of numbers") from None
-    if not (low.is_finite() and high.is_finite() and step.is_finite() and 0 <= low <= high <= 1 and step > 0):
-        raise ValueError("should be LO:HI:STEP with 0 <= LO <= HI <= 1 and STEP > 0")
-    return [float(low + i * step) for i in range(int((high - low) / step) + 1)]
-
-
-def _known_weights(spec: Any) -> Any:
-    if not parse_weights(spec):
-        raise ValueError("holds no value")
-    return spec
-
-
-DataSetName = Annotated[str, AfterValidator(_known_data_set)]
-Weight = Annotated[float, Field(ge=0, le=1)]
-Position = Annotated[int, Field(ge=0)]
-HeadType = Annotated[str, Field(pattern=r"^(linear|mlp[1-9]\d*x[1-9]\d*)$")]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
 class Data(Section):
-    name: DataSetName = key("digits", "data set")
+    name: DataSetName = key("digits", f"data set: {', '.join(DATA_SETS)}, or timm's, as torch/fashion_mnist")
     dir: str | None = key(None, "folder that holds the data set's files", changes_results=False)
-    seed: int = key(0, "split, views, batch order, and the backbone's initialisation", ge=0, lt=2**31)
+    download: bool = key(False, "whether a missing data set is fetched and put into dir", changes_results=False)
+    seed: int = key(0, "split, views, augmentation, batch order, and the backbone's initialisation", ge=0, lt=2**31)
+    num_classes: int | None = key(
+        None, "classes, where the data set's name or its folders do not say it (timm's), or a part of ImageNet", ge=2
+    )
     image_size: int = key(32, "height and width of the images the backbone sees", "pixels", ge=8)
+    transform: Literal["pad_crop", "timm", "none"] | None = key(
+        None, "augmentation: random crop of the padded image and flip, timm's, or none; null takes the data set's own"
+    )
+    train_transform: dict[str, Any] = key(
+        dict, "arguments of timm.data.create_transform for training images, as auto_augment, scale, re_prob"
+    )
+    test_transform: dict[str, Any] = key(
+        dict, "arguments of timm.data.create_transform for validation and test images, as crop_pct, interpolation"
+    )
+    normalisation: Literal["none", "cifar10", "cifar100", "imagenet", "half", "clip"] | None = key(
+        None, "mean and standard deviation that colours are brought to 0 and 1 by; null takes the data set's own"
+    )
     num_train_views: int = key(8, "fixed random views made of each training image (digits)", ge=1)
     num_evaluation_views: int = key(3, "fixed random views made of each validation and test image (digits)", ge=1)
-    num_validation: int = key(300, "original images held out of training for validation", ge=1)
+    num_validation: int = key(
+        300, "original images held out of training for validation (folders with val and test have theirs)", ge=1
+    )
     num_test: int = key(
         400, "original images held out for the test (data sets with a test split of their own have theirs)", ge=1
+    )
+    imbalance_factor: float = key(
+        0.01, "images of the rarest class (cifar100_lt)", "of the commonest class", gt=0, le=1
+    )
+    thin_test: bool = key(False, "whether the test images are thinned by the same law (cifar100_lt)")
+    train_split: str = key("train", "name of the split trained on (timm's)", min_length=1)
+    test_split: str | None = key(
+        "validation", "name of the split tested on (timm's); null holds num_test images out of the other", min_length=1
+    )
+    check_images: Literal["none", "headers", "pixels"] | None = key(
+        None,
+        "what is read of every image before training starts; null: headers of an image_folder, of others none",
+        changes_results=False,
     )
     noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
 
@@ -101,10 +91,10 @@ class Prepare(Section):
 
 
 class Exits(Section):
-    positions: Literal["all"] | Annotated[list[Position], Field(min_length=1), AfterValidator(_no_duplicates)] = key(
+    positions: Literal["all"] | Annotated[list[Position], Field(min_length=1), AfterValidator(no_duplicates)] = key(
         "all", "indices of the blocks after which an exit sits; all = every block but the last"
     )
-    head_types: Annotated[list[HeadType], Field(min_length=1), AfterValidator(_no_duplicates)] = key(
+    head_types: Annotated[list[HeadType], Field(min_length=1), AfterValidator(no_duplicates)] = key(
         lambda: ["linear"], "exit heads at every position: linear, or mlp{n}x{w} (n linear layers, hidden width w)"
     )
 
@@ -194,7 +184,7 @@ class Record(Section):
 
 
 class Search(Section):
-    accuracy_weights: Annotated[str | list[Weight], AfterValidator(_known_weights)] = key(
+    accuracy_weights: Annotated[str | list[Weight], AfterValidator(known_weights)] = key(
         "0.4:1:0.01", "preferences searched: weights of accuracy against MACs, as LO:HI:STEP (HI included) or a list"
     )
     confidence: Literal["max_probability", "margin", "entropy", "gate"] = key(
@@ -225,7 +215,14 @@ class Dist(Section):
     num_threads: int | None = key(
         None, "CPU threads of a process; null takes the machine's", changes_results=False, ge=1
     )
-    num_workers: int = key(0, "processes that load images", changes_results=False, ge=0)
+    num_workers: int = key(0, "processes of each rank that load images", changes_results=False, ge=0)
+    persistent_workers: bool = key(
+        True, "whether loading processes live on from one epoch to the next", changes_results=False
+    )
+    pin_memory: bool = key(
+        True, "whether loading processes' images are pinned, for a faster way to a GPU", changes_results=False
+    )
+    prefetch_batches: int = key(2, "batches that each loading process prepares ahead", changes_results=False, ge=1)
     members_per_pack: int = key(64, "most points trained in one job", changes_results=False, ge=1)
     checkpoint_seconds: float = key(60.0, "time between checkpoints", "s", changes_results=False, ge=0)
     log_seconds: float = key(10.0, "time between lines in the log", "s", changes_results=False, ge=0)

@@ -67,9 +67,7 @@ class Ranks:
             torch.distributed.barrier()
 
 
-def start_ranks(
-    device: str = "auto", num_threads: int | None = None, timeout_seconds: float | None = None
-) -> Ranks:
+def start_ranks(device: str = "auto", num_threads: int | None = None, timeout_seconds: float | None = None) -> Ranks:
     """Joins the process group that torchrun, accelerate or SLURM announced in the environment, if any.
 
     `device` is auto, cpu or cuda; auto takes a GPU where there is one. A rank that waits for the others for longer than

@@ -15,5 +15,5 @@ class Failure(Exception):  # noqa: N818  it is the failure of a run, and its tex
     """
 
 
-class Interrupted(BaseException):  # noqa: N818  not an error, and like KeyboardInterrupt not caught as one
+class Interrupted(BaseException):
     """A signal asked the job to stop; its state was saved at the step boundary. Exit status 130."""

@@ -14,7 +14,7 @@ from dynexit.assemble import HEADS, load_heads, load_model
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
-from dynexit.data import Split, load_batches, load_data
+from dynexit.data import Split, load_batches, load_data, workers_of
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import Failure, UserError
 from dynexit.infer import Answers, Engine
@@ -38,7 +38,7 @@ def run_infer(points: Sequence[Point], study_dir: Path) -> None:
     engine = Engine(model, costs.head_types, heads, gates)
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     engine.configure(configuration, config.search.confidence)
-    samples = load_data(config.data).split(settings.split)
+    samples = load_data(config.data, workers_of(config.dist, ranks.device)).split(settings.split)
     answers, seconds, whole_seconds = _classify(engine, samples, settings.batch_size, ranks)
     checkpoint = done_digest(job_dir(study_dir, "train", point.id), HEADS)
     record = Record.open(job_dir(study_dir, "record", point.ids["record"]) / settings.split, checkpoint)

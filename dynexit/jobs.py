@@ -22,12 +22,12 @@ from dynexit.assemble import (
     load_model,
     write_lines,
 )
-from dynexit.config import parse_weights
 from dynexit.core.confidence import gate_features
 from dynexit.core.cost import ExitCosts
-from dynexit.data import DataSets, load_batches, load_data
+from dynexit.data import DataSets, load_batches, load_data, workers_of
 from dynexit.dist import start_ranks
 from dynexit.errors import Failure
+from dynexit.keys import parse_weights
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
@@ -42,8 +42,7 @@ from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.pack import Member, Pack, PackTask
 from dynexit.train.weighted import WeightedTask
 
-# by train.method the task that trains a pack, made from the Pack and the method's section
-METHODS: dict[str, Callable[..., PackTask]] = {
+TASK_BY_METHOD: dict[str, Callable[[Pack, Any], PackTask]] = {
     "jei_dnn": JeiDnnTask,
     "independent": IndependentTask,
     "boosted": BoostedTask,
@@ -63,7 +62,7 @@ def prepare(points: Sequence[Point], study_dir: Path) -> None:
     if is_done(directory, identity):
         return
     ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    data, settings = load_data(config.data), config.prepare
+    data, settings = load_data(config.data, workers_of(config.dist, ranks.device)), config.prepare
     torch.manual_seed(config.data.seed)
     backbone = build_model(config, weights=True).to(ranks.device)
     steps_per_epoch = -(-len(data.train) // settings.global_batch_size)
@@ -79,7 +78,6 @@ def prepare(points: Sequence[Point], study_dir: Path) -> None:
         ranks=ranks,
         checkpoints=checkpoints,
         progress=progress,
-        num_workers=config.dist.num_workers,
     )
     if ranks.is_main:
         save_tensors(directory / BACKBONE, backbone.model.state_dict())
@@ -107,12 +105,11 @@ def train(points: Sequence[Point], study_dir: Path) -> None:
         return
     config = points[0].config
     ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    data = load_data(config.data)
+    data = load_data(config.data, workers_of(config.dist, ranks.device))
     model, costs = load_model(points[0], study_dir, ranks)
     members = [Member(p.config.seed, p.config.jei_dnn.ce_ic_tradeoff, p.label) for p in points]
-    steps_per_epoch = -(-len(data.train) // config.train.global_batch_size)
-    together = Pack(model, costs, members, config.train, data.validation, ranks, steps_per_epoch, config.data.seed)
-    task = METHODS[config.train.method](together, method_settings(config))
+    together = Pack(model, costs, members, config.train, data.validation, ranks, len(data.train), config.data.seed)
+    task = TASK_BY_METHOD[config.train.method](together, method_settings(config))
     pack = pack_dir(study_dir, points)
     checkpoints = Checkpoints(pack, config.dist.checkpoint_seconds)
     if ranks.is_main:
@@ -127,7 +124,6 @@ def train(points: Sequence[Point], study_dir: Path) -> None:
         ranks=ranks,
         checkpoints=checkpoints,
         progress=progress,
-        num_workers=config.dist.num_workers,
     )
     if ranks.is_main:
         for i, point in enumerate(points):
@@ -177,7 +173,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
         return
     config = points[0].config
     ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    data = load_data(config.data)
+    data = load_data(config.data, workers_of(config.dist, ranks.device))
     model, costs = load_model(points[0], study_dir, ranks)
     # a stack of its own for every point: the bits of a record do not depend on who else is recorded
     members = [load_heads([point], study_dir, model, costs, ranks) for point in points]
@@ -202,7 +198,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
             missing = recorder.missing_batches()
             ranges = [range(*recorder.layout.sample_range(batch)) for batch in missing]
             progress.start(len(missing))
-            for batch, loaded in zip(missing, load_batches(samples, ranges, config.dist.num_workers), strict=True):
+            for batch, loaded in zip(missing, load_batches(samples, ranges), strict=True):
                 index_B, images, labels_B = loaded
                 features, final_BK = model.features(images.to(ranks.device))
                 outputs = [_outputs(heads, gates, features) for heads, gates in members]

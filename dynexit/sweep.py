@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dynexit.config import METHODS_WITH_SETTINGS, Config, Section
+from dynexit.config import METHODS_WITH_SETTINGS, Config
+from dynexit.keys import Section
 from dynexit.mistakes import all_keys, contradictions, sentences, unknown_key
 
 # What each job's result depends on; a job's id covers these sections (and `seed` from training on) and nothing else,

@@ -16,7 +16,7 @@ from launch.cluster import Limits
 from launch.plan import Job, make_packs, missing_jobs, report_is_done, unfinished_packs
 
 Live = Mapping[tuple[str, str], str]  # (stage, id of the work) -> job id, of what waits or runs
-_ID_OF = {"prepare": "prepare", "train": "train", "record": "search"}
+ID_OF = {"prepare": "prepare", "train": "train", "record": "search"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def work_ids(stage: str, jobs: Iterable[Job]) -> list[str]:
     """The ids of what jobs of a stage do: of backbones, trainings, searches; none for a report."""
     if stage == "report":
         return []
-    return list(dict.fromkeys(point.ids[_ID_OF[stage]] for job in jobs for point in job.points))
+    return list(dict.fromkeys(point.ids[ID_OF[stage]] for job in jobs for point in job.points))
 
 
 def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live) -> list[Array]:

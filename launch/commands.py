@@ -88,7 +88,9 @@ def _logs(options: argparse.Namespace) -> None:
                 printed = True
                 print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
     if not printed:
-        raise UserError(f"no job of these points has printed anything; their own logs are in {study.directory / 'pack'}")
+        raise UserError(
+            f"no job of these points has printed anything; their own logs are in {study.directory / 'pack'}"
+        )
 
 
 def _cancel(options: argparse.Namespace) -> None:
@@ -127,14 +129,12 @@ def _retry(options: argparse.Namespace) -> None:
 
 def _aggregate(options: argparse.Namespace) -> None:
     """Operating points of all finished points of any number of studies, also while others still run, as CSV."""
-    from dynexit.report.many_studies import aggregate, to_csv
+    from dynexit.report.many_studies import aggregate
 
-    text = to_csv(aggregate(options.directories, say=lambda line: print(line, file=sys.stderr)))
+    text = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
     if options.output is None:
         print(text, end="")
     else:
         from dynexit.run_dir import write_text
 
         write_text(options.output, text)
-
-

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dynexit.config import Config, Dist, Section, key
+from dynexit.config import Config, Dist
 from dynexit.errors import UserError
+from dynexit.keys import Section, key
 
 
 class Site(Section):

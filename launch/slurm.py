@@ -15,7 +15,6 @@ from launch.site import Site, site_contradictions
 from launch.submissions import Submission, live_jobs
 from launch.task import ClusterTask, script_after, script_before
 
-
 ALL_STAGES = ("prepare", "train", "record", "search", "report")
 
 

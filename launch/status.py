@@ -9,6 +9,7 @@ from typing import Any
 from dynexit.run_dir import PROGRESS, job_dir, read_json
 from dynexit.state import JOBS_OF_A_POINT, failure_reason, finished_jobs
 from dynexit.sweep import Point, Study
+from launch.queue_view import QueueView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +21,20 @@ class PointStatus:
     state: str
     step: str
     figures: str
+    attempts: str
+    node: str
     log: str
 
 
 def study_status(study: Study) -> list[PointStatus]:
-    """The state of every point, in the order of the sweep."""
+    """The state of every point, in the order of the sweep; one squeue call where it was submitted to a cluster."""
     held = _is_held(study.directory)
     packs = _pack_folders(study.directory)
-    return [_point_status(study, point, held, packs) for point in study.points]
+    jobs = QueueView(study.directory)
+    return [_point_status(study, point, held, packs, jobs) for point in study.points]
 
 
-def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]) -> PointStatus:
+def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path], jobs: QueueView) -> PointStatus:
     finished = finished_jobs(point, study.directory)
     folder = packs.get(point.id)
     log = (
@@ -40,21 +44,31 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
     )
     reason = failure_reason(point, study.directory)
     state, step, figures = "waiting", "", ""
+    missing = next((job for job in JOBS_OF_A_POINT if job not in finished), None)
+    on_cluster = jobs.of(point, missing) if missing is not None else None
+    if on_cluster is not None and on_cluster.is_failed:
+        reason = reason or on_cluster.reason
+    elif on_cluster is not None and on_cluster.is_live:
+        reason = None  # it is being tried again
     if reason is not None:
         state, figures = "failed", reason
     elif len(finished) == len(JOBS_OF_A_POINT):
         state, figures = "done", _last_figures(study.directory, point)
     elif finished or folder is not None:
-        job = next(job for job in JOBS_OF_A_POINT if job not in finished)
-        progress = _progress(folder) if job == "train" and folder is not None else {}
-        state = f"{job} {'running' if held else 'to do'}"
+        progress = _progress(folder) if missing == "train" and folder is not None else {}
+        state = f"{missing} {'running' if held else 'to do'}"
         step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
         figures = " ".join(f"{name} {float(value):.4g}" for name, value in progress.get("figures", {}).items())
         if "train" in finished:
             figures = _last_figures(study.directory, point)
     elif held:
         state = "waiting (prepare running)"
-    return PointStatus(point.label, point.id, state, step, figures, str(log) if log.is_file() else "")
+    attempts = node = ""
+    if on_cluster is not None:
+        state = state if reason is not None else on_cluster.state
+        attempts, node = str(on_cluster.attempts), on_cluster.node
+        log = log if log.is_file() else on_cluster.log
+    return PointStatus(point.label, point.id, state, step, figures, attempts, node, str(log) if log.is_file() else "")
 
 
 def _last_figures(study_dir: Path, point: Point) -> str:

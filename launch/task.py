@@ -70,7 +70,8 @@ class ClusterTask:
                 traceback.print_exc()
                 reason, crash = f"{type(error).__name__}: {error}", error
             if reason:
-                print(reason, file=sys.stderr, flush=True)
+                if ranks.is_main:
+                    print(reason, file=sys.stderr, flush=True)
                 failures.append({"stage": job.stage, "points": [p.id for p in ready.points], "reason": reason})
         if ranks.is_main:
             write_json(folder / f"{job_id}.failures.json", failures)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dynexit.config import SECTIONS, Config, parse_weights
+from dynexit.config import SECTIONS, Config
 from dynexit.config_io import load_study, resolved_yaml
 from dynexit.errors import UserError
+from dynexit.keys import parse_weights
 from dynexit.mistakes import all_keys
 from dynexit.sweep import Study, fixed_values
 
@@ -106,7 +107,8 @@ jei_dnn: {ce_ic_tradeoff: .nan}
 sweep: {seed: [], train.batch_size: [1], jei_dnn.head_loss: [paper, papers], seeds: [1]}
 """
     assert mistakes(tmp_path, text) == [
-        "data.name = 'digit': no data set of this name; known are digits",
+        "data.name = 'digit': no data set of this name; known are digits, cifar10, cifar100, "
+        "cifar100_lt, svhn, imagenet, image_folder, and of timm torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME",
         "data.noise = -1: should be greater than or equal to 0",
         "train.learning_rate = 'fast': should be a valid number",
         "train.keep = 'first': should be 'last' or 'best'",
@@ -191,7 +193,7 @@ def test_zipped_keys_take_their_values_together(tmp_path: Path) -> None:
     assert first.points[0].label == "head_types=['linear'] seed=0 data.seed=4"
     again = study(tmp_path, resolved_yaml(first))
     assert (again.points, again.sweep, again.zipped) == (first.points, first.sweep, first.zipped)
-    assert [p.config.seed for p in study(tmp_path, text, "data.seed=9").points[:3]] == [0, 1]
+    assert [p.config.seed for p in study(tmp_path, text, "data.seed=9").points] == [0, 1, 0, 1]
     uneven = "sweep: {zip: {seed: [0, 1], data.seed: [4]}}"
     told = "sweep.zip: its lists go together and should be equally long, but seed has 2, data.seed has 1"
     assert mistakes(tmp_path, uneven) == [told]

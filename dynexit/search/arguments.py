@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--workers", type=int, default=1, help="threads; the answer does not depend on it")
     search.add_argument("--starts", type=int, default=4, help="random starts on small records (default: %(default)s)")
     search.add_argument("--seed", type=int, default=0, help="of the random starts (default: %(default)s)")
+    search.add_argument(
+        "--no-refine",
+        dest="refine",
+        action="store_false",
+        help="thresholds between bins of confidences alone: often better on other samples where records are small",
+    )
     budgets = parser.add_argument_group("budgets", "each adds an entry; may be given several times")
     for flag, text in (
         ("--relative-macs", "best accuracy within this share of the backbone's MACs"),

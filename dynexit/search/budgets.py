@@ -64,7 +64,7 @@ def within(front: Front, budget: Budget) -> tuple[float, Candidate]:
         raise UserError(_unattainable(front, budget, cheapest if by_cost else most_accurate))
     weight, *edge = _bisect(front, limit, cheapest, most_accurate)
     kept = [candidate for candidate in front.pool.values() if limit.keeps(candidate.correct, candidate.macs)]
-    if front.problem.num_samples <= _CLIMB_UP_TO_SAMPLES:
+    if front.refine and front.problem.num_samples <= _CLIMB_UP_TO_SAMPLES:
         for start in (max(kept, key=limit.of), *edge):
             kept += _climb(front, limit, start)
     return weight, max(kept, key=limit.of)

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dynexit.config import parse_weights
 from dynexit.core.tradeoff import Configuration
 from dynexit.errors import UserError
+from dynexit.keys import parse_weights
 from dynexit.run_dir import write_json
 from dynexit.search.bound import Bound
 from dynexit.search.budgets import KINDS, Budget, latency_costs, within
@@ -36,6 +36,7 @@ def search_records(
     workers: int = 1,
     starts: int = 4,
     seed: int = 0,
+    refine: bool = True,
     latency: Path | None = None,
     relative_macs: Sequence[float] = (),
     relative_latency: Sequence[float] = (),
@@ -67,8 +68,14 @@ def search_records(
     started = time.perf_counter()
     front = None
     if budgets or (weights and method == "exact"):
-        lowest = 0.0 if budgets else min(weights)
-        front = Front(problem, lowest=lowest, normalize=normalize, starts=starts, seed=seed, workers=workers)
+        options: dict[str, Any] = {
+            "normalize": normalize,
+            "starts": starts,
+            "seed": seed,
+            "workers": workers,
+            "refine": refine,
+        }
+        front = Front(problem, lowest=0.0 if budgets else min(weights), **options)
     if front is not None and method == "exact":
         found = results(problem, weights, front.solve(weights), normalize)
     else:

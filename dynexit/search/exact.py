@@ -61,8 +61,8 @@ class Candidate:
 class LineSearch:
     """A record prepared once, and a configuration that moves over it."""
 
-    def __init__(self, problem: Problem, rows: Rows | None = None) -> None:
-        """`rows`: those of another search of the same record, to be shared."""
+    def __init__(self, problem: Problem, rows: Rows | None = None, refine: bool = True) -> None:
+        """`rows`: those of another search of the same record, to be shared. `refine`: see Front."""
         num_positions, num_heads, count = problem.confidence_PHN.shape
         if num_positions > MAX_POSITIONS or count >= MAX_SAMPLES:
             raise UserError(
@@ -76,6 +76,7 @@ class LineSearch:
             self.rows,
             np.array([*costs.backbone_macs, costs.full_macs], dtype=np.int64),
             np.array(costs.head_macs, dtype=np.int64).reshape(num_positions, num_heads),
+            refine,
         )
 
     def descend(self, exits: Exits, objective: Objective) -> list[Candidate]:
@@ -135,12 +136,18 @@ class Front:
         starts: int = 4,
         seed: int = 0,
         workers: int = 1,
+        refine: bool = True,
     ) -> None:
-        """`lowest`: the least weight that will be asked for. `workers`: threads; they share the record."""
+        """`lowest`: the least weight that will be asked for. `workers`: threads; they share the record.
+
+        Without `refine` thresholds lie between bins of confidences alone (at most 2,048 a row, of equal numbers of
+        samples): a little worse on the record searched, about as good on others.
+        """
         self.problem = problem
         self.normalize = normalize
+        self.refine = refine
         self.pool: dict[Exits, Candidate] = {}
-        self._search = LineSearch(problem)
+        self._search = LineSearch(problem, refine=refine)
         self.rows = self._search.rows
         self._idle = [self._search]
         self._ends: dict[tuple[Exits, float], Exits] = {}
@@ -227,7 +234,7 @@ class Front:
         try:
             search = self._idle.pop()
         except IndexError:
-            search = LineSearch(self.problem, self.rows)
+            search = LineSearch(self.problem, self.rows, self.refine)
         paths = [self._descend(search, *task) for task in block]
         self._idle.append(search)
         return paths
@@ -253,6 +260,7 @@ def sweep(
     starts: int = 4,
     seed: int = 0,
     workers: int = 1,
+    refine: bool = True,
 ) -> list[SearchResult]:
     """The best configuration found for each accuracy weight, in the order given; see Front for how.
 
@@ -263,7 +271,15 @@ def sweep(
         objective_of(problem, weight, normalize)
     if not accuracy_weights:
         return []
-    front = Front(problem, lowest=min(accuracy_weights), normalize=normalize, starts=starts, seed=seed, workers=workers)
+    front = Front(
+        problem,
+        lowest=min(accuracy_weights),
+        normalize=normalize,
+        starts=starts,
+        seed=seed,
+        workers=workers,
+        refine=refine,
+    )
     return results(problem, accuracy_weights, front.solve(accuracy_weights), normalize)
 
 

@@ -4,6 +4,8 @@ Shapes: N samples, P positions, H head types, B bins.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -20,7 +22,13 @@ TIE = 1 << 31
 BIN = (1 << 15) - 1
 """Bits of `Rows.code_PNH` that hold the bin; the one above them says whether the sample is right."""
 
-compiled = numba.njit(nogil=True, cache=True)
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled at its first call, and kept on disk for the next process where there is a place for it."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return numba.njit(nogil=True)(function)
 
 
 class Rows:

@@ -23,9 +23,11 @@ _LATER, _HERE, _AT = 0, 1, 2  # columns of a table: right only later, right only
 class Tables:
     """One configuration on prepared rows, with its tables; `move` changes an exit, `best_exit` finds the best one."""
 
-    def __init__(self, rows: Rows, path_macs_Q: np.ndarray, head_macs_PH: np.ndarray) -> None:
+    def __init__(self, rows: Rows, path_macs_Q: np.ndarray, head_macs_PH: np.ndarray, refine: bool = True) -> None:
+        """`refine`: thresholds between any two confidences that differ; without it only between bins."""
         num_positions, num_heads, count = rows.confidence_PHN.shape
         self.rows = rows
+        self.refine = refine
         self.path_macs_Q = path_macs_Q
         """int64, the backbone alone up to each position, last to the end."""
         self.head_macs_PH = head_macs_PH
@@ -110,6 +112,7 @@ class Tables:
             position,
             per_mac,
             per_correct,
+            self.refine,
             self.path_macs_Q,
             self.head_macs_PH,
             self.head_P,
@@ -207,6 +210,7 @@ def _best_exit(
     position: int,
     per_mac: float,
     per_correct: float,
+    refine: bool,
     path_macs_Q: np.ndarray,
     head_macs_PH: np.ndarray,
     head_P: np.ndarray,
@@ -234,7 +238,7 @@ def _best_exit(
         kept = per_mac * macs - per_correct * (right_F[0, position] - right_F[1, position])
     best, best_head, best_last = min(0.0, kept - EQUAL), OFF, -1
     # leaving costs a sample that is right only later at most this, and any other nothing
-    steepest = max(0.0, per_correct - per_mac * saved_Q[position + 1])
+    steepest = max(0.0, per_correct - per_mac * saved_Q[position + 1]) if refine else 0.0
     change_B, saved_B, gained_B = np.empty(bins), np.empty(bins, np.int64), np.empty(bins, np.int64)
     for head in range(num_heads):
         paid = head_macs_PH[position, head] * arrived
@@ -265,7 +269,7 @@ def _best_exit(
                     saved += saved_Q[later]
                     gained += ((packed >> 30) & 1) - (right & 1)
                     last = i
-                if last >= 0 and not packed >> 31:
+                if last >= 0 and not packed >> 31 and (refine or i + 1 == edges_HB[head, b + 1]):
                     change = per_mac * (paid - saved) - per_correct * gained
                     if change < best:
                         best, best_head, best_last = change, head, last

@@ -45,7 +45,6 @@ def fit(
     ranks: Ranks,
     checkpoints: Checkpoints,
     progress: Progress,
-    num_workers: int = 0,
 ) -> None:
     """Trains `task` on `split` for `num_epochs`, going on from the newest whole checkpoint where there is one.
 
@@ -72,7 +71,7 @@ def fit(
         while epoch < num_epochs:
             batches = epoch_batches(len(split), global_batch_size, seed, epoch)[position:]
             shares = [ranks.share(batch) for batch in batches]
-            for whole, batch in zip(batches, load_batches(split, shares, num_workers), strict=True):
+            for whole, batch in zip(batches, load_batches(split, shares, epoch), strict=True):
                 figures = task.train_step(_to_device(batch, ranks), len(batch[0]) / len(whole))
                 position += 1
                 progress.advance(len(whole), figures)

@@ -44,7 +44,10 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Points that are trained together, and what with. `seed` is that of the data."""
+    """Points that are trained together, and what with.
+
+    `num_train` is the number of samples of an epoch, `seed` that of the data.
+    """
 
     model: MultiExit
     costs: ExitCosts
@@ -52,8 +55,12 @@ class Pack:
     settings: Train
     validation: Split
     ranks: Ranks
-    steps_per_epoch: int = 1
+    num_train: int = 1
     seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_train // self.settings.global_batch_size)
 
 
 class PackTask:
@@ -134,8 +141,11 @@ class PackTask:
         moving: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Steps the chosen members of `part`; who has a loss or gradient that is not finite stops where it is."""
-        total = (loss_m * share).sum() if share else loss_m.nansum() * 0
-        gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+        if share:
+            slopes = torch.autograd.grad((loss_m * share).sum(), list(parameters.values()))
+        else:  # this rank has none of the samples, and the mean of nothing is not a number
+            loss_m, slopes = torch.zeros_like(loss_m), tuple(map(torch.zeros_like, parameters.values()))
+        gradients = dict(zip(parameters, slopes, strict=True))
         loss_m = loss_m.detach() * share
         self.ranks.sum_([loss_m, *gradients.values()])
         alive_m = pick(self.alive_M, members)

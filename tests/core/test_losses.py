@@ -229,3 +229,36 @@ def test_unknown_kinds_are_named(call, message) -> None:
     with pytest.raises(ValueError) as error:
         call(*example())
     assert str(error.value) == message
+
+
+def test_soft_cross_entropies_equal_torch() -> None:
+    logits, labels, _ = example()
+    target = torch.rand(B, K, generator=torch.Generator().manual_seed(5), dtype=torch.float64)  # need not sum to 1
+    expected = functional.cross_entropy(logits.reshape(-1, K), target.repeat(M * L, 1), reduction="none")
+    ours = losses.soft_cross_entropies(logits, target)
+    torch.testing.assert_close(ours.flatten(), expected, rtol=1e-12, atol=1e-14)
+    hard = losses.soft_cross_entropies(logits, functional.one_hot(labels, K).double())
+    torch.testing.assert_close(hard, losses.cross_entropies(logits, labels))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergences_are_those_of_every_exit_from_the_last(temperature: float) -> None:
+    logits, _, _ = example()
+    ours = losses.divergences(logits, temperature)
+    for exit_ in range(G):
+        student = (logits[:, exit_] / temperature).log_softmax(-1)
+        teacher = (logits[:, -1] / temperature).softmax(-1)
+        expected = temperature**2 * functional.kl_div(student, teacher, reduction="none").sum(-1)
+        torch.testing.assert_close(ours[:, exit_], expected, rtol=1e-12, atol=1e-14)
+    assert not grad(ours, logits)[:, -1].any()  # the teacher learns nothing
+    assert not losses.divergences(logits[:, -1:].expand(M, L, B, K)).any()
+
+
+def test_first_exit_weights_are_two_times_its_doubt() -> None:
+    logits = torch.randn(M, 3 * 2, B, K, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    weights = losses.first_exit_weights(logits, num_head_types=2)
+    assert not weights.requires_grad
+    for row in range(6):
+        confidence = logits[:, row % 2].softmax(-1).amax(-1)
+        expected = torch.ones(M, B) if row < 2 else 2 * (1 - confidence)
+        torch.testing.assert_close(weights[:, row], expected)

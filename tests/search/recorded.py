@@ -33,7 +33,7 @@ def write_npz(path: Path, problem: Problem, **changes: np.ndarray) -> Path:
 
 
 def write_shards(directory: Path, problem: Problem, gates: bool = False, num_classes: int = 10, **changes: int) -> Path:
-    """A record in shards of a problem; gates repeat the first head's confidence. `changes`: sample -> label, as `s3=12`."""
+    """A record in shards of a problem; gates repeat the first head's confidence. `s3=12` makes the label of 3 a 12."""
     label_N, prediction_RN, confidence_RN = outputs(problem)
     for sample, label in changes.items():
         label_N[int(sample[1:])] = label

@@ -113,6 +113,13 @@ def test_a_front_asked_twice_answers_the_same_and_no_worse():
     assert objective(again[2].correct, again[2].macs) <= objective(first[0].correct, first[0].macs)
 
 
+def test_thresholds_between_bins_alone_fit_the_record_less():
+    problem = random_problem(np.random.default_rng(2), 2000, 4, 2)
+    exact, coarse = (sweep(problem, [0.6, 0.8], refine=refine) for refine in (True, False))
+    for ours, theirs in zip(exact, coarse, strict=True):
+        assert ours.objective < theirs.objective < 1.05 * ours.objective
+
+
 def test_no_weights_and_no_positions():
     problem = random_problem(np.random.default_rng(2), 30, 2, 2)
     assert sweep(problem, []) == []

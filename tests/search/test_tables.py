@@ -5,6 +5,7 @@ import pytest
 
 from dynexit.search import tables as compiled
 from dynexit.search.exact import LineSearch
+from dynexit.search.problem import objective_of
 from dynexit.search.rows import OFF, midpoint
 from tests.reference import exit_search
 from tests.reference.exit_problems import odd_problem, random_problem
@@ -63,6 +64,22 @@ def test_the_bulk_route_and_the_update_route_give_the_same_tables(monkeypatch):
         both.append(search)
     np.testing.assert_array_equal(both[0].tables.table_PHQB, both[1].tables.table_PHQB)
     assert both[0].candidate() == both[1].candidate()
+
+
+def test_without_refining_the_best_threshold_between_bins_is_found():
+    for seed in range(5):
+        problem = random_problem(np.random.default_rng(seed), 400, 1, 2, levels=[0, 30][seed % 2])
+        for weight in (0.3, 0.6, 0.9):
+            objective = objective_of(problem, weight)
+            search = LineSearch(problem, refine=False)
+            found = search.descend(((OFF, 1.0),), objective)[-1]
+            prices = [exit_search.objective(problem, [(OFF, 1.0)], weight)]
+            for head in range(2):
+                confidence_N = problem.confidence_PHN[0, head][search.rows.order(0, head)]
+                for edge in search.rows.edges_PHB[0, head][1:]:
+                    threshold = float(confidence_N[edge]) if edge < 400 else -1.0
+                    prices.append(exit_search.objective(problem, [(head, threshold)], weight))
+            assert objective(found.correct, found.macs) == pytest.approx(min(prices), abs=1e-12)
 
 
 @pytest.mark.parametrize("levels", [0, 3, 40])

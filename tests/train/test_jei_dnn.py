@@ -7,39 +7,12 @@ import torch
 
 from dynexit.config import JeiDnn, Train
 from dynexit.data import epoch_batches
-from dynexit.progress import Progress
-from dynexit.train.checkpoint import Checkpoints
-from dynexit.train.jei_dnn import JeiDnnTask
-from dynexit.train.loop import fit
 from tests.reference.jei_dnn_training import train_alone
-from tests.train.tiny import RANKS, tiny_model, tiny_split, tiny_task
+from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_split, tiny_task
 
 MEMBERS = [(0, 0.05), (0, 0.4), (1, 0.05), (1, 0.3), (0, 1.1)]
 METHOD = JeiDnn(max_warm_up_epochs=2, bilevel_batch_count=4)
 TRAIN = Train(num_epochs=6, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
-
-
-class KilledError(Exception):
-    """Stands for a kill at a step."""
-
-
-def run(task: JeiDnnTask, tmp_path: Path, settings: Train = TRAIN) -> JeiDnnTask:
-    fit(
-        task,
-        tiny_split(),
-        num_epochs=settings.num_epochs,
-        global_batch_size=settings.global_batch_size,
-        seed=7,
-        ranks=RANKS,
-        checkpoints=Checkpoints(tmp_path, 1e9),
-        progress=Progress("train", tmp_path, 1e9, quiet=True),
-    )
-    return task
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
@@ -49,14 +22,14 @@ def test_a_member_of_a_pack_equals_the_point_trained_alone(
 ) -> None:
     settings = TRAIN.model_copy(update={"precision": precision})
     method = METHOD.model_copy(update={"head_loss": head_loss})
-    pack = run(tiny_task(MEMBERS, settings, method), tmp_path, settings)
+    pack = run(tiny_task(MEMBERS, settings, method), tmp_path)
     assert pack.step_number >= 40
     for i, member in enumerate(MEMBERS):
-        alone = run(tiny_task([member], settings, method), tmp_path, settings)
+        alone = run(tiny_task([member], settings, method), tmp_path)
         assert largest_difference(pack.member_state(i), alone.member_state(0)) <= tolerance
     for i in (1, 3):  # the comparison is sharp enough to see another tradeoff
         seed, tradeoff = MEMBERS[i]
-        other = run(tiny_task([(seed, 1.5 * tradeoff)], settings, method), tmp_path, settings)
+        other = run(tiny_task([(seed, 1.5 * tradeoff)], settings, method), tmp_path)
         assert largest_difference(pack.member_state(i), other.member_state(0)) > 1e-3
 
 
@@ -98,43 +71,13 @@ def test_members_of_one_seed_share_the_warm_up(tmp_path: Path) -> None:
 
 
 def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole = run(tiny_task(MEMBERS, TRAIN, METHOD), tmp_path / "whole")
-    for stop in (3, 11, 16, 24, 38):
-        folder = tmp_path / str(stop)
-        checkpoints = Checkpoints(folder, 0.0)  # one after every step
-        task = tiny_task(MEMBERS, TRAIN, METHOD)
-
-        step = task.train_step
-
-        def die(batch, share, step=step, task=task, stop=stop):  # type: ignore[no-untyped-def]
-            if task.step_number == stop:
-                raise KilledError
-            return step(batch, share)
-
-        task.train_step = die  # type: ignore[method-assign]
-        arguments = {
-            "num_epochs": TRAIN.num_epochs,
-            "global_batch_size": TRAIN.global_batch_size,
-            "seed": 7,
-            "ranks": RANKS,
-            "checkpoints": checkpoints,
-            "progress": Progress("train", folder, 1e9, quiet=True),
-        }
-        with pytest.raises(KilledError):
-            fit(task, tiny_split(), **arguments)
-        resumed = tiny_task(MEMBERS, TRAIN, METHOD)
-        fit(resumed, tiny_split(), **arguments)
-        assert resumed.step_number == whole.step_number
-        assert resumed.rows == whole.rows
-        for i in range(len(MEMBERS)):
-            for name, value in whole.member_state(i).items():
-                assert torch.equal(value, resumed.member_state(i)[name]), (stop, i, name)
+    check_resume(lambda: tiny_task(MEMBERS, TRAIN, METHOD), tmp_path, (3, 11, 16, 24, 38))
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_nan_stops_one_member_and_no_other(keep: str, tmp_path: Path) -> None:
     settings = TRAIN.model_copy(update={"keep": keep})
-    clean = run(tiny_task(MEMBERS, settings, METHOD), tmp_path / "clean", settings)
+    clean = run(tiny_task(MEMBERS, settings, METHOD), tmp_path / "clean")
     task = tiny_task(MEMBERS, settings, METHOD)
     step = task.train_step
 
@@ -145,7 +88,7 @@ def test_nan_stops_one_member_and_no_other(keep: str, tmp_path: Path) -> None:
         return step(batch, share)
 
     task.train_step = poison  # type: ignore[method-assign]
-    run(task, tmp_path / "poisoned", settings)
+    run(task, tmp_path / "poisoned")
     assert list(task.stopped) == [3]
     assert task.stopped[3].startswith("seed=1 ce_ic_tradeoff=0.3: the gate loss was not finite at step 3")
     for i in (0, 1, 2, 4):
@@ -154,7 +97,7 @@ def test_nan_stops_one_member_and_no_other(keep: str, tmp_path: Path) -> None:
 
 def test_best_keeps_the_lowest_validation_objective(tmp_path: Path) -> None:
     settings = TRAIN.model_copy(update={"keep": "best"})
-    task = run(tiny_task(MEMBERS, settings, METHOD), tmp_path, settings)
+    task = run(tiny_task(MEMBERS, settings, METHOD), tmp_path)
     for i, (_, tradeoff) in enumerate(MEMBERS):
         rows = [row for row in task.rows if row["member"] == i and row["stage"] == "joint"]
         objectives = [row["validation_cross_entropy"] + tradeoff * row["validation_relative_cost"] for row in rows]

@@ -49,8 +49,7 @@ def tiny_pack(members: Sequence[tuple[int, float]], train: Train, head_types: Se
     """A pack of members given as (seed, ce_ic_tradeoff)."""
     model, costs = tiny_model(head_types)
     named = [Member(seed, tradeoff, f"seed={seed} ce_ic_tradeoff={tradeoff}") for seed, tradeoff in members]
-    steps_per_epoch = -(-len(tiny_split()) // train.global_batch_size)
-    return Pack(model, costs, named, train, tiny_split(40, seed=4), RANKS, steps_per_epoch, seed=7)
+    return Pack(model, costs, named, train, tiny_split(40, seed=4), RANKS, len(tiny_split()), seed=7)
 
 
 def run(task: PackTask, folder: Path, stop_at: int | None = None, seconds: float = 1e9) -> PackTask:

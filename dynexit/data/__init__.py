@@ -1,0 +1,16 @@
+"""Data sets as three splits; every sample carries its index."""
+
+from dynexit.data.sets import describe_data, load_data
+from dynexit.data.splits import Batch, DataSets, Split, Workers, epoch_batches, load_batches, workers_of
+
+__all__ = [
+    "Batch",
+    "DataSets",
+    "Split",
+    "Workers",
+    "describe_data",
+    "epoch_batches",
+    "load_batches",
+    "load_data",
+    "workers_of",
+]

@@ -1,0 +1,115 @@
+"""Images that are read, transformed and, in training, augmented when they are asked for.
+
+What is random in an augmented image follows from (seed, epoch, index) alone.
+"""
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dynexit.errors import UserError
+
+Transform = Callable[[Image.Image], Tensor]  # to (3, H, W) float32, normalised
+
+
+class Source(Protocol):
+    """Images as the data set holds them."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64"""
+
+    def image(self, row: int) -> Image.Image:
+        """The image in RGB. Raises UserError, naming it, where it does not decode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """A data set as it was found: None stands for a split that is held out of `train`."""
+
+    train: Source
+    test: Source | None
+    validation: Source | None = None
+
+
+class ArraySource:
+    """Images in memory: `pixels` (N, H, W, 3) uint8."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        self.pixels, self.labels = pixels, torch.as_tensor(labels, dtype=torch.int64)
+
+    def image(self, row: int) -> Image.Image:
+        return Image.fromarray(self.pixels[row])
+
+
+class FileSource:
+    """Images in files: `names` below `folder`, `labels` one each."""
+
+    def __init__(self, folder: Path, names: Sequence[str], labels: Sequence[int]) -> None:
+        self.folder, self.labels = folder, torch.tensor(labels, dtype=torch.int64)
+        # one array: a list of a million strings would be copied into every loading process as its counts change
+        self._names = np.array([name.encode(errors="surrogateescape") for name in names], dtype=np.bytes_)
+
+    def path(self, row: int) -> Path:
+        name: bytes = self._names[row]
+        return self.folder / name.decode(errors="surrogateescape")
+
+    def image(self, row: int) -> Image.Image:
+        path = self.path(row)
+        return decode(path, str(path))
+
+
+def decode(file: Path | BinaryIO, name: str) -> Image.Image:
+    """The image in RGB. Raises UserError with `name` where it does not decode."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image {name} does not decode ({error}); replace it or remove it") from None
+
+
+class TransformedImages:
+    """The images in `rows` of `source` under `transform`; where `seed` is given, it is a random one."""
+
+    def __init__(self, source: Source, rows: Tensor, transform: Transform, seed: int | None = None) -> None:
+        self.source, self.rows, self.transform, self.seed = source, rows.numpy(), transform, seed
+
+    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        if not indices:
+            return self.load([0], epoch)[:0]
+        with kept_random_state():
+            return torch.stack([self._one(index, epoch) for index in indices])
+
+    def _one(self, index: int, epoch: int) -> Tensor:
+        image = self.source.image(int(self.rows[index]))
+        if self.seed is not None:
+            _seed_all(self.seed, epoch, index)
+        return self.transform(image)
+
+
+def _seed_all(*entropy: int) -> None:
+    """Seeds the three generators that transforms draw from: Python's, numpy's and torch's."""
+    words = np.random.SeedSequence(entropy).generate_state(4)
+    random.seed(words[:2].tobytes())
+    np.random.seed(words[2])  # noqa: NPY002  timm draws from the global generator
+    torch.default_generator.manual_seed(int(words[3]))
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Puts the state of the three generators back at its end: loading in the training process must not show there."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)

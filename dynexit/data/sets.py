@@ -1,0 +1,123 @@
+"""The data sets by name: what is known of each without reading it, and its three splits."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from dynexit.config import Data
+from dynexit.data.digits import load_digits
+from dynexit.data.folders import IMAGENET_CLASSES, class_folders, read_folders
+from dynexit.data.images import Source, Sources, TransformedImages
+from dynexit.data.splits import DataSets, Split, Workers
+from dynexit.data.timm_sets import TORCH_CLASSES, read_timm
+from dynexit.data.torchvision_sets import read_cifar, read_svhn
+from dynexit.data.transforms import test_transform, train_transform
+from dynexit.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Set:
+    read: Callable[[Data], Sources]
+    num_classes: int | None  # None: as many as there are class folders, or as data.num_classes says
+
+
+_SETS: Mapping[str, _Set] = MappingProxyType(
+    {
+        "cifar10": _Set(read_cifar, 10),
+        "cifar100": _Set(read_cifar, 100),
+        "cifar100_lt": _Set(read_cifar, 100),
+        "svhn": _Set(read_svhn, 10),
+        "imagenet": _Set(read_folders, IMAGENET_CLASSES),
+        "image_folder": _Set(read_folders, None),
+    }
+)
+
+
+def describe_data(data: Data) -> tuple[int, int]:
+    """(classes, channels) of the data set, without reading images: of a folder, the class folders are counted.
+
+    Raises UserError where data.num_classes does not fit, and for transforms that the data set does not take.
+    """
+    if data.name == "digits":
+        _refuse_transforms(data)
+        return _num_classes(data, 10), 1
+    if data.train_transform or data.test_transform:
+        train_transform(data)
+        test_transform(data)
+    if data.name == "image_folder":
+        return _num_classes(data, len(class_folders(data))), 3
+    if data.name == "imagenet":
+        return data.num_classes or IMAGENET_CLASSES, 3  # parts of ImageNet are in use, as its first 100 classes
+    known = TORCH_CLASSES.get(data.name.lower()) if "/" in data.name else _SETS[data.name].num_classes
+    return _num_classes(data, known), 3
+
+
+def _num_classes(data: Data, known: int | None) -> int:
+    if known is None and data.num_classes is None:
+        raise UserError(f"data.num_classes is not set, and nothing else says how many classes {data.name} has; set it")
+    if known is not None and data.num_classes not in (None, known):
+        raise UserError(f"data.num_classes = {data.num_classes}: {data.name} has {known} classes; remove the key")
+    return data.num_classes or known or 0
+
+
+def _refuse_transforms(data: Data) -> None:
+    for name in ("transform", "train_transform", "test_transform", "normalisation"):
+        if getattr(data, name):
+            raise UserError(f"data.{name} = {getattr(data, name)!r}: digits come as fixed views; remove the key")
+
+
+def load_data(data: Data, workers: Workers | None = None) -> DataSets:
+    """The splits of the data set that the section `data` names; their batches are loaded as `workers` say.
+
+    Raises UserError, saying where it was looked for and how to get it, where the data set is missing or damaged.
+    """
+    workers = Workers() if workers is None else workers
+    num_classes, channels = describe_data(data)
+    if data.name == "digits":
+        return load_digits(data, workers)
+    augment, is_random = train_transform(data)
+    plain = test_transform(data)
+    sources = (read_timm if "/" in data.name else _SETS[data.name].read)(data)
+    rows = _held_out(data, sources)
+    splits = {}
+    for name in ("train", "validation", "test"):
+        source = getattr(sources, name) or sources.train
+        _check_labels(data, source, num_classes)
+        transform, seed = (augment, data.seed) if name == "train" and is_random else (plain, None)
+        images = TransformedImages(source, rows[name], transform, seed)
+        splits[name] = Split(images, source.labels[rows[name]], rows[name], workers)
+    return DataSets(**splits, num_classes=num_classes, in_channels=channels, image_size=data.image_size)
+
+
+def _held_out(data: Data, sources: Sources) -> dict[str, torch.Tensor]:
+    """Rows of each split in its source. What is held out of train is drawn by data.seed; rows are in rising order."""
+    num_images = len(sources.train.labels)
+    order = torch.from_numpy(np.random.default_rng([data.seed, 0]).permutation(num_images))
+    rows, start, held = {}, 0, []
+    for name, count in (("validation", data.num_validation), ("test", data.num_test)):
+        source = getattr(sources, name)
+        if source is not None:
+            rows[name] = torch.arange(len(source.labels))
+            continue
+        rows[name] = order[start : start + count].sort().values
+        start += count
+        held.append(f"data.num_{name} = {count}")
+    if start >= num_images:
+        verb = "leaves" if len(held) == 1 else "leave"
+        raise UserError(f"{' and '.join(held)} {verb} none of {num_images} images for training; make them smaller")
+    rows["train"] = order[start:].sort().values
+    return rows
+
+
+def _check_labels(data: Data, source: Source, num_classes: int) -> None:
+    if not len(source.labels):
+        raise UserError(f"{data.name}, looked for in data.dir = {data.dir}, holds no images")
+    lowest, highest = (int(label) for label in source.labels.aminmax())
+    if lowest < 0 or highest >= num_classes:
+        raise UserError(
+            f"{data.name} has labels from {lowest} to {highest}, and its {num_classes} classes need labels from 0 to "
+            f"{num_classes - 1}; mend data.num_classes or the labels"
+        )

@@ -1,0 +1,170 @@
+"""Splits of a data set, and how their batches are loaded.
+
+A split is asked for batches by index, so that batch i of an epoch is the same whatever the number of ranks or of
+loading processes, and a run can start again in the middle of an epoch.
+"""
+
+import dataclasses
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dynexit.config import Dist
+from dynexit.errors import UserError
+
+Batch = tuple[Tensor, Tensor, Tensor]  # index (B,) int64, images (B, C, H, W) float32, labels (B,) int64
+
+
+class Images(Protocol):
+    """Images that are made when they are asked for."""
+
+    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        """The images (B, C, H, W) of these samples in this epoch, the same in any process. UserError for damage."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """How batches are loaded, which is no part of what is in them."""
+
+    num_workers: int = 0  # processes; 0 loads in this one
+    persistent: bool = True  # whether the processes live on from one epoch to the next
+    pin_memory: bool = False
+    prefetch_batches: int = 2  # per process
+
+
+def workers_of(dist: Dist, device: torch.device) -> Workers:
+    """What the section `dist` asks for; memory is pinned only where it serves a GPU."""
+    pin = dist.pin_memory and device.type == "cuda"
+    return Workers(dist.num_workers, dist.persistent_workers, pin, dist.prefetch_batches)
+
+
+class Split:
+    """Samples: `images` (N, C, H, W) float32 in memory, or what makes them; `labels` (N,) int64; `origin` (N,).
+
+    `origin` holds the original image of each sample: its row in the file or folder that the split was made from.
+    """
+
+    def __init__(self, images: Tensor | Images, labels: Tensor, origin: Tensor, workers: Workers | None = None) -> None:
+        self.images, self.labels, self.origin = images, labels, origin
+        self.workers = Workers() if workers is None else workers
+        self._loader: _Loader | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int], epoch: int = 0) -> Batch:
+        """(index, images, labels) of these samples, loaded in this process."""
+        return _batch(self.images, self.labels, indices, epoch)
+
+    def loader(self) -> "_Loader":
+        """The processes that load this split."""
+        if self._loader is None or not self.workers.persistent:
+            self._loader = _Loader(_Requests(self.images, self.labels), self.workers)
+        return self._loader
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSets:
+    """Train, validation and test split of a data set, and what a model must know of it."""
+
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    in_channels: int
+    image_size: int
+
+    def split(self, name: str) -> Split:
+        """The split called `train`, `validation` or `test`."""
+        split: Split = getattr(self, name)
+        return split
+
+
+def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """An epoch's batches as lists of indices: a permutation that depends on (seed, epoch) alone; the last is short."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_samples).tolist()
+    return [order[i : i + batch_size] for i in range(0, num_samples, batch_size)]
+
+
+def load_batches(split: Split, batches: Sequence[Sequence[int]], epoch: int = 0) -> Iterator[Batch]:
+    """Yields (index, images, labels) of each of `batches`, in order, as the split's `workers` say.
+
+    Images that are augmented depend on `epoch`; others do not. A batch may be empty. Persistent workers serve one
+    iterator of a split at a time. Raises UserError, naming it, for an image that does not decode.
+    """
+    if split.workers.num_workers == 0:
+        for indices in batches:
+            yield split.__getitems__(indices, epoch)
+    else:
+        yield from split.loader().load([(epoch, list(indices)) for indices in batches])
+
+
+def _batch(images: Tensor | Images, labels: Tensor, indices: Sequence[int], epoch: int) -> Batch:
+    index = torch.as_tensor(indices, dtype=torch.int64)
+    found = images[index] if isinstance(images, Tensor) else images.load(indices, epoch)
+    return index, found, labels[index]
+
+
+class _Requests(Dataset[Batch]):
+    """What a loading process holds: it is sent (epoch, indices) and sends back a batch, or the mistake it met."""
+
+    def __init__(self, images: Tensor | Images, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __getitems__(self, request: tuple[int, Sequence[int]]) -> Batch | UserError:
+        epoch, indices = request
+        try:
+            return _batch(self.images, self.labels, indices, epoch)
+        except UserError as mistake:  # raised there, it would come here as the text of a traceback
+            return mistake
+
+
+class _Loader:
+    """Loading processes, and the queue of their requests, which carry the epoch beside the indices."""
+
+    def __init__(self, requests: _Requests, workers: Workers) -> None:
+        self.queue: list[tuple[int, Sequence[int]]] = []
+        self.turn = 0
+        self.loader: DataLoader[Any] = DataLoader(
+            requests,
+            batch_sampler=self.queue,  # type: ignore[arg-type]
+            collate_fn=_as_is,  # type: ignore[arg-type]
+            num_workers=workers.num_workers,
+            persistent_workers=workers.persistent,
+            pin_memory=workers.pin_memory,
+            prefetch_factor=workers.prefetch_batches,
+            worker_init_fn=_leave_signals_to_the_main_process,
+            generator=torch.Generator(),  # else every epoch would draw from the generator that training uses
+        )
+
+    def load(self, requests: Sequence[tuple[int, Sequence[int]]]) -> Iterator[Batch]:
+        """Yields the batches that `requests` ask for, unless another call takes the processes meanwhile."""
+        self.turn += 1
+        turn, self.queue[:], num_left = self.turn, requests, len(requests)
+        for batch in self.loader:
+            if turn != self.turn:
+                break
+            if isinstance(batch, UserError):
+                try:
+                    raise batch
+                finally:
+                    del batch  # a cycle through its traceback would hold the processes, and ending them would take long
+            num_left -= 1
+            yield batch
+        if num_left:
+            raise RuntimeError("the workers of a split were given other batches while these were being read")
+
+
+def _as_is(batch: Batch | UserError) -> Batch | UserError:
+    return batch
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C and SLURM's warning reach every process of a job; the main one saves, and needs its batch for that."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,50 @@
+"""Operating points of any number of studies as one table, from whatever of them is finished by now."""
+
+import csv
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dynexit.config_io import load_study
+from dynexit.errors import UserError
+from dynexit.report.aggregate import write_csv
+from dynexit.report.study_report import collect_rows
+from dynexit.state import finished_jobs
+
+_STUDY = "study.yaml"
+
+
+def study_folders(directories: Sequence[Path]) -> list[Path]:
+    """The folders of studies that `directories` are or hold, each once. Raises UserError for one without any."""
+    found: dict[Path, Path] = {}
+    for directory in directories:
+        folders = sorted(path.parent for path in directory.rglob(_STUDY))
+        if not folders:
+            raise UserError(f"there is no study in {directory}; give a folder that holds a {_STUDY}, or runs/")
+        found |= {folder.resolve(): folder for folder in folders}
+    return list(found.values())
+
+
+def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> str:
+    """CSV: a row per operating point and split of every finished point, the study's folder first.
+
+    `on_front` is within the study. Columns that a study has not stay empty. `say` is told how much of a study is in it.
+    """
+    rows: list[dict[str, str]] = []
+    for folder in study_folders(directories):
+        points = load_study(folder / _STUDY).points
+        ready = [point for point in points if "search" in finished_jobs(point, folder)]
+        say(f"{folder}: {len(ready)} of {len(points)} points are finished")
+        if not ready:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            write_csv(Path(scratch) / "rows.csv", collect_rows(ready, folder))
+            with (Path(scratch) / "rows.csv").open(encoding="utf-8", newline="") as file:
+                rows += [{"study": str(folder), **row} for row in csv.DictReader(file)]
+    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

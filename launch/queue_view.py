@@ -1,0 +1,100 @@
+"""What the cluster says of a study's points: the queue, how often a job was tried, and why it failed."""
+
+import contextlib
+import dataclasses
+import re
+from pathlib import Path
+
+from dynexit.errors import Failure
+from dynexit.sweep import Point
+from launch import cluster
+from launch.arrays import ID_OF
+from launch.cluster import QueuedJob
+from launch.submissions import Submitted, all_submitted
+from launch.task import CANCELLED, CRASHED, PREEMPTED, TIMED_OUT
+
+_AGAIN = (PREEMPTED, TIMED_OUT, CRASHED)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterState:
+    """What the cluster says of the job that does a point's next work."""
+
+    state: str
+    is_live: bool
+    is_failed: bool
+    reason: str
+    attempts: int
+    node: str
+    log: Path
+
+
+class QueueView:
+    """The newest job of every piece of work of a study, and the queue as one squeue call showed it."""
+
+    def __init__(self, study_dir: Path) -> None:
+        self._newest: dict[tuple[str, str], Submitted] = {}
+        for job in all_submitted(study_dir):
+            self._newest.update({(job.stage, identity): job for identity in job.work})
+        self._queue: dict[str, QueuedJob] | None = None
+        if self._newest:
+            with contextlib.suppress(Failure):  # from a machine outside the cluster the files say what they can
+                self._queue = cluster.queue()
+        self._states: dict[tuple[str, str], ClusterState] = {}
+
+    def of(self, point: Point, missing: str) -> ClusterState | None:
+        """Of the job that does the point's work `missing`; None where none was submitted."""
+        stage = "record" if missing == "search" else missing
+        job = self._newest.get((stage, point.ids[ID_OF[stage]]))
+        if job is None:
+            return None
+        if (job.job_id, point.id) not in self._states:
+            self._states[job.job_id, point.id] = self._describe(job, point, missing)
+        return self._states[job.job_id, point.id]
+
+    def _describe(self, job: Submitted, point: Point, missing: str) -> ClusterState:
+        ends = job.ends
+        last = ends[-1].partition(" ")[0] if ends else ""
+        entry = None if self._queue is None else self._queue.get(job.job_id)
+        live = entry is not None and entry.is_live
+        state, reason, failed = "submitted", "", False
+        if entry is not None and live:
+            state = f"{missing} running" if entry.state == "RUNNING" else f"waiting ({entry.reason})"
+            if entry.state != "RUNNING" and last in _AGAIN:
+                state = f"{last}, waits to go on"
+        elif last == CANCELLED or (entry is not None and entry.state == "CANCELLED"):
+            state = "cancelled"
+        elif self._queue is not None:
+            failed, reason = True, _why(job, point, entry)
+        again = sum(line.partition(" ")[0] in _AGAIN for line in ends)
+        attempts = again + (live and entry is not None and entry.state == "RUNNING") + (failed and last not in _AGAIN)
+        log = next(iter(job.logs()), job.folder)
+        return ClusterState(state, live, failed, reason, attempts, entry.node if entry else "", log)
+
+
+def _why(job: Submitted, point: Point, entry: QueuedJob | None) -> str:
+    """Why a job that is over did not do the point's work."""
+    for failure in job.failures():
+        if point.id in failure["points"]:
+            return str(failure["reason"])
+    said = last_error(job)
+    ends = job.ends[-1] if job.ends else ""
+    if entry is not None and not ends:
+        ends = f"{job.stage} job {job.job_id} ended as {entry.state}"
+    return "; ".join(part for part in (said, ends) if part) or f"{job.stage} job {job.job_id} left no word"
+
+
+def last_error(job: Submitted) -> str:
+    """The last error that a rank of the job printed, rather than what the others said of its end."""
+    found = []
+    for path in job.logs():
+        if path.suffix != ".err":
+            continue
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [
+            line.strip() for line in lines if re.match(r"\S*(Error|Exception|Interrupted|error|Killed)\b", line.strip())
+        ]
+        if errors:
+            found.append(errors[-1])
+    own = [line for line in found if "Connection" not in line and "gloo" not in line.lower()]
+    return (own or found or [""])[0]

@@ -1,0 +1,112 @@
+"""Whatever SLURM does to a training, it ends with the bits of one that nothing disturbed."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import digests
+from tests.slurm.conftest import Cluster, wait_until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+Begin = Callable[..., tuple[str, ...]]
+
+
+def processes_of(job_id: str) -> list[int]:
+    """The ranks of a job, by rank."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if (
+            f"SLURM_JOB_ID={job_id}".encode() in environment
+            and b"submitit.core._submit" in command
+            and b"srun" not in command
+        ):
+            rank = next(int(word.partition(b"=")[2]) for word in environment if word.startswith(b"SLURM_PROCID="))
+            found.append((rank, int(folder.name)))
+    return [number for _, number in sorted(found)]
+
+
+def test_time_out(cluster: Cluster, long_study: Begin, long_reference: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("time_minutes: 1\nsignal_delay_seconds: 25\ncpus_per_task: 1\nmem_gb: 2\n")
+    cluster.submit(*long_study("time-out"), site=site)
+    cluster.wait_for_the_end()
+    assert "timed-out" in cluster.ends("time-out")
+    assert set(cluster.ends("time-out")) == {"timed-out"}
+    assert digests(long_reference.parent / "time-out") == digests(long_reference)
+
+
+def test_signal_requeue_and_preemption(cluster: Cluster, long_study: Begin, long_reference: Path) -> None:
+    cluster.submit(*long_study("stopped"))
+    cluster.wait_for_step("stopped", 100)
+    job = cluster.job("stopped-train")
+    cluster.run("scancel", "--signal=USR2", job)
+    wait_until(lambda: cluster.ends("stopped") == ["preempted"], "the requeue")
+    assert "preempted, waits to go on" in cluster.status(*long_study_overrides("stopped"))
+    cluster.wait_for_step("stopped", 800)
+    cluster.run("scontrol", "requeue", job)
+    cluster.wait_for_step("stopped", 1500)
+    script = "#!/bin/bash\nsleep 5\n"
+    urgent = ["sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
+    subprocess.run(urgent, input=script, text=True, check=True, capture_output=True)
+    wait_until(lambda: cluster.ends("stopped") == ["preempted", "preempted"], "the preemption")
+    cluster.wait_for_the_end()
+    assert digests(long_reference.parent / "stopped") == digests(long_reference)
+
+
+def long_study_overrides(name: str) -> tuple[str, ...]:
+    from tests.slurm.conftest import LONG
+
+    return (*LONG, f"name={name}", "dist.checkpoint_seconds=1000")
+
+
+def test_a_killed_rank_ends_the_others_and_the_job_is_tried_again(
+    cluster: Cluster, long_study: Begin, long_reference: Path
+) -> None:
+    cluster.submit(*long_study("killed", "dist.checkpoint_seconds=1", "dist.nodes=2"))
+    cluster.wait_for_step("killed", 300)
+    ranks = processes_of(cluster.job("killed-train"))
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    killed = time.monotonic()
+    wait_until(lambda: not Path(f"/proc/{ranks[0]}").exists(), "the end of the other rank", 60)
+    assert time.monotonic() - killed < 60
+    wait_until(lambda: cluster.ends("killed") == ["crashed"], "the requeue")
+    cluster.wait_for_the_end()
+    folders = [path.parent for path in (long_reference.parent / "killed" / "train").glob("*/DONE")]
+    assert len(folders) == 2
+
+
+def test_a_dead_node_is_left_and_the_job_runs_elsewhere(
+    cluster: Cluster, running: Path, long_study: Begin, long_reference: Path
+) -> None:
+    cluster.submit(*long_study("dead-node", "dist.checkpoint_seconds=1"))
+    cluster.wait_for_step("dead-node", 300)
+    job = cluster.job("dead-node-train")
+    node = cluster.squeue("--job", job, "--format=%N").strip()
+    os.kill(int((running / "pid" / f"{node}.pid").read_text()), signal.SIGKILL)
+    for process in processes_of(job):
+        os.kill(process, signal.SIGKILL)
+    for folder in Path("/proc").glob("[0-9]*"):  # the node is dead, not just its slurmd
+        try:
+            if f"[{job}" in (folder / "cmdline").read_text() and "slurmstepd" in (folder / "comm").read_text():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:
+            continue
+    try:
+        cluster.wait_for_the_end()
+    finally:
+        subprocess.run(["unshare", "--uts", "sh", "-c", f"hostname {node} && exec slurmd -N {node}"], check=True)
+    assert digests(long_reference.parent / "dead-node") == digests(long_reference)
+    wait_until(
+        lambda: len(cluster.run("sinfo", "-hN", "-p", "main", "-t", "idle").split("\n")) == 4, "the node's return"
+    )

@@ -1,0 +1,120 @@
+"""Sweeps on a cluster: the results of one process, whatever the arrays; failures named, retried, cancelled."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.command_line import TINY, digests, dynexit
+from tests.slurm.conftest import Cluster, wait_until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+ALONE = ("dist.members_per_pack=1", "report.mlflow=false")
+UNEVEN = ("train.global_batch_size=99", "report.mlflow=false")  # the last batch of an epoch has 2 samples for 4 ranks
+
+
+@pytest.fixture(scope="module")
+def reference(work: Path) -> Path:
+    """The sweep in one process, every point a pack of its own."""
+    dynexit(work, "run", TINY, *ALONE, "name=reference")
+    return work / "runs" / "reference"
+
+
+def test_arrays_split_by_the_limit_give_the_results_of_one_process_while_the_controller_is_restarted(
+    cluster: Cluster, running: Path, reference: Path
+) -> None:
+    study = (*ALONE, "name=sweep")
+    said = cluster.submit(*study)
+    assert [line.split(":")[0] for line in said.splitlines()[:-1]] == ["prepare", *["train", "record"] * 2, "report"]
+    assert "train: 5 tasks, 5 packs" in said
+    assert "train: 1 task, 1 packs" in said
+    assert cluster.status(*study).splitlines()[-1].startswith("6 ")
+    error = dynexit(cluster.folder, "run", TINY, *study, status=2).stderr
+    assert "jobs of runs/sweep are in the cluster's queue" in error
+    assert "nothing to submit, all of it is done or in the queue" not in error
+    wait_until(lambda: cluster.is_running("sweep-train"), "the trainings")
+    pid = running / "pid" / "slurmctld.pid"
+    subprocess.run(["kill", "-9", pid.read_text().strip()], check=True)
+    subprocess.run(["slurmctld"], check=True)
+    cluster.wait_for_the_end()
+    assert digests(cluster.folder / "runs" / "sweep") == digests(reference)
+    assert cluster.status(*study).splitlines()[-1] == "6 done"
+    assert "nothing to submit" in cluster.submit(*study)
+    table = dynexit(cluster.folder, "aggregate", "runs/sweep", "runs/reference").stdout.splitlines()
+    sweep, again = (
+        [line.partition(",")[2] for line in table if line.startswith(f"runs/{name},")]
+        for name in ("sweep", "reference")
+    )
+    assert sweep == again
+    assert len(sweep) > 6
+
+
+def test_two_nodes_with_two_ranks_agree_with_one_process(cluster: Cluster) -> None:
+    dynexit(cluster.folder, "run", TINY, *UNEVEN, "name=one-rank")
+    runs = cluster.folder / "runs"
+    for name, kept in (("ranks", ["prepare"]), ("recorded", ["prepare", "train"])):
+        for stage in kept:
+            shutil.copytree(runs / "one-rank" / stage, runs / name / stage)
+        cluster.submit(*UNEVEN, f"name={name}", "dist.nodes=2", "dist.tasks_per_node=2")
+    cluster.wait_for_the_end()
+    assert digests(runs / "recorded") == digests(runs / "one-rank")  # records of one checkpoint: the same bits
+    folders = sorted((runs / "one-rank" / "train").iterdir())
+    assert len(folders) == 6
+    for folder in folders:
+        other = runs / "ranks" / "train" / folder.name
+        one, four = load_file(folder / "heads.safetensors"), load_file(other / "heads.safetensors")
+        for name in one:  # sums of float32 in another order
+            torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5)
+        for left, right in zip(metrics(folder), metrics(other), strict=True):
+            assert right == pytest.approx(left, rel=1e-4)
+
+
+def metrics(folder: Path) -> Sequence[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [value for line in lines for value in json.loads(line).values() if isinstance(value, float)]
+
+
+def test_a_failed_point_is_explained_and_retry_runs_only_it(cluster: Cluster, reference: Path) -> None:
+    study = ("sweep.seed=[0]", "sweep.jei_dnn.ce_ic_tradeoff=[0.1, 5]", *ALONE, "name=failing", "dist.max_retries=0")
+    shutil.copytree(reference / "prepare", reference.parent / "failing" / "prepare")
+    cluster.submit(*study)
+    first = dynexit(cluster.folder, "status", TINY, *study).stdout.splitlines()[1].split()[2]
+    train = reference.parent / "failing" / "train"
+    train.mkdir()
+    (train / first).write_text("a file where a folder belongs")
+    cluster.wait_for_the_end()
+    lines = cluster.status(*study).splitlines()
+    assert lines[-1] == "1 failed, 1 done"
+    assert "Not a directory" in lines[1]
+    assert "Not a directory" in dynexit(cluster.folder, "logs", TINY, first, *study).stdout
+    (train / first).unlink()
+    said = dynexit(cluster.folder, "retry", TINY, *study).stdout
+    assert "train: 1 task, 1 packs" in said
+    cluster.wait_for_the_end()
+    assert cluster.status(*study).splitlines()[-1] == "2 done"
+    kept = {
+        name for name in digests(reference.parent / "failing") if name.split("/")[0] in ("train", "record", "search")
+    }
+    expected = digests(reference)
+    assert {name: digests(reference.parent / "failing")[name] for name in kept} == {
+        name: expected[name] for name in kept
+    }
+
+
+def test_cancel_leaves_nothing_behind(cluster: Cluster, reference: Path) -> None:
+    study = (*ALONE, "name=cancelled")
+    shutil.copytree(reference / "prepare", reference.parent / "cancelled" / "prepare")
+    cluster.submit(*study)
+    point = cluster.status(*study).splitlines()[1].split()[2]
+    said = dynexit(cluster.folder, "cancel", TINY, point, *study).stdout.splitlines()
+    assert [line.split()[1] for line in said] == ["train", "record"]
+    assert cluster.status(*study).splitlines()[-1].endswith("1 cancelled") or "1 cancelled" in cluster.status(*study)
+    dynexit(cluster.folder, "cancel", TINY, *study)
+    wait_until(lambda: not cluster.squeue(), "an empty queue", 60)
+    assert cluster.status(*study).splitlines()[-1] == "6 cancelled"
+    assert "nothing of it is in the queue" in dynexit(cluster.folder, "cancel", TINY, *study).stdout
