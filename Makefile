@@ -4,7 +4,7 @@ VENV := .venv
 REQUIREMENTS := pyproject.toml tests/pins.txt
 STAMP := $(VENV)/.made-from-$(shell cat $(REQUIREMENTS) | cksum | tr ' ' '-')
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check setup clean cluster-test cluster-demo
 
 demo: $(STAMP)
 	$(VENV)/bin/dynexit run configs/digits.yaml
@@ -28,6 +28,16 @@ $(STAMP):
 	$(VENV)/bin/python -m uv pip install --compile-bytecode --python $(VENV)/bin/python -e '.[dev]' -c tests/pins.txt \
 	    || $(VENV)/bin/python -m pip install -e '.[dev]' -c tests/pins.txt
 	@touch $(STAMP)
+
+# the tests on a SLURM cluster in one folder; they start it and stop it. Needs root and Debian's SLURM packages
+cluster-test: $(STAMP)
+	slurm/devcluster/install.sh
+	DYNEXIT_REQUIRE_ALL=1 $(VENV)/bin/python -m pytest -m slurm
+
+# the digits study on that cluster: submitted, followed to its end, stopped
+cluster-demo: $(STAMP)
+	slurm/devcluster/install.sh
+	slurm/devcluster/demo.sh $(VENV)/bin/dynexit
 
 clean:
 	rm -rf $(VENV) build *.egg-info

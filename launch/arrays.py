@@ -83,7 +83,7 @@ def _unrecorded(study: Study, chains: Sequence[tuple[Job, ...]], live: Live) -> 
     """(record, search) of the packs that are trained, or being trained, and not wholly recorded and searched."""
     in_chains = {point.id for chain in chains for point in chain[0].points}
     left: dict[str, list[Point]] = {}
-    for point in study.points:
+    for point in study.points:  # a point of a chain was not trained, so it was not recorded either
         if point.id not in in_chains and ("record", point.ids["search"]) not in live and not _is_searched(point, study):
             left.setdefault(point.id, []).append(point)
     firsts = [points[0] for points in left.values()]

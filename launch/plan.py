@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dynexit.errors import UserError
 from dynexit.record.finished import is_recorded
@@ -36,10 +37,12 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
     Raises Failure, naming the file, where something finished was damaged.
     """
     finished = is_recorded if stage == "record" else is_done
+    begun = (study.directory / stage).is_dir()  # of a new sweep of thousands of points not each is asked for
     points = [
         point
         for point in study.points
-        if not finished(job_dir(study.directory, stage, point.ids[stage]), point.ids[stage], check_bytes=check_bytes)
+        if not begun
+        or not finished(job_dir(study.directory, stage, point.ids[stage]), point.ids[stage], check_bytes=check_bytes)
     ]
     if stage == "prepare":
         groups = list({point.ids["prepare"]: [point] for point in reversed(points)}.values())[::-1]
@@ -63,8 +66,13 @@ def make_packs(
         if all(identity in by_id for identity in ids):
             packs.append([by_id.pop(identity) for identity in ids])
     groups: dict[str, list[Point]] = {}
+    keys: dict[tuple[Any, ...], str] = {}  # points share the sections that they do not differ in
     for point in by_id.values():
-        groups.setdefault(_pack_key(point), []).append(point)
+        config = point.config
+        same = (point.ids["prepare"], *map(id, (config.exits, config.train, config.record, method_settings(config))))
+        if same not in keys:
+            keys[same] = _pack_key(point)
+        groups.setdefault(keys[same], []).append(point)
     for group in groups.values():
         packs += [group[i : i + members_per_pack] for i in range(0, len(group), members_per_pack)]
     return packs

@@ -23,6 +23,7 @@ _WARM_STEPS = 100  # the warm-started grid has steps of a hundredth ...
 _LOWEST_WARM = 40  # ... and reaches down to 0.40, where samples leave early: better optima are found coming from there
 _STARTS_UP_TO_SAMPLES = 16_384  # on 50,000 samples they lower the objective by 2e-7 on average
 _STARTED_WEIGHTS = 12
+_MORE_STARTS = 8
 _TASKS_PER_BLOCK = 8
 
 
@@ -56,6 +57,11 @@ class Candidate:
             exit_fractions=tuple(leaving / count for leaving in self.exit_counts),
             num_samples=count,
         )
+
+
+def no_exits(problem: Problem) -> Exits:
+    """The configuration in which every sample goes to the end."""
+    return ((OFF, 1.0),) * len(problem.costs.positions)
 
 
 class LineSearch:
@@ -99,6 +105,14 @@ class LineSearch:
             self.tables.move(position, head, threshold)
         return changed
 
+    def pass_once(self, objective: Objective) -> Candidate:
+        """DyCE's one-pass search: from no exits, positions in order of depth, each set once to its best exit."""
+        self.move_to(no_exits(self.problem))
+        for position in range(len(self.tables.head_P)):
+            head, threshold, _ = self.tables.best_exit(position, objective.per_mac, objective.per_correct)
+            self.tables.move(position, head, threshold)
+        return self.candidate()
+
     def move_to(self, exits: Exits) -> None:
         """Sets the configuration."""
         for position, (head, threshold) in enumerate(exits):
@@ -123,8 +137,9 @@ class Front:
     """The trade-off of one record, better known with every weight asked for: `pool` keeps all candidates ever seen.
 
     The objective is linear in the weight, so a candidate found at one weight is one for every other. Made by coordinate
-    descent along a grid of weights, upwards and downwards, each started from its neighbour's answer, and from `starts`
-    random configurations at a dozen weights where the record has at most 16,384 samples.
+    descent along a grid of weights, upwards and downwards, each started from its neighbour's answer. Where the record
+    has at most 16,384 samples, also from DyCE's one-pass answer and from `starts` random configurations (up to eight
+    times as many below 256 samples) at a dozen weights of the grid and a dozen of those asked for.
     """
 
     def __init__(
@@ -150,6 +165,7 @@ class Front:
         self._search = LineSearch(problem, refine=refine)
         self.rows = self._search.rows
         self._idle = [self._search]
+        self._started: set[float] = set()
         self._ends: dict[tuple[Exits, float], Exits] = {}
         """Where the descent from a configuration at a weight ended."""
         self._fixed: dict[Exits, tuple[float, float]] = {}
@@ -158,9 +174,10 @@ class Front:
         self._workers = workers
         first = max(0, min(_LOWEST_WARM, int(lowest * _WARM_STEPS)))
         grid = [step / _WARM_STEPS for step in range(first, _WARM_STEPS + 1)]
+        self._generator = np.random.default_rng(seed)
+        self._starts = starts if problem.num_samples <= _STARTS_UP_TO_SAMPLES else 0
         self._warm_sweep(grid)
-        if problem.num_samples <= _STARTS_UP_TO_SAMPLES and starts:
-            self._random_starts(grid[:: -(-len(grid) // _STARTED_WEIGHTS)], starts, np.random.default_rng(seed))
+        self._start_anew(grid)
 
     def solve(self, accuracy_weights: Sequence[float]) -> list[Candidate]:
         """The best of the pool for each weight, descended from again while that finds something better for any.
@@ -168,6 +185,7 @@ class Front:
         No change of one position improves any of them at its own weight.
         """
         objectives = tie_breaking(self.problem, accuracy_weights, self.normalize)
+        self._start_anew(sorted(set(accuracy_weights) - self._started))
         while True:
             starts = [
                 (candidate.exits, weight)
@@ -201,18 +219,24 @@ class Front:
         return [candidates[int(np.argmin(cost))] for cost in costs]
 
     def _warm_sweep(self, grid: Sequence[float]) -> None:
-        exits: Exits = ((OFF, 1.0),) * len(self.problem.costs.positions)
+        exits = no_exits(self.problem)
         for weight in (*grid, *reversed(grid)):
             known = self._known_end(exits, weight)
             exits = known or self._keep(exits, weight, self._descend(self._search, exits, weight))
 
-    def _random_starts(self, weights: Sequence[float], starts: int, generator: np.random.Generator) -> None:
+    def _start_anew(self, weights: Sequence[float]) -> None:
+        """Descends at a dozen of the weights from DyCE's one-pass answer and from random configurations."""
+        self._started.update(weights)
+        if not self._starts:
+            return
         confidence_PHN = self.problem.confidence_PHN
         num_positions, num_heads, count = confidence_PHN.shape
-        tasks = []
-        for weight in np.repeat(weights, starts).tolist():
-            heads = np.atleast_1d(generator.integers(OFF, num_heads, size=num_positions)).tolist()
-            samples = np.atleast_1d(generator.integers(count, size=num_positions)).tolist()
+        weights = weights[:: -(-len(weights) // _STARTED_WEIGHTS) or 1]
+        objectives = tie_breaking(self.problem, weights, self.normalize)
+        tasks = [(self._search.pass_once(o).exits, weight) for o, weight in zip(objectives, weights, strict=True)]
+        for weight in np.repeat(weights, self._starts * min(_MORE_STARTS, max(1, 256 // count))).tolist():
+            heads = np.atleast_1d(self._generator.integers(OFF, num_heads, size=num_positions)).tolist()
+            samples = np.atleast_1d(self._generator.integers(count, size=num_positions)).tolist()
             exits = tuple(
                 (head, float(confidence_PHN[position, head, samples[position]])) if head != OFF else (OFF, 1.0)
                 for position, head in enumerate(heads)

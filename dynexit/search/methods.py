@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dynexit.search.exact import LineSearch, SearchResult, results, sweep
+from dynexit.search.exact import LineSearch, SearchResult, no_exits, results, sweep
 from dynexit.search.problem import Objective, Problem, tie_breaking
-from dynexit.search.rows import EVERYONE, OFF, midpoint
+from dynexit.search.rows import EVERYONE, midpoint
 from dynexit.search.tables import EQUAL
 
 FloatArray = NDArray[np.floating]
@@ -58,43 +58,31 @@ def fixed_thresholds(confidence_MN: FloatArray, fractions_M: FloatArray) -> Floa
 
 def onepass(problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False) -> list[SearchResult]:
     """DyCE's `onepass`: from no exits, positions in order of depth, each set once to its best type and threshold."""
-
-    def pass_once(search: LineSearch, objective: Objective) -> None:
-        for position in range(len(problem.costs.positions)):
-            head, threshold, _ = search.tables.best_exit(position, objective.per_mac, objective.per_correct)
-            search.tables.move(position, head, threshold)
-
-    return _from_no_exits(problem, accuracy_weights, normalize, pass_once)
+    search = LineSearch(problem)
+    found = [search.pass_once(objective) for objective in tie_breaking(problem, accuracy_weights, normalize)]
+    return results(problem, accuracy_weights, found, normalize)
 
 
 def circular(problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False) -> list[SearchResult]:
     """DyCE's `circular`: from no exits, the best single change anywhere, again and again until none gains."""
 
-    def change_best(search: LineSearch, objective: Objective) -> None:
-        positions = range(len(problem.costs.positions))
-        while positions:
-            found = [search.tables.best_exit(p, objective.per_mac, objective.per_correct) for p in positions]
-            position = max(positions, key=lambda p: found[p][2])
-            head, threshold, gain = found[position]
-            if gain <= EQUAL:
-                return
-            search.tables.move(position, head, threshold)
-
-    return _from_no_exits(problem, accuracy_weights, normalize, change_best)
-
-
-def _from_no_exits(
-    problem: Problem,
-    accuracy_weights: Sequence[float],
-    normalize: bool,
-    change: Callable[[LineSearch, Objective], None],
-) -> list[SearchResult]:
     search, found = LineSearch(problem), []
     for objective in tie_breaking(problem, accuracy_weights, normalize):
-        search.move_to(((OFF, 1.0),) * len(problem.costs.positions))
-        change(search, objective)
+        search.move_to(no_exits(problem))
+        while (change := _best_change(search, objective)) is not None:
+            search.tables.move(*change)
         found.append(search.candidate())
     return results(problem, accuracy_weights, found, normalize)
+
+
+def _best_change(search: LineSearch, objective: Objective) -> tuple[int, int, float] | None:
+    """(position, head, threshold) of the single change that gains most; None where none gains."""
+    best, most = None, EQUAL
+    for position in range(len(search.tables.head_P)):
+        head, threshold, gain = search.tables.best_exit(position, objective.per_mac, objective.per_correct)
+        if gain > most:
+            best, most = (position, head, threshold), gain
+    return best
 
 
 def samethres(problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False) -> list[SearchResult]:

@@ -13,9 +13,8 @@ from scipy.stats import binom
 
 from dynexit.core.tradeoff import Configuration, apply_configuration, pareto_front
 from dynexit.errors import UserError
-from dynexit.search.exact import Front
+from dynexit.search.exact import Front, no_exits
 from dynexit.search.problem import Problem
-from dynexit.search.rows import OFF
 
 _WEIGHTS = 201
 _MOST = 500  # candidates; each is a test, and a longer sequence has more chances to stop early
@@ -69,7 +68,7 @@ def safest_first(train: Problem, workers: int = 1) -> list[Configuration]:
     front = Front(lossless, lowest=0.0, workers=workers)
     # most of a front of risk lies at weights close to 1, where a loss costs far more than the MACs of a sample
     front.solve((1 - np.geomspace(1e-5, 1, _WEIGHTS)).tolist())
-    off = front.candidate(((OFF, 1.0),) * len(train.costs.positions))
+    off = front.candidate(no_exits(train))
     seen = [candidate for candidate in front.pool.values() if candidate.macs < off.macs]
     mask = pareto_front([candidate.correct for candidate in seen], [candidate.macs for candidate in seen])
     chosen = sorted((candidate for candidate, best in zip(seen, mask, strict=True) if best), key=lambda c: -c.macs)

@@ -1,7 +1,9 @@
 """Sweeps on a cluster: the results of one process, whatever the arrays; failures named, retried, cancelled."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +40,9 @@ def test_arrays_split_by_the_limit_give_the_results_of_one_process_while_the_con
     assert "jobs of runs/sweep are in the cluster's queue" in error
     assert "nothing to submit, all of it is done or in the queue" not in error
     wait_until(lambda: cluster.is_running("sweep-train"), "the trainings")
-    pid = running / "pid" / "slurmctld.pid"
-    subprocess.run(["kill", "-9", pid.read_text().strip()], check=True)
+    controller = int((running / "pid" / "slurmctld.pid").read_text())
+    os.kill(controller, signal.SIGTERM)
+    wait_until(lambda: not is_alive(controller), "the end of the controller", 60)
     subprocess.run(["slurmctld"], check=True)
     cluster.wait_for_the_end()
     assert digests(cluster.folder / "runs" / "sweep") == digests(reference)
@@ -52,6 +55,13 @@ def test_arrays_split_by_the_limit_give_the_results_of_one_process_while_the_con
     )
     assert sweep == again
     assert len(sweep) > 6
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]
+    except OSError:
+        return False
 
 
 def test_two_nodes_with_two_ranks_agree_with_one_process(cluster: Cluster) -> None:
@@ -84,15 +94,14 @@ def test_a_failed_point_is_explained_and_retry_runs_only_it(cluster: Cluster, re
     shutil.copytree(reference / "prepare", reference.parent / "failing" / "prepare")
     cluster.submit(*study)
     first = dynexit(cluster.folder, "status", TINY, *study).stdout.splitlines()[1].split()[2]
-    train = reference.parent / "failing" / "train"
-    train.mkdir()
-    (train / first).write_text("a file where a folder belongs")
+    in_the_way = reference.parent / "failing" / "train" / first / "heads.safetensors"
+    in_the_way.mkdir(parents=True)
     cluster.wait_for_the_end()
     lines = cluster.status(*study).splitlines()
     assert lines[-1] == "1 failed, 1 done"
-    assert "Not a directory" in lines[1]
-    assert "Not a directory" in dynexit(cluster.folder, "logs", TINY, first, *study).stdout
-    (train / first).unlink()
+    assert "heads.safetensors could not be written: Is a directory; make room or mend the permissions" in lines[1]
+    assert "could not be written: Is a directory" in dynexit(cluster.folder, "logs", TINY, first, *study).stdout
+    in_the_way.rmdir()
     said = dynexit(cluster.folder, "retry", TINY, *study).stdout
     assert "train: 1 task, 1 packs" in said
     cluster.wait_for_the_end()

@@ -1,0 +1,82 @@
+"""What is read from SLURM's commands, with commands that are faked."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from dynexit.errors import Failure, UserError
+from launch import cluster
+from launch.cluster import Limits
+from launch.site import Site
+
+PARTITIONS = (
+    "PartitionName=main Default=YES MaxTime=1-02:30:00 MaxNodes=UNLIMITED TotalNodes=3\n"
+    "PartitionName=long Default=NO MaxTime=UNLIMITED MaxNodes=2 TotalNodes=9\n"
+)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What each command prints, by name; one that is missing fails."""
+    printed: dict[str, str] = {}
+
+    def ask(command: Sequence[str]) -> str:
+        words = " ".join(command)
+        for beginning, text in printed.items():
+            if words.startswith(beginning):
+                return text
+        raise Failure(f"`{words}` failed: not here")
+
+    monkeypatch.setattr(cluster, "ask", ask)
+    monkeypatch.setattr(cluster.shutil, "which", lambda name: name)
+    return printed
+
+
+def test_queue(answers: dict[str, str]) -> None:
+    answers["squeue"] = "7_0|RUNNING|None|n1|0:10\n7_1|PENDING|Dependency||0:00\n8|COMPLETED|None|n2|3:00\nnoise\n"
+    found = cluster.queue()
+    assert [(job.job_id, job.is_live) for job in found.values()] == [("7_0", True), ("7_1", True), ("8", False)]
+    assert found["7_1"].reason == "Dependency"
+
+
+def test_limits_of_the_cluster_and_of_the_profile(answers: dict[str, str]) -> None:
+    answers["scontrol show config"] = "MaxArraySize            = 11\nMaxJobCount             = 5000\n"
+    assert cluster.limits(Site(), 10) == Limits(11, 4990)  # no accounting
+    answers["sacctmgr --noheader --parsable2 show assoc"] = "\n300\n200\n"
+    assert cluster.limits(Site(), 10) == Limits(11, 190)
+    answers["sacctmgr --noheader --parsable2 show qos"] = "50\n"
+    assert cluster.limits(Site(qos="small"), 10) == Limits(11, 40)
+    assert cluster.limits(Site(max_array_size=4, max_submit_jobs=20), 5) == Limits(4, 15)
+    answers["scontrol show config"] = ""
+    assert cluster.limits(Site(max_submit_jobs=20), 0) == Limits(1001, 20)
+
+
+@pytest.mark.parametrize(
+    ("partition", "nodes", "minutes", "expected"),
+    [
+        ("mian", 1, 1, "partition = 'mian': the cluster has no such partition; it has main, long"),
+        (None, 1, 1591, "time_minutes = 1591: partition main allows at most 1590 minutes"),
+        (None, 4, 1, "dist.nodes = 4: partition main gives a job at most 3 nodes"),
+        ("long", 3, 1, "dist.nodes = 3: partition long gives a job at most 2 nodes"),
+    ],
+)
+def test_what_can_never_run_is_refused(
+    answers: dict[str, str], partition: str | None, nodes: int, minutes: int, expected: str
+) -> None:
+    answers["scontrol --oneliner show partition"] = PARTITIONS
+    with pytest.raises(UserError) as error:
+        cluster.check_request(Site(partition=partition), nodes, minutes)
+    assert expected in str(error.value)
+
+
+def test_what_some_partition_can_run_is_not(answers: dict[str, str]) -> None:
+    answers["scontrol --oneliner show partition"] = PARTITIONS
+    cluster.check_request(Site(), 3, 1590)
+    cluster.check_request(Site(partition="main,long"), 3, 10**6)
+
+
+def test_a_missing_command_and_one_that_fails() -> None:
+    with pytest.raises(Failure, match="there is no dynexit-has-no-such-program on this machine"):
+        cluster.ask(["dynexit-has-no-such-program"])
+    with pytest.raises(Failure, match=r"`false` failed: exit status 1"):
+        cluster.ask(["false"])
