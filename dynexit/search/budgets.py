@@ -11,7 +11,8 @@ import numpy as np
 
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import UserError
-from dynexit.search.exact import Candidate, Exits, Front
+from dynexit.search.exact import Front
+from dynexit.search.line_search import Candidate, Exits
 from dynexit.search.problem import Problem, objective_of
 from dynexit.search.rows import EVERYONE, OFF, midpoint
 

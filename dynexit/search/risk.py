@@ -13,7 +13,8 @@ from scipy.stats import binom
 
 from dynexit.core.tradeoff import Configuration, apply_configuration, pareto_front
 from dynexit.errors import UserError
-from dynexit.search.exact import Front, no_exits
+from dynexit.search.exact import Front
+from dynexit.search.line_search import no_exits
 from dynexit.search.problem import Problem
 
 _WEIGHTS = 201

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration
-from dynexit.search.exact import Front, LineSearch
+from dynexit.search.exact import Front
+from dynexit.search.line_search import LineSearch
 from dynexit.search.problem import Problem, objective_of
 from dynexit.search.rows import OFF
 from tests.reference.exit_search import Exits, evaluate_fast

@@ -5,7 +5,8 @@ import pytest
 
 from dynexit.core.tradeoff import Configuration
 from dynexit.errors import UserError
-from dynexit.search.exact import Front, LineSearch, sweep
+from dynexit.search.exact import Front, sweep
+from dynexit.search.line_search import LineSearch
 from dynexit.search.problem import objective_of, tie_breaking
 from tests.reference import exit_search, line_search
 from tests.reference.exit_problems import odd_problem, random_problem

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dynexit.search import tables as compiled
-from dynexit.search.exact import LineSearch
+from dynexit.search.line_search import LineSearch
 from dynexit.search.problem import objective_of
 from dynexit.search.rows import OFF, midpoint
 from tests.reference import exit_search
