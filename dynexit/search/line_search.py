@@ -6,8 +6,9 @@ import numpy as np
 
 from dynexit.core.tradeoff import OperatingPoint
 from dynexit.errors import UserError
+from dynexit.search.kernels import MAX_SAMPLES, OFF
 from dynexit.search.problem import Objective, Problem
-from dynexit.search.rows import MAX_SAMPLES, OFF, Rows
+from dynexit.search.rows import Rows
 from dynexit.search.tables import MAX_POSITIONS, Tables
 
 Exits = tuple[tuple[int, float], ...]

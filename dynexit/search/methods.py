@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynexit.search.exact import SearchResult, results, sweep
+from dynexit.search.kernels import EQUAL
 from dynexit.search.line_search import LineSearch, no_exits
 from dynexit.search.problem import Objective, Problem, tie_breaking
 from dynexit.search.rows import EVERYONE, midpoint
-from dynexit.search.tables import EQUAL
 
 FloatArray = NDArray[np.floating]
 

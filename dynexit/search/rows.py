@@ -4,31 +4,13 @@ Shapes: N samples, P positions, H head types, B bins.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 
-OFF = -1
+from dynexit.search.kernels import INDEX, cut_row
+
 EVERYONE = -1.0  # a threshold below every confidence: whoever arrives leaves
-MAX_SAMPLES = 1 << 30
 MAX_BINS = 2048
-
-INDEX = MAX_SAMPLES - 1
-"""Bits of `Rows.order_PHN` that hold the sample; above them CORRECT and TIE (with the next sample of the order)."""
-CORRECT = 1 << 30
-TIE = 1 << 31
-BIN = (1 << 15) - 1
-"""Bits of `Rows.code_PNH` that hold the bin; the one above them says whether the sample is right."""
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled at its first call, and kept on disk for the next process where there is a place for it."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(nogil=True)(function)
 
 
 class Rows:
@@ -37,8 +19,7 @@ class Rows:
     def __init__(self, confidence_PHN: np.ndarray, correct_PHN: np.ndarray, base_correct_N: np.ndarray) -> None:
         num_positions, num_heads, count = confidence_PHN.shape
         bins = min(MAX_BINS, max(1, math.isqrt(count), count // 128))
-        self.confidence_PHN = confidence_PHN
-        self.correct_PHN = correct_PHN
+        self.confidence_PHN = np.ascontiguousarray(confidence_PHN)
         self.base_correct_N = base_correct_N
         self.order_PHN = np.empty(confidence_PHN.shape, np.uint32)
         """Samples by falling confidence, with two flags."""
@@ -48,7 +29,7 @@ class Rows:
         """The bin of every sample, with a flag."""
         for position in range(num_positions):
             for head in range(num_heads):
-                _cut_row(
+                cut_row(
                     _falling_keys(confidence_PHN[position, head]),
                     np.ascontiguousarray(correct_PHN[position, head]),
                     self.order_PHN[position, head],
@@ -76,23 +57,3 @@ def _falling_keys(confidence_N: np.ndarray) -> np.ndarray:
     key_N |= np.arange(len(key_N), dtype=np.uint64)
     key_N.sort()
     return key_N
-
-
-@compiled
-def _cut_row(
-    key_N: np.ndarray, correct_N: np.ndarray, order_N: np.ndarray, edges_B: np.ndarray, code_N: np.ndarray
-) -> None:
-    """Finds the bins of one row, and packs them, correctness and ties into `order_N`, `edges_B` and `code_N`."""
-    count, bins = len(key_N), len(edges_B) - 1
-    bin_ = last = -1
-    tied = False
-    for i in range(count):
-        n = int(key_N[i]) & INDEX
-        share = i * bins // count
-        if share > last and not tied:
-            bin_, last = bin_ + 1, share
-            edges_B[bin_] = i
-        tied = i + 1 < count and int(key_N[i + 1]) >> 32 == int(key_N[i]) >> 32
-        order_N[i] = n | (CORRECT if correct_N[n] else 0) | (TIE if tied else 0)
-        code_N[n] = bin_ | (int(correct_N[n]) << 15)
-    edges_B[bin_ + 1 :] = count

@@ -58,7 +58,7 @@ def test_the_profiles_in_the_repository_are_valid_and_the_example_shows_every_ke
 def test_what_follows_from_profile_and_study() -> None:
     dist = Dist(timeout_minutes=90, num_threads=3, num_workers=2)
     assert (Site().minutes(dist), Site(time_minutes=4).minutes(dist)) == (90, 4)
-    assert (Site().delay_seconds(dist), Site(time_minutes=1).delay_seconds(dist)) == (120, 30)
+    assert (Site().delay_seconds(dist), Site(time_minutes=1).delay_seconds(dist)) == (120, 15)
     assert (Site().cpus(dist), Site(cpus_per_task=7).cpus(dist)) == (5, 7)
     lines = Site(modules=["a b"], setup=["true"], scratch_dir="/s/$USER", network_interface="ib0").shell_lines(dist)
     assert lines == [

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from dynexit.search import tables as compiled
+from dynexit.search.kernels import OFF
 from dynexit.search.line_search import LineSearch
 from dynexit.search.problem import objective_of
-from dynexit.search.rows import OFF, midpoint
+from dynexit.search.rows import midpoint
 from tests.reference import exit_search
 from tests.reference.exit_problems import odd_problem, random_problem
 

@@ -1,0 +1,270 @@
+"""The compiled parts of the search: cutting rows (for `rows.py`), moving and pricing over tables (for `tables.py`).
+
+Shapes: N samples, P positions, H head types, B bins, Q = F = P + 1 places to leave, the last the end; M samples moved.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+# Compiled code holds these as constants; they live here because it is compiled anew when this file changes.
+OFF = -1
+"""The head type of no exit."""
+MAX_SAMPLES = 1 << 30
+
+INDEX = MAX_SAMPLES - 1
+"""Bits of `Rows.order_PHN` that hold the sample; above them CORRECT and TIE (with the next sample of the order)."""
+CORRECT = 1 << 30
+TIE = 1 << 31
+BIN = (1 << 15) - 1
+"""Bits of `Rows.code_PNH` that hold the bin; the one above them says whether the sample is right."""
+
+EQUAL = 1e-12
+"""Below this two objectives count as equal: rounding in the last product must not turn the descent in circles."""
+
+LATER, HERE, AT = 0, 1, 2
+"""Columns of a table: samples right only later, right only here, and those that would leave at q in AT + q."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled at its first call, and kept on disk for the next process where there is a place for it."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return numba.njit(nogil=True)(function)
+
+
+@compiled
+def cut_row(
+    key_N: np.ndarray, correct_N: np.ndarray, order_N: np.ndarray, edges_B: np.ndarray, code_N: np.ndarray
+) -> None:
+    """Finds the bins of one row, and packs them, correctness and ties into `order_N`, `edges_B` and `code_N`."""
+    count, bins = len(key_N), len(edges_B) - 1
+    bin_ = last = -1
+    tied = False
+    for i in range(count):
+        n = int(key_N[i]) & INDEX
+        share = i * bins // count
+        if share > last and not tied:
+            bin_, last = bin_ + 1, share
+            edges_B[bin_] = i
+        tied = i + 1 < count and int(key_N[i + 1]) >> 32 == int(key_N[i]) >> 32
+        order_N[i] = n | (CORRECT if correct_N[n] else 0) | (TIE if tied else 0)
+        code_N[n] = bin_ | (int(correct_N[n]) << 15)
+    edges_B[bin_ + 1 :] = count
+
+
+@compiled
+def crossing(
+    position: int,
+    head: int,
+    threshold: float,
+    old_threshold: float,
+    order_PHN: np.ndarray,
+    confidence_PHN: np.ndarray,
+    code_PNH: np.ndarray,
+    leaves_N: np.ndarray,
+    right_N: np.ndarray,
+    state_N: np.ndarray,
+) -> np.ndarray:
+    """Sets the bits of one exit; returns the samples whose first or second place may change.
+
+    `old_threshold` is NaN unless the head stays: then only samples between the thresholds change, and they are found in
+    the order. Exits behind the second place of a sample do not concern it.
+    """
+    bit = np.int64(1) << position
+    found = 0
+    if old_threshold == old_threshold:
+        start = rank(position, head, max(threshold, old_threshold), order_PHN, confidence_PHN)
+        stop = rank(position, head, min(threshold, old_threshold), order_PHN, confidence_PHN)
+        crossing_M = np.empty(stop - start, np.int64)
+        for i in range(start, stop):
+            n = order_PHN[position, head, i] & INDEX
+            leaves_N[n] ^= bit
+            if (state_N[n] >> 8) & 255 >= position:
+                crossing_M[found] = n
+                found += 1
+        return crossing_M[:found]
+    crossing_M = np.empty(len(state_N), np.int64)
+    for n in range(len(state_N)):
+        leaves, right = leaves_N[n] & ~bit, right_N[n] & ~bit
+        if head != OFF:
+            if confidence_PHN[position, head, n] > threshold:
+                leaves |= bit
+            right |= np.int64(code_PNH[position, n, head] >> 15) << position
+        if leaves != leaves_N[n] or right != right_N[n]:
+            leaves_N[n], right_N[n] = leaves, right
+            if (state_N[n] >> 8) & 255 >= position:
+                crossing_M[found] = n
+                found += 1
+    return crossing_M[:found]
+
+
+@compiled
+def rank(position: int, head: int, threshold: float, order_PHN: np.ndarray, confidence_PHN: np.ndarray) -> int:
+    """How many samples have a confidence above the threshold."""
+    low, high = 0, order_PHN.shape[2]
+    while low < high:
+        middle = (low + high) // 2
+        if confidence_PHN[position, head, order_PHN[position, head, middle] & INDEX] > threshold:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def update(
+    crossing_M: np.ndarray,
+    leaves_N: np.ndarray,
+    right_N: np.ndarray,
+    state_N: np.ndarray,
+    code_PNH: np.ndarray,
+    table_PHQB: np.ndarray,
+    fresh: np.ndarray,
+    count_FQ: np.ndarray,
+    right_F: np.ndarray,
+) -> None:
+    """Brings the states of these samples, the sums and the tables of the fresh positions up to the bits."""
+    num_positions = len(table_PHQB)
+    for n in crossing_M:
+        leaves, right = leaves_N[n], right_N[n]
+        first = 0
+        while not (leaves >> first) & 1:
+            first += 1
+        second = first + (first < num_positions)
+        while not (leaves >> second) & 1:
+            second += 1
+        new = first | (second << 8) | (((right >> first) & 1) << 16) | (((right >> second) & 1) << 17)
+        old = state_N[n]
+        state_N[n] = new
+        for sign in (-1, 1):
+            state = old if sign < 0 else new
+            if state >= 0:
+                count_FQ[state & 255, (state >> 8) & 255] += sign
+                right_F[0, state & 255] += sign * ((state >> 16) & 1)
+                right_F[1, state & 255] += sign * ((state >> 17) & 1)
+        for position in fresh:
+            before, after = rest_of(old, position), rest_of(new, position)
+            if before != after:
+                enter(n, position, code_PNH, table_PHQB, before, after)
+
+
+@compiled
+def rest_of(state: int, position: int) -> int:
+    """Where a sample that arrives would leave later, and above 8 bits whether it is right there; -1: it does not
+    arrive."""
+    first = state & 255
+    if state < 0 or first < position:
+        return -1
+    return first | (state >> 8) & 256 if first > position else ((state >> 8) & 255) | (state >> 9) & 256
+
+
+@compiled
+def enter(n: int, position: int, code_PNH: np.ndarray, table_PHQB: np.ndarray, before: int, after: int) -> None:
+    """Takes a sample out of every head's table of a position with one rest, and puts it in with another."""
+    # arrays are indexed whole: making a view costs more than what is done with it
+    for head in range(code_PNH.shape[2]):
+        code = code_PNH[position, n, head]
+        bin_, right_here = code & BIN, code >> 15
+        if before >= 0:
+            table_PHQB[position, head, AT + (before & 255), bin_] -= 1
+        if after >= 0:
+            table_PHQB[position, head, AT + (after & 255), bin_] += 1
+        if before < 0 or after < 0 or (before ^ after) & 256:
+            column = HERE if right_here else LATER
+            was_other = before >= 0 and (before >> 8) != right_here
+            is_other = after >= 0 and (after >> 8) != right_here
+            table_PHQB[position, head, column, bin_] += is_other - was_other
+
+
+@compiled
+def build(position: int, state_N: np.ndarray, code_PNH: np.ndarray, table_PHQB: np.ndarray) -> None:
+    """Makes the tables of one position from the states of all samples."""
+    table_PHQB[position] = 0
+    for n in range(len(state_N)):
+        rest = rest_of(state_N[n], position)
+        if rest >= 0:
+            enter(n, position, code_PNH, table_PHQB, -1, rest)
+
+
+@compiled
+def best_exit(
+    position: int,
+    per_mac: float,
+    per_correct: float,
+    refine: bool,
+    path_macs_Q: np.ndarray,
+    head_macs_PH: np.ndarray,
+    head_P: np.ndarray,
+    count_FQ: np.ndarray,
+    right_F: np.ndarray,
+    table_HQB: np.ndarray,
+    edges_HB: np.ndarray,
+    order_HN: np.ndarray,
+    state_N: np.ndarray,
+) -> tuple[int, int, int, float]:
+    """(head, last sample to leave, first arriving sample to stay, gain); a sample is -1 where there is none."""
+    num_positions, num_heads = head_macs_PH.shape
+    bins, current = table_HQB.shape[2], head_P[position]
+    # MACs saved by leaving here instead of at each later place, the head here aside
+    saved_Q = np.zeros(num_positions + 1, np.int64)
+    heads = 0
+    for later in range(position + 1, num_positions + 1):
+        if later < num_positions and head_P[later] != OFF:
+            heads += head_macs_PH[later, head_P[later]]
+        saved_Q[later] = path_macs_Q[later] - path_macs_Q[position] + heads
+    arrived = count_FQ[position:].sum()
+    kept = 0.0
+    if current != OFF:
+        macs = head_macs_PH[position, current] * arrived - (count_FQ[position] * saved_Q).sum()
+        kept = per_mac * macs - per_correct * (right_F[0, position] - right_F[1, position])
+    best, best_head, best_last = min(0.0, kept - EQUAL), OFF, -1
+    # leaving costs a sample that is right only later at most this, and any other nothing
+    steepest = max(0.0, per_correct - per_mac * saved_Q[position + 1]) if refine else 0.0
+    change_B, saved_B, gained_B = np.empty(bins), np.empty(bins, np.int64), np.empty(bins, np.int64)
+    for head in range(num_heads):
+        paid = head_macs_PH[position, head] * arrived
+        saved_B[:] = 0
+        for later in range(position + 1, num_positions + 1):
+            for b in range(bins):
+                saved_B[b] += table_HQB[head, AT + later, b] * saved_Q[later]
+        saved, gained, lowest = 0, 0, np.inf
+        for b in range(bins):
+            saved += saved_B[b]
+            gained += table_HQB[head, HERE, b] - table_HQB[head, LATER, b]
+            saved_B[b], gained_B[b] = saved, gained
+            change_B[b] = per_mac * (paid - saved) - per_correct * gained
+            lowest = min(lowest, change_B[b])
+        for b in range(bins):
+            # no threshold inside the bin is better than this bound; EQUAL covers its rounding
+            bound = change_B[b] - steepest * table_HQB[head, LATER, b] - EQUAL
+            if bound >= best or bound > lowest:
+                continue
+            saved, gained = (saved_B[b - 1], gained_B[b - 1]) if b else (0, 0)
+            last = -1
+            for i in range(edges_HB[head, b], edges_HB[head, b + 1]):
+                packed = order_HN[head, i]
+                state = state_N[packed & INDEX]
+                first = state & 255
+                if first >= position:
+                    later, right = (first, state >> 16) if first > position else ((state >> 8) & 255, state >> 17)
+                    saved += saved_Q[later]
+                    gained += ((packed >> 30) & 1) - (right & 1)
+                    last = i
+                if last >= 0 and not packed >> 31 and (refine or i + 1 == edges_HB[head, b + 1]):
+                    change = per_mac * (paid - saved) - per_correct * gained
+                    if change < best:
+                        best, best_head, best_last = change, head, last
+                    last = -1
+    if best_last < 0:
+        unneeded = current != OFF and kept >= 0
+        return (OFF if unneeded else current), -1, -1, (kept if unneeded else 0.0)
+    order_N = order_HN[best_head]
+    for i in range(best_last + 1, order_N.shape[0]):
+        following = order_N[i] & INDEX
+        if (state_N[following] & 255) >= position:
+            return best_head, order_N[best_last] & INDEX, following, kept - best
+    return best_head, order_N[best_last] & INDEX, -1, kept - best
