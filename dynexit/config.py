@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from dynexit.keys import (
     DATA_SETS,
+    Budgeted,
     DataSetName,
     HeadType,
     Position,
@@ -181,6 +182,7 @@ class Record(Section):
     topk: int = key(1, "most probable classes recorded per exit", "classes", ge=1)
     batch_size: int = key(256, "images per forward pass", "images", ge=1)
     samples_per_shard: int = key(65536, "most samples in one shard", "samples", ge=1)
+    train: bool = key(False, "whether the training split is recorded too, its images not augmented (for search.risk)")
 
 
 class Search(Section):
@@ -190,7 +192,31 @@ class Search(Section):
     confidence: Literal["max_probability", "margin", "entropy", "gate"] = key(
         "max_probability", "what is compared with an exit's threshold"
     )
+    method: Literal["exact", "onepass", "circular", "samethres"] = key(
+        "exact", "how an accuracy weight's configuration is found: exactly, or one of DyCE's ways with exact thresholds"
+    )
+    normalize: bool = key(False, "whether accuracy and MACs are mapped to [0, 1] first, as DyCE does")
+    refine: bool = key(True, "whether thresholds lie between any two samples, or between bins of samples alone")
     num_random_starts: int = key(4, "random starts of the search beside the neighbours' answers", "starts", ge=0)
+    relative_macs: list[Budgeted] = key(
+        list, "budgets: best accuracy within this share of the backbone's MACs; each adds a configuration"
+    )
+    relative_latency: list[Budgeted] = key(list, "budgets: the same of the backbone's time; needs search.latency")
+    min_accuracy: list[Weight] = key(list, "budgets: least cost with at least this accuracy on validation")
+    max_accuracy_drop: list[Weight] = key(list, "budgets: least cost that loses at most this accuracy on validation")
+    latency: dict[str, Any] | None = key(
+        None, "measured times that are searched instead of MACs: stage_seconds, head_seconds and maybe gate_seconds"
+    )
+    risk: float | None = key(
+        None,
+        "certified: least cost where the backbone is right and the exits wrong for at most this share; needs "
+        "record.train",
+        "of all samples",
+        gt=0,
+        lt=1,
+    )
+    risk_confidence: float = key(0.95, "confidence of that certificate", gt=0, lt=1)
+    workers: int = key(1, "processes that search points at the same time", changes_results=False, ge=1)
 
 
 class Report(Section):

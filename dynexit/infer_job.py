@@ -30,7 +30,7 @@ def run_infer(points: Sequence[Point], study_dir: Path) -> None:
     settings = points[0].config.infer
     rows = read_csv(study_dir / "report" / "operating_points.csv")
     chosen = choose(rows, settings.relative_macs, settings.source)
-    point = next(point for point in points if point.id == chosen.point_id)
+    point = next(point for point in points if chosen.point_id in (point.id, point.ids["search"]))
     config = point.config
     ranks = start_ranks(config.dist.device, config.dist.num_threads)
     model, costs = load_model(point, study_dir, ranks)

@@ -27,11 +27,11 @@ from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, load_batches, load_data, workers_of
 from dynexit.dist import start_ranks
 from dynexit.errors import Failure
-from dynexit.keys import parse_weights
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
-from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_done, read_json, write_json
+from dynexit.record.finished import is_recorded, recorded_splits, set_aside_stale
+from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_done, write_json
 from dynexit.state import missing_reason, report_identity
 from dynexit.sweep import Point, digest, method_settings
 from dynexit.tensor_files import save_tensors
@@ -157,18 +157,18 @@ def _finish_point(
         save_tensors(directory / "last_good.safetensors", state)
         write_json(directory / FAILED, {"id": point.id, "reason": stopped})
         return
-    save_tensors(directory / HEADS, state)
+    for moved in set_aside_stale(point, study_dir, save_tensors(directory / HEADS, state)):
+        print(f"{point.label} was trained again; what was made of its earlier weights is now {moved}", flush=True)
     write_json(directory / COSTS, costs.to_json())
     write_json(directory / CONFIG, point.config.model_dump(mode="json"))
     mark_done(directory, point.id, [HEADS, COSTS, CONFIG, METRICS])
 
 
 def record(points: Sequence[Point], study_dir: Path) -> None:
-    """Records what every exit of all `points` says of validation and test, from one pass of the backbone."""
-    from dynexit.record.finished import SPLITS, is_recorded
+    """Records what every exit of all `points` says of every split asked for, from one pass of the backbone."""
     from dynexit.record.recorder import Recorder
 
-    points = [p for p in points if not is_recorded(job_dir(study_dir, "record", p.ids["record"]), p.ids["record"])]
+    points = [point for point in points if not is_recorded(point, study_dir)]
     if not points:
         return
     config = points[0].config
@@ -179,7 +179,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
     members = [load_heads([point], study_dir, model, costs, ranks) for point in points]
     has_gates = members[0][1] is not None
     directories = [job_dir(study_dir, "record", point.ids["record"]) for point in points]
-    for split in SPLITS:
+    for split in recorded_splits(config.record):
         samples = data.split(split)
         recorder = Recorder(
             [directory / split for directory in directories],
@@ -235,32 +235,14 @@ def _record_header(point: Point, study_dir: Path, split: str, data: DataSets) ->
 
 
 def search(points: Sequence[Point], study_dir: Path) -> None:
-    """Finds the exit configuration for every preference, from records alone: chosen on validation, judged on test."""
-    from dynexit.record.finished import SPLITS
-    from dynexit.record.shards import Record
-    from dynexit.search.problem import Problem
-    from dynexit.search.study_points import fixed_points, searched_points
+    """Finds exit configurations for preferences and budgets from records alone; chosen on validation, judged on test.
 
-    progress = Progress("search", study_dir / "search", points[0].config.dist.log_seconds)
-    progress.start(len(points))
-    for point in points:
-        identity, settings = point.ids["search"], point.config.search
-        directory = job_dir(study_dir, "search", identity)
-        if is_done(directory, identity):
-            continue
-        source = job_dir(study_dir, "record", point.ids["record"])
-        costs = ExitCosts.from_json(read_json(source / COSTS))
-        checkpoint = done_digest(job_dir(study_dir, "train", point.id), HEADS)
-        validation, test = (
-            Problem.from_record(Record.open(source / split, checkpoint), costs, settings.confidence) for split in SPLITS
-        )
-        weights, additive = parse_weights(settings.accuracy_weights), point.config.train.method == "boosted"
-        found = searched_points(validation, test, weights, starts=settings.num_random_starts, additive=additive)
-        write_json(directory / "configurations.json", found)
-        write_json(directory / "fixed.json", fixed_points(validation, test))
-        mark_done(directory, identity, ["configurations.json", "fixed.json"])
-        progress.advance(validation.num_samples, {})
-    progress.finish()
+    Leaves configurations.json, budgets.json and fixed.json per point. Raises UserError for a budget that no point
+    attains.
+    """
+    from dynexit.search_job import run_search
+
+    run_search(points, study_dir)
 
 
 def report(points: Sequence[Point], study_dir: Path) -> None:

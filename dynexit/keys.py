@@ -54,6 +54,7 @@ def known_weights(spec: Any) -> Any:
 
 DataSetName = Annotated[str, AfterValidator(_known_data_set)]
 Weight = Annotated[float, Field(ge=0, le=1)]
+Budgeted = Annotated[float, Field(gt=0)]
 Position = Annotated[int, Field(ge=0)]
 HeadType = Annotated[str, Field(pattern=r"^(linear|mlp[1-9]\d*x[1-9]\d*)$")]
 

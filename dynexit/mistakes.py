@@ -70,6 +70,19 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if method not in METHODS_WITH_GATES and config.search.confidence == "gate":
         yield f"search.confidence = 'gate': should be another where train.method is {method}, which trains no gates"
+    search = config.search
+    if search.risk is not None and not config.record.train:
+        yield (
+            f"search.risk = {search.risk}: needs record.train = true, since what is certified on validation must be "
+            "chosen on other samples"
+        )
+    if search.relative_latency and search.latency is None:
+        yield f"search.relative_latency = {search.relative_latency}: needs the measured times in search.latency"
+    if search.relative_macs and search.latency is not None:
+        yield (
+            f"search.relative_macs = {search.relative_macs}: the cost is time where search.latency is given; use "
+            "search.relative_latency"
+        )
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dynexit.run_dir import DONE, FAILED, job_dir, read_json
 from dynexit.sweep import Point, digest
@@ -30,7 +31,14 @@ def missing_reason(point: Point, study_dir: Path) -> str:
     return failure_reason(point, study_dir) or f"{point.label}: {missing} is not done"
 
 
+def _searched(point: Point, study_dir: Path) -> Any:
+    try:
+        return read_json(job_dir(study_dir, "search", point.ids["search"]) / DONE)
+    except FileNotFoundError:
+        return None
+
+
 def report_identity(points: Sequence[Point], study_dir: Path) -> str:
-    """The id of a report: that of every point in it, of those that failed, and of the report's own settings."""
-    found = [[point.ids["search"], "search" in finished_jobs(point, study_dir)] for point in points]
+    """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
+    found = [[point.ids["search"], _searched(point, study_dir)] for point in points]
     return digest([found, points[0].config.report.model_dump(mode="json")])

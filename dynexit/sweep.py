@@ -46,6 +46,14 @@ class Point:
         return self.ids["train"]
 
     @property
+    def method(self) -> str:
+        """The method's name for tables, with what is varied of it: `jei_dnn`, `jei_dnn (distilled, gate)`."""
+        confidence = self.config.search.confidence
+        variants = ["distilled"] if self.config.train.distillation else []
+        variants += [] if confidence == "max_probability" else [confidence]
+        return self.config.train.method + (f" ({', '.join(variants)})" if variants else "")
+
+    @property
     def label(self) -> str:
         """The swept values in words, as `ce_ic_tradeoff=0.5 seed=1`."""
         last = [name.rpartition(".")[2] for name in self.swept]

@@ -92,8 +92,8 @@ def _unrecorded(study: Study, chains: Sequence[tuple[Job, ...]], live: Live) -> 
 
 
 def _is_searched(point: Point, study: Study) -> bool:
-    recorded, searched = (job_dir(study.directory, name, point.ids[name]) for name in ("record", "search"))
-    return is_done(searched, point.ids["search"]) and is_recorded(recorded, point.ids["record"])
+    searched = job_dir(study.directory, "search", point.ids["search"])
+    return is_done(searched, point.ids["search"]) and is_recorded(point, study.directory)
 
 
 def _recording(points: Sequence[Point], study: Study) -> tuple[Job, ...]:

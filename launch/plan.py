@@ -36,14 +36,15 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
 
     Raises Failure, naming the file, where something finished was damaged.
     """
-    finished = is_recorded if stage == "record" else is_done
+
+    def is_finished(point: Point) -> bool:
+        if stage == "record":
+            return is_recorded(point, study.directory, check_bytes=check_bytes)
+        identity = point.ids[stage]
+        return is_done(job_dir(study.directory, stage, identity), identity, check_bytes=check_bytes)
+
     begun = (study.directory / stage).is_dir()  # of a new sweep of thousands of points not each is asked for
-    points = [
-        point
-        for point in study.points
-        if not begun
-        or not finished(job_dir(study.directory, stage, point.ids[stage]), point.ids[stage], check_bytes=check_bytes)
-    ]
+    points = [point for point in study.points if not begun or not is_finished(point)]
     if stage == "prepare":
         groups = list({point.ids["prepare"]: [point] for point in reversed(points)}.values())[::-1]
     elif stage == "search":

@@ -60,9 +60,11 @@ def test_only_jei_dnn_has_gates(finished: tuple[Study, list[Row]]) -> None:
         assert (record.gate is not None) == gated
         assert all(macs > 0 for macs in costs.gate_macs) == gated
         assert any(costs.gate_macs) == gated
-        sources = {row.source for row in rows if row.point_id == point.id}
+        sources = {row.source for row in rows if row.point_id in (point.id, point.ids["search"])}
         assert sources == ({"gates", "search", "fixed"} if gated else {"search", "fixed"})
-        assert {row.ce_ic_tradeoff is None for row in rows if row.point_id == point.id} == {not gated}
+        assert {row.ce_ic_tradeoff is None for row in rows if row.point_id in (point.id, point.ids["search"])} == {
+            not gated
+        }
 
 
 def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Study, list[Row]]) -> None:

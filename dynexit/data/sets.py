@@ -83,12 +83,12 @@ def load_data(data: Data, workers: Workers | None = None) -> DataSets:
     sources = (read_timm if "/" in data.name else _SETS[data.name].read)(data)
     rows = _held_out(data, sources)
     splits = {}
-    for name in ("train", "validation", "test"):
-        source = getattr(sources, name) or sources.train
+    for name in ("train", "plain_train", "validation", "test"):
+        source, chosen = getattr(sources, name, None) or sources.train, rows[name.removeprefix("plain_")]
         _check_labels(data, source, num_classes)
         transform, seed = (augment, data.seed) if name == "train" and is_random else (plain, None)
-        images = TransformedImages(source, rows[name], transform, seed)
-        splits[name] = Split(images, source.labels[rows[name]], rows[name], workers)
+        images = TransformedImages(source, chosen, transform, seed)
+        splits[name] = Split(images, source.labels[chosen], chosen, workers)
     return DataSets(**splits, num_classes=num_classes, in_channels=channels, image_size=data.image_size)
 
 

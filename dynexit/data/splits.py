@@ -70,9 +70,13 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class DataSets:
-    """Train, validation and test split of a data set, and what a model must know of it."""
+    """Train, validation and test split of a data set, and what a model must know of it.
+
+    `plain_train` is the training split under the test's transform, for records.
+    """
 
     train: Split
+    plain_train: Split
     validation: Split
     test: Split
     num_classes: int
@@ -80,8 +84,8 @@ class DataSets:
     image_size: int
 
     def split(self, name: str) -> Split:
-        """The split called `train`, `validation` or `test`."""
-        split: Split = getattr(self, name)
+        """The split called `train`, `validation` or `test`, its images not augmented."""
+        split: Split = getattr(self, "plain_train" if name == "train" else name)
         return split
 
 

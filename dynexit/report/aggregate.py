@@ -22,7 +22,7 @@ from dynexit.run_dir import atomic_write, move_aside
 SOURCES = ("backbone", "gates", "search", "fixed")
 SPLITS = ("validation", "test")
 
-RowKey = tuple[str, str, str, float | None, str]
+RowKey = tuple[str, str, str, float | None, str, str]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Row:
     `seed`, `ce_ic_tradeoff` and `accuracy_weight` are None where they mean nothing. `accuracy` is in [0, 1], `macs` the
     mean per sample, `relative_macs` the same over the bare backbone's (above 1 is possible). `exit_fractions` (L,) end
     with the backbone's own classifier; they are the columns exit_0, exit_1, ... (where points have fewer exits than
-    others, their last columns stay empty). `point_id` is the trained point, `configuration` JSON or empty.
+    others, their last columns stay empty). `point_id` is the id of the training, of what
+    was searched that of the search. `configuration` and `budget` (asked for instead of a weight) are JSON or empty.
     """
 
     source: str
@@ -48,11 +49,12 @@ class Row:
     on_front: bool = False
     point_id: str = ""
     configuration: str = ""
+    budget: str = ""
 
     @property
     def key(self) -> RowKey:
         """What the validation and the test row of one operating point share."""
-        return (self.source, self.method, self.point_id, self.accuracy_weight, self.configuration)
+        return (self.source, self.method, self.point_id, self.accuracy_weight, self.configuration, self.budget)
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def _order(row: Row) -> tuple[Any, ...]:
         row.point_id,
         first_if_absent(row.accuracy_weight),
         row.configuration,
+        row.budget,
         row.split != "validation",
         row.relative_macs,
         row.accuracy,
@@ -209,7 +212,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 _BEFORE_EXITS = tuple(field.name for field in fields(Row))[:9]
-_AFTER_EXITS = ("on_front", "point_id", "configuration")
+_AFTER_EXITS = ("on_front", "point_id", "configuration", "budget")
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
@@ -228,7 +231,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
             head = [_text(getattr(row, name)) for name in _BEFORE_EXITS]
             exits = [_text(fraction) for fraction in row.exit_fractions]
             exits += [""] * (num_exits - len(exits))
-            writer.writerow([*head, *exits, _text(bool(row.on_front)), row.point_id, row.configuration])
+            writer.writerow([*head, *exits, _text(bool(row.on_front)), row.point_id, row.configuration, row.budget])
 
 
 def _text(value: Any) -> str:
@@ -280,4 +283,5 @@ def _row(cells: dict[str, str], exits: tuple[str, ...]) -> Row:
         on_front={"true": True, "false": False}[cells["on_front"]],
         point_id=cells["point_id"],
         configuration=cells["configuration"],
+        budget=cells["budget"],
     )

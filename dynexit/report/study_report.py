@@ -4,7 +4,7 @@ Nothing here needs a model or a data set: records and configurations say all.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
 from dynexit.record.finished import SPLITS
 from dynexit.record.shards import Record
-from dynexit.report.aggregate import Row, front_of, mark_front, percent, within_budgets, write_csv
+from dynexit.report.aggregate import Row, mark_front, write_csv
+from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.page import Figure, describe_configuration, write_page
 from dynexit.run_dir import job_dir, read_json
@@ -27,25 +28,29 @@ from dynexit.sweep import Point
 def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
     """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds."""
     rows: list[Row] = []
-    backbones: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
     for point in points:
         source = job_dir(study_dir, "record", point.ids["record"])
         costs = ExitCosts.from_json(read_json(source / "costs.json"))
         for split in SPLITS:
             record = Record.open(source / split)
-            if (point.ids["prepare"], split) not in backbones:
-                backbones.add((point.ids["prepare"], split))
+            if (point.ids["prepare"], split) not in seen:
                 rows.append(_backbone_row(point, split, record, costs))
-            if record.gate is not None:
+            if record.gate is not None and (point.id, split) not in seen:
                 rows.append(_gates_row(point, split, record, costs))
-        for source_name, file in (("search", "configurations.json"), ("fixed", "fixed.json")):
-            rows += _configuration_rows(point, source_name, file, study_dir)
+            seen |= {(point.ids["prepare"], split), (point.id, split)}
+        for source_name, file in (
+            ("search", "configurations.json"),
+            ("search", "budgets.json"),
+            ("fixed", "fixed.json"),
+        ):
+            rows += _configuration_rows(point, source_name, _entries(point, file, study_dir))
     return mark_front(rows)
 
 
 def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more: object) -> Row:
     own = {
-        "method": point.config.train.method,
+        "method": point.method,
         "seed": point.config.seed,
         "ce_ic_tradeoff": point.config.jei_dnn.ce_ic_tradeoff if point.config.train.method == "jei_dnn" else None,
         "accuracy_weight": None,
@@ -85,9 +90,15 @@ def _one_head_rows(costs: ExitCosts) -> list[int]:
     return [p * num_types for p in range(len(costs.positions))] + [-1]
 
 
-def _configuration_rows(point: Point, source: str, file: str, study_dir: Path) -> Iterator[Row]:
-    entries = read_json(job_dir(study_dir, "search", point.ids["search"]) / file)
+def _entries(point: Point, file: str, study_dir: Path) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = read_json(job_dir(study_dir, "search", point.ids["search"]) / file)
+    return entries
+
+
+def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     for entry in entries:
+        if "exits" not in entry:
+            continue  # a budget that this point cannot attain
         for split in SPLITS:
             figures = entry[split]
             measured = OperatingPoint(
@@ -103,7 +114,9 @@ def _configuration_rows(point: Point, source: str, file: str, study_dir: Path) -
                 split,
                 measured,
                 accuracy_weight=entry.get("accuracy_weight"),
+                point_id=point.ids["search"],
                 configuration=json.dumps(entry["exits"], separators=(",", ":")),
+                budget=budget_text(entry["budget"]) if "budget" in entry else "",
             )
 
 
@@ -123,6 +136,8 @@ def write_report(
     write_csv(directory / "operating_points.csv", rows)
     figures = []
     costs = ExitCosts.from_json(read_json(job_dir(study_dir, "record", points[0].ids["record"]) / "costs.json"))
+    describe = partial(_describe, costs=costs)
+    entries = {point.ids["search"]: _entries(point, "budgets.json", study_dir) for point in points}
     names = [f"block {position}" for position in costs.positions] + ["backbone"]
     for name, draw, alt, caption in (
         ("pareto", pareto_figure, "Accuracy against relative MACs", _PARETO_CAPTION),
@@ -140,8 +155,8 @@ def write_report(
         study_text,
         [_point_summary(point) for point in points],
         [*_NOTES, *failed],
-        budgets=_budgets(rows, costs),
-        describe=partial(_describe, costs=costs),
+        budgets=budget_cells(rows, entries, describe),
+        describe=describe,
     )
     return rows
 
@@ -156,7 +171,6 @@ _NOTES = (
     "confidence, for each accuracy weight. fixed: thresholds set on validation by MSDNet's rule, a given share of the "
     "samples for each exit.",
 )
-_BUDGETS = (0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)
 
 
 def _point_summary(point: Point) -> dict[str, Any]:
@@ -169,23 +183,6 @@ def _describe(row: Row, costs: ExitCosts) -> str:
     if row.source == "gates":
         return f"the gates of ce_ic_tradeoff {row.ce_ic_tradeoff:g}, seed {row.seed}"
     return describe_configuration(row.configuration, costs.positions, costs.head_types)
-
-
-def _budgets(rows: Sequence[Row], costs: ExitCosts) -> list[dict[str, Any]]:
-    """For some budgets of relative MACs: the best configuration on validation, and whether the budget holds on test."""
-    table: dict[int, dict[str, Any]] = {}
-    front = front_of(rows)
-    for budget in _BUDGETS:
-        for point in within_budgets(front, [budget]):
-            cells = {
-                "budget": f"≤ {budget:g} relative MACs",
-                "configuration": _describe(point.test, costs),
-                "validation": f"{point.validation.relative_macs:.3f} at {percent(point.validation.accuracy)}",
-                "test": f"{point.test.relative_macs:.3f} at {percent(point.test.accuracy)}",
-                "holds on test": point.test.relative_macs <= budget,
-            }
-            table.setdefault(id(point), cells)  # a larger budget that buys nothing more needs no line
-    return list(table.values())
 
 
 def track(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> None:

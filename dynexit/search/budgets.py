@@ -37,6 +37,16 @@ class Budget:
         if not (self.value > 0 if self.kind.startswith("relative") else 0 <= self.value <= 1):
             raise UserError(f"{self.kind} is {self.value}, allowed is {allowed}")
 
+    def holds(self, accuracy: float, relative_cost: float, base_accuracy: float) -> bool:
+        """Whether an operating point keeps within it; `base_accuracy` is the backbone's on the same samples."""
+        if self.kind.startswith("relative"):
+            return relative_cost <= self.value
+        return accuracy >= (base_accuracy - self.value if self.kind == "max_accuracy_drop" else self.value) - 1e-9
+
+    def rank(self, accuracy: float, relative_cost: float) -> tuple[float, float]:
+        """Of two operating points that keep within it the better one has the smaller rank."""
+        return (-accuracy, relative_cost) if self.kind.startswith("relative") else (relative_cost, -accuracy)
+
 
 @dataclass(frozen=True)
 class _Limit:

@@ -93,7 +93,7 @@ class PackTask:
         num_members = len(self.members)
         self.best_objective_M = torch.full((num_members,), math.inf, dtype=torch.float64)
         self.alive_M = torch.ones(num_members, dtype=torch.bool, device=ranks.device)
-        self.stopped_at_M = torch.full((num_members, 2), -1, dtype=torch.int64, device=ranks.device)  # step, term
+        self.stopped_at_M = torch.full((num_members, 3), -1, dtype=torch.int64, device=ranks.device)  # step, term, rank
         self.stopped: dict[int, str] = {}
         self.rows: list[dict[str, Any]] = []
         self.step_number = 0
@@ -147,10 +147,11 @@ class PackTask:
             loss_m, slopes = torch.zeros_like(loss_m), tuple(map(torch.zeros_like, parameters.values()))
         gradients = dict(zip(parameters, slopes, strict=True))
         loss_m = loss_m.detach() * share
-        self.ranks.sum_([loss_m, *gradients.values()])
+        ranks_mW = self._not_finite_on(loss_m, gradients)
+        self.ranks.sum_([loss_m, ranks_mW, *gradients.values()])
         alive_m = pick(self.alive_M, members)
         finite_m = finite_members(loss_m, gradients)
-        self._note_stopped(alive_m & ~finite_m, members, term)
+        self._note_stopped(alive_m & ~finite_m, members, term, ranks_mW.argmax(1))
         alive_m = alive_m & finite_m
         if members is None:
             self.alive_M = alive_m
@@ -163,13 +164,21 @@ class PackTask:
         """The rate (m,) of the next step of a part."""
         raise NotImplementedError
 
-    def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, term: int) -> None:
+    def _not_finite_on(self, loss_m: Tensor, gradients: Stack) -> Tensor:
+        """Ones (m, world size) where a member's loss or gradient is not finite on this rank; the sum tells which."""
+        ranks_mW = torch.zeros(len(loss_m), self.ranks.world_size, dtype=torch.int64, device=loss_m.device)
+        if self.ranks.world_size > 1:
+            ranks_mW[:, self.ranks.global_rank] = ~finite_members(loss_m, gradients)
+        return ranks_mW
+
+    def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, term: int, rank_m: Tensor) -> None:
         now_m2 = self.stopped_at_M.new_tensor([self.step_number, term]).expand(len(stopping_m), 2)
-        noted_m2 = torch.where(stopping_m[:, None], now_m2, pick(self.stopped_at_M, members))
+        now_m3 = torch.cat((now_m2, rank_m[:, None]), 1)
+        noted_m3 = torch.where(stopping_m[:, None], now_m3, pick(self.stopped_at_M, members))
         if members is None:
-            self.stopped_at_M = noted_m2
+            self.stopped_at_M = noted_m3
         else:
-            self.stopped_at_M[members] = noted_m2
+            self.stopped_at_M[members] = noted_m3
 
     # ---- between epochs
 
@@ -191,10 +200,10 @@ class PackTask:
     def _report_stopped(self) -> None:
         for i in (~self.alive_M).nonzero().flatten().tolist():
             if i not in self.stopped:
-                step, term = self.stopped_at_M[i].tolist()
+                step, term, rank = self.stopped_at_M[i].tolist()
                 self.stopped[i] = (
-                    f"{self.members[i].name}: the {self.terms[term]} was not finite at step {step}; the member was "
-                    f"stopped and its last good state kept; lower {self.rate_key} or look at the data"
+                    f"{self.members[i].name}: the {self.terms[term]} was not finite at step {step} on rank {rank}; the "
+                    f"member was stopped and its last good state kept; lower {self.rate_key} or look at the data"
                 )
 
     # ---- state

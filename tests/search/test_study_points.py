@@ -7,7 +7,7 @@ from dynexit.core.tradeoff import Configuration
 from dynexit.search.exact import sweep
 from dynexit.search.methods import fixed_thresholds, geometric_fractions
 from dynexit.search.problem import objective_of
-from dynexit.search.study_points import fixed_points, searched_points, without_gaps
+from dynexit.search.study_points import PointSearch, Search, fixed_points, without_gaps
 from tests.reference.exit_problems import random_problem
 
 WEIGHTS = [0.3, 0.6, 0.8, 0.95, 1.0]
@@ -24,7 +24,7 @@ def test_searched_points_are_the_sweeps_and_judged_on_both_records() -> None:
     generator = np.random.default_rng(0)
     validation, test = (random_problem(generator, 57, 4, 3) for _ in range(2))
     found = sweep(validation, WEIGHTS, starts=2)
-    entries = searched_points(validation, test, WEIGHTS, starts=2, additive=False)
+    entries = PointSearch(validation, test, Search(starts=2, additive=False), WEIGHTS).weights()
     assert [entry["exits"] for entry in entries] == [result.configuration.to_json() for result in found]
     for entry, result in zip(entries, found, strict=True):
         assert entry["objective"] == result.objective
@@ -37,9 +37,9 @@ def test_additive_heads_pay_for_every_exit_before_the_last() -> None:
     filled = 0
     for _ in range(6):
         validation, test = (random_problem(generator, 41, 5, 1) for _ in range(2))
-        plain = searched_points(validation, test, WEIGHTS, starts=2, additive=False)
+        plain = PointSearch(validation, test, Search(starts=2, additive=False), WEIGHTS).weights()
         for before, after in zip(
-            plain, searched_points(validation, test, WEIGHTS, starts=2, additive=True), strict=True
+            plain, PointSearch(validation, test, Search(starts=2, additive=True), WEIGHTS).weights(), strict=True
         ):
             used = [head >= 0 for head, _ in after["exits"]]
             assert used == sorted(used, reverse=True)

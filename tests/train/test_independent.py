@@ -69,8 +69,8 @@ def test_nan_stops_one_member_and_no_other(tmp_path: Path) -> None:
     task.train_step = poison  # type: ignore[method-assign]
     run(task, tmp_path / "poisoned")
     assert task.stopped == {
-        1: "seed=3 ce_ic_tradeoff=0.0: the head loss was not finite at step 9; the member was stopped and its last "
-        "good state kept; lower train.learning_rate or look at the data"
+        1: "seed=3 ce_ic_tradeoff=0.0: the head loss was not finite at step 9 on rank 0; the member was stopped and "
+        "its last good state kept; lower train.learning_rate or look at the data"
     }
     for i in (0, 2):
         assert largest_difference(clean.member_state(i), task.member_state(i)) == 0.0

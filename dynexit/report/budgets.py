@@ -1,0 +1,126 @@
+"""The report's table of budgets: for each the best point's configuration, and whether it holds on test.
+
+What was asked for in the study's `search` section comes first; without any, some budgets of relative MACs are read off
+the front.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dynexit.report.aggregate import FrontPoint, Row, backbone_accuracy, front_of, percent, within_budgets
+from dynexit.search.budgets import KINDS, Budget
+
+_BUDGETS = (0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)
+_WORDS = {
+    "relative_macs": "at most {:g} relative MACs",
+    "relative_latency": "at most {:g} of the backbone's time",
+    "min_accuracy": "at least {:g} accuracy",
+    "max_accuracy_drop": "at most {:g} of accuracy lost",
+}
+
+
+def budget_cells(
+    rows: Sequence[Row], entries: Mapping[str, Sequence[Mapping[str, Any]]], describe: Callable[[Row], str]
+) -> list[dict[str, Any]]:
+    """The table's rows. `entries` are the budgets.json of every point by its id, `rows` all operating points."""
+    asked = _by_budget(entries)
+    if not asked:
+        return _off_the_front(rows, describe)
+    found = {(row.point_id, row.budget, row.split): row for row in rows if row.budget}
+    base = {split: backbone_accuracy(rows, split) or 0.0 for split in ("validation", "test")}
+    table = []
+    for text, answers in asked.items():
+        budget = json.loads(text)
+        attained = [(point, entry) for point, entry in answers if "exits" in entry]
+        if not attained:
+            table.append({"budget": _words(budget), "configuration": answers[0][1]["unattainable"]})
+            continue
+        point, entry = min(attained, key=lambda answer: _rank(budget, answer[1]["validation"]))
+        test = found[point, text, "test"]
+        table.append(
+            {
+                "budget": _words(budget),
+                "configuration": describe(test),
+                "leave": _shares(test),
+                "validation": _figures(budget, entry["validation"]),
+                "test": _figures(budget, entry["test"]),
+                "holds on test": _holds(budget, entry["test"], base["test"]),
+            }
+        )
+    return table
+
+
+def budget_text(budget: Mapping[str, Any]) -> str:
+    """The budget as the table of operating points holds it: what was asked for, as JSON."""
+    names = [name for name in (*KINDS, "risk", "confidence") if name in budget]
+    return json.dumps({name: budget[name] for name in names})
+
+
+def _by_budget(
+    entries: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+    answers: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for point, of_point in entries.items():
+        for entry in of_point:
+            answers.setdefault(budget_text(entry["budget"]), []).append((point, entry))
+    return answers
+
+
+def _budget(budget: Mapping[str, Any]) -> Budget:
+    ((kind, value),) = budget.items()
+    return Budget(kind, value)
+
+
+def _cost(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> float:
+    return float(figures["relative_latency" if "relative_latency" in budget else "relative_macs"])
+
+
+def _rank(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[float, float]:
+    if "risk" in budget:
+        return (figures["relative_macs"], -figures["accuracy"])
+    return _budget(budget).rank(figures["accuracy"], _cost(budget, figures))
+
+
+def _holds(budget: Mapping[str, Any], figures: Mapping[str, Any], base_accuracy: float) -> bool:
+    if "risk" in budget:
+        return bool(figures["risk"] <= budget["risk"])
+    return _budget(budget).holds(figures["accuracy"], _cost(budget, figures), base_accuracy)
+
+
+def _words(budget: Mapping[str, Any]) -> str:
+    if "risk" in budget:
+        return f"risk at most {budget['risk']:g}, certified at {budget['confidence']:g}"
+    ((kind, value),) = budget.items()
+    return _WORDS[kind].format(value)
+
+
+def _figures(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    text = f"{_cost(budget, figures):.3f} at {percent(figures['accuracy'])}"
+    return text + (f", risk {figures['risk']:.4f}" if "risk" in budget else "")
+
+
+def _shares(row: Row) -> str:
+    return " / ".join(f"{100 * share:.0f}" for share in row.exit_fractions) + " %"
+
+
+def _off_the_front(rows: Sequence[Row], describe: Callable[[Row], str]) -> list[dict[str, Any]]:
+    table: dict[int, dict[str, Any]] = {}
+    front = front_of(rows)
+    for value in _BUDGETS:
+        for point in within_budgets(front, [value]):
+            # a larger budget that buys nothing more needs no line
+            table.setdefault(id(point), _front_cells(point, value, describe))
+    return list(table.values())
+
+
+def _front_cells(point: FrontPoint, value: float, describe: Callable[[Row], str]) -> dict[str, Any]:
+    validation, test = point.validation, point.test
+    return {
+        "budget": _WORDS["relative_macs"].format(value),
+        "configuration": describe(test),
+        "leave": _shares(test),
+        "validation": f"{validation.relative_macs:.3f} at {percent(validation.accuracy)}",
+        "test": f"{test.relative_macs:.3f} at {percent(test.accuracy)}",
+        "holds on test": test.relative_macs <= value,
+    }

@@ -1,0 +1,61 @@
+"""One rank of a training over gloo, as a process: saves what its members have become. A folder is its only argument."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from dynexit.config import JeiDnn, Train
+from dynexit.dist import start_ranks, stop_ranks
+from dynexit.progress import Progress
+from dynexit.train.checkpoint import Checkpoints
+from dynexit.train.jei_dnn import JeiDnnTask
+from dynexit.train.loop import fit
+from tests.train.tiny import tiny_pack, tiny_split
+
+MEMBERS = [(0, 0.05), (0, 0.4), (1, 0.3)]
+POISONED_STEP, POISONED_RANK = 31, 1
+
+
+def main(folder: Path, poisoned: bool) -> None:
+    """Trains as one of the ranks that the environment announces."""
+    ranks = start_ranks("cpu", 1)
+    settings = Train(num_epochs=5, global_batch_size=13, precision="float64", learning_rate=0.05)
+    pack = replace(tiny_pack(MEMBERS, settings), ranks=ranks)
+    task = JeiDnnTask(pack, JeiDnn(max_warm_up_epochs=2, bilevel_batch_count=4))
+    step = task.train_step
+
+    def train_step(batch, share):  # type: ignore[no-untyped-def]
+        if poisoned and (task.step_number, ranks.global_rank) == (POISONED_STEP, POISONED_RANK):
+            task.tradeoff_M[2] = task.gates.bias.new_tensor(float("nan"))
+            task.optimizers["gates"].stack["bias"][2] = float("nan")
+            task.optimizers["heads"].stack["0.linear.0.weight"][2] = float("nan")
+        return step(batch, share)
+
+    task.train_step = train_step  # type: ignore[method-assign]
+    progress = Progress("train", folder, 1e9, quiet=not ranks.is_main)
+    checkpoints = Checkpoints(folder, 1e9)
+    split = tiny_split()
+    fit(
+        task,
+        split,
+        num_epochs=settings.num_epochs,
+        global_batch_size=settings.global_batch_size,
+        seed=7,
+        ranks=ranks,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+    members = {f"{i}.{name}": value for i in range(len(MEMBERS)) for name, value in task.member_state(i).items()}
+    save_file(members, folder / f"rank{ranks.global_rank}.safetensors")
+    if ranks.is_main:
+        (folder / "stopped.txt").write_text("\n".join(task.stopped.values()), encoding="utf-8")
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), os.environ.get("POISONED") == "1")
