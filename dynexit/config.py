@@ -221,6 +221,10 @@ class Search(Section):
 
 class Report(Section):
     title: str | None = key(None, "heading of the report; null takes the study's name")
+    published: Literal["auto", "none"] = key(
+        "auto",
+        "auto draws the points that a paper's authors recorded for this data set and backbone beside the study's",
+    )
     mlflow: bool = key(True, "whether the results are written to MLflow too")
     tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dynexit.config_io import load_study, resolved_yaml
+from dynexit.report.study_report import published_beside
 from launch.__main__ import main
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -66,3 +67,9 @@ def test_the_missing_data_are_named_when_something_starts(
     (tmp_path / "data").mkdir()
     assert main(["prepare", str(path)]) == 2
     assert "cifar10 was looked for in data/cifar-10-batches-py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [p for p in PUBLISHED if "_t2t_vit_" in p.name], ids=lambda path: path.stem)
+def test_a_study_of_jei_dnn_has_its_authors_points_beside_it(path: Path) -> None:
+    assert len(published_beside(load_study(path).points[0])) > 80
+    assert published_beside(load_study(path, ["report.published=none"]).points[0]) == []

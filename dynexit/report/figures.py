@@ -24,6 +24,7 @@ from dynexit.run_dir import atomic_write
 
 DOTS_PER_INCH = 160
 MARKERS = "osD^vPX<>*"
+_MOST_MARKED = 20  # a longer published curve is a line without markers
 # The finest budgets of relative MACs a picture tells apart; closer points of a front differ by noise, not by cost.
 HUNDREDTHS = [hundredth / 100 for hundredth in range(1, 151)]
 
@@ -173,11 +174,12 @@ def _tradeoff_bar(figure: Figure, axes: Axes, tradeoffs: list[float], shades: Li
 
 
 def _draw_published(axes: Axes, published: Sequence[PublishedPoint], look: _Theme) -> None:
-    for index, method in enumerate(sorted({point.method for point in published})):
+    methods = sorted({point.method for point in published}, key=lambda method: (method != "jei_dnn", method))
+    for index, method in enumerate(methods):
         points = sorted((point.relative_macs, point.accuracy) for point in published if point.method == method)
         axes.plot(
-            *zip(*points, strict=True), color=look.muted, linewidth=1, linestyle=":", marker="x+1234|_"[index % 8],
-            markersize=6, zorder=2, label=f"published: {method}",
+            *zip(*points, strict=True), color=look.muted, linewidth=1.3, linestyle=("-", ":", "--", "-.")[index % 4],
+            marker="x" if len(points) <= _MOST_MARKED else "", markersize=6, zorder=2, label=f"published: {method}",
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from dynexit.report.aggregate import Row, mark_front, write_csv
 from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.page import Figure, describe_configuration, write_page
+from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.run_dir import job_dir, read_json
 from dynexit.sweep import Point
 
@@ -138,9 +139,10 @@ def write_report(
     costs = ExitCosts.from_json(read_json(job_dir(study_dir, "record", points[0].ids["record"]) / "costs.json"))
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: _entries(point, "budgets.json", study_dir) for point in points}
+    published = published_beside(points[0])
     names = [f"block {position}" for position in costs.positions] + ["backbone"]
     for name, draw, alt, caption in (
-        ("pareto", pareto_figure, "Accuracy against relative MACs", _PARETO_CAPTION),
+        ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
         ("exit_shares", partial(exit_share_figure, exit_names=names), "Share leaving at each exit", _SHARES_CAPTION),
     ):
         paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
@@ -154,7 +156,7 @@ def write_report(
         figures,
         study_text,
         [_point_summary(point) for point in points],
-        [*_NOTES, *failed],
+        [*_NOTES, *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
         describe=describe,
     )
@@ -171,6 +173,14 @@ _NOTES = (
     "confidence, for each accuracy weight. fixed: thresholds set on validation by MSDNet's rule, a given share of the "
     "samples for each exit.",
 )
+
+
+def published_beside(point: Point) -> list[PublishedPoint]:
+    """What a paper's authors recorded for the point's data set and backbone; nothing where it is not wanted."""
+    data, backbone = point.config.data, point.config.backbone
+    if point.config.report.published == "none":
+        return []
+    return published_points(data.name, backbone.name, data.image_size, thin_test=data.thin_test)
 
 
 def _point_summary(point: Point) -> dict[str, Any]:
