@@ -85,7 +85,8 @@ def _rank(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[float,
 def _holds(budget: Mapping[str, Any], figures: Mapping[str, Any], base_accuracy: float) -> bool:
     if "risk" in budget:
         return bool(figures["risk"] <= budget["risk"])
-    return _budget(budget).holds(figures["accuracy"], _cost(budget, figures), base_accuracy)
+    asked = _budget(budget)
+    return asked.holds(asked.measure(figures["accuracy"], _cost(budget, figures), base_accuracy))
 
 
 def _words(budget: Mapping[str, Any]) -> str:
