@@ -84,16 +84,20 @@ def _trained(point: Point, study_dir: Path) -> Path:
 
 def _refuse_unattained(points: Sequence[Point], study_dir: Path) -> None:
     """Raises UserError for the budgets that no point attains; one that some attain is a matter of the report."""
-    attained: set[str] = set()
-    refused: dict[str, tuple[str, str]] = {}
+    attained: set[Budget] = set()
+    refused: dict[Budget, dict[float, str]] = {}
     for point in points:
         if not any(getattr(point.config.search, kind) for kind in KINDS):
             continue
         for entry in read_json(job_dir(study_dir, "search", point.ids["search"]) / BUDGETS):
+            if "risk" in entry["budget"]:
+                continue
+            ((kind, value),) = entry["budget"].items()
             if "unattainable" in entry:
-                refused.setdefault(str(entry["budget"]), (point.label, entry["unattainable"]))
+                told = f"{entry['unattainable']} ({point.label})"
+                refused.setdefault(Budget(kind, value), {}).setdefault(entry["nearest"], told)
             else:
-                attained.add(str(entry["budget"]))
-    texts = [f"{label}: {text}" for budget, (label, text) in refused.items() if budget not in attained]
+                attained.add(Budget(kind, value))
+    texts = [told[budget.nearest(told)] for budget, told in refused.items() if budget not in attained]
     if texts:
-        raise UserError("no point attains a budget; " + "; ".join(texts))
+        raise UserError("; ".join(texts))

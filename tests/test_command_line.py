@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from dynexit.config_io import load_study
 from tests.command_line import ENVIRONMENT, ROOT, TINY, digests, dynexit, start
 
 pytestmark = pytest.mark.slow
@@ -181,14 +182,22 @@ def test_damage_is_refused_by_name_and_mended_by_the_command_it_names(
     assert command.startswith("mv runs/tiny_study/")
     subprocess.run(command.split(), cwd=copy, check=True)
     dynexit(copy, "run", TINY)
-    kept = {k: v for k, v in digests(copy / "runs" / "tiny_study").items() if ".damaged" not in k}
+    aside = (".damaged", ".stale")
+    kept = {k: v for k, v in digests(copy / "runs" / "tiny_study").items() if not any(word in k for word in aside)}
     expected_digests = digests(finished / "runs" / "tiny_study")
     assert kept.keys() == expected_digests.keys()
     different = {name for name in kept if kept[name] != expected_digests[name]}
     remade = path.relative_to(copy / "runs" / "tiny_study").parent
-    # a point trained again alone equals the member of its pack to float32's last bits; nothing else may differ
-    assert all(remade.parts[0] == "train" and name.startswith(str(remade)) for name in different)
+    # a point trained again alone equals the member of its pack to float32's last bits; all that was made of it is made
+    # again, and nothing else may differ
+    point = next((point for point in load_study(TINY, []).points if point.id == remade.name), None)
+    own = tuple(f"{job}/{point.ids[job]}/" for job in ("train", "record", "search")) if point else ()
+    assert all(name.startswith((*own, "report/")) for name in different)
     if different:
+        for split in ("validation", "test"):
+            header = json.loads((copy / "runs/tiny_study" / own[1] / split / "manifest.json").read_text())["header"]
+            assert header["checkpoint_sha256"] == kept[f"{own[0]}heads.safetensors"]
+        assert "0 other differences" in dynexit(copy, "infer", TINY).stdout
         before, after = (load_file(f / "runs" / "tiny_study" / remade / "heads.safetensors") for f in (finished, copy))
         assert all((before[name] - after[name]).abs().max() <= 1e-5 for name in before)
 

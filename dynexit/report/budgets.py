@@ -85,7 +85,8 @@ def _rank(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[float,
 def _holds(budget: Mapping[str, Any], figures: Mapping[str, Any], base_accuracy: float) -> bool:
     if "risk" in budget:
         return bool(figures["risk"] <= budget["risk"])
-    return _budget(budget).holds(figures["accuracy"], _cost(budget, figures), base_accuracy)
+    asked = _budget(budget)
+    return asked.holds(asked.measure(figures["accuracy"], _cost(budget, figures), base_accuracy))
 
 
 def _words(budget: Mapping[str, Any]) -> str:
@@ -96,8 +97,12 @@ def _words(budget: Mapping[str, Any]) -> str:
 
 
 def _figures(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    text = f"{_cost(budget, figures):.3f} at {percent(figures['accuracy'])}"
+    text = _at(_cost(budget, figures), figures["accuracy"])
     return text + (f", risk {figures['risk']:.4f}" if "risk" in budget else "")
+
+
+def _at(cost: float, accuracy: float) -> str:
+    return f"{cost:.3f} at {percent(accuracy)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _shares(row: Row) -> str:
@@ -120,7 +125,7 @@ def _front_cells(point: FrontPoint, value: float, describe: Callable[[Row], str]
         "budget": _WORDS["relative_macs"].format(value),
         "configuration": describe(test),
         "leave": _shares(test),
-        "validation": f"{validation.relative_macs:.3f} at {percent(validation.accuracy)}",
-        "test": f"{test.relative_macs:.3f} at {percent(test.accuracy)}",
+        "validation": _at(validation.relative_macs, validation.accuracy),
+        "test": _at(test.relative_macs, test.accuracy),
         "holds on test": test.relative_macs <= value,
     }

@@ -3,7 +3,7 @@
 A budget is met on the record that is searched. Shapes: N samples, P positions, H head types.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,14 @@ _PICOSECONDS = 10**12
 _CLIMB_UP_TO_SAMPLES = 65_536  # above, corners of the front lie too close for it to matter
 
 
+class Unattainable(UserError):  # noqa: N818  as Failure
+    """A budget that nothing attains; `nearest` is the value of its kind that something does."""
+
+    def __init__(self, text: str, nearest: float) -> None:
+        super().__init__(text)
+        self.nearest = nearest
+
+
 @dataclass(frozen=True)
 class Budget:
     """`relative_macs` or `relative_latency`: at most that mean cost, over the backbone's, at the best accuracy;
@@ -37,11 +45,19 @@ class Budget:
         if not (self.value > 0 if self.kind.startswith("relative") else 0 <= self.value <= 1):
             raise UserError(f"{self.kind} is {self.value}, allowed is {allowed}")
 
-    def holds(self, accuracy: float, relative_cost: float, base_accuracy: float) -> bool:
-        """Whether an operating point keeps within it; `base_accuracy` is the backbone's on the same samples."""
+    def measure(self, accuracy: float, relative_cost: float, base_accuracy: float) -> float:
+        """What of an operating point the budget limits; `base_accuracy` is the backbone's on the same samples."""
+        return {"min_accuracy": accuracy, "max_accuracy_drop": base_accuracy - accuracy}.get(self.kind, relative_cost)
+
+    def holds(self, measure: float) -> bool:
+        """Whether a measure keeps within the budget."""
         if self.kind.startswith("relative"):
-            return relative_cost <= self.value
-        return accuracy >= (base_accuracy - self.value if self.kind == "max_accuracy_drop" else self.value) - 1e-9
+            return measure <= self.value
+        return self.nearest((measure, self.value)) == measure or abs(measure - self.value) <= 1e-9
+
+    def nearest(self, measures: Iterable[float]) -> float:
+        """Of several measures the one that is easiest to keep within."""
+        return max(measures) if self.kind == "min_accuracy" else min(measures)
 
     def rank(self, accuracy: float, relative_cost: float) -> tuple[float, float]:
         """Of two operating points that keep within it the better one has the smaller rank."""
@@ -64,7 +80,7 @@ def within(front: Front, budget: Budget) -> tuple[float, Candidate]:
     """(accuracy weight, configuration) of a budget, the best that the front and single changes from it hold.
 
     The weight is that of the edge of the front on which the budget lies. Raises UserError for a budget that nothing
-    attains, naming the nearest that is attained.
+    attains, naming the nearest that is attained (Unattainable).
     """
     limit = _limit(front, budget)
     ends = front.solve([0.0, 1.0])
@@ -73,7 +89,7 @@ def within(front: Front, budget: Budget) -> tuple[float, Candidate]:
     if not limit.keeps(
         *((cheapest.correct, cheapest.macs) if by_cost else (most_accurate.correct, most_accurate.macs))
     ):
-        raise UserError(_unattainable(front, budget, cheapest if by_cost else most_accurate))
+        raise _unattainable(front, budget, cheapest if by_cost else most_accurate)
     weight, *edge = _bisect(front, limit, cheapest, most_accurate)
     kept = [candidate for candidate in front.pool.values() if limit.keeps(candidate.correct, candidate.macs)]
     if front.refine and front.problem.num_samples <= _CLIMB_UP_TO_SAMPLES:
@@ -94,16 +110,22 @@ def _limit(front: Front, budget: Budget) -> _Limit:
     return _Limit(lambda correct, macs: correct >= least, lambda correct, macs: (-macs, correct))
 
 
-def _unattainable(front: Front, budget: Budget, nearest: Candidate) -> str:
+def _unattainable(front: Front, budget: Budget, nearest: Candidate) -> Unattainable:
     point = nearest.point(front.problem.costs.full_macs)
-    reached = {
-        "relative_macs": f"the cheapest configuration has {point.relative_macs:.6g}",
-        "relative_latency": f"the fastest configuration has {point.relative_macs:.6g}",
-        "min_accuracy": f"the most accurate configuration has {point.accuracy:.6g}",
-        "max_accuracy_drop": "the most accurate configuration loses "
-        f"{front.problem.base_correct / point.num_samples - point.accuracy:.6g}",
+    reached, what = {
+        "relative_macs": (point.relative_macs, "the cheapest configuration has"),
+        "relative_latency": (point.relative_macs, "the fastest configuration has"),
+        "min_accuracy": (point.accuracy, "the most accurate configuration has"),
+        "max_accuracy_drop": (
+            front.problem.base_correct / point.num_samples - point.accuracy,
+            "the most accurate configuration loses",
+        ),
     }[budget.kind]
-    return f"{budget.kind} {budget.value} is unattainable on the searched record: {reached}; ask for that or more room"
+    return Unattainable(
+        f"{budget.kind} {budget.value} is unattainable on the searched record: {what} {reached:.6g}; ask for that or "
+        "more room",
+        reached,
+    )
 
 
 def _bisect(front: Front, limit: _Limit, cheap: Candidate, accurate: Candidate) -> tuple[float, Candidate, Candidate]:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from dynexit.core.tradeoff import Configuration, OperatingPoint, apply_configuration
-from dynexit.errors import UserError
-from dynexit.search.budgets import Budget, latency_costs, within
+from dynexit.search.budgets import Budget, Unattainable, latency_costs, within
 from dynexit.search.exact import Front, SearchResult, results
 from dynexit.search.methods import METHODS, NEVER, fixed_thresholds, geometric_fractions
 from dynexit.search.problem import Problem, objective_of
@@ -84,8 +83,8 @@ class PointSearch:
             entry: dict[str, Any] = {"budget": {budget.kind: budget.value}}
             try:
                 weight, configuration = self._within(budget)
-            except UserError as error:
-                entries.append({**entry, "unattainable": str(error)})
+            except Unattainable as error:
+                entries.append({**entry, "unattainable": str(error), "nearest": error.nearest})
             else:
                 entries.append({**entry, "accuracy_weight": weight, **self._judged(configuration)})
         return entries
@@ -96,9 +95,12 @@ class PointSearch:
         if not self.how.additive:
             return weight, Configuration(candidate.exits)
         base = self.searched.base_correct / self.searched.num_samples
-        kept = [r for r in self.found if budget.holds(r.point.accuracy, r.point.relative_macs, base)]
+        measures = [budget.measure(r.point.accuracy, r.point.relative_macs, base) for r in self.found]
+        kept = [result for result, measure in zip(self.found, measures, strict=True) if budget.holds(measure)]
         if not kept:
-            raise UserError(f"{budget.kind} {budget.value} is unattainable with additive heads at these weights")
+            nearest = budget.nearest(measures)
+            text = f"{budget.kind} {budget.value} is unattainable with the accuracy weights searched: {nearest:.6g} is"
+            raise Unattainable(text, nearest)
         best = min(kept, key=lambda r: budget.rank(r.point.accuracy, r.point.relative_macs))
         return best.accuracy_weight, best.configuration
 
