@@ -3,7 +3,7 @@
 matplotlib's object interface is used throughout: no global figure, no display, no change to the caller's settings.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,24 +223,58 @@ def exit_share_figure(
     _save(figure, path)
 
 
+def uncertainty_figure(
+    relative_macs_N: Sequence[float],
+    errors: Mapping[str, Sequence[float]],
+    coverages: Mapping[str, Sequence[float]],
+    level: float,
+    path: Path,
+    *,
+    theme: str = "light",
+) -> None:
+    """Draws calibration errors and the coverage of prediction sets, by label, along N points of a front, as a PNG.
+
+    `level` is what the sets were made for. Values are fractions; nan leaves a gap.
+    """
+    look = _THEMES[theme]
+    figure, left = _figure(look, (9, 3.6), num_columns=2)
+    right = figure.axes[1]
+    for axes, curves, title in (
+        (left, errors, "calibration error of the exits taken"),
+        (right, coverages, f"coverage of sets made for {100 * level:g} %"),
+    ):
+        for (label, values_N), colour in zip(curves.items(), look.methods, strict=False):
+            axes.plot(relative_macs_N, values_N, color=colour, linewidth=1.8, marker=".", markersize=5, label=label)
+        axes.set(xlabel="relative MACs of the front's points")
+        axes.set_title(title, loc="left", color=look.ink, fontsize=10.5)
+        axes.yaxis.set_major_formatter(_PERCENT)
+    left.set_ylim(bottom=0)
+    right.axhline(level, color=look.ink, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    for axes in (left, right):
+        axes.legend(loc="best", frameon=False, labelcolor=look.ink, fontsize=9)
+    _save(figure, path)
+
+
 def _cost(row: Row) -> float:
     return row.relative_macs
 
 
-def _figure(look: _Theme, inches: tuple[float, float]) -> tuple[Figure, Axes]:
+def _figure(look: _Theme, inches: tuple[float, float], num_columns: int = 1) -> tuple[Figure, Axes]:
+    """A figure of axes side by side, all in the theme, and the first of them."""
     with rc_context({"font.size": 10.5, "axes.axisbelow": True}):
         figure = Figure(
             figsize=inches, facecolor=look.background, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
         )
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot(facecolor=look.background)
-    axes.grid(color=look.grid, linewidth=0.8)
-    axes.spines[:].set_visible(False)
-    axes.spines["bottom"].set(visible=True, color=look.muted)
-    axes.tick_params(colors=look.muted, length=0, pad=6)
-    axes.xaxis.label.set_color(look.ink)
-    axes.yaxis.label.set_color(look.ink)
-    return figure, axes
+        for axes in figure.subplots(1, num_columns, squeeze=False)[0]:
+            axes.set_facecolor(look.background)
+            axes.grid(color=look.grid, linewidth=0.8)
+            axes.spines[:].set_visible(False)
+            axes.spines["bottom"].set(visible=True, color=look.muted)
+            axes.tick_params(colors=look.muted, length=0, pad=6)
+            axes.xaxis.label.set_color(look.ink)
+            axes.yaxis.label.set_color(look.ink)
+    return figure, figure.axes[0]
 
 
 def _save(figure: Figure, path: Path) -> None:
