@@ -32,7 +32,7 @@ from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
 from dynexit.record.finished import default_topk, is_recorded, recorded_splits, set_aside_stale
 from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_done, write_json
-from dynexit.state import missing_reason, report_identity
+from dynexit.state import check_budgets, missing_reason, report_identity
 from dynexit.sweep import Point, digest, method_settings
 from dynexit.tensor_files import save_tensors
 from dynexit.train.boosted import BoostedTask
@@ -237,8 +237,7 @@ def _record_header(point: Point, study_dir: Path, split: str, data: DataSets) ->
 def search(points: Sequence[Point], study_dir: Path) -> None:
     """Finds exit configurations for preferences and budgets from records alone; chosen on validation, judged on test.
 
-    Leaves configurations.json, budgets.json and fixed.json per point. Raises UserError for a budget that no point
-    attains.
+    Leaves configurations.json, budgets.json and fixed.json per point; a budget that a point cannot attain is noted.
     """
     from dynexit.search_job import run_search
 
@@ -246,7 +245,10 @@ def search(points: Sequence[Point], study_dir: Path) -> None:
 
 
 def report(points: Sequence[Point], study_dir: Path) -> None:
-    """Puts all finished `points` side by side: table, figures, page, MLflow. Points that are missing are named."""
+    """Puts all finished `points` side by side: table, figures, page, MLflow. Points that are missing are named.
+
+    Raises UserError for a budget that no point attains.
+    """
     from dynexit.report.study_report import track, write_report
 
     directory = study_dir / "report"
@@ -258,6 +260,7 @@ def report(points: Sequence[Point], study_dir: Path) -> None:
             failed.append(missing_reason(point, study_dir))
     if not ready:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
+    check_budgets(ready, study_dir)
     (directory / DONE).unlink(missing_ok=True)
     rows = write_report(ready, failed, study_dir)
     if points[0].config.report.mlflow:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dynexit.assemble import COSTS, HEADS
 from dynexit.core.cost import ExitCosts
-from dynexit.errors import UserError
 from dynexit.keys import parse_weights
 from dynexit.progress import Progress
 from dynexit.record.finished import recorded_splits
@@ -17,9 +16,10 @@ from dynexit.search.budgets import KINDS, Budget
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.problem import Problem
 from dynexit.search.study_points import PointSearch, Search, fixed_points
+from dynexit.state import BUDGETS
 from dynexit.sweep import Point
 
-CONFIGURATIONS, BUDGETS, FIXED = "configurations.json", "budgets.json", "fixed.json"
+CONFIGURATIONS, FIXED = "configurations.json", "fixed.json"
 
 
 def run_search(points: Sequence[Point], study_dir: Path) -> None:
@@ -31,7 +31,6 @@ def run_search(points: Sequence[Point], study_dir: Path) -> None:
         for num_samples in _search_all(missing, study_dir):
             progress.advance(num_samples, {})
         progress.finish()
-    _refuse_unattained(points, study_dir)
 
 
 def _search_all(points: Sequence[Point], study_dir: Path) -> Iterator[int]:
@@ -83,24 +82,3 @@ def _search_point(point: Point, study_dir: Path) -> int:
 
 def _trained(point: Point, study_dir: Path) -> Path:
     return job_dir(study_dir, "train", point.id)
-
-
-def _refuse_unattained(points: Sequence[Point], study_dir: Path) -> None:
-    """Raises UserError for the budgets that no point attains; one that some attain is a matter of the report."""
-    attained: set[Budget] = set()
-    refused: dict[Budget, dict[float, str]] = {}
-    for point in points:
-        if not any(getattr(point.config.search, kind) for kind in KINDS):
-            continue
-        for entry in read_json(job_dir(study_dir, "search", point.ids["search"]) / BUDGETS):
-            if "risk" in entry["budget"]:
-                continue
-            ((kind, value),) = entry["budget"].items()
-            if "unattainable" in entry:
-                told = f"{entry['unattainable']} ({point.label})"
-                refused.setdefault(Budget(kind, value), {}).setdefault(entry["nearest"], told)
-            else:
-                attained.add(Budget(kind, value))
-    texts = [told[budget.nearest(told)] for budget, told in refused.items() if budget not in attained]
-    if texts:
-        raise UserError("; ".join(texts))

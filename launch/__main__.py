@@ -131,6 +131,7 @@ def _submit(study: "Study", stages: Sequence[str], options: argparse.Namespace) 
 def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
     from dynexit.config_io import resolved_yaml
     from dynexit.run_dir import write_text
+    from dynexit.state import check_budgets
     from launch.plan import Job, missing_jobs, report_is_done
 
     failures: list[str] = []
@@ -149,6 +150,8 @@ def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespa
             left = dataclasses.replace(left, points=_finished(left, stage))
             if not left.points:
                 break
+        if stage == "search":
+            check_budgets(left.points, study.directory)
     if not did_something and options.command != "infer":
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
     if "report" in stages and left.points:
