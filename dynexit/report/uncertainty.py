@@ -6,7 +6,7 @@ Shapes: L exits of a configuration (its enabled ones, then the backbone), N samp
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +54,10 @@ class Measure:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """A point of the front and its figures; `is_exact` where all classes were recorded."""
+    """A point of the front and its figures."""
 
     point: FrontPoint
     measures: tuple[Measure, ...]
-    is_exact: bool
 
     def get(self, name: str, variant: str = "", alpha: float | None = None) -> float | None:
         """The figure of all test samples at the exits they take, None where there is none."""
@@ -74,11 +73,12 @@ class Uncertainty:
 class Outputs:
     """What one split's record says at the exits of a configuration, and where each sample leaves.
 
-    `probability_LNk` are the k most probable classes in falling order, `rank_LN` the label's place among them (0 where
-    it is not).
+    `rows` are the exits' rows of the record, `probability_LNk` the k most probable classes in falling order, `rank_LN`
+    the label's place among them (0 where it is not).
     """
 
     exits: tuple[int, ...]
+    rows: tuple[int, ...]
     exit_index_N: np.ndarray
     correct_LN: np.ndarray
     confidence_LN: np.ndarray
@@ -96,9 +96,9 @@ class Outputs:
         arrays = {
             field.name: getattr(self, field.name)[(slice(None),) * (field.name != "exit_index_N") + (samples_N,)]
             for field in fields(self)
-            if field.name not in ("exits", "num_classes")
+            if field.name not in ("exits", "rows", "num_classes")
         }
-        return Outputs(exits=self.exits, num_classes=self.num_classes, **arrays)
+        return replace(self, **arrays)
 
     def taken(self, values_LNx: np.ndarray) -> np.ndarray:
         """Of values at every exit those at the exit each sample takes."""
@@ -127,6 +127,7 @@ def read_outputs(record: Record, costs: ExitCosts, configuration: Configuration 
     is_label = np.stack([record.prediction(place)[rows] == record.label for place in places], -1)
     return Outputs(
         exits=exits,
+        rows=tuple(rows),
         exit_index_N=np.searchsorted(exits, exit_N),
         correct_LN=record.correct_RN[rows],
         confidence_LN=probabilities[0],
@@ -137,10 +138,13 @@ def read_outputs(record: Record, costs: ExitCosts, configuration: Configuration 
     )
 
 
-def measure(calibration: Outputs, test: Outputs) -> Iterator[Measure]:
-    """All figures of one configuration, fitted on `calibration` and judged on `test`."""
+def measure(calibration: Outputs, test: Outputs, fitted: dict[int, float] | None = None) -> Iterator[Measure]:
+    """All figures of one configuration, fitted on `calibration` and judged on `test`.
+
+    `fitted` holds temperatures by row of the record, for all configurations on the same samples, and is added to.
+    """
     yield Measure("num_samples", len(test.exit_index_N))
-    yield from _calibration_errors(calibration, test)
+    yield from _calibration_errors(calibration, test, {} if fitted is None else fitted)
     scores_LN = 1 - calibration.label_probability_LN.astype(np.float64)
     for variant in CONFORMAL_VARIANTS:
         threshold_AL = conformal_thresholds(scores_LN, calibration.exit_index_N, ALPHAS, variant)
@@ -158,11 +162,15 @@ def measure(calibration: Outputs, test: Outputs) -> Iterator[Measure]:
                     yield from _sets(test, everybody, threshold_L, "all", exit_, variant=variant, alpha=alpha)
 
 
-def _calibration_errors(calibration: Outputs, test: Outputs) -> Iterator[Measure]:
+def _calibration_errors(calibration: Outputs, test: Outputs, fitted: dict[int, float]) -> Iterator[Measure]:
     confidences = {"": test.confidence_LN}
     if test.is_exact:
-        logits_LNk = np.log(np.maximum(calibration.probability_LNk, np.finfo(np.float32).tiny, dtype=np.float64))
-        temperature_L = [temperature(*both) for both in zip(logits_LNk, calibration.rank_LN, strict=True)]
+        for index, row in enumerate(calibration.rows):
+            if row not in fitted:
+                probability_NK = calibration.probability_LNk[index].astype(np.float64)
+                probability_NK = np.maximum(probability_NK, np.finfo(np.float32).tiny)
+                fitted[row] = temperature(np.log(probability_NK), calibration.rank_LN[index])
+        temperature_L = [fitted[row] for row in calibration.rows]
         for exit_, value in zip(test.exits, temperature_L, strict=True):
             yield Measure("temperature", value, "all", exit_)
         confidences["_scaled"] = np.stack(
@@ -210,17 +218,18 @@ def uncertainties(points: Sequence[Point], rows: Sequence[PointRow], study_dir: 
     front = within_budgets(front_of(rows), HUNDREDTHS)
     by_id = {identity: point for point in reversed(points) for identity in point.ids.values()}
     found: dict[int, Uncertainty] = {}
+    fitted: dict[tuple[str, float], dict[int, float]] = {}
     # record by record, so that one at a time is held in memory
     for place in sorted(range(len(front)), key=lambda i: by_id[front[i].test.point_id].ids["record"]):
         point = by_id[front[place].test.point_id]
         source = job_dir(study_dir, "record", point.ids["record"])
         calibration, test = (_outputs_of(front[place].test, point, source, split) for split in ("validation", "test"))
-        held_back_N = calibration_samples(
-            point.config.data, point.config.search.calibration_share, len(calibration.exit_index_N)
-        )
+        share = point.config.search.calibration_share
+        held_back_N = calibration_samples(point.config.data, share, len(calibration.exit_index_N))
         if held_back_N.any():
             calibration = calibration.of(held_back_N)
-        found[place] = Uncertainty(front[place], tuple(measure(calibration, test)), test.is_exact)
+        temperatures = fitted.setdefault((point.ids["record"], share), {})
+        found[place] = Uncertainty(front[place], tuple(measure(calibration, test, temperatures)))
     return [found[place] for place in range(len(front))]
 
 

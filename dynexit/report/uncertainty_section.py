@@ -12,12 +12,12 @@ from dynexit.report.uncertainty import ALPHA, Uncertainty
 
 _HEADING = "Calibration and prediction sets"
 _WHAT = (
-    "For points of the front: expected calibration error (ECE, 15 bins) of the exits taken, over the whole test set, "
-    "with bins of equal counts and of equal widths; the same with the logits of each exit divided by a temperature "
-    "fitted on validation (scaled); and conformal sets made to hold the label of {level} of the samples, with one "
-    "threshold for all exits (general) and with one per exit (from what leaves there, or from all where that is 20 "
-    "samples or less). Coverage and, in brackets, the mean number of classes are of test; uncertainty.csv has all "
-    "levels and exits. "
+    "For points of the front, by relative MACs: expected calibration error (ECE, 15 bins) of the exits taken, over the "
+    "whole test set, with bins of equal counts and of equal widths; the same with the logits of each exit divided by a "
+    "temperature fitted on validation (scaled); and conformal sets made to hold the label of {level} of the samples, "
+    "with one threshold for all exits (general) and with one per exit (from what leaves there, or from all where that "
+    "is 20 samples or less). Coverage and, in brackets, the mean number of classes are of test; uncertainty.csv has "
+    "all levels and exits. "
 )
 _SAME_DATA = (
     "Nothing of validation was held back (search.calibration_share is 0): the samples that chose thresholds and points "
@@ -50,7 +50,7 @@ def uncertainty_section(found: Sequence[Uncertainty], share: float, classes: tup
 def _cells(one: Uncertainty) -> dict[str, str]:
     temperatures = one.temperatures()
     cells = {
-        "relative MACs": f"{one.point.test.relative_macs:.3f}",
+        "MACs": f"{one.point.test.relative_macs:.3f}",
         "accuracy": percent(one.point.test.accuracy),
         "ECE": _percent(one.get("ece_quantile")),
         "equal widths": _percent(one.get("ece_width")),

@@ -175,7 +175,7 @@ def front_point(relative_macs: float) -> FrontPoint:
 @pytest.mark.parametrize(("share", "topk"), [(0.0, CLASSES), (0.25, 1)])
 def test_table_and_section_say_what_was_measured(tmp_path: Path, share: float, topk: int) -> None:
     measures, *_ = measured(tmp_path, topk)
-    found = [Uncertainty(front_point(cost), tuple(measures), topk == CLASSES) for cost in (0.2, 0.31, 0.5)]
+    found = [Uncertainty(front_point(cost), tuple(measures)) for cost in (0.2, 0.31, 0.5)]
     write_uncertainty(tmp_path / "uncertainty.csv", found)
     with (tmp_path / "uncertainty.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
