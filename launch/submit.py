@@ -19,9 +19,12 @@ _POLL_SECONDS = 0.5
 class Task:
     """What submitit calls: one job. After a time-out the same call, made again, goes on where it stopped."""
 
-    def __call__(self, job: Job) -> str:
-        """Runs the job; the text of what failed, or nothing."""
-        return run_job(job)
+    def __call__(self, job: Job) -> str | UserError:
+        """Runs the job; the text of what failed, or nothing; the user's mistake as what it is."""
+        try:
+            return run_job(job)
+        except UserError as error:
+            return UserError(str(error))  # of a subclass not each comes through a pickle
 
     def checkpoint(self, job: Job) -> Any:
         """What submitit submits again when it must stop this process."""
@@ -47,7 +50,10 @@ def run_here(jobs: Sequence[Job]) -> list[str]:
 
 
 def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
-    """Runs the jobs as processes of this machine, as many at a time as its CPUs carry; otherwise as `run_here`."""
+    """Runs the jobs as processes of this machine, as many at a time as its CPUs carry; otherwise as `run_here`.
+
+    A mistake of the user's ends the others, as it does there.
+    """
     import submitit
 
     executor = submitit.LocalExecutor(folder=folder)
@@ -81,6 +87,8 @@ def _outcome(job: Job, submitted: Any) -> list[str]:
     except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
         last = [line for line in str(error).strip().splitlines() if line.strip()][-1:]
         text = f"{job.name} failed: {' '.join(last).strip()} (log {submitted.paths.stderr})"
+    if isinstance(text, UserError):
+        raise text
     return [text] if text else []
 
 
