@@ -34,7 +34,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 from tests.command_line import digests  # noqa: E402  the path is set above
 
 # a pack of its own for each point: the bits of a point that is trained again do not depend on who else is
-OVERRIDES = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "dist.members_per_pack=1", "report.mlflow=false")
+ALONE = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "dist.members_per_pack=1", "report.mlflow=false")
+SHORT = ("prepare.num_epochs=1", "train.num_epochs=3", "train.global_batch_size=150", "jei_dnn.max_warm_up_epochs=1")
 LONGEST_SECONDS = 300.0
 MOST_TRIES = 12
 SLOW_SECONDS = 0.1  # of every fsync while the disk is slow
@@ -96,6 +97,7 @@ def _be_the_program(folder: Path, output: Path, slow: mmap.mmap) -> None:
         time.sleep(struct.unpack("d", slow[:8])[0])
         really(file)
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         os.chdir(folder)
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -104,7 +106,7 @@ def _be_the_program(folder: Path, output: Path, slow: mmap.mmap) -> None:
         os.fsync = fsync  # type: ignore[assignment]
         from launch.__main__ import main
 
-        status = main(["run", str(ROOT / "tests" / "tiny_study.yaml"), *OVERRIDES])
+        status = main(["run", str(ROOT / "tests" / "tiny_study.yaml"), *ALONE, *SHORT])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -268,4 +270,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the kinds and moments")
     parser.add_argument("--faults-per-run", type=int, default=4, metavar="K")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without taking the disk down
     sys.exit(campaign(options.faults, options.seed, options.faults_per_run))
