@@ -116,7 +116,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
 
 
-LONG = ("sweep.jei_dnn.ce_ic_tradeoff=[1]", "train.num_epochs=60", "train.global_batch_size=20", "report.mlflow=false")
+LONG = ("sweep.jei_dnn.ce_ic_tradeoff=[1]", "train.num_epochs=40", "train.global_batch_size=20", "report.mlflow=false")
 
 
 @pytest.fixture(scope="session")
