@@ -64,7 +64,7 @@ def load_model(point: Point, study_dir: Path, ranks: Ranks) -> tuple[MultiExit, 
     costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types)
     if config.train.method not in METHODS_WITH_GATES:
         costs = dataclasses.replace(costs, gate_macs=(0,) * len(costs.positions))
-    return MultiExit(backbone, costs.positions).to(ranks.device), costs
+    return MultiExit(backbone, costs.positions, costs.head_types).to(ranks.device), costs
 
 
 def load_heads(

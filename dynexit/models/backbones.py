@@ -89,6 +89,15 @@ class Backbone(nn.Module):
         """
         return self._cut.feature(h)
 
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the model classifies by a class token, so that its pooled features are something else."""
+        return self._cut.pooled is not None
+
+    def pooled_feature(self, i: int, h: State) -> Tensor:
+        """As `feature`, but always the mean over space or patch tokens (DyCE), (B, D_i)."""
+        return (self._cut.pooled or self._cut.feature)(h)
+
     def forward(self, x: Tensor) -> Tensor:
         """The backbone's own logits (B, K)."""
         h = self.stem(x)

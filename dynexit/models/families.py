@@ -16,12 +16,16 @@ State = Any  # Tensor | tuple[Tensor, ...]; see above
 
 @dataclass(frozen=True)
 class Cut:
-    """A model as functions that, run one after another, are its own forward: stem, every block, tail."""
+    """A model as functions that, run one after another, are its own forward: stem, every block, tail.
+
+    `feature` is what a linear exit reads; `pooled` what an MLP exit reads where that is something else.
+    """
 
     stem: Callable[[Tensor], State]
     blocks: Sequence[Callable[[State], State]]
     tail: Callable[[State], Tensor]
     feature: Callable[[State], Tensor]
+    pooled: Callable[[State], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,15 @@ def _staged(stem: str, stages: str, end: str = "", *, channels_last: bool = Fals
 
 def _token_feature(model: Any, tokens: Tensor) -> Tensor:
     """What the model's classifier would read: the normalised class token, or the mean of the patch tokens."""
-    if model.global_pool == "token":
-        feature: Tensor = model.fc_norm(model.norm(tokens[:, 0]))
-    else:
-        feature = model.fc_norm(model.norm(tokens)[:, model.num_prefix_tokens :].mean(1))
+    if model.global_pool != "token":
+        return _mean_token(model, tokens)
+    feature: Tensor = model.fc_norm(model.norm(tokens[:, 0]))
+    return feature
+
+
+def _mean_token(model: Any, tokens: Tensor) -> Tensor:
+    """The mean of the patch tokens, normalised as the classifier's input is."""
+    feature: Tensor = model.fc_norm(model.norm(tokens)[:, model.num_prefix_tokens :].mean(1))
     return feature
 
 
@@ -79,6 +88,7 @@ def _vit(model: Any) -> Cut:
         blocks=list(model.blocks),
         tail=partial(_chain, [model.norm, model.forward_head]),
         feature=partial(_token_feature, model),
+        pooled=partial(_mean_token, model) if model.global_pool == "token" else None,
     )
 
 
@@ -99,11 +109,18 @@ def _eva(model: Any) -> Cut:
         blocks=[partial(run, i) for i in range(len(model.blocks))],
         tail=lambda h: model.forward_head(model.norm(h[0])),
         feature=lambda h: _token_feature(model, h[0]),
+        pooled=(lambda h: _mean_token(model, h[0])) if model.global_pool == "token" else None,
     )
 
 
 def _t2t_vit(model: Any) -> Cut:
-    return Cut(stem=model.embed, blocks=list(model.blocks), tail=model.forward_head, feature=model.feature)
+    return Cut(
+        stem=model.embed,
+        blocks=list(model.blocks),
+        tail=model.forward_head,
+        feature=model.feature,
+        pooled=lambda tokens: model.norm(tokens[:, 1:]).mean(1),
+    )
 
 
 T2T_FAMILY = Family("T2T-ViT", _t2t_vit, takes_image_size=True)

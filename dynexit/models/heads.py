@@ -136,7 +136,7 @@ class StackedHeads(_Stacked):
                     layer.initialise(member, generator, initialisation)  # type: ignore[operator]
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits (M, P·H, B, K) from what the exits read, one (B, D_p) a position."""
+        """Logits (M, P·H, B, K) from what the exits read, one (B, D_p) or (B, 2, D_p) a position (see MultiExit)."""
         num_types = len(self.row_names) // len(features)
         rows: list[Tensor] = []
         for row, name in enumerate(self.row_names):
@@ -145,11 +145,14 @@ class StackedHeads(_Stacked):
         return torch.stack(rows, dim=1)
 
     def head(self, row_name: str, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """Logits (M, B, K) of the one head `{position}.{head_type}`, from its position's feature (B, D).
+        """Logits (M, B, K) of the one head `{position}.{head_type}`, from its position's feature, (B, D) or (B, 2, D).
 
-        `before` is what this gave for the same head type at the position before; only additive heads need it.
+        Of two features the linear head reads the first, MLP heads the second. `before` is what this gave for the same
+        head type at the position before; only additive heads need it.
         """
         layers = list(self.get_submodule(row_name).children())
+        if x.dim() == 3:
+            x = x[:, 0 if row_name.endswith(".linear") else 1]
         for layer in layers[:-1]:
             x = layer(x).relu()
         logits: Tensor = layers[-1](x)

@@ -16,10 +16,11 @@ class MultiExit(nn.Module):
     """A backbone, frozen (eval mode and no autograd, always), with exits after the blocks in `positions`.
 
     `positions` rise strictly and lie in 0..num_blocks-2: after the last block the backbone's own classifier decides.
-    Raises UserError otherwise.
+    Raises UserError otherwise. Linear heads read the class token where there is one, MLP heads pooled features; where
+    `head_types` has both, an exit's feature holds the two, (B, 2, D_p), else it is (B, D_p).
     """
 
-    def __init__(self, backbone: Backbone, positions: Sequence[int]) -> None:
+    def __init__(self, backbone: Backbone, positions: Sequence[int], head_types: Sequence[str] = ("linear",)) -> None:
         super().__init__()
         last = backbone.num_blocks - 2
         if not positions or list(positions) != sorted(set(positions)) or positions[0] < 0 or positions[-1] > last:
@@ -30,6 +31,9 @@ class MultiExit(nn.Module):
         self.positions = tuple(positions)
         self.feature_dims = tuple(backbone.feature_dims[i] for i in self.positions)
         self.backbone = backbone.requires_grad_(False).eval()
+        readers = {"linear": backbone.feature, "mlp": backbone.pooled_feature}
+        kinds = sorted({"linear" if name == "linear" else "mlp" for name in head_types})
+        self._readers = [readers[kind] for kind in (kinds if backbone.has_class_token else kinds[:1])]
 
     def train(self, mode: bool = True) -> "MultiExit":
         """Nothing but the flag: the backbone stays in eval mode."""
@@ -39,7 +43,7 @@ class MultiExit(nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(What every exit reads, P tensors (B, D_p); the backbone's own logits (B, K)) from images (B, C, H, W)."""
+        """(What every exit reads, P tensors; the backbone's own logits (B, K)) from images (B, C, H, W)."""
         features = []
         h = self.start(x)
         for p in range(len(self.positions)):
@@ -59,8 +63,9 @@ class MultiExit(nn.Module):
 
     @torch.no_grad()
     def feature(self, p: int, h: State) -> Tensor:
-        """What the exit at position number p reads, (B, D_p), from the state there."""
-        return self.backbone.feature(self.positions[p], h)
+        """What the exit at position number p reads, (B, D_p) or (B, 2, D_p), from the state there."""
+        read = [reader(self.positions[p], h) for reader in self._readers]
+        return read[0] if len(read) == 1 else torch.stack(read, 1)
 
     @torch.no_grad()
     def tail(self, h: State, from_p: int) -> Tensor:

@@ -1,11 +1,14 @@
 """All exits at once and one stretch after another."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from dynexit.errors import UserError
 from dynexit.models.backbones import build_backbone
+from dynexit.models.heads import StackedHeads
 from dynexit.models.multi_exit import MultiExit, select
 from tests.models.test_backbones import images
 from tests.models.tiny import TINY, build_tiny
@@ -83,3 +86,38 @@ def test_positions_that_do_not_fit(positions: list[int]) -> None:
         f"exit positions {positions} do not fit resnet18: give block indices in rising order from 0 to 6 (it has 8 "
         "blocks, and its own classifier sits after the last)"
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["T2T-ViT", "ViT", "DINOv2", "DeiT distilled", "EVA mixed", "ViT mean", "ResNet"])
+def test_mlp_heads_read_pooled_features_and_linear_heads_the_class_token(family: str) -> None:
+    backbone, mlp = build_tiny(family), "mlp2x7"
+    x, model = images(backbone), backbone.model
+    token = family not in ("ViT mean", "ResNet")
+    assert backbone.has_class_token == token
+    h = backbone.run_block(0, backbone.stem(x))
+    tokens = h[0] if isinstance(h, tuple) else h
+    expected = backbone.feature(0, h)
+    if token:
+        first = model.num_prefix_tokens if hasattr(model, "num_prefix_tokens") else 1
+        expected = getattr(model, "fc_norm", nn.Identity())(model.norm(tokens)[:, first:].mean(1))
+        assert not torch.allclose(expected, backbone.feature(0, h), atol=1e-2)
+    torch.testing.assert_close(MultiExit(backbone, [0], [mlp]).features(x)[0][0], expected)
+
+    types = ["linear", mlp]
+    (both,), _ = MultiExit(backbone, [0], types).features(x)
+    dims = backbone.feature_dims[:1]
+    assert both.shape == ((3, 2, *dims) if token else (3, *dims))
+    logits = StackedHeads(dims, [0], types, 5, [4, 9])([both])
+    heads = StackedHeads(dims, [0], types, 5, [4, 9])
+    torch.testing.assert_close(logits[:, 0], heads.head("0.linear", backbone.feature(0, h)))
+    torch.testing.assert_close(logits[:, 1], heads.head(f"0.{mlp}", expected))
+
+
+@torch.no_grad()
+def test_what_no_head_reads_is_not_computed() -> None:
+    backbone = copy.deepcopy(build_tiny("ViT"))
+    seen: list[int] = []
+    backbone.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dim()))
+    MultiExit(backbone, [0]).features(images(backbone))
+    assert seen == [2, 3]  # the class token of the exit alone; all tokens once, for the backbone's own classifier
