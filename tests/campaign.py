@@ -164,6 +164,8 @@ class DisturbedRun:
             self.faults.append(f"truncated {path.relative_to(self.study)}")
 
     def _fill(self, program: Program) -> None:
+        if program.is_over():
+            return self._after(program)
         self.faults.append("full disk")
         filler = self.folder / "filler"
         try:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -91,6 +92,7 @@ def running() -> Iterator[Path]:
     port = str(20000 + os.getpid() % 20000 // 8 * 8)  # another cluster may be up on this machine
     environment = {**ENVIRONMENT, "DEVCLUSTER": str(folder / "c"), "EXTRA_CONF": "MaxArraySize=5", "CPUS": "2"}
     environment["PORT"] = port
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is told to end takes the cluster down first
     try:
         subprocess.run([DEVCLUSTER / "up.sh"], env=environment, check=True, timeout=120)
         ENVIRONMENT["SLURM_CONF"] = os.environ["SLURM_CONF"] = str(folder / "c" / "slurm.conf")
