@@ -167,7 +167,8 @@ class DisturbedRun:
 
     def _fill(self, program: Program) -> None:
         if program.is_over():
-            return self._after(program)
+            self._after(program)
+            return
         self.faults.append("full disk")
         filler = self.folder / "filler"
         try:
