@@ -132,9 +132,8 @@ class DisturbedRun:
             if len(self.faults) >= num_faults or self.complaint:
                 break
             program = Program(self.folder, self.output, self.slow)
-            program.wait(
-                self.chance.uniform(0, self.seconds) * self.chance.choice((0.1, 0.3, 1))
-            )  # less is left each time
+            part = self.chance.choice((0.1, 0.3, 1))  # the more is done, the less of a run is left
+            program.wait(self.chance.uniform(0, part * self.seconds))
             fault = self.chance.choice((self._kill, self._signal, self._truncate, self._fill, self._slow_down))
             fault(program)
         for _ in range(MOST_TRIES):
