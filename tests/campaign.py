@@ -71,8 +71,13 @@ class Program:
     def wait(self, seconds: float) -> bool:
         """Whether it is over within that time."""
         deadline = time.monotonic() + seconds
-        while not self.is_over() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        try:
+            while not self.is_over() and time.monotonic() < deadline:
+                time.sleep(0.002)
+        except (SystemExit, KeyboardInterrupt):
+            self.send(signal.SIGKILL)
+            os.waitpid(self.process, 0)
+            raise
         return self.is_over()
 
     def send(self, number: int) -> None:
