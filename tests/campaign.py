@@ -71,8 +71,13 @@ class Program:
     def wait(self, seconds: float) -> bool:
         """Whether it is over within that time."""
         deadline = time.monotonic() + seconds
-        while not self.is_over() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        try:
+            while not self.is_over() and time.monotonic() < deadline:
+                time.sleep(0.002)
+        except (SystemExit, KeyboardInterrupt):
+            self.send(signal.SIGKILL)
+            os.waitpid(self.process, 0)
+            raise
         return self.is_over()
 
     def send(self, number: int) -> None:
@@ -132,7 +137,8 @@ class DisturbedRun:
             if len(self.faults) >= num_faults or self.complaint:
                 break
             program = Program(self.folder, self.output, self.slow)
-            program.wait(self.chance.uniform(0, self.seconds))
+            part = self.chance.choice((0.1, 0.3, 1))  # the more is done, the less of a run is left
+            program.wait(self.chance.uniform(0, part * self.seconds))
             fault = self.chance.choice((self._kill, self._signal, self._truncate, self._fill, self._slow_down))
             fault(program)
         for _ in range(MOST_TRIES):
@@ -164,6 +170,9 @@ class DisturbedRun:
             self.faults.append(f"truncated {path.relative_to(self.study)}")
 
     def _fill(self, program: Program) -> None:
+        if program.is_over():
+            self._after(program)
+            return
         self.faults.append("full disk")
         filler = self.folder / "filler"
         try:
@@ -171,10 +180,10 @@ class DisturbedRun:
                 while True:
                     file.write(bytes(1 << 16))
             ended = program.end()
-            if ended.status not in (0, 1) or (ended.status and "No space left on device" not in ended.text):
-                self.complaint = f"full disk: exit status {ended.status}, {ended.text[-500:]}"
         finally:
             filler.unlink(missing_ok=True)  # the remedy: make room, then run again
+        if ended.status != 1 or "No space left on device" not in ended.text or "Traceback" in ended.text:
+            self._after(program, 0)
 
     def _slow_down(self, program: Program) -> None:
         """From now on every fsync takes longer; then a kill, which so is likely to come during a save."""

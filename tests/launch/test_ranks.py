@@ -17,6 +17,7 @@ from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
 
 # the last batch of an epoch has one sample: one of the ranks has none of it
 UNEVEN = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "train.global_batch_size=101", "report.mlflow=false")
+UNEVEN += ("prepare.num_epochs=1", "train.num_epochs=3", "dist.checkpoint_seconds=60")
 STARTERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "-m", "launch"],
     "accelerate": [
