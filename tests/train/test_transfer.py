@@ -104,7 +104,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(tmp_path: Path) -> None:
 
 def test_the_gradient_of_the_whole_batch_is_clipped(tmp_path: Path) -> None:
     backbone = small_backbone()
-    before = {name: value.clone() for name, value in backbone.model.named_parameters()}
+    before = {name: value.detach().clone() for name, value in backbone.model.named_parameters()}
     settings = Prepare(momentum=0.0, weight_decay=0.0, learning_rate=1.0, num_warm_up_epochs=0, clip_norm=0.01)
     task = TransferTask(backbone, settings.model_copy(update={"micro_batch_size": 4}), 4, 5, tiny_split(9), RANKS)
     task.train_step(tiny_split().__getitems__(range(13)), 1.0)
