@@ -196,7 +196,9 @@ class Dyce(Section):
 
 
 class Record(Section):
-    topk: int = key(1, "most probable classes recorded per exit", "classes", ge=1)
+    topk: int | None = key(
+        None, "most probable classes kept per exit; null: all of at most 10, else 1", "classes", ge=1
+    )
     batch_size: int = key(256, "images per forward pass", "images", ge=1)
     samples_per_shard: int = key(65536, "most samples in one shard", "samples", ge=1)
     train: bool = key(False, "whether the training split is recorded too, its images not augmented (for search.risk)")
@@ -233,11 +235,13 @@ class Search(Section):
         lt=1,
     )
     risk_confidence: float = key(0.95, "confidence of that certificate", gt=0, lt=1)
+    calibration_share: float = key(0.0, "share of validation kept from the search to calibrate on", ge=0, lt=1)
     workers: int = key(1, "processes that search points at the same time", changes_results=False, ge=1)
 
 
 class Report(Section):
     title: str | None = key(None, "heading of the report; null takes the study's name")
+    published: Literal["auto", "none"] = key("auto", "auto draws what a paper's authors recorded for it beside")
     mlflow: bool = key(True, "whether the results are written to MLflow too")
     tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")
 

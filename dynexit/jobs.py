@@ -30,7 +30,7 @@ from dynexit.errors import Failure
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
-from dynexit.record.finished import is_recorded, recorded_splits, set_aside_stale
+from dynexit.record.finished import default_topk, is_recorded, recorded_splits, set_aside_stale
 from dynexit.run_dir import DONE, FAILED, done_digest, is_done, job_dir, mark_done, write_json
 from dynexit.state import check_budgets, missing_reason, report_identity
 from dynexit.sweep import Point, digest, method_settings
@@ -192,7 +192,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
             [directory / split for directory in directories],
             [_record_header(point, study_dir, split, data) for point in points],
             exits=[(position, head_type) for position in costs.positions for head_type in costs.head_types],
-            topk=config.record.topk,
+            topk=config.record.topk or default_topk(data.num_classes),
             num_samples=len(samples),
             batch_size=config.record.batch_size,
             num_gates=len(costs.positions) if has_gates else 0,
@@ -272,7 +272,11 @@ def report(points: Sequence[Point], study_dir: Path) -> None:
     rows = write_report(ready, failed, study_dir)
     if points[0].config.report.mlflow:
         track(ready, rows, study_dir)
-    mark_done(directory, report_identity(points, study_dir), ["operating_points.csv", "pareto.png", "report.html"])
+    mark_done(
+        directory,
+        report_identity(points, study_dir),
+        ["operating_points.csv", "uncertainty.csv", "pareto.png", "report.html"],
+    )
 
 
 def infer(points: Sequence[Point], study_dir: Path) -> None:

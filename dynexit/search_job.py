@@ -13,6 +13,7 @@ from dynexit.record.finished import recorded_splits
 from dynexit.record.shards import Record
 from dynexit.run_dir import done_digest, is_done, job_dir, mark_done, read_json, write_json
 from dynexit.search.budgets import KINDS, Budget
+from dynexit.search.held_back import calibration_samples
 from dynexit.search.problem import Problem
 from dynexit.search.study_points import PointSearch, Search, fixed_points
 from dynexit.state import BUDGETS
@@ -55,6 +56,8 @@ def _search_point(point: Point, study_dir: Path) -> int:
         for split in recorded_splits(point.config.record)
         if split != "train" or settings.risk is not None
     }
+    held_back = calibration_samples(point.config.data, settings.calibration_share, problems["validation"].num_samples)
+    problems["validation"] = problems["validation"].of(~held_back)
     how = Search(
         method=settings.method,
         normalize=settings.normalize,

@@ -99,12 +99,15 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 def _run(study: "Study", options: argparse.Namespace) -> int:
     from launch.plan import check_identity
+    from launch.ranks import num_ranks
     from launch.submissions import check_queue
     from launch.submit import hold
 
     stages = STAGES if options.command in ("run", "infer") else STAGES[: STAGES.index(options.command) + 1]
     if options.dry_run:
         return _print_plan(study, stages, options)
+    if num_ranks() > 1:
+        return _run_with_ranks(study, stages, options)
     _check_models(study)
     with hold(study.directory):
         check_identity(study)
@@ -128,6 +131,26 @@ def _submit(study: "Study", stages: Sequence[str], options: argparse.Namespace) 
     return 0
 
 
+def _run_with_ranks(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
+    """One of the processes of `torchrun -m launch` or `accelerate launch -m launch`."""
+    from dynexit.errors import UserError
+    from launch.ranks import is_main, prepare_alone, run_together
+    from launch.submit import hold
+
+    if options.on != "here" or options.command == "infer":
+        what = "infer" if options.command == "infer" else f"--on {options.on}"
+        raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
+    status = prepare_alone(study, [str(options.study), *options.overrides])
+    if status:
+        return status
+    failures = run_together(study, stages)
+    rest = [stage for stage in stages if stage in ("search", "report")]
+    if not is_main() or not rest:
+        return _told(failures)
+    with hold(study.directory):
+        return max(_told(failures), _run_stages(study, rest, options))
+
+
 def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
     from dynexit.config_io import resolved_yaml
     from dynexit.run_dir import write_text
@@ -137,8 +160,10 @@ def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespa
     failures: list[str] = []
     write_text(study.directory / "study.yaml", resolved_yaml(study, with_meanings=False))
     did_something = False
-    left = study
+    left = study if stages[0] == STAGES[0] else dataclasses.replace(study, points=_finished(study, "record"))
     for stage in stages:
+        if not left.points:
+            break
         if stage == "report":
             jobs = [] if report_is_done(study) else [Job("report", study.points, study.directory)]
         else:
@@ -148,8 +173,6 @@ def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespa
             failures += _run_jobs(jobs, options.on, study)
         if stage != "report":
             left = dataclasses.replace(left, points=_finished(left, stage))
-            if not left.points:
-                break
         if stage == "search":
             check_budgets(left.points, study.directory)
     if not did_something and options.command != "infer":
@@ -158,6 +181,10 @@ def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespa
         _print_result(study)
     if options.command == "infer" and not failures:
         failures += _run_jobs([Job("infer", left.points, study.directory)], options.on, study)
+    return _told(failures)
+
+
+def _told(failures: Sequence[str]) -> int:
     for text in failures:
         print(f"dynexit: {text}", file=sys.stderr)
     return 1 if failures else 0

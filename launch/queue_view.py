@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynexit.errors import Failure
@@ -77,17 +78,17 @@ def _why(job: Submitted, point: Point, entry: QueuedJob | None) -> str:
     for failure in job.failures():
         if point.id in failure["points"]:
             return str(failure["reason"])
-    said = last_error(job)
+    said = last_error(job.logs())
     ends = job.ends[-1] if job.ends else ""
     if entry is not None and not ends:
         ends = f"{job.stage} job {job.job_id} ended as {entry.state}"
     return "; ".join(part for part in (said, ends) if part) or f"{job.stage} job {job.job_id} left no word"
 
 
-def last_error(job: Submitted) -> str:
-    """The last error that a rank of the job printed, rather than what the others said of its end."""
+def last_error(logs: Sequence[Path]) -> str:
+    """The last error that a rank printed, rather than what the others said of its end; '' where none did."""
     found = []
-    for path in job.logs():
+    for path in logs:
         if path.suffix != ".err":
             continue
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
         progress = _progress(folder) if missing == "train" and folder is not None else {}
         state = f"{missing} {'running' if held else 'to do'}"
         step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
-        figures = " ".join(f"{name} {float(value):.4g}" for name, value in progress.get("figures", {}).items())
+        figures = " ".join(_told(progress))
         if "train" in finished:
             figures = _last_figures(study.directory, point)
     elif held:
@@ -69,6 +70,12 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
         attempts, node = str(on_cluster.attempts), on_cluster.node
         log = log if log.is_file() else on_cluster.log
     return PointStatus(point.label, point.id, state, step, figures, attempts, node, str(log) if log.is_file() else "")
+
+
+def _told(progress: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{name} {float(value):.4g}" for name, value in progress.get("figures", {}).items())
+    if "seconds_left" in progress:
+        yield f"{progress['images_per_second']:.0f} images/s {progress['seconds_left']:.0f} s left"
 
 
 def _last_figures(study_dir: Path, point: Point) -> str:

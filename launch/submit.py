@@ -1,6 +1,7 @@
-"""Running jobs: in this process, or as processes of their own through submitit (whose only user this file is)."""
+"""Running jobs: in this process, or through submitit as processes of their own, with the ranks that the study asks."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import socket
@@ -10,24 +11,53 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynexit.config import Dist
 from dynexit.errors import Failure, UserError
 from launch.plan import Job
+from launch.queue_view import last_error
 
 _POLL_SECONDS = 0.5
 
 
+@dataclasses.dataclass(frozen=True)
 class Task:
-    """What submitit calls: one job. After a time-out the same call, made again, goes on where it stopped."""
+    """What submitit calls: one job. After a time-out the same call, made again, goes on where it stopped.
 
-    def __call__(self, job: Job) -> str:
-        """Runs the job; the text of what failed, or nothing."""
-        return run_job(job)
+    Where there are several ranks, they meet at `port` of this machine.
+    """
+
+    port: int | None = None
+
+    def __call__(self, job: Job) -> str | UserError:
+        """Runs the job; the text of what failed, or nothing; the user's mistake as what it is."""
+        if self.port is not None:
+            self._join_ranks(self.port, job)
+        try:
+            text = run_job(job)
+        except UserError as error:
+            return UserError(str(error))  # of a subclass not each comes through a pickle
+        if self.port is not None:
+            from dynexit.dist import stop_ranks
+
+            stop_ranks()
+        return text
+
+    @staticmethod
+    def _join_ranks(port: int, job: Job) -> None:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        from dynexit.dist import start_ranks
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist = job.points[0].config.dist
+        start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
 
     def checkpoint(self, job: Job) -> Any:
         """What submitit submits again when it must stop this process."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(Task(), job)
+        return DelayedSubmission(self, job)
 
 
 def run_job(job: Job) -> str:
@@ -47,44 +77,76 @@ def run_here(jobs: Sequence[Job]) -> list[str]:
 
 
 def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
-    """Runs the jobs as processes of this machine, as many at a time as its CPUs carry; otherwise as `run_here`."""
+    """Runs the jobs as processes of this machine, otherwise as `run_here`; a mistake of the user's ends the others.
+
+    Each gets GPUs of its own, one a rank, and the next starts when one has ended; without GPUs as many run at a time as
+    the CPUs carry. Raises UserError where the study asks for more ranks than there are GPUs.
+    """
     import submitit
 
     executor = submitit.LocalExecutor(folder=folder)
-    executor.update_parameters(timeout_min=jobs[0].points[0].config.dist.timeout_minutes, visible_gpus=_visible_gpus())
-    threads = jobs[0].points[0].config.dist.num_threads or os.cpu_count() or 1
-    at_once = max(1, (os.cpu_count() or 1) // threads)
+    dist = jobs[0].points[0].config.dist
+    ranks = dist.tasks_per_node if jobs[0].stage in ("train", "record") else 1
+    places = _places(dist, ranks)
     waiting, failures = list(jobs), list[str]()
-    running: list[tuple[Job, Any]] = []
+    running: list[tuple[Job, Any, list[int]]] = []
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
-                job = waiting.pop(0)
-                submitted = executor.submit(Task(), job)
-                running.append((job, submitted))
-                print(f"{job.name}: process {submitted.job_id}, log {submitted.paths.stdout}", flush=True)
-            for job, submitted in [(job, submitted) for job, submitted in running if submitted.done()]:
-                running.remove((job, submitted))
-                failures += _outcome(job, submitted)
+            while waiting and places:
+                job, gpus = waiting.pop(0), places.pop(0)
+                executor.update_parameters(
+                    timeout_min=dist.timeout_minutes, tasks_per_node=ranks, visible_gpus=gpus, gpus_per_node=len(gpus)
+                )
+                submitted = executor.submit(Task(_free_port() if ranks > 1 else None), job)
+                running.append((job, submitted, gpus))
+                where = f"process {submitted.job_id}" + (f", {ranks} ranks" if ranks > 1 else "")
+                log = submitted.task(0).paths.stdout
+                print(f"{job.name}: {where}, log {log}", flush=True)
+            for entry in [entry for entry in running if entry[1].done()]:
+                running.remove(entry)
+                places.append(entry[2])
+                failures += _outcome(entry[0], entry[1])
             time.sleep(_POLL_SECONDS if running else 0)
     finally:
-        for _, submitted in running:
+        for _, submitted, _ in running:
             submitted.cancel(check=False)
     return failures
+
+
+def _places(dist: Dist, ranks: int) -> list[list[int]]:
+    """The GPUs of each job that may run at a time; without GPUs as many empty lists as the CPUs carry jobs."""
+    gpus = [] if dist.device == "cpu" else visible_gpus()
+    if not gpus:
+        cpus = os.cpu_count() or 1
+        return [[] for _ in range(max(1, cpus // ((dist.num_threads or cpus) * ranks)))]
+    if ranks > len(gpus):
+        raise UserError(f"dist.tasks_per_node = {ranks}: should be at most {len(gpus)}, the GPUs that are visible here")
+    return [gpus[i : i + ranks] for i in range(0, len(gpus) - ranks + 1, ranks)]
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
 
 
 def _outcome(job: Job, submitted: Any) -> list[str]:
     import submitit
 
     try:
-        text = submitted.result()
+        texts = submitted.results()
     except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
+        logs = sorted(submitted.task(0).paths.folder.glob(f"{submitted.job_id}_*_log.err"))
         last = [line for line in str(error).strip().splitlines() if line.strip()][-1:]
-        text = f"{job.name} failed: {' '.join(last).strip()} (log {submitted.paths.stderr})"
-    return [text] if text else []
+        texts = [f"{job.name} failed: {last_error(logs) or ' '.join(last).strip()} (log {', '.join(map(str, logs))})"]
+    for text in texts:
+        if isinstance(text, UserError):
+            raise text
+    return [text for text in texts if text][:1]  # all ranks say the same
 
 
-def _visible_gpus() -> list[int]:
+def visible_gpus() -> list[int]:
     """All that this process may use; submitit's local processes see none unless they are named."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

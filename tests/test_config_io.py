@@ -219,3 +219,9 @@ def test_ten_thousand_points_are_planned_quickly(tmp_path: Path) -> None:
     tradeoffs = [i / 10 for i in range(100)]
     text = f"sweep: {{seed: {list(range(100))}, jei_dnn.ce_ic_tradeoff: {tradeoffs}}}"
     assert len({point.id for point in study(tmp_path, text).points}) == 10_000
+
+
+def test_a_range_of_weights_is_no_number_of_minutes(tmp_path: Path) -> None:
+    for text in ("search: {accuracy_weights: 0:1:0.25}", ""):
+        found = study(tmp_path, text, "search.accuracy_weights=0:1:0.25")
+        assert found.config.search.accuracy_weights == "0:1:0.25"

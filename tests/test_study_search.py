@@ -89,7 +89,8 @@ def test_what_cannot_be_met_is_said_with_the_nearest_that_can(trained: Path) -> 
     assert "min_accuracy 0.99 is unattainable on the searched record: the most accurate configuration has 0." in error
     assert len(error.strip().splitlines()) == 1
     assert "min_accuracy 0.3 " not in error
-    error = dynexit(trained, "search", TINY, *PLAIN, *RISK, "search.risk=0.001", status=2).stderr
+    local = ("--on", "local")
+    error = dynexit(trained, "search", TINY, *PLAIN, *RISK, "search.risk=0.001", *local, status=2).stderr
     assert "risk 0.001 is unattainable at confidence 0.9: 150 samples without a loss certify 0.01523 at best" in error
 
 

@@ -19,6 +19,7 @@ CONFORMAL_VARIANTS = ("general", "gated_all", "gated_strict", "gated")
 
 _MIN_OWN_SAMPLES = 20
 _TEMPERATURE_RANGE = (1e-2, 1e2)
+_ROUNDING = 1e-6  # of a sum of probabilities in float32
 
 
 def ece(confidence_N: FloatArray, correct_N: BoolArray, num_bins: int = 15, binning: str = "quantile") -> float:
@@ -87,6 +88,30 @@ def conformal_sets(probability_NK: FloatArray, exit_index_N: IntArray, threshold
     probability_NK is that of the exit taken; threshold_L one row of conformal_thresholds. A set may be empty.
     """
     return np.asarray(probability_NK >= 1 - threshold_L[exit_index_N, None])
+
+
+def set_sizes(
+    probability_Nk: FloatArray, num_classes: int, exit_index_N: IntArray, threshold_L: FloatArray
+) -> tuple[IntArray, IntArray]:
+    """Least and greatest size (N,) of the sets of conformal_sets where only the k most probable classes are known.
+
+    probability_Nk is in falling order. The two are equal where it holds all classes, or where what is left of the
+    probability cannot make another class a member.
+    """
+    cutoff_N = (1 - threshold_L[exit_index_N]).astype(np.float64)
+    known_N = conformal_sets(probability_Nk, exit_index_N, threshold_L).sum(axis=1)
+    num_known = probability_Nk.shape[1]
+    rest_N = np.maximum(1 - probability_Nk.sum(axis=1, dtype=np.float64), 0) + _ROUNDING
+    more_N = np.minimum(rest_N // np.maximum(cutoff_N, _ROUNDING), num_classes - num_known).astype(np.int64)
+    at_most_N = np.where(known_N < num_known, known_N, known_N + more_N)
+    every_N = cutoff_N <= 0
+    return np.where(every_N, num_classes, known_N), np.where(every_N, num_classes, at_most_N)
+
+
+def scaled_confidence(probability_NK: FloatArray, temperature_N: FloatArray) -> FloatArray:
+    """Largest probability (N,) of softmax(logits / T), from that at T = 1: all classes, in falling order."""
+    ratio_NK = probability_NK.astype(np.float64) / probability_NK[:, :1]
+    return np.asarray(1 / (ratio_NK ** (1 / temperature_N[:, None])).sum(axis=1))
 
 
 def temperature(logits_NK: ArrayLike, labels_N: IntArray) -> float:

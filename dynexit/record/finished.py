@@ -11,11 +11,17 @@ from dynexit.sweep import Point
 
 SPLITS = ("validation", "test")
 _MOST_CHECKED_BYTES = 64 << 20
+_MOST_FULL_CLASSES = 10
 
 
 def recorded_splits(settings: RecordSettings) -> tuple[str, ...]:
     """The splits that are recorded."""
     return (*SPLITS, "train") if settings.train else SPLITS
+
+
+def default_topk(num_classes: int) -> int:
+    """How many classes are recorded where record.topk is null: all of few, else the prediction alone."""
+    return num_classes if num_classes <= _MOST_FULL_CLASSES else 1
 
 
 def is_recorded(point: Point, study_dir: Path, *, check_bytes: bool = False) -> bool:

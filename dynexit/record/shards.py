@@ -54,7 +54,9 @@ class ShardWriter:
         }
         self._buffers: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._filled: dict[tuple[int, int], set[int]] = {}
-        for file in (self._path.name, *(shard_file(*batches) for batches in set(self._shard_of.values()))):
+        left_by = [self._path.name, *(shard_file(*batches) for batches in set(self._shard_of.values()))]
+        left_by += [MANIFEST] if world_size == 1 else []  # another rank may be writing it just now
+        for file in left_by:
             for path in directory.glob(f".{file}.*.tmp"):  # what a killed writer left
                 path.unlink(missing_ok=True)
 

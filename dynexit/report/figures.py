@@ -3,7 +3,7 @@
 matplotlib's object interface is used throughout: no global figure, no display, no change to the caller's settings.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dynexit.run_dir import atomic_write
 
 DOTS_PER_INCH = 160
 MARKERS = "osD^vPX<>*"
+_MOST_MARKED = 20  # a longer published curve is a line without markers
 # The finest budgets of relative MACs a picture tells apart; closer points of a front differ by noise, not by cost.
 HUNDREDTHS = [hundredth / 100 for hundredth in range(1, 151)]
 
@@ -173,11 +174,12 @@ def _tradeoff_bar(figure: Figure, axes: Axes, tradeoffs: list[float], shades: Li
 
 
 def _draw_published(axes: Axes, published: Sequence[PublishedPoint], look: _Theme) -> None:
-    for index, method in enumerate(sorted({point.method for point in published})):
+    methods = sorted({point.method for point in published}, key=lambda method: (method != "jei_dnn", method))
+    for index, method in enumerate(methods):
         points = sorted((point.relative_macs, point.accuracy) for point in published if point.method == method)
         axes.plot(
-            *zip(*points, strict=True), color=look.muted, linewidth=1, linestyle=":", marker="x+1234|_"[index % 8],
-            markersize=6, zorder=2, label=f"published: {method}",
+            *zip(*points, strict=True), color=look.muted, linewidth=1.3, linestyle=("-", ":", "--", "-.")[index % 4],
+            marker="x" if len(points) <= _MOST_MARKED else "", markersize=6, zorder=2, label=f"published: {method}",
         )  # fmt: skip
 
 
@@ -221,24 +223,58 @@ def exit_share_figure(
     _save(figure, path)
 
 
+def uncertainty_figure(
+    relative_macs_N: Sequence[float],
+    errors: Mapping[str, Sequence[float]],
+    coverages: Mapping[str, Sequence[float]],
+    level: float,
+    path: Path,
+    *,
+    theme: str = "light",
+) -> None:
+    """Draws calibration errors and the coverage of prediction sets, by label, along N points of a front, as a PNG.
+
+    `level` is what the sets were made for. Values are fractions; nan leaves a gap.
+    """
+    look = _THEMES[theme]
+    figure, left = _figure(look, (9, 3.6), num_columns=2)
+    right = figure.axes[1]
+    for axes, curves, title in (
+        (left, errors, "calibration error of the exits taken"),
+        (right, coverages, f"coverage of sets made for {100 * level:g} %"),
+    ):
+        for (label, values_N), colour in zip(curves.items(), look.methods, strict=False):
+            axes.plot(relative_macs_N, values_N, color=colour, linewidth=1.8, marker=".", markersize=5, label=label)
+        axes.set(xlabel="relative MACs of the front's points")
+        axes.set_title(title, loc="left", color=look.ink, fontsize=10.5)
+        axes.yaxis.set_major_formatter(_PERCENT)
+    left.set_ylim(bottom=0)
+    right.axhline(level, color=look.ink, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    for axes in (left, right):
+        axes.legend(loc="best", frameon=False, labelcolor=look.ink, fontsize=9)
+    _save(figure, path)
+
+
 def _cost(row: Row) -> float:
     return row.relative_macs
 
 
-def _figure(look: _Theme, inches: tuple[float, float]) -> tuple[Figure, Axes]:
+def _figure(look: _Theme, inches: tuple[float, float], num_columns: int = 1) -> tuple[Figure, Axes]:
+    """A figure of axes side by side, all in the theme, and the first of them."""
     with rc_context({"font.size": 10.5, "axes.axisbelow": True}):
         figure = Figure(
             figsize=inches, facecolor=look.background, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
         )
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot(facecolor=look.background)
-    axes.grid(color=look.grid, linewidth=0.8)
-    axes.spines[:].set_visible(False)
-    axes.spines["bottom"].set(visible=True, color=look.muted)
-    axes.tick_params(colors=look.muted, length=0, pad=6)
-    axes.xaxis.label.set_color(look.ink)
-    axes.yaxis.label.set_color(look.ink)
-    return figure, axes
+        for axes in figure.subplots(1, num_columns, squeeze=False)[0]:
+            axes.set_facecolor(look.background)
+            axes.grid(color=look.grid, linewidth=0.8)
+            axes.spines[:].set_visible(False)
+            axes.spines["bottom"].set(visible=True, color=look.muted)
+            axes.tick_params(colors=look.muted, length=0, pad=6)
+            axes.xaxis.label.set_color(look.ink)
+            axes.yaxis.label.set_color(look.ink)
+    return figure, figure.axes[0]
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -33,6 +33,16 @@ class Figure:
     dark_path: Path | None = None
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of the page of its own: one mapping per row of its table, as for `budgets`, and maybe a figure."""
+
+    heading: str
+    remark: str
+    table: Sequence[Mapping[str, Any]]
+    figure: Figure | None = None
+
+
 def write_page(
     path: Path,
     title: str,
@@ -43,12 +53,12 @@ def write_page(
     notes: Sequence[str],
     *,
     budgets: Sequence[Mapping[str, Any]] = (),
-    tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    sections: Sequence[Section] = (),
     describe: Callable[[Row], str] | None = None,
 ) -> None:
     """Writes the page. The first figure stands on top, the others after the table of the front.
 
-    `points_table`, `budgets` and each of `tables` (by heading) hold one mapping per row; their keys are the columns,
+    `points_table`, `budgets` and the tables of `sections` hold one mapping per row; their keys are the columns,
     and a missing or None value is an empty cell. A budget's keys are as a rule budget, configuration, validation, test
     and holds (True or False, shown as yes or no). `study_text` is the resolved study. `describe` puts a row's
     configuration into words (by default its tradeoff, weight and seed). All text is escaped.
@@ -67,7 +77,15 @@ def write_page(
         hypervolumes=[_area_cells(area) for area in read.hypervolumes],
         spread=any(len(area.per_seed) > 1 for area in read.hypervolumes),
         budgets=_table(budgets),
-        tables={heading: _table(table) for heading, table in (tables or {}).items()},
+        sections=[
+            {
+                "heading": section.heading,
+                "remark": section.remark,
+                "table": _table(section.table),
+                "figure": _embedded(section.figure) if section.figure else None,
+            }
+            for section in sections
+        ],
         points=_table(points_table),
         notes=notes,
         study_text=study_text,

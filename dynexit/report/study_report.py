@@ -20,8 +20,12 @@ from dynexit.record.shards import Record
 from dynexit.report.aggregate import Row, mark_front, write_csv
 from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
-from dynexit.report.page import Figure, describe_configuration, write_page
+from dynexit.report.page import Figure, Section, describe_configuration, write_page
+from dynexit.report.published import ORIGIN, PublishedPoint, published_points
+from dynexit.report.uncertainty import uncertainties, write_uncertainty
+from dynexit.report.uncertainty_section import uncertainty_section
 from dynexit.run_dir import job_dir, read_json
+from dynexit.search.held_back import calibration_samples
 from dynexit.sweep import Point
 
 
@@ -34,10 +38,11 @@ def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
         costs = ExitCosts.from_json(read_json(source / "costs.json"))
         for split in SPLITS:
             record = Record.open(source / split)
+            samples = choosing_samples(point, split, record.num_samples)
             if (point.ids["prepare"], split) not in seen:
-                rows.append(_backbone_row(point, split, record, costs))
+                rows.append(_backbone_row(point, split, record, costs, samples))
             if record.gate is not None and (point.id, split) not in seen:
-                rows.append(_gates_row(point, split, record, costs))
+                rows.append(_gates_row(point, split, record, costs, samples))
             seen |= {(point.ids["prepare"], split), (point.id, split)}
         for source_name, file in (
             ("search", "configurations.json"),
@@ -68,19 +73,27 @@ def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more
     )
 
 
-def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts) -> Row:
+def choosing_samples(point: Point, split: str, num_samples: int) -> np.ndarray:
+    """Mask (N,) of a split's samples that its rows are made of: what is held back of validation chooses nothing."""
+    if split != "validation":
+        return np.ones(num_samples, dtype=bool)
+    return ~calibration_samples(point.config.data, point.config.search.calibration_share, num_samples)
+
+
+def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> Row:
     """The bare backbone: everybody goes to the end and no head is computed."""
-    correct_LN = record.correct_RN[_one_head_rows(costs)]
+    correct_LN = record.correct_RN[_one_head_rows(costs)][:, samples_N]
     macs_L = np.array([*costs.backbone_macs, costs.full_macs], dtype=np.int64)
-    last_N = np.full(record.num_samples, len(macs_L) - 1, dtype=np.int64)
+    last_N = np.full(correct_LN.shape[1], len(macs_L) - 1, dtype=np.int64)
     measured = operating_point(last_N, correct_LN, macs_L, costs.full_macs)
     anonymous = {"method": "backbone", "seed": None, "ce_ic_tradeoff": None, "point_id": point.ids["prepare"]}
     return _row(point, "backbone", split, measured, **anonymous)
 
 
-def _gates_row(point: Point, split: str, record: Record, costs: ExitCosts) -> Row:
-    exit_N = exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy()
-    measured = operating_point(exit_N, record.correct_RN[_one_head_rows(costs)], costs.macs_L(), costs.full_macs)
+def _gates_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> Row:
+    exit_N = exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy()[samples_N]
+    correct_LN = record.correct_RN[_one_head_rows(costs)][:, samples_N]
+    measured = operating_point(exit_N, correct_LN, costs.macs_L(), costs.full_macs)
     return _row(point, "gates", split, measured)
 
 
@@ -125,7 +138,7 @@ def write_report(
     failed: Sequence[str],
     study_dir: Path,
 ) -> list[Row]:
-    """Writes report/ in `study_dir`: operating_points.csv, pareto.png, exit_shares.png, report.html; returns the rows.
+    """Writes report/ in `study_dir`: tables, figures and report.html; returns the rows of operating_points.csv.
 
     `points` are recorded and searched; `failed` says in a sentence each what is missing and why.
     """
@@ -138,9 +151,10 @@ def write_report(
     costs = ExitCosts.from_json(read_json(job_dir(study_dir, "record", points[0].ids["record"]) / "costs.json"))
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: _entries(point, "budgets.json", study_dir) for point in points}
+    published = published_beside(points[0])
     names = [f"block {position}" for position in costs.positions] + ["backbone"]
     for name, draw, alt, caption in (
-        ("pareto", pareto_figure, "Accuracy against relative MACs", _PARETO_CAPTION),
+        ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
         ("exit_shares", partial(exit_share_figure, exit_names=names), "Share leaving at each exit", _SHARES_CAPTION),
     ):
         paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
@@ -154,11 +168,23 @@ def write_report(
         figures,
         study_text,
         [_point_summary(point) for point in points],
-        [*_NOTES, *failed],
+        [*_NOTES, *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
+        sections=[_uncertainty(points, rows, study_dir)],
         describe=describe,
     )
     return rows
+
+
+def _uncertainty(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> Section:
+    """Writes uncertainty.csv and uncertainty.png, and gives the page's part on them."""
+    directory = study_dir / "report"
+    found = uncertainties(points, rows, study_dir)
+    write_uncertainty(directory / "uncertainty.csv", found)
+    record = Record.open(job_dir(study_dir, "record", points[0].ids["record"]) / "test")
+    classes = (record.layout.topk, int(record.header["num_classes"]))
+    share = points[0].config.search.calibration_share
+    return uncertainty_section(found, share, classes, directory / "uncertainty.png")
 
 
 _PARETO_CAPTION = (
@@ -171,6 +197,14 @@ _NOTES = (
     "confidence, for each accuracy weight. fixed: thresholds set on validation by MSDNet's rule, a given share of the "
     "samples for each exit.",
 )
+
+
+def published_beside(point: Point) -> list[PublishedPoint]:
+    """What a paper's authors recorded for the point's data set and backbone; nothing where it is not wanted."""
+    data, backbone = point.config.data, point.config.backbone
+    if point.config.report.published == "none":
+        return []
+    return published_points(data.name, backbone.name, data.image_size, thin_test=data.thin_test)
 
 
 def _point_summary(point: Point) -> dict[str, Any]:

@@ -98,6 +98,15 @@ class Problem:
         """How many samples the backbone itself gets right."""
         return int(np.count_nonzero(self.base_correct_N))
 
+    def of(self, samples_N: np.ndarray) -> "Problem":
+        """The problem of the samples in the mask alone."""
+        return replace(
+            self,
+            correct_PHN=self.correct_PHN[..., samples_N],
+            confidence_PHN=self.confidence_PHN[..., samples_N],
+            base_correct_N=self.base_correct_N[samples_N],
+        )
+
     def evaluate(self, configuration: Configuration) -> OperatingPoint:
         """Accuracy, MACs and exit fractions of `configuration` on this record."""
         exit_index_N, correct_N = apply_configuration(

@@ -28,5 +28,5 @@ for process in /proc/[0-9]*; do # what a slurmd that was killed left running
 done
 stop "$folder/pid/slurmctld.pid" slurmctld
 stop "$folder/pid/munged.pid" munged
-kept=$(grep -v '# dynexit devcluster$' /etc/hosts) && printf '%s\n' "$kept" >/etc/hosts # in place: it may be a mount
+kept=$(grep -vF "# dynexit devcluster $folder" /etc/hosts) && printf '%s\n' "$kept" >/etc/hosts # in place: it may be a mount
 rm -rf "$folder"

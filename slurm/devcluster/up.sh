@@ -3,11 +3,12 @@
 # Needs root (nodes get host names of their own, GPUs are fake devices) and Debian's slurm-wlm and munge (install.sh).
 #   DEVCLUSTER=folder   where everything is kept (default: run/ beside this file); its path must be short
 #   NODES=3 CPUS=4 MEMORY_MB=8000 GPUS=2   what each node claims to have
+#   PORT=26817          the controller's; node N takes PORT + N
 #   EXTRA_CONF='MaxArraySize=6'            more lines for slurm.conf
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${DEVCLUSTER:-$here/run}
-nodes=${NODES:-3} cpus=${CPUS:-4} memory=${MEMORY_MB:-8000} gpus=${GPUS:-2}
+port=${PORT:-26817} nodes=${NODES:-3} cpus=${CPUS:-4} memory=${MEMORY_MB:-8000} gpus=${GPUS:-2}
 for program in slurmctld slurmd munged unshare; do
     command -v "$program" >/dev/null || { echo "$program is not installed; run $here/install.sh" >&2; exit 1; }
 done
@@ -16,6 +17,18 @@ if [ -e "$folder/slurm.conf" ]; then
     echo "$folder holds a cluster already; stop it with $here/down.sh" >&2
     exit 1
 fi
+[ "${#folder}" -le 80 ] || { echo "$folder is too long a path for sockets; set DEVCLUSTER to a shorter one" >&2; exit 1; }
+for number in $(seq "$port" $((port + nodes))); do
+    if (exec 3<>"/dev/tcp/127.0.0.1/$number") 2>/dev/null; then
+        echo "port $number is taken, perhaps by another such cluster; stop that one or set PORT" >&2
+        exit 1
+    fi
+done
+give_up() { # leaves nothing running
+    tail -n 3 "$folder"/log/*.log >&2 || true
+    DEVCLUSTER=$folder "$here/down.sh"
+}
+trap give_up ERR
 mkdir -p "$folder"/{devices,log,pid,spool,state}
 
 (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
@@ -30,7 +43,7 @@ fi
     cat <<CONF
 ClusterName=devcluster
 SlurmctldHost=$(hostname)(127.0.0.1)
-SlurmctldPort=26817
+SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -65,14 +78,14 @@ PreemptMode=REQUEUE
 CONF
     printf '%s\n' "${EXTRA_CONF:-}"
     for i in $(seq "$nodes"); do
-        echo "NodeName=dev$i NodeHostname=dev$i NodeAddr=127.0.1.$i Port=$((27000 + i)) CPUs=$cpus" \
+        echo "NodeName=dev$i NodeHostname=dev$i NodeAddr=127.0.1.$i Port=$((port + i)) CPUs=$cpus" \
             "RealMemory=$memory $gres State=UNKNOWN"
     done
     echo "PartitionName=main Nodes=ALL Default=YES LLN=YES MaxTime=1-0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30"
     echo "PartitionName=urgent Nodes=ALL MaxTime=1-0 PriorityTier=9 PreemptMode=OFF"
 } >"$folder/slurm.conf"
 for i in $(seq "$nodes"); do # torch's ranks meet at the name of the first node
-    echo "127.0.1.$i dev$i # dynexit devcluster" >>/etc/hosts
+    echo "127.0.1.$i dev$i # dynexit devcluster $folder" >>/etc/hosts
 done
 echo "export SLURM_CONF=$folder/slurm.conf" >"$folder/env.sh"
 export SLURM_CONF="$folder/slurm.conf"
@@ -88,5 +101,6 @@ for _ in $(seq 300); do
     [ "$ready" -eq "$nodes" ] && { echo "$nodes nodes are up; to use them: . $folder/env.sh"; exit 0; }
     sleep 0.2
 done
-echo "only $ready of $nodes nodes came up; see $folder/log" >&2
+echo "only $ready of $nodes nodes came up; the ends of their logs:" >&2
+give_up
 exit 1

@@ -1,9 +1,12 @@
 """Times planning of large sweeps: python tests/benchmarks/plan.py [POINTS]. Validates every point, submits nothing."""
 
+import contextlib
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,30 +24,30 @@ def main(num_points: int) -> None:
     seeds = list(range(num_points // 100))
     grid = [f"sweep.seed={seeds}", f"sweep.jei_dnn.ce_ic_tradeoff={[i / 10 for i in range(100)]}"]
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        study = load_study(ROOT / "tests" / "tiny_study.yaml", [*grid, f"runs_dir={folder}"])
-        print(f"{len(study.points)} points read and validated in {time.perf_counter() - begun:.2f} s")
-        begun = time.perf_counter()
-        arrays = plan_arrays(study, STAGES, Limits(1001, 200), {})
-        print(f"planned as {sum(len(array.tasks) for array in arrays)} jobs in {time.perf_counter() - begun:.2f} s")
-        begun = time.perf_counter()
-        describe_submission(study, STAGES, Site())
-        print(f"scripts written in {time.perf_counter() - begun:.2f} s")
-        begun = time.perf_counter()
-        overrides = [*grid, f"runs_dir={folder}"]
-        command = [
-            sys.executable,
-            "-m",
-            "launch",
-            "run",
-            "tests/tiny_study.yaml",
-            *overrides,
-            "--on",
-            "slurm",
-            "--dry-run",
-        ]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        print(f"dynexit run --dry-run --on slurm, from start to end: {time.perf_counter() - begun:.2f} s")
+        with _timed(f"{num_points} points read and validated"):
+            study = load_study(ROOT / "tests" / "tiny_study.yaml", [*grid, f"runs_dir={folder}"])
+        with _timed("planned"):
+            arrays = plan_arrays(study, STAGES, Limits(1001, 200), {})
+        with _timed(f"{sum(len(array.tasks) for array in arrays)} jobs' scripts written"):
+            describe_submission(study, STAGES, Site())
+        study_and_grid = ["tests/tiny_study.yaml", *grid, f"runs_dir={folder}"]
+        command = [sys.executable, "-m", "launch", "run", *study_and_grid, "--on", "slurm", "--dry-run"]
+        with _timed("importing torch and timm, which the check of the model needs, in a process"):
+            subprocess.run([sys.executable, "-c", "import dynexit.assemble"], cwd=ROOT, check=True)
+        with _timed("dynexit run --dry-run --on slurm, from start to end, in a process"):
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def _timed(what: str) -> Iterator[None]:
+    begun, cpu = time.perf_counter(), _cpu_seconds()
+    yield
+    print(f"{time.perf_counter() - begun:6.2f} s, {_cpu_seconds() - cpu:6.2f} s of CPU: {what}")
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those it waited for; other work on the machine does not count."""
+    return sum(os.times()[:4])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from dynexit.core.calibration import (
     conformal_sets,
     conformal_thresholds,
     ece,
+    scaled_confidence,
+    set_sizes,
     temperature,
 )
 
@@ -152,3 +154,33 @@ def test_temperature_stays_in_range() -> None:
     with pytest.raises(ValueError) as error:
         temperature(np.zeros((0, 2)), np.zeros(0, dtype=np.int64))
     assert str(error.value) == "a temperature needs at least one sample"
+
+
+@pytest.mark.parametrize("num_known", [1, 2, 5, 9])
+def test_set_sizes_bound_the_size_that_all_classes_give(num_known: int) -> None:
+    rng = np.random.default_rng(num_known)
+    probability = -np.sort(-rng.dirichlet(np.full(9, 0.3), 400).astype(np.float32), axis=1)
+    exit_index = rng.integers(0, 4, 400)
+    threshold = np.array([0.3, 0.95, 0.999, 1.0])
+    true = conformal_sets(probability, exit_index, threshold).sum(axis=1)
+    least, greatest = set_sizes(probability[:, :num_known], 9, exit_index, threshold)
+    assert (least <= true).all()
+    assert (true <= greatest).all()
+    assert np.array_equal(least[exit_index == 3], np.full((exit_index == 3).sum(), 9))
+    if num_known == 9:
+        assert np.array_equal(least, greatest)
+    else:
+        assert (least < greatest).any()
+        assert (least == greatest)[exit_index == 0].all()  # above one half there is room for one class
+
+
+def test_a_scaled_confidence_is_the_softmaxs_at_that_temperature() -> None:
+    logits = np.random.default_rng(4).normal(0, 3, (50, 7))
+    temperatures = np.linspace(0.2, 5, 50)
+
+    def softmax(z: np.ndarray) -> np.ndarray:
+        return np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+
+    expected = softmax(logits / temperatures[:, None]).max(axis=1)
+    found = scaled_confidence(-np.sort(-softmax(logits), axis=1), temperatures)
+    assert np.allclose(found, expected, rtol=1e-12)

@@ -9,7 +9,7 @@ import pytest
 
 from dynexit.report.aggregate import Row
 from dynexit.report.figures import exit_share_figure, pareto_figure
-from dynexit.report.page import Figure, describe_configuration, write_page
+from dynexit.report.page import Figure, Section, describe_configuration, write_page
 from tests.report.synthetic_rows import POSITIONS, synthetic_rows
 
 ROWS = synthetic_rows(tradeoffs=(0.1, 1.0), accuracy_weights=(0.5, 0.8, 0.95))
@@ -71,7 +71,7 @@ def page(path, pictures, **changes):
             {"budget": "relative_macs ≤ 0.5", "configuration": "exit after block 2", "test": 0.51, "holds": False},
             {"budget": "accuracy drop ≤ 0.01", "configuration": "exit after block 4", "test": 0.4, "holds": True},
         ],
-        "tables": {"Calibration": [{"exit": 0, "ece": 0.015}]},
+        "sections": [Section("Calibration", "How far to trust it.", [{"exit": 0, "ece": 0.015}])],
         "describe": describe,
         **changes,
     }
@@ -94,6 +94,7 @@ def test_everything_is_on_the_page_in_order(tmp_path, pictures):
         "gates",
         "search",
         "Calibration",
+        "How far to trust it.",
         "0.015",
     ]
     said += ["Where the numbers come from", "chosen on the validation split", "load_digits", "The 2 trained points"]
@@ -116,15 +117,16 @@ def test_nothing_is_fetched(tmp_path, pictures):
 
 def test_text_is_text(tmp_path, pictures):
     sly = "<script>alert('&')</script>"
+    figure = Figure(pictures[0].path, sly, sly)
     html = page(
         tmp_path / "report.html", pictures, title=sly, study_text=sly, notes=[sly], points_table=[{sly: sly}],
-        budgets=[{"budget": sly}], tables={sly: [{"a": sly}]}, describe=lambda row: sly,
-        figures=[Figure(pictures[0].path, sly, sly)],
+        budgets=[{"budget": sly}], sections=[Section(sly, sly, [{"a": sly}], figure)], describe=lambda row: sly,
+        figures=[figure],
     )  # fmt: skip
     document = Document(html)
     assert "script" not in {tag for tag, _ in document.tags}
-    assert document.text.count(sly) >= 9
-    assert [attrs["alt"] for tag, attrs in document.tags if tag == "img"] == [sly]
+    assert document.text.count(sly) >= 11
+    assert [attrs["alt"] for tag, attrs in document.tags if tag == "img"] == [sly, sly]
 
 
 def test_a_broken_budget_stands_out_and_numbers_are_aligned(tmp_path, pictures):

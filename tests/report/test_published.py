@@ -1,26 +1,40 @@
+"""The authors' recorded points: which study they belong to, and that each is a possible one."""
+
+import csv
+
 import pytest
 
-from dynexit.errors import UserError
-from dynexit.report.published import PublishedPoint, read_published
-
-OURS = "folder,lambda,acc_whole_test(last),cost_whole_test\nc10,1.0,80.0,8\nc10,0.1,90.0,9\nc100,0.1,70,5\n"
-BASELINES = "folder,method,p_index,acc_mean_of_10_splits,cost_Mops\nc10,boosted,1,50,4\n"
+from dynexit.report.published import _FILE, _STUDIES, published_points
 
 
-def test_both_kinds_of_files_are_read_as_fractions(tmp_path):
-    (tmp_path / "a.csv").write_text(OURS)
-    (tmp_path / "b.csv").write_text(BASELINES)
-    assert read_published(tmp_path / "a.csv", "c10", 16.0) == [
-        PublishedPoint("jei_dnn", 0.8, 0.5),
-        PublishedPoint("jei_dnn", 0.9, 0.5625),
-    ]
-    assert read_published(tmp_path / "b.csv", "c10", 16.0) == [PublishedPoint("boosted", 0.5, 0.25)]
+@pytest.mark.parametrize("key", _STUDIES, ids=lambda key: "-".join(map(str, key)))
+def test_every_recorded_point_costs_less_than_the_whole_backbone(key: tuple[str, str, int]) -> None:
+    points = published_points(*key)
+    assert {"jei_dnn", "boosted", "weighted"} <= {point.method for point in points}
+    assert all(0 < point.accuracy < 1 for point in points)
+    assert all(0.1 < point.relative_macs < 1 for point in points)
+    for method in ("boosted", "weighted"):
+        costs = [point.relative_macs for point in points if point.method == method]
+        assert len(costs) == 39  # the steps of MSDNet's procedure
+        assert costs == sorted(costs)
 
 
-def test_what_is_not_there_is_named(tmp_path):
-    (tmp_path / "a.csv").write_text(OURS)
-    with pytest.raises(UserError, match=r"a.csv has no points of 'svhn'; it has: c10, c100"):
-        read_published(tmp_path / "a.csv", "svhn", 16.0)
-    (tmp_path / "a.csv").write_text("folder,cost_Mops\nc10,3\n")
-    with pytest.raises(UserError, match=r"no column 'acc_whole_test\(last\)' or 'acc_mean_of_10_splits'"):
-        read_published(tmp_path / "a.csv", "c10", 16.0)
+def test_a_point_is_as_in_the_authors_file() -> None:
+    (point,) = [p for p in published_points("cifar10", "t2t_vit_7", 224) if p.accuracy == pytest.approx(0.9413)]
+    assert point.method == "jei_dnn"
+    assert point.relative_macs == pytest.approx(10.9497 / 13.502)
+
+
+def test_all_59_points_of_jei_dnn_belong_to_a_study() -> None:
+    with _FILE.open(newline="") as file:
+        recorded = [row for row in csv.DictReader(file) if row["method"] == "jei_dnn"]
+    matched = [point for key in _STUDIES for point in published_points(*key) if point.method == "jei_dnn"]
+    assert len(recorded) == len(matched) == 59
+
+
+def test_other_data_sets_backbones_sizes_and_tests_have_none() -> None:
+    assert published_points("digits", "t2t_vit_7", 224) == []
+    assert published_points("cifar10", "resnet18", 224) == []
+    assert published_points("cifar10", "t2t_vit_7", 32) == []
+    assert published_points("cifar100_lt", "t2t_vit_7", 224, thin_test=False) == []
+    assert published_points("cifar100_lt", "t2t_vit_7", 224, thin_test=True)

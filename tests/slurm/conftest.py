@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -88,7 +89,10 @@ def running() -> Iterator[Path]:
     require(os.geteuid() == 0, "only root may start the cluster")
     folder = Path(tempfile.mkdtemp(prefix="dx"))  # short, and open: there are sockets in it
     folder.chmod(0o755)
+    port = str(20000 + os.getpid() % 20000 // 8 * 8)  # another cluster may be up on this machine
     environment = {**ENVIRONMENT, "DEVCLUSTER": str(folder / "c"), "EXTRA_CONF": "MaxArraySize=5", "CPUS": "2"}
+    environment["PORT"] = port
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is told to end takes the cluster down first
     try:
         subprocess.run([DEVCLUSTER / "up.sh"], env=environment, check=True, timeout=120)
         ENVIRONMENT["SLURM_CONF"] = os.environ["SLURM_CONF"] = str(folder / "c" / "slurm.conf")
@@ -116,7 +120,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
 
 
-LONG = ("sweep.jei_dnn.ce_ic_tradeoff=[1]", "train.num_epochs=60", "train.global_batch_size=20", "report.mlflow=false")
+LONG = ("sweep.jei_dnn.ce_ic_tradeoff=[1]", "train.num_epochs=40", "train.global_batch_size=20", "report.mlflow=false")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,64 @@
+"""`torchrun -m launch` and `accelerate launch -m launch`: this process is one of several that do the study together.
+
+All of them train and record; the main one alone does the rest. What it finds missing holds for all.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from dynexit.sweep import Study
+from launch.plan import check_identity, missing_jobs
+from launch.submissions import check_queue
+from launch.submit import hold, run_here
+
+_TOGETHER = ("train", "record")
+_POLL_SECONDS = 0.5
+# what tells a process that it is one of several
+_ANNOUNCEMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+def num_ranks() -> int:
+    """How many processes do this together, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this one does what one process does alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def prepare_alone(study: Study, arguments: Sequence[str]) -> int:
+    """The main rank prepares the backbone in a process without ranks; the others wait. An exit status.
+
+    With several ranks batch normalisation would see another batch than the study's.
+    """
+    if not is_main():
+        while missing_jobs(study, "prepare"):
+            time.sleep(_POLL_SECONDS)  # whoever started the ranks ends them all if the main one fails
+        return 0
+    if not missing_jobs(study, "prepare"):
+        return 0
+    alone = {name: value for name, value in os.environ.items() if name not in _ANNOUNCEMENT}
+    command = [sys.executable, "-m", "launch", "prepare", *arguments]
+    return subprocess.run(command, env=alone, check=False).returncode
+
+
+def run_together(study: Study, stages: Sequence[str]) -> list[str]:
+    """Trains and records, so far as `stages` ask for it, with all ranks. Returns the sentences of the failures."""
+    from dynexit.dist import start_ranks, stop_ranks
+
+    dist = study.config.dist
+    failures: list[str] = []
+    with hold(study.directory) if is_main() else contextlib.nullcontext():
+        if is_main():
+            check_identity(study)
+            check_queue(study)
+        ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
+        for stage in (stage for stage in stages if stage in _TOGETHER):
+            failures += run_here(ranks.agree(missing_jobs(study, stage, check_bytes=True) if ranks.is_main else []))
+        stop_ranks()
+    return failures if is_main() else []

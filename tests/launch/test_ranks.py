@@ -1,0 +1,109 @@
+"""Two ranks on one machine, however they are started, agree with one process."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dynexit.config import Dist
+from dynexit.errors import UserError
+from launch.submit import _places
+from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
+
+# the last batch of an epoch has one sample: one of the ranks has none of it
+UNEVEN = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "train.global_batch_size=101", "report.mlflow=false")
+UNEVEN += ("prepare.num_epochs=1", "train.num_epochs=3", "dist.checkpoint_seconds=60")
+STARTERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "-m", "launch"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "-m",
+        "launch",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that one process has done."""
+    folder = tmp_path_factory.mktemp("one_process")
+    dynexit(folder, "run", TINY, *UNEVEN)
+    return folder / "runs" / "tiny_study"
+
+
+def assert_close(study: Path, reference: Path) -> None:
+    """Weights within 1e-4 relative or 1e-5 absolute, figures of the epochs within 1e-4 relative."""
+    folders = sorted((reference / "train").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        one, two = (
+            load_file(folder / "heads.safetensors"),
+            load_file(study / "train" / folder.name / "heads.safetensors"),
+        )
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+        for left, right in zip(figures(folder), figures(study / "train" / folder.name), strict=True):
+            assert right == pytest.approx(left, rel=1e-4)
+
+
+def figures(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [value for line in lines for value in json.loads(line).values() if isinstance(value, float)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_accelerate_and_local_ranks_agree_with_one_process(one_process: Path, tmp_path: Path) -> None:
+    for name, starter in STARTERS.items():
+        folder = tmp_path / name
+        shutil.copytree(one_process / "prepare", folder / "runs" / "tiny_study" / "prepare")
+        stage = "train" if name == "accelerate" else "run"
+        command = [sys.executable, "-m", *starter, stage, str(TINY), *UNEVEN]
+        done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert_close(folder / "runs" / "tiny_study", one_process)
+    folder = tmp_path / "local"
+    shutil.copytree(one_process / "prepare", folder / "runs" / "tiny_study" / "prepare")
+    said = dynexit(folder, "run", TINY, *UNEVEN, "dist.tasks_per_node=2", "--on", "local").stdout
+    assert "train 2 points: process" in said
+    assert ", 2 ranks, log" in said
+    assert digests(folder / "runs" / "tiny_study") == digests(tmp_path / "torchrun" / "runs" / "tiny_study")
+
+
+@pytest.mark.slow
+def test_a_second_launcher_is_told_who_holds_the_study(one_process: Path, tmp_path: Path) -> None:
+    shutil.copytree(one_process / "prepare", tmp_path / "runs" / "tiny_study" / "prepare")
+    first = start(tmp_path, "run", TINY, *UNEVEN, "train.num_epochs=1000")
+    lock = tmp_path / "runs" / "tiny_study" / ".lock"
+    try:
+        while not (lock.is_file() and lock.read_text()):
+            assert first.poll() is None
+        second = dynexit(tmp_path, "run", TINY, *UNEVEN, "train.num_epochs=1000", status=2).stderr
+    finally:
+        first.kill()
+        first.communicate()
+    assert f"runs/tiny_study is held by process {first.pid} on " in second
+    assert second.endswith("; wait for it or stop it\n")
+
+
+def test_each_local_job_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5,7")
+    assert _places(Dist(), 2) == [[0, 1], [2, 5]]
+    assert _places(Dist(), 1) == [[0], [1], [2], [5], [7]]
+    with pytest.raises(
+        UserError, match=r"dist\.tasks_per_node = 6: should be at most 5, the GPUs that are visible here"
+    ):
+        _places(Dist(), 6)
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    assert _places(Dist(device="cpu", num_threads=2), 3) == [[], []]
+    assert _places(Dist(device="cpu"), 1) == [[]]
