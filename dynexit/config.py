@@ -83,12 +83,29 @@ class Backbone(Section):
 class Prepare(Section):
     num_epochs: int = key(20, "epochs of fitting the backbone to the data set; 0 takes it as it is", "epochs", ge=0)
     optimizer: Literal["sgd", "adamw"] = key("sgd", "optimizer of the backbone")
-    learning_rate: float = key(0.1, "peak learning rate, reached after the warm-up, then cosine to 0", gt=0)
+    learning_rate: float = key(0.1, "peak learning rate of its head, reached after the warm-up, then a cosine", gt=0)
+    min_learning_rate: float = key(0.0, "where the head's cosine ends", ge=0)
+    stem_rate: float = key(1.0, "learning rate of the stem, all before the first block", "of the head's", ge=0)
+    block_rate: float = key(1.0, "learning rate of the blocks", "of the head's", ge=0)
+    layer_decay: float = key(
+        1.0, "factor on the rate from the head to the last block, from block to block, and to the stem", gt=0, le=1
+    )
+    frozen: list[str] = key(list, "weights and modules of the model that stay as they are, as norm or cls_token")
     momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
     weight_decay: float = key(5e-4, "weight decay", ge=0)
+    decay_all: bool = key(False, "whether weight decay acts on biases and norms too")
+    clip_norm: float | None = key(None, "norm that the whole batch's gradient is clipped to; null clips none", gt=0)
     num_warm_up_epochs: int = key(1, "epochs over which the learning rate rises", "epochs", ge=0)
     label_smoothing: float = key(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
     global_batch_size: int = key(64, "images per step over all ranks", "images", ge=1)
+    micro_batch_size: int | None = key(
+        None, "images that pass through the model of a rank at once, gradients adding up; null: all", "images", ge=1
+    )
+    precision: Literal["float32", "bf16", "fp16"] = key(
+        "float32", "arithmetic of the model's products; weights and losses are float32, fp16's gradients scaled"
+    )
+    channels_last: bool = key(False, "whether images lie channels last in memory", changes_results=False)
+    compile: bool = key(False, "whether torch.compile makes the training's passes faster", changes_results=False)
 
 
 class Exits(Section):
@@ -259,6 +276,11 @@ class Dist(Section):
     timeout_minutes: int = key(24 * 60, "time limit of one submitted job", "min", changes_results=False, ge=1)
     nodes: int = key(1, "machines that train or record one pack together (slurm)", changes_results=False, ge=1)
     tasks_per_node: int = key(1, "ranks on each of them, one per GPU where there are GPUs", changes_results=False, ge=1)
+    deepspeed_stage: Literal[1, 2, 3] | None = key(
+        None,
+        "what ranks of prepare divide by DeepSpeed's ZeRO: 1 optimizer states, 2 gradients too, 3 weights too",
+        changes_results=False,
+    )
     timeout_seconds: float = key(600.0, "longest wait of a rank for the others", "s", changes_results=False, gt=0)
     max_timeouts: int = key(100, "requeues of a job whose time was up", changes_results=False, ge=0)
     max_preemptions: int = key(1000, "requeues of a job that was preempted", changes_results=False, ge=0)

@@ -56,17 +56,24 @@ def prepare(points: Sequence[Point], study_dir: Path) -> None:
     from dynexit.train.checkpoint import Checkpoints
     from dynexit.train.loop import fit
     from dynexit.train.transfer import TransferTask
+    from dynexit.train.zero import check_installed
 
     config, identity = points[0].config, points[0].ids["prepare"]
     directory = job_dir(study_dir, "prepare", identity)
     if is_done(directory, identity):
         return
     ranks = start_ranks(config.dist.device, config.dist.num_threads)
+    stage = config.dist.deepspeed_stage
+    if stage is not None:
+        check_installed(stage)
     data, settings = load_data(config.data, workers_of(config.dist, ranks.device)), config.prepare
     torch.manual_seed(config.data.seed)
-    backbone = build_model(config, weights=True).to(ranks.device)
+    backbone = build_model(config, weights=True)
+    costs = exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types)
+    if stage is None or ranks.world_size == 1:  # DeepSpeed brings to a rank's device what is to lie there
+        backbone.to(ranks.device)
     steps_per_epoch = -(-len(data.train) // settings.global_batch_size)
-    task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks)
+    task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
     checkpoints = Checkpoints(directory, config.dist.checkpoint_seconds)
     progress = Progress("prepare", directory, config.dist.log_seconds, quiet=not ranks.is_main)
     fit(
@@ -79,9 +86,9 @@ def prepare(points: Sequence[Point], study_dir: Path) -> None:
         checkpoints=checkpoints,
         progress=progress,
     )
+    weights = task.weights()
     if ranks.is_main:
-        save_tensors(directory / BACKBONE, backbone.model.state_dict())
-        costs = exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types)
+        save_tensors(directory / BACKBONE, weights)
         write_json(directory / COSTS, costs.to_json())
         write_lines(directory / METRICS, task.rows)
         if task.rows:

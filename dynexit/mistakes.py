@@ -83,8 +83,22 @@ def contradictions(config: Config) -> Iterator[str]:
             f"search.relative_macs = {search.relative_macs}: the cost is time where search.latency is given; use "
             "search.relative_latency"
         )
+    yield from _contradictions_of_prepare(config)
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
             f"{config.prepare.num_epochs}"
         )
+
+
+def _contradictions_of_prepare(config: Config) -> Iterator[str]:
+    prepare, stage = config.prepare, config.dist.deepspeed_stage
+    if prepare.min_learning_rate > prepare.learning_rate:
+        yield (
+            f"prepare.min_learning_rate = {prepare.min_learning_rate}: should be at most prepare.learning_rate, "
+            f"{prepare.learning_rate}"
+        )
+    if stage is not None and prepare.precision == "fp16":
+        yield f"dist.deepspeed_stage = {stage}: should be null where prepare.precision is fp16; bf16 needs no scaling"
+    if stage is not None and prepare.compile:
+        yield f"dist.deepspeed_stage = {stage}: should be null where prepare.compile is true"

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,37 @@ class Backbone(nn.Module):
 
     def shapes_only(self) -> Cut:
         """A copy on the device "meta": it computes shapes without values, at next to no cost."""
+        return self._cut_function(self._on_meta())
+
+    def _on_meta(self) -> nn.Module:
         parameters = self.model.parameters()
         memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in parameters}
         memo |= {id(b): b.to("meta") for b in self.model.buffers()}
-        return self._cut_function(copy.deepcopy(self.model, memo))
+        return copy.deepcopy(self.model, memo)
+
+    @torch.no_grad()
+    def layers(self) -> dict[str, int]:
+        """By a weight's name the layer it is in: 0 the stem, 1..num_blocks the blocks, num_blocks + 1 the tail.
+
+        What belongs to the model itself and to none of its modules (class token, positions) counts to the stem.
+        """
+        model, ran = self._on_meta(), {"": 0}
+        cut, layer = self._cut_function(model), 0
+
+        def note(name: str, *_: Any) -> None:
+            ran.setdefault(name, layer)
+
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(functools.partial(note, name))
+        h = cut.stem(torch.empty(1, *self.input_size, device="meta"))
+        for layer, run in enumerate([*cut.blocks, cut.tail], 1):  # noqa: B007  the hooks read it
+            h = run(h)
+
+        def layer_of(name: str) -> int:
+            owner = name.rpartition(".")[0]
+            return ran[owner] if owner in ran else layer_of(owner)  # some modules only lend their weights to one above
+
+        return {name: layer_of(name) for name, _ in model.named_parameters()}
 
     @torch.no_grad()
     def _measure_feature_dims(self) -> tuple[int, ...]:

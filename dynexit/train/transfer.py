@@ -1,7 +1,7 @@
-"""Fits a backbone to a data set, all of its weights, as the loop's Task."""
+"""Fits a backbone to a data set, all of its weights or what of them is not frozen, as the loop's Task."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,22 +11,41 @@ from torch.nn import functional
 from dynexit.config import Prepare
 from dynexit.data import Batch, Split, load_batches
 from dynexit.dist import Ranks
-from dynexit.errors import Failure
+from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
+from dynexit.train.schedule import cosine_rate
+from dynexit.train.updates import Updates, WholeModel, freeze, parameter_groups
+from dynexit.train.zero import ZeroModel
 
 _BATCH_SIZE = 256
 
 
 class TransferTask:
-    """Training of `backbone` on images: learning rate by step (warm-up, cosine), gradients summed over ranks."""
+    """Training of `backbone` on images: learning rate by step (warm-up, cosine), gradients summed over ranks.
+
+    A rank's share of a batch passes in micro-batches, each weighted by its count. Batch norms normalise by what passes
+    at once. With `deepspeed_stage` and several ranks the backbone is divided among them.
+    """
 
     def __init__(
-        self, backbone: Backbone, settings: Prepare, steps_per_epoch: int, seed: int, validation: Split, ranks: Ranks
+        self,
+        backbone: Backbone,
+        settings: Prepare,
+        steps_per_epoch: int,
+        seed: int,
+        validation: Split,
+        ranks: Ranks,
+        deepspeed_stage: int | None = None,
     ) -> None:
         self.backbone, self.settings, self.seed = backbone, settings, seed
         self.validation, self.ranks = validation, ranks
-        self.parameters = [p for p in backbone.model.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.parameters, settings)
+        self.frozen = freeze(backbone, settings.frozen) if settings.num_epochs else []
+        groups = parameter_groups(backbone, settings)
+        self.updates: Updates
+        if deepspeed_stage is None or ranks.world_size == 1:  # alone there is nobody to divide with
+            self.updates = WholeModel(backbone.model, groups, settings, ranks)
+        else:
+            self.updates = ZeroModel(backbone.model, groups, settings, ranks, deepspeed_stage)
         self.num_warm_up_steps = settings.num_warm_up_epochs * steps_per_epoch
         self.num_steps = settings.num_epochs * steps_per_epoch
         self.step_number = 0
@@ -36,32 +55,63 @@ class TransferTask:
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """One step on this rank's `share` of a batch."""
         _, images, labels = batch
-        self.backbone.model.train()
+        self._train_mode()
         # what is random in the model (dropout) follows from the step alone, so a resumed run draws the same
         torch.manual_seed((self.seed * 1_000_003 + self.step_number) * 4096 + self.ranks.global_rank)
-        loss = functional.cross_entropy(
-            self.backbone.model(images), labels, label_smoothing=self.settings.label_smoothing
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss * share)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.ranks.sum_(gradients)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.step()
+        total = self.loss_sum.new_zeros(())
+        for part, answers, weight, last in self._micro_batches(images, labels):
+            if not weight:
+                self.backbone.model.eval()  # no statistics of what is blank
+            loss = functional.cross_entropy(self._logits(part), answers, label_smoothing=self.settings.label_smoothing)
+            self.updates.backward(loss * (share * weight), last=last)
+            total += loss.detach().to(torch.float64) * (len(labels) * weight)
+        self._train_mode()
+        self.updates.step(share, self.learning_rate())
         self.step_number += 1
-        self.loss_sum += torch.stack(
-            (loss.detach().to(torch.float64) * len(labels), self.loss_sum.new_tensor(len(labels)))
-        )
-        return {"loss": loss.detach()}
+        self.loss_sum += torch.stack((total, total.new_tensor(len(labels))))
+        return {"loss": total / max(len(labels), 1)}
+
+    def _logits(self, images: Tensor) -> Tensor:
+        try:
+            return self.updates.logits(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"prepare.global_batch_size = {self.settings.global_batch_size}: leaves a rank with a single image at "
+                "once, from which a batch norm learns nothing; change it, or prepare.micro_batch_size"
+            ) from error
+
+    def _train_mode(self) -> None:
+        self.backbone.model.train()
+        for module in self.frozen:
+            module.eval()
+
+    def _micro_batches(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
+        """(Images, labels, part of this rank's share, whether it is the last) of what passes through the model at once.
+
+        The parts are as equal as can be, since batch norm has no use for a single image that is left over.
+        Where ranks must run the model equally often, blank images that weigh nothing make up for what is missing.
+        """
+        most = len(labels)
+        if self.updates.lockstep:
+            total = torch.tensor([len(labels)], device=self.ranks.device)
+            self.ranks.sum_([total])
+            most = -(-int(total) // self.ranks.world_size)
+        count = -(-most // (self.settings.micro_batch_size or max(most, 1)))
+        parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True) if count else ()
+        for i, (part, answers) in enumerate(parts, 1):
+            weight = len(answers) / max(len(labels), 1)
+            if not len(answers):
+                part, answers = images.new_zeros(2, *self.backbone.input_size), labels.new_zeros(2)
+            yield part, answers, weight, i == count
 
     def learning_rate(self) -> float:
-        """The rate of the next step: linear up to the peak, then half a cosine down to 0."""
-        peak, step = self.settings.learning_rate, self.step_number
-        if step < self.num_warm_up_steps:
-            return peak * (step + 1) / self.num_warm_up_steps
-        progress = (step - self.num_warm_up_steps) / max(self.num_steps - self.num_warm_up_steps, 1)
-        return peak * (1 + math.cos(math.pi * progress)) / 2
+        """The head's rate at the next step: linear up to the peak, then half a cosine."""
+        settings = self.settings
+        return cosine_rate(
+            self.step_number, self.num_steps, settings.learning_rate, settings.min_learning_rate, self.num_warm_up_steps
+        )
 
     def end_epoch(self, epoch: int) -> None:
         """Notes the epoch's loss and the accuracy on validation. Raises Failure where the loss is not finite."""
@@ -72,52 +122,55 @@ class TransferTask:
                 f"the backbone's loss was {loss} in epoch {epoch}; lower prepare.learning_rate or mend the data"
             )
         self.loss_sum.zero_()
-        accuracy = classify(self.backbone, self.validation, self.ranks)
-        self.rows.append({"epoch": epoch, "loss": loss, "validation_accuracy": accuracy})
+        self.rows.append({"epoch": epoch, "loss": loss, "validation_accuracy": self._accuracy()})
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        """Accuracy of the whole backbone on validation, each rank taking its share of every batch."""
+        self.backbone.model.eval()
+        correct_count = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)
+        order = list(range(len(self.validation)))
+        batches = [self.ranks.share(order[i : i + _BATCH_SIZE]) for i in range(0, len(order), _BATCH_SIZE)]
+        for _, images, labels in load_batches(self.validation, batches):
+            if not len(labels):
+                if self.updates.lockstep:
+                    self.updates.evaluate(images.new_zeros(1, *self.backbone.input_size).to(self.ranks.device))
+                continue
+            predictions = self.updates.evaluate(images.to(self.ranks.device)).argmax(1).cpu()
+            correct_count += torch.tensor([(predictions == labels).sum(), len(labels)], device=self.ranks.device)
+        self.ranks.sum_([correct_count])
+        return (correct_count[0] / correct_count[1]).item()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The backbone's weights as they are kept, whole on the main rank; to be called on all of them."""
+        return self.updates.weights()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"model.{name}": value for name, value in self.backbone.model.state_dict().items()}
-        for i, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in slots.items() if value is not None
-            }
-        tensors["loss_sum"] = self.loss_sum
-        return tensors, {"step_number": self.step_number, "rows": self.rows}
+        tensors = {f"model.{name}": value for name, value in self.updates.weights().items()}
+        inner, facts = self.updates.state()
+        tensors |= {f"optimizer.{name}": value for name, value in inner.items()}
+        tensors["loss_sum"] = self.loss_sum if self.ranks.world_size == 1 else self._whole_loss_sum()
+        layout = self.updates.layout
+        return tensors, {"step_number": self.step_number, "rows": self.rows, "layout": layout, "updates": facts}
+
+    def _whole_loss_sum(self) -> Tensor:
+        total = self.loss_sum.clone()
+        self.ranks.sum_([total])
+        return total
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        self.backbone.model.load_state_dict(model)
-        slots: dict[int, dict[str, Tensor]] = {}
+        layout = facts.get("layout", "whole")
+        if layout != self.updates.layout:
+            raise UserError(
+                f"the checkpoint was left by a run whose model lay {layout}, and now it would lie "
+                f"{self.updates.layout}: go on with the same dist.deepspeed_stage and number of ranks, or remove its "
+                "folder"
+            )
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, slot = name.split(".", 2)
-                slots.setdefault(int(i), {})[slot] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.loss_sum.copy_(tensors["loss_sum"])
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = value
+        self.updates.restore(parts["model"], parts["optimizer"], facts.get("updates", {}))
+        self.loss_sum.copy_(tensors["loss_sum"] if self.ranks.is_main else torch.zeros(2))
         self.step_number, self.rows = facts["step_number"], list(facts["rows"])
-
-
-def _optimizer(parameters: list[torch.nn.Parameter], settings: Prepare) -> torch.optim.Optimizer:
-    """Weight decay acts on matrices and kernels, not on biases and norms."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate)
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-
-
-@torch.no_grad()
-def classify(backbone: Backbone, split: Split, ranks: Ranks) -> float:
-    """Accuracy of the whole backbone on `split`, each rank taking its share of the batches."""
-    backbone.model.eval()
-    correct_count = torch.zeros(2, dtype=torch.int64, device=ranks.device)
-    order = list(range(len(split)))
-    batches = [order[i : i + _BATCH_SIZE] for i in range(0, len(order), _BATCH_SIZE)]
-    for _, images, labels in load_batches(split, ranks.share(batches)):
-        predictions = backbone.model(images.to(ranks.device)).argmax(1).cpu()
-        correct_count += torch.tensor([(predictions == labels).sum(), len(labels)], device=ranks.device)
-    ranks.sum_([correct_count])
-    return (correct_count[0] / correct_count[1]).item()
