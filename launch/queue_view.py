@@ -91,11 +91,11 @@ def last_error(logs: Sequence[Path]) -> str:
     for path in logs:
         if path.suffix != ".err":
             continue
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [
-            line.strip() for line in lines if re.match(r"\S*(Error|Exception|Interrupted|error|Killed)\b", line.strip())
-        ]
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in text.splitlines()]  # torch puts it before each
+        errors = [line for line in lines if re.match(r"\S*(Error|Exception|Interrupted|error|Killed)\b", line)]
         if errors:
             found.append(errors[-1])
-    own = [line for line in found if "Connection" not in line and "gloo" not in line.lower()]
-    return (own or found or [""])[0]
+    silent = [line for line in found if "Connection" not in line]
+    own = [line for line in silent if "gloo" not in line.lower()]
+    return (own or silent or found or [""])[0]

@@ -1,0 +1,24 @@
+"""Which of many errors is told."""
+
+from pathlib import Path
+
+from launch.queue_view import last_error
+
+CLOSED = "[rank{}]: RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.1.1]:15771."
+SILENT = "[rank0]: RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 10000ms for recv"
+
+
+def logs(folder: Path, *texts: str) -> list[Path]:
+    paths = [folder / f"7_{rank}_log.err" for rank in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text("Traceback (most recent call last):\n" + text + "\nsrun: job ended\n")
+    return paths
+
+
+def test_the_rank_that_failed_is_told_rather_than_those_that_lost_it(tmp_path: Path) -> None:
+    own = "[rank1]: torch.OutOfMemoryError: CUDA out of memory"
+    assert last_error(logs(tmp_path, CLOSED.format(0), own)) == "torch.OutOfMemoryError: CUDA out of memory"
+    assert last_error(logs(tmp_path, SILENT, CLOSED.format(1))) == SILENT.removeprefix("[rank0]: ")
+    assert last_error(logs(tmp_path, CLOSED.format(0), "fine")) == CLOSED.format(0).removeprefix("[rank0]: ")
+    assert last_error(logs(tmp_path, "fine", "fine")) == ""
+    assert last_error([]) == ""
