@@ -121,6 +121,8 @@ class StackedHeads(_Stacked):
         if initialisation not in INITIALISATIONS:
             raise UserError(f"unknown initialisation {initialisation!r}: use one of {', '.join(INITIALISATIONS)}")
         self.num_members, self.num_classes, self.shrinkage = len(seeds_M), num_classes, shrinkage
+        # heads of one kind may be given (M, B, D) instead, an input for every member
+        self._reads_two = len({head_type == "linear" for head_type in head_types}) == 2
         self.row_names = [f"{position}.{head_type}" for position in positions for head_type in head_types]
         for row, name in enumerate(self.row_names):
             num_features = feature_dims_P[row // len(head_types)]
@@ -151,7 +153,7 @@ class StackedHeads(_Stacked):
         head type at the position before; only additive heads need it.
         """
         layers = list(self.get_submodule(row_name).children())
-        if x.dim() == 3:
+        if self._reads_two and x.dim() == 3:
             x = x[:, 0 if row_name.endswith(".linear") else 1]
         for layer in layers[:-1]:
             x = layer(x).relu()
