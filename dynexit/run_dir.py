@@ -85,8 +85,8 @@ def sha256_file(path: Path) -> str:
 def move_aside(directory: Path) -> str:
     """The remedy for a damaged output: a shell command that moves it aside, so that the next run makes it anew."""
     number = sum(1 for _ in directory.parent.glob(f"{directory.name}.damaged*"))  # mv would put it into a folder
-    source = shlex.quote(str(directory))
-    return f"move it aside with `mv {source} {source}.damaged{number or ''}` and run the same command again to remake it"
+    source, last = shlex.quote(str(directory)), f"damaged{number or ''}"
+    return f"move it aside with `mv {source} {source}.{last}` and run the same command again to remake it"
 
 
 def mark_done(directory: Path, identity: str, files: Sequence[str]) -> None:
