@@ -17,6 +17,7 @@ from launch.plan import Job
 from launch.queue_view import last_error
 
 _POLL_SECONDS = 0.5
+_LOST_SECONDS = 10  # in which the other ranks find out by themselves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +77,23 @@ def run_here(jobs: Sequence[Job]) -> list[str]:
     return [text for text in map(run_job, jobs) if text]
 
 
+@dataclasses.dataclass
+class _Running:
+    """A job that runs as processes of this machine."""
+
+    job: Job
+    submitted: Any
+    gpus: list[int]
+    attempt: int
+    lost_at: float | None = None  # when a rank was first seen to be gone
+
+
 def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
     """Runs the jobs as processes of this machine, otherwise as `run_here`; a mistake of the user's ends the others.
 
     Each gets GPUs of its own, one a rank, and the next starts when one has ended; without GPUs as many run at a time as
-    the CPUs carry. Raises UserError where the study asks for more ranks than there are GPUs.
+    the CPUs carry. A job that crashed is tried `dist.max_retries` times more. Raises UserError where the study asks for
+    more ranks than there are GPUs.
     """
     import submitit
 
@@ -88,29 +101,52 @@ def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
     dist = jobs[0].points[0].config.dist
     ranks = dist.tasks_per_node if jobs[0].stage in ("train", "record") else 1
     places = _places(dist, ranks)
-    waiting, failures = list(jobs), list[str]()
-    running: list[tuple[Job, Any, list[int]]] = []
+    waiting, failures = [(job, 1) for job in jobs], list[str]()
+    running: list[_Running] = []
     try:
         while waiting or running:
             while waiting and places:
-                job, gpus = waiting.pop(0), places.pop(0)
+                (job, attempt), gpus = waiting.pop(0), places.pop(0)
                 executor.update_parameters(
                     timeout_min=dist.timeout_minutes, tasks_per_node=ranks, visible_gpus=gpus, gpus_per_node=len(gpus)
                 )
                 submitted = executor.submit(Task(_free_port() if ranks > 1 else None), job)
-                running.append((job, submitted, gpus))
+                running.append(_Running(job, submitted, gpus, attempt))
                 where = f"process {submitted.job_id}" + (f", {ranks} ranks" if ranks > 1 else "")
                 log = submitted.task(0).paths.stdout
                 print(f"{job.name}: {where}, log {log}", flush=True)
-            for entry in [entry for entry in running if entry[1].done()]:
+            for entry in [entry for entry in running if entry.submitted.done()]:
                 running.remove(entry)
-                places.append(entry[2])
-                failures += _outcome(entry[0], entry[1])
+                places.append(entry.gpus)
+                failed, crashed = _outcome(entry.job, entry.submitted)
+                if crashed and entry.attempt <= dist.max_retries:
+                    print(f"{failed}; tried again, {entry.attempt} of {dist.max_retries}", flush=True)
+                    waiting.append((entry.job, entry.attempt + 1))
+                elif failed:
+                    failures.append(failed)
+            for entry in running if ranks > 1 else []:
+                _end_if_a_rank_is_lost(entry, ranks)
             time.sleep(_POLL_SECONDS if running else 0)
     finally:
-        for _, submitted, _ in running:
-            submitted.cancel(check=False)
+        for entry in running:
+            entry.submitted.cancel(check=False)
     return failures
+
+
+def _end_if_a_rank_is_lost(entry: _Running, ranks: int) -> None:
+    """Kills the other ranks some seconds after one has gone before its time: they might wait for it for long."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        alive = [child for child in psutil.Process(int(entry.submitted.job_id)).children() if child.is_running()]
+        tasks = [entry.submitted.task(rank) for rank in range(ranks)]
+        through = sum(task.paths.result_pickle.exists() and task.exception() is None for task in tasks)
+        if not alive or len(alive) + through >= ranks:
+            return
+        entry.lost_at = entry.lost_at or time.monotonic()
+        if time.monotonic() - entry.lost_at > _LOST_SECONDS:
+            for child in alive:
+                child.kill()
 
 
 def _places(dist: Dist, ranks: int) -> list[list[int]]:
@@ -131,7 +167,8 @@ def _free_port() -> int:
         return port
 
 
-def _outcome(job: Job, submitted: Any) -> list[str]:
+def _outcome(job: Job, submitted: Any) -> tuple[str, bool]:
+    """The sentence of a job's failure, or '', and whether it crashed, so that another try may help."""
     import submitit
 
     try:
@@ -139,11 +176,12 @@ def _outcome(job: Job, submitted: Any) -> list[str]:
     except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
         logs = sorted(submitted.task(0).paths.folder.glob(f"{submitted.job_id}_*_log.err"))
         last = [line for line in str(error).strip().splitlines() if line.strip()][-1:]
-        texts = [f"{job.name} failed: {last_error(logs) or ' '.join(last).strip()} (log {', '.join(map(str, logs))})"]
+        said = last_error(logs) or " ".join(last).strip()
+        return f"{job.name} failed: {said} (log {', '.join(map(str, logs))})", True
     for text in texts:
         if isinstance(text, UserError):
             raise text
-    return [text for text in texts if text][:1]  # all ranks say the same
+    return next(filter(None, texts), ""), False  # all ranks say the same
 
 
 def visible_gpus() -> list[int]:
