@@ -12,6 +12,7 @@ from launch.commands import add_commands
 from launch.tools import add_tools
 
 if TYPE_CHECKING:
+    from dynexit.config import Config
     from dynexit.sweep import Study
     from launch.plan import Job
 
@@ -206,19 +207,21 @@ def _check_models(study: "Study") -> None:
     """Builds one model of every kind that is not trained yet: what does not fit is found before anything starts."""
     from launch.plan import missing_jobs
 
-    kinds = {}
-    for stage in ("prepare", "train"):
+    kinds: dict[str, tuple[Config, bool]] = {}
+    for stage in ("train", "prepare"):
         for job in missing_jobs(study, stage):
             for point in job.points:
-                kinds[repr((point.config.data, point.config.backbone, point.config.exits))] = point.config
+                config = point.config
+                key = repr((config.data, config.backbone, config.exits, config.prepare.num_epochs))
+                kinds[key] = (config, stage == "prepare")  # a file of weights is read no more after that
     if kinds:
         from dynexit.assemble import check_model
         from dynexit.errors import UserError
 
         mistakes = []
-        for config in kinds.values():
+        for config, weights in kinds.values():
             try:
-                check_model(config)
+                check_model(config, weights=weights)
             except UserError as error:
                 mistakes.append(str(error))
         if mistakes:

@@ -16,7 +16,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.models.families import T2T_FAMILY, TIMM_FAMILIES, Cut, Family, State
 from dynexit.models.t2t_vit import VARIANTS as T2T_VIT
 from dynexit.models.t2t_vit import T2TViT
-from dynexit.models.weights import load_weights
+from dynexit.models.weights import load_weights, untrained_classifier
 
 ImageSize = int | tuple[int, int]
 
@@ -147,22 +147,23 @@ def build_backbone(
     image_size: ImageSize | None = None,
     in_channels: int = 3,
     weights: str | None = None,
+    with_classifier: bool = False,
 ) -> Backbone:
     """The model of that name in eval mode, cut into blocks.
 
     `arguments` are handed to the model's constructor; `image_size` is in pixels (an int, or height and width; the
     model's own if None); `weights` is None (random), "pretrained" (timm's hub) or a local file.
-    Raises UserError for a name of no supported family and for arguments, sizes or weights that do not fit, Failure if
-    the hub cannot be reached.
+    Raises UserError for a name of no supported family, for arguments, sizes or weights that do not fit and, asked for
+    weights `with_classifier`, for those of other classes; Failure if the hub cannot be reached.
     """
     family = _family(name)
     arguments = dict(arguments or {})
     if image_size is not None and family.takes_image_size:
         arguments.setdefault("img_size", image_size)
     arguments |= {"num_classes": num_classes, "in_chans": in_channels}
-    model = _pretrained(name, arguments) if weights == "pretrained" else _create(name, arguments)
+    model = _pretrained(name, arguments, with_classifier) if weights == "pretrained" else _create(name, arguments)
     if weights not in (None, "pretrained"):
-        load_weights(model, Path(weights), name)
+        load_weights(model, Path(weights), name, with_classifier=with_classifier)
     size = image_size or arguments.get("img_size") or model.default_cfg["input_size"][-2:]
     height, width = (size, size) if isinstance(size, int) else size
     try:
@@ -182,11 +183,14 @@ def _create(name: str, arguments: dict[str, Any], **options: Any) -> Any:
         raise UserError(f"backbone {name!r} cannot be built with {arguments}: {str(error) or repr(error)}") from error
 
 
-def _pretrained(name: str, arguments: dict[str, Any]) -> Any:
+def _pretrained(name: str, arguments: dict[str, Any], with_classifier: bool) -> Any:
     """The model with the weights of timm's hub."""
     published = None if name in T2T_VIT else timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         raise UserError(f"backbone {name!r} has no weights on timm's hub: give a local file as backbone.weights")
+    if with_classifier and published.num_classes != arguments["num_classes"]:
+        what = f"backbone {name!r} has on timm's hub a classifier of {published.num_classes} classes"
+        raise UserError(untrained_classifier(what, arguments["num_classes"]))
     try:
         return _create(name, arguments, pretrained=True)
     except (OSError, RuntimeError) as error:

@@ -70,6 +70,21 @@ def test_the_head_is_left_out_where_the_classes_differ(tmp_path: Path, state: di
     assert torch.equal(loaded["norm.weight"], state["norm.weight"])
 
 
+def test_a_classifier_that_nothing_would_train_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    whole = save(tmp_path / "seven.safetensors", state)
+    without = {name: value for name, value in state.items() if not name.startswith("head.")}
+    headless = save(tmp_path / "none.safetensors", without)
+    options = {"arguments": T2T, "image_size": 48, "with_classifier": True}
+    assert same(build_backbone("t2t_vit_7", num_classes=7, weights=str(whole), **options).model, state)
+    for path, classes, found in ((whole, 5, "a classifier of 7 classes"), (headless, 7, "no classifier")):
+        with pytest.raises(UserError) as error:
+            build_backbone("t2t_vit_7", num_classes=classes, weights=str(path), **options)
+        assert str(error.value) == (
+            f"weights file {str(path)!r} has {found} and the data {classes}: fit one with prepare.num_epochs of at "
+            f"least 1, or give the weights of a model for {classes} classes"
+        )
+
+
 def test_positions_are_resized_to_another_image_size(tmp_path: Path, state: dict[str, Tensor]) -> None:
     model = t2t(save(tmp_path / "weights.pth", state), image_size=80).model
     assert model.pos_embed.shape == (1, 26, 24)
