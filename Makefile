@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(VENV)/bin/dynexit run configs/digits.yaml
 
 test: check
-	$(VENV)/bin/python -m pytest -m "not gpu and not slurm"
+	$(VENV)/bin/python -m pytest -m "not gpu"
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

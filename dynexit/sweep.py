@@ -47,11 +47,13 @@ class Point:
 
     @property
     def method(self) -> str:
-        """The method's name for tables, with what is varied of it: `jei_dnn`, `jei_dnn (distilled, gate)`."""
-        confidence = self.config.search.confidence
-        variants = ["distilled"] if self.config.train.distillation else []
-        variants += [] if confidence == "max_probability" else [confidence]
-        return self.config.train.method + (f" ({', '.join(variants)})" if variants else "")
+        """The method's name for tables, with what the sweep varies of it: `jei_dnn (distilled 0.02, gate)`."""
+        config, variants = self.config, list[str]()
+        if config.train.distillation and "train.distillation" in self.swept:
+            variants.append(f"distilled {config.train.distillation:g}")
+        if "search.confidence" in self.swept and config.search.confidence != "max_probability":
+            variants.append(config.search.confidence)
+        return config.train.method + (f" ({', '.join(variants)})" if variants else "")
 
     @property
     def label(self) -> str:

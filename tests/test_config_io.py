@@ -201,6 +201,14 @@ def test_zipped_keys_take_their_values_together(tmp_path: Path) -> None:
     assert mistakes(tmp_path, "sweep: {zip: 3}")[0].startswith("sweep.zip = 3: should map keys that are swept nowhere")
 
 
+def test_a_methods_name_says_what_of_it_is_swept(tmp_path: Path) -> None:
+    plain = study(tmp_path, SMALL, "train.distillation=0.02", "search.confidence=gate")
+    assert {point.method for point in plain.points} == {"jei_dnn"}
+    text = "sweep: {train.distillation: [0, 0.02], search.confidence: [max_probability, gate]}\n"
+    names = [point.method for point in study(tmp_path, text).points]
+    assert names == ["jei_dnn", "jei_dnn (gate)", "jei_dnn (distilled 0.02)", "jei_dnn (distilled 0.02, gate)"]
+
+
 def test_weights_do_not_drift() -> None:
     weights = parse_weights("0.4:1:0.01")
     assert len(weights) == 61

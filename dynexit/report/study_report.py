@@ -168,7 +168,7 @@ def write_report(
         figures,
         study_text,
         [_point_summary(point) for point in points],
-        [*_NOTES, *([ORIGIN] if published else []), *failed],
+        [*_NOTES, *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
         sections=[_uncertainty(points, rows, study_dir)],
         describe=describe,
@@ -197,6 +197,17 @@ _NOTES = (
     "confidence, for each accuracy weight. fixed: thresholds set on validation by MSDNet's rule, a given share of the "
     "samples for each exit.",
 )
+
+
+def _beyond(points: Sequence[Point]) -> list[str]:
+    """What of the training goes beyond the methods as published."""
+    weights = sorted({point.config.train.distillation for point in points} - {0.0})
+    if not weights:
+        return []
+    return [
+        f"Exits also learned from the backbone's own classifier (train.distillation = {', '.join(map(str, weights))}), "
+        "which goes beyond the methods as published; 0 trains them as published."
+    ]
 
 
 def published_beside(point: Point) -> list[PublishedPoint]:
