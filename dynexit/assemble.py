@@ -31,9 +31,13 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError where backbone, head types and exit positions do not fit together; builds the model to see."""
+    """Raises UserError where backbone, head types and exit positions do not fit together, or fewer classes than
+    record.topk are there; builds the model to see.
+    """
     backbone = build_model(config, weights=False)
     MultiExit(backbone, _positions(config, backbone))
+    if (config.record.topk or 1) > backbone.num_classes:
+        raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
 
 
 def build_model(config: Config, *, weights: bool) -> Backbone:

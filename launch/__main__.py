@@ -210,7 +210,8 @@ def _check_models(study: "Study") -> None:
     for stage in ("prepare", "train"):
         for job in missing_jobs(study, stage):
             for point in job.points:
-                kinds[repr((point.config.data, point.config.backbone, point.config.exits))] = point.config
+                config = point.config
+                kinds[repr((config.data, config.backbone, config.exits, config.record.topk))] = config
     if kinds:
         from dynexit.assemble import check_model
         from dynexit.errors import UserError

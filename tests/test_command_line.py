@@ -225,6 +225,7 @@ def test_mistakes_in_the_study_end_with_status_2(finished: Path, tmp_path: Path)
         "data.name=digit": "no data set of this name; known are digits",
         "exits.positions=[0, 9]": "exit positions [0, 9] do not fit resnet18",
         "sweep.seed=[]": "sweep.seed = []: the grid is empty",
+        "record.topk=11": "record.topk = 11: should be at most the classes, 10",
     }
     for override, expected in cases.items():
         error = dynexit(tmp_path, "run", TINY, override, status=2).stderr
