@@ -31,12 +31,14 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (
 
 
 def check_model(config: Config, *, weights: bool) -> None:
-    """Raises UserError where backbone, head types, exit positions and a file of `weights` do not fit together.
+    """Raises UserError where backbone, head types, exit positions, record.topk and a file of `weights` do not fit.
 
     Builds the model to see; what timm's hub has is not fetched for it.
     """
     backbone = build_model(config, weights=weights and config.backbone.weights != "pretrained")
     MultiExit(backbone, _positions(config, backbone))
+    if (config.record.topk or 1) > backbone.num_classes:
+        raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
 
 
 def build_model(config: Config, *, weights: bool) -> Backbone:

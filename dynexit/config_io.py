@@ -1,5 +1,6 @@
 """A study: YAML and key=value in, points with ids out. All mistakes are found before any of them is reported."""
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +14,14 @@ from dynexit.config import SECTIONS, Config
 from dynexit.errors import UserError
 from dynexit.mistakes import contradictions, sentences
 from dynexit.sweep import Study, check_sweep, expand
+
+
+class StudyError(UserError):
+    """What is wrong with a study's keys, a line each; `config` is what is right of it, None where too little is."""
+
+    def __init__(self, mistakes: Sequence[str], config: Config | None) -> None:
+        super().__init__("\n".join(mistakes))
+        self.config = config
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,7 +75,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     together = tuple(name for name in zipped if name in sweep)
     mistakes += check_sweep(sweep, base, together)
     if mistakes or base is None:
-        raise UserError("\n".join(dict.fromkeys(mistakes)))
+        raise StudyError(list(dict.fromkeys(mistakes)), base or _what_is_right(raw))
     points = tuple(expand(base, sweep, together))
     swept = {
         name: list({repr(p.swept[name]): p.swept[name] for p in points if name in p.swept}.values()) or values
@@ -143,14 +152,35 @@ def _validate(raw: dict[str, Any], mistakes: list[str]) -> Config | None:
     """The configuration, or None after adding what is wrong with it to `mistakes`."""
     before = len(mistakes)
     try:
-        config = Config.model_validate(
-            {name: {} if value is None and name in SECTIONS else value for name, value in raw.items()}
-        )
+        config = _config(raw)
     except ValidationError as error:
         mistakes.extend(sentences(error))
         return None
     mistakes.extend(contradictions(config))
     return config if len(mistakes) == before else None
+
+
+def _config(raw: dict[str, Any]) -> Config:
+    return Config.model_validate(
+        {name: {} if value is None and name in SECTIONS else value for name, value in raw.items()}
+    )
+
+
+def _what_is_right(raw: dict[str, Any]) -> Config | None:
+    """The configuration without its wrong keys; None where what decides on the model has a wrong value."""
+    rest = copy.deepcopy(raw)
+    try:
+        return _config(rest)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            dotted = ".".join(str(part) for part in item["loc"][:2])
+            if item["type"] != "extra_forbidden" and item["loc"][0] in ("data", "backbone", "exits"):
+                return None
+            _remove(rest, dotted)
+    try:
+        return _config(rest)
+    except ValidationError:
+        return None
 
 
 def resolved_yaml(study: Study, *, with_meanings: bool = True) -> str:

@@ -12,7 +12,6 @@ from launch.commands import add_commands
 from launch.tools import add_tools
 
 if TYPE_CHECKING:
-    from dynexit.config import Config
     from dynexit.sweep import Study
     from launch.plan import Job
 
@@ -87,9 +86,10 @@ def _dispatch(options: argparse.Namespace) -> int:
     if "tool" in options:
         options.tool(options)
         return 0
-    from dynexit.config_io import load_study, resolved_yaml
+    from dynexit.config_io import resolved_yaml
+    from launch.checks import checked_study
 
-    study = load_study(options.study, options.overrides)
+    study = checked_study(options.study, options.overrides)
     if options.command == "config":
         print(resolved_yaml(study), end="")
         return 0
@@ -99,6 +99,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _run(study: "Study", options: argparse.Namespace) -> int:
+    from launch.checks import check_models
     from launch.plan import check_identity
     from launch.ranks import num_ranks
     from launch.submissions import check_queue
@@ -109,7 +110,7 @@ def _run(study: "Study", options: argparse.Namespace) -> int:
         return _print_plan(study, stages, options)
     if num_ranks() > 1:
         return _run_with_ranks(study, stages, options)
-    _check_models(study)
+    check_models(study)
     with hold(study.directory):
         check_identity(study)
         if options.on == "slurm":
@@ -203,35 +204,11 @@ def _run_jobs(jobs: "Sequence[Job]", where: str, study: "Study") -> list[str]:
     return run_here(jobs) if where == "here" else run_local(jobs, study.directory / "submitted")
 
 
-def _check_models(study: "Study") -> None:
-    """Builds one model of every kind that is not trained yet: what does not fit is found before anything starts."""
-    from launch.plan import missing_jobs
-
-    kinds: dict[str, tuple[Config, bool]] = {}
-    for stage in ("train", "prepare"):
-        for job in missing_jobs(study, stage):
-            for point in job.points:
-                config = point.config
-                key = repr((config.data, config.backbone, config.exits, config.prepare.num_epochs))
-                kinds[key] = (config, stage == "prepare")  # a file of weights is read no more after that
-    if kinds:
-        from dynexit.assemble import check_model
-        from dynexit.errors import UserError
-
-        mistakes = []
-        for config, weights in kinds.values():
-            try:
-                check_model(config, weights=weights)
-            except UserError as error:
-                mistakes.append(str(error))
-        if mistakes:
-            raise UserError("\n".join(dict.fromkeys(mistakes)))
-
-
 def _print_plan(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
+    from launch.checks import check_models
     from launch.plan import describe_plan
 
-    _check_models(study)
+    check_models(study)
     print(describe_plan(study, stages, options.on))
     if options.on == "slurm":
         from launch.site import load_site

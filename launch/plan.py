@@ -1,5 +1,6 @@
 """Study -> points -> packs -> jobs: what is missing, and what can be done together."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 from dynexit.errors import UserError
 from dynexit.record.finished import is_recorded
 from dynexit.run_dir import DONE, is_done, job_dir, read_json, write_json
-from dynexit.state import report_identity
+from dynexit.state import JOBS_OF_A_POINT, report_identity
 from dynexit.sweep import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values, method_settings
 
 
@@ -98,14 +99,15 @@ def check_identity(study: Study) -> None:
     """Raises UserError where the study's run directory was made by another configuration; else notes this one there.
 
     The grid may grow and shrink, and what only searches or reports may change; a fixed key that every point's
-    training depends on may not, or results that do not belong together would stand in one table.
+    training depends on may not, or results that do not belong together would stand in one table. Where no job began,
+    as after a mistake that the first one found, there are no results yet.
     """
     path = study.directory / "study.json"
     values = fixed_values(study)
-    try:
-        before = read_json(path)
-    except FileNotFoundError:
-        before = values
+    before = values
+    if any((study.directory / name).exists() for name in (*JOBS_OF_A_POINT, "submitted")):
+        with contextlib.suppress(FileNotFoundError):
+            before = read_json(path)
     for name, value in values.items():
         if name in before and before[name] != value:
             raise UserError(

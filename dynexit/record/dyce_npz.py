@@ -146,7 +146,9 @@ def read_npz(path: Path | str, head_types: Sequence[str] | None = None) -> Recor
             "and (R, N, k)"
         )
     for name in ("label", "preds"):
-        if arrays[name].dtype.kind not in "iu" or (arrays[name] < 0).any():
+        if arrays[name].dtype.kind not in "iu":
+            raise UserError(f"{path}: {name} must hold whole numbers from 0 up, not {arrays[name].dtype}")
+        if (arrays[name] < 0).any():
             raise UserError(f"{path}: {name} must hold whole numbers from 0 up, its smallest is {arrays[name].min()}")
     content: dict[str, np.ndarray] = {
         "index": np.arange(label.size),

@@ -56,8 +56,9 @@ def search_records(
     weights, budgets = _weights(accuracy_weights), _budgets(asked, latency is not None)
     if method not in METHODS:
         raise UserError(f"method is {method!r}, allowed are {', '.join(METHODS)}; name one of them")
-    if workers < 1 or starts < 0:
-        raise UserError(f"workers is {workers} and starts is {starts}, allowed are 1 or more, and 0 or more")
+    for name, value, least in (("workers", workers, 1), ("starts", starts, 0), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"{name} is {value}, allowed is {least} or more")
     if not weights and not budgets and risk is None:
         raise UserError("nothing is asked for; give accuracy weights, a budget or a risk")
     judge = _judge(train, val, macs, latency, exit_confidence, normalize)

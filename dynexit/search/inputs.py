@@ -37,6 +37,8 @@ def parse_costs(content: Any, source: str) -> ExitCosts:
             return ExitCosts.from_json(content)
     except (ValueError, TypeError, KeyError, IndexError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, TypeError | IndexError):
+            reason = f"its lists do not fit together or are none ({error})"
         raise UserError(f"{source}: {reason}; give the MACs of the model that made the records") from error
     raise UserError(
         f"{source} holds neither the costs that `record` writes (head_macs, backbone_macs, ...) nor DyCE's macs_info "
@@ -66,7 +68,7 @@ def _dyce_costs(content: Mapping[str, Any]) -> ExitCosts:
 
 
 def _whole(macs: Any) -> int:
-    if isinstance(macs, bool) or not isinstance(macs, int | float) or macs != int(macs):
+    if isinstance(macs, bool) or not isinstance(macs, int | float) or not float(macs).is_integer():
         raise ValueError(f"MACs are whole numbers, got {macs!r}")
     return int(macs)
 

@@ -152,13 +152,10 @@ def objective_of(problem: Problem, accuracy_weight: float, normalize: bool = Fal
         lowest_macs = costs.backbone_macs[0]
     correct_span, macs_span = problem.base_correct - lowest_correct, costs.full_macs - lowest_macs
     if correct_span <= 0 or macs_span <= 0:
-        what = (
-            f"the backbone is right {problem.base_correct} times, the first exit {lowest_correct} times of {count}, at "
-            f"{costs.full_macs} and {lowest_macs} MACs"
-            if normalize
-            else f"the backbone is never right on these {count} samples"
-        )
-        remedy = "search without normalize" if normalize else "check labels and model"
+        what = f"the backbone is right on {problem.base_correct} of {count} samples at {costs.full_macs} MACs"
+        if normalize:
+            what += f", the first exit on {lowest_correct} at {lowest_macs}"
+        remedy = "search without normalize" if normalize else "check labels, model and MACs"
         raise UserError(f"the objective divides by zero or less: {what}; {remedy}")
     per_correct = accuracy_weight / correct_span
     per_mac = (1 - accuracy_weight) / (count * macs_span)

@@ -194,7 +194,8 @@ def confs(value: float) -> np.ndarray:
         ({"confs": confs(1.5)}, ": probability holds 1.5, must be between 0 and 1; record it again"),
         ({"label": np.full((53, 1), -3, np.int16)}, ": label must hold whole numbers from 0 up, its smallest is -3"),
         ({"preds": np.full((5, 53, 2), -1, np.int16)}, ": preds must hold whole numbers from 0 up, its smallest is -1"),
-        ({"preds": np.full((5, 53, 2), 0.5)}, ": preds must hold whole numbers from 0 up, its smallest is 0.5"),
+        ({"preds": np.full((5, 53, 2), 0.5)}, ": preds must hold whole numbers from 0 up, not float64"),
+        ({"label": np.full((53, 1), "3")}, ": label must hold whole numbers from 0 up, not <U1"),
         ({"preds": np.array([{}])}, " cannot be read as a .npz file without pickles (Object arrays cannot be loaded"),
     ],
 )

@@ -173,7 +173,8 @@ def test_bad_arguments_write_nothing(files):
     )
     assert "min_accuracy 0.999 is unattainable" in refused(files, min_accuracy=[0.999])
     assert "risk 0.001 is unattainable at confidence 0.95: 300 samples" in refused(files, risk=0.001)
-    assert "workers is 0" in refused(files, workers=0)
+    assert refused(files, workers=0) == "workers is 0, allowed is 1 or more"
+    assert refused(files, seed=-1) == "seed is -1, allowed is 0 or more"
 
 
 def test_bad_records_write_nothing(files, problems, tmp_path):
@@ -197,7 +198,7 @@ def test_bad_records_write_nothing(files, problems, tmp_path):
     assert "there is no record" in refused(files, val=tmp_path / "none.npz")
     nothing_right = np.full((7, 300, 1), 11, np.int16)
     never = write_npz(tmp_path / "never.npz", problems["val"], preds=nothing_right)
-    assert "the backbone is never right on these 300 samples" in refused(files, train=never)
+    assert "the backbone is right on 0 of 300 samples" in refused(files, train=never)
 
 
 def test_bad_costs_write_nothing(files, problems, tmp_path):
@@ -216,6 +217,14 @@ def test_bad_costs_write_nothing(files, problems, tmp_path):
     assert "bad.json: MACs are whole numbers, got 1.5" in costs(
         {**macs_info(problems["train"]), "backbone": {"macs": [1.5, 2, 3, 4], "ori_macs": 4}}
     )
+    for macs in (float("inf"), float("nan")):
+        path = {"macs": [1, 2, 3, macs]}
+        assert f"bad.json: MACs are whole numbers, got {macs}" in costs(
+            macs_info(problems["train"]) | {"backbone": path}
+        )
+    assert "bad.json: its lists do not fit together or are none" in costs({"head": 3, "backbone": {"macs": [1, 2]}})
+    free = {name: [0, 0, 0] for name in ("backbone_macs", "gate_macs")} | {"full_macs": 0}
+    assert "samples at 0 MACs; check labels, model and MACs" in costs(good | free)
     assert "bad.json: 'macs' is missing" in costs({**macs_info(problems["train"]), "backbone": {}})
     (tmp_path / "text.json").write_text("macs: 3")
     assert "text.json cannot be read as JSON" in refused(files, macs=tmp_path / "text.json")

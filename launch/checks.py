@@ -1,0 +1,52 @@
+"""What can be known to be wrong before anything starts: mistakes of the study, and models that do not fit it."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dynexit.config import Config
+    from dynexit.sweep import Study
+
+
+def checked_study(path: Path, overrides: Sequence[str]) -> "Study":
+    """The study, its points' keys checked. UserError with every mistake, those of the model's among them."""
+    from dynexit.config_io import StudyError, load_study
+    from dynexit.errors import UserError
+
+    try:
+        return load_study(path, overrides)
+    except StudyError as mistakes:
+        rest = [] if mistakes.config is None else [(mistakes.config, True)]
+        raise UserError("\n".join([str(mistakes), *_misfits(rest)])) from None
+
+
+def check_models(study: "Study") -> None:
+    """Builds one model of every kind that is not trained yet, for UserError where one does not fit."""
+    from dynexit.errors import UserError
+    from launch.plan import missing_jobs
+
+    kinds: dict[str, tuple[Config, bool]] = {}
+    for stage in ("train", "prepare"):
+        for job in missing_jobs(study, stage):
+            for point in job.points:
+                config = point.config
+                key = repr((config.data, config.backbone, config.exits, config.record.topk, config.prepare.num_epochs))
+                kinds[key] = (config, stage == "prepare")  # a file of weights is read no more after that
+    mistakes = _misfits(kinds.values())
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+def _misfits(kinds: "Iterable[tuple[Config, bool]]") -> list[str]:
+    """A sentence for each model that does not fit its configuration; whether weights are looked at comes with each."""
+    mistakes: list[str] = []
+    for config, weights in kinds:
+        from dynexit.assemble import check_model
+        from dynexit.errors import UserError
+
+        try:
+            check_model(config, weights=weights)
+        except UserError as error:
+            mistakes.append(str(error))
+    return list(dict.fromkeys(mistakes))
