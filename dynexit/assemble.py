@@ -30,9 +30,12 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (
 )
 
 
-def check_model(config: Config) -> None:
-    """Raises UserError where backbone, head types and exit positions do not fit together; builds the model to see."""
-    backbone = build_model(config, weights=False)
+def check_model(config: Config, *, weights: bool) -> None:
+    """Raises UserError where backbone, head types and exit positions do not fit together; builds the model to see.
+
+    With `weights` the file of backbone.weights must fit too; what is on a hub is not fetched for that.
+    """
+    backbone = build_model(config, weights=weights and config.backbone.weights != "pretrained")
     MultiExit(backbone, _positions(config, backbone))
 
 
@@ -46,6 +49,7 @@ def build_model(config: Config, *, weights: bool) -> Backbone:
         image_size=config.data.image_size,
         in_channels=channels,
         weights=config.backbone.weights if weights else None,
+        classifier_is_trained=config.prepare.num_epochs > 0,
     )
 
 

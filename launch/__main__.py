@@ -59,9 +59,21 @@ def _study_command(commands: Any, name: str, text: str) -> argparse.ArgumentPars
     return command
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for; argparse alone would take no overrides after an option."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    name = next((name for name in ("overrides", "words") if name in options), None)
+    if rest and (name is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if name is not None:
+        setattr(options, name, [*getattr(options, name), *rest])
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     from dynexit.errors import Failure, Interrupted, UserError
 
     try:
@@ -108,7 +120,7 @@ def _run(study: "Study", options: argparse.Namespace) -> int:
         return _print_plan(study, stages, options)
     if num_ranks() > 1:
         return _run_with_ranks(study, stages, options)
-    _check_models(study)
+    _check_models(study, dry_run=False)
     with hold(study.directory):
         check_identity(study)
         if options.on == "slurm":
@@ -140,6 +152,8 @@ def _run_with_ranks(study: "Study", stages: Sequence[str], options: argparse.Nam
     if options.on != "here" or options.command == "infer":
         what = "infer" if options.command == "infer" else f"--on {options.on}"
         raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
+    if is_main():  # the others are ended with it
+        _check_models(study, dry_run=False)
     status = prepare_alone(study, [str(options.study), *options.overrides])
     if status:
         return status
@@ -202,23 +216,29 @@ def _run_jobs(jobs: "Sequence[Job]", where: str, study: "Study") -> list[str]:
     return run_here(jobs) if where == "here" else run_local(jobs, study.directory / "submitted")
 
 
-def _check_models(study: "Study") -> None:
-    """Builds one model of every kind that is not trained yet: what does not fit is found before anything starts."""
+def _check_models(study: "Study", *, dry_run: bool) -> None:
+    """Builds one model of every kind that is not trained yet: what does not fit is found before anything starts.
+
+    A plan can be made without the files of weights; where they are, they must fit.
+    """
     from launch.plan import missing_jobs
 
     kinds = {}
-    for stage in ("prepare", "train"):
+    for stage in ("train", "prepare"):
         for job in missing_jobs(study, stage):
             for point in job.points:
-                kinds[repr((point.config.data, point.config.backbone, point.config.exits))] = point.config
+                config = point.config
+                kind = repr((config.data, config.backbone, config.exits, config.prepare.num_epochs > 0))
+                path = Path(config.backbone.weights or "")
+                kinds[kind] = config, stage == "prepare" and (not dry_run or path.is_file())
     if kinds:
         from dynexit.assemble import check_model
         from dynexit.errors import UserError
 
         mistakes = []
-        for config in kinds.values():
+        for config, weights in kinds.values():
             try:
-                check_model(config)
+                check_model(config, weights=weights)
             except UserError as error:
                 mistakes.append(str(error))
         if mistakes:
@@ -228,7 +248,7 @@ def _check_models(study: "Study") -> None:
 def _print_plan(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
     from launch.plan import describe_plan
 
-    _check_models(study)
+    _check_models(study, dry_run=True)
     print(describe_plan(study, stages, options.on))
     if options.on == "slurm":
         from launch.site import load_site

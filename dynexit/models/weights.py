@@ -25,31 +25,43 @@ _PREFIXES = ("module.", "_orig_mod.")
 _NOT_BACKBONE = ("intermediate_heads.", "gates.")
 
 
-def load_weights(model: Any, path: Path, backbone_name: str) -> None:
+def load_weights(model: Any, path: Path, backbone_name: str, *, classifier_is_trained: bool = True) -> None:
     """Fills the model from a `.safetensors` file, or from one that torch reads with weights_only.
 
     The file holds the state, or a dict with `state_dict_ema` or `state_dict`; a leading `module.` is stripped. The
     classifier stays as it is where the file's has another number of classes; position embeddings are resized.
-    Raises UserError, naming the file, where anything else does not fit.
+    Raises UserError, naming the file, where anything else does not fit, and where a classifier that is not trained
+    afterwards does not.
     """
-    state = read_state(path)
-    state = _without_classifier_of_other_size(state, model)
+    whole = read_state(path)
+    state = _without_classifier_of_other_size(whole, model)
     if not _fits(state, model):
         state = _converted(state, model)
     _refuse_misfit(state, model, path, backbone_name)
+    for name in () if classifier_is_trained else _classifier_names(model):
+        if f"{name}.weight" not in state:
+            wanted, found = len(model.get_submodule(name).weight), whole.get(f"{name}.weight")
+            has = "no classifier" if found is None else f"{len(found)} classes"
+            raise UserError(
+                f"weights file {str(path)!r} has {has} and the data set {wanted}: set "
+                "prepare.num_epochs to train a classifier, or give weights of these classes"
+            )
     model.load_state_dict(state, strict=False)  # what may be missing was settled above
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file by name, out of whatever dict they are wrapped in, without `module.`."""
     if not path.is_file():
+        fault = "is no file" if path.exists() else "does not exist"
         raise UserError(
-            f"weights file {str(path)!r} does not exist: give the path of a .safetensors or .pth file, or 'pretrained'"
+            f"weights file {str(path)!r} {fault}: give the path of a .safetensors or .pth file, or 'pretrained'"
         )
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to read it without weights_only
+            reason = "it holds something else than tensors, or is no checkpoint"
         raise UserError(
             f"weights file {str(path)!r} cannot be read as plain weights ({reason}): give a complete .safetensors "
             "file, or a .pth file that torch.load reads with weights_only=True"
