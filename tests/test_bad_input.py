@@ -72,5 +72,8 @@ def test_overrides_may_follow_options_and_nothing_else_may(study: str, capsys: p
         main(["run", study, "--dry-run", "--onn", "local"])
     assert "unrecognized arguments: --onn local" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        main(["macs", "resnet18", "--image-size", "0"])
+    assert "argument --image-size: '0' should be a whole number of at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main(["macs", "resnet18", "--json", "name=other"])
     assert "unrecognized arguments: name=other" in capsys.readouterr().err

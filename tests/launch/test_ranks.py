@@ -110,12 +110,13 @@ def test_ranks_that_fit_the_backbone_together_leave_what_one_process_leaves(tmp_
     text["backbone"] = {"name": "vit_tiny_patch16_224", "arguments": tokens}
     study = tmp_path / "vit.yaml"
     study.write_text(yaml.safe_dump(text))
-    together = ["dist.prepare_on_all_ranks=true", "prepare.num_epochs=1"]
+    few = ["prepare.num_epochs=1", "prepare.global_batch_size=600", "dist.checkpoint_seconds=60"]
+    together = ["dist.prepare_on_all_ranks=true", *few]
     dynexit(tmp_path, "prepare", study, *together)
     command = [sys.executable, "-m", *STARTERS["torchrun"], "prepare", str(study), *together, "name=torchrun"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    zero = ("prepare.num_epochs=1", "dist.tasks_per_node=2", "dist.deepspeed_stage=3", "name=zero")
+    zero = (*few, "dist.tasks_per_node=2", "dist.deepspeed_stage=3", "name=zero")
     said = dynexit(tmp_path, "prepare", study, *zero, "--on", "local").stdout
     assert ", 2 ranks, log" in said
     one, *others = (
