@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from dynexit.config import Dist
 from dynexit.errors import UserError
+from launch.__main__ import main
 from launch.submit import _places
 from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
 from tests.conftest import require
@@ -103,7 +104,9 @@ def test_torchrun_accelerate_and_local_ranks_agree_with_one_process(one_process:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ranks_that_fit_the_backbone_together_leave_what_one_process_leaves(tmp_path: Path) -> None:
+def test_ranks_that_fit_the_backbone_together_leave_what_one_process_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require(find_spec("deepspeed") is not None, "DeepSpeed is not installed (the extra `deepspeed`)")
     text = yaml.safe_load(TINY.read_text())
     tokens = {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 8}
@@ -112,7 +115,8 @@ def test_ranks_that_fit_the_backbone_together_leave_what_one_process_leaves(tmp_
     study.write_text(yaml.safe_dump(text))
     few = ["prepare.num_epochs=1", "prepare.global_batch_size=600", "dist.checkpoint_seconds=60"]
     together = ["dist.prepare_on_all_ranks=true", *few]
-    dynexit(tmp_path, "prepare", study, *together)
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", str(study), *together]) == 0
     command = [sys.executable, "-m", *STARTERS["torchrun"], "prepare", str(study), *together, "name=torchrun"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
