@@ -31,9 +31,9 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (
 
 
 def check_model(config: Config, *, weights: bool) -> None:
-    """Raises UserError where backbone, head types, exit positions, record.topk and a file of `weights` do not fit.
+    """Raises UserError where backbone, head types, exit positions and record.topk do not fit; builds the model to see.
 
-    Builds the model to see; what timm's hub has is not fetched for it.
+    With `weights` the file of backbone.weights must fit too; what is on a hub is not fetched for that.
     """
     backbone = build_model(config, weights=weights and config.backbone.weights != "pretrained")
     MultiExit(backbone, _positions(config, backbone))
@@ -51,7 +51,7 @@ def build_model(config: Config, *, weights: bool) -> Backbone:
         image_size=config.data.image_size,
         in_channels=channels,
         weights=config.backbone.weights if weights else None,
-        with_classifier=config.prepare.num_epochs == 0,
+        classifier_is_trained=config.prepare.num_epochs > 0,
     )
 
 

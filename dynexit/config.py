@@ -66,7 +66,7 @@ class Data(Section):
     )
     check_images: Literal["none", "headers", "pixels"] | None = key(
         None,
-        "what is read of every image before training starts; null: headers of an image_folder, of others none",
+        "what is read of every image, once, before the backbone is fitted; null: pixels of an image_folder, else none",
         changes_results=False,
     )
     noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
@@ -275,10 +275,15 @@ class Dist(Section):
     log_seconds: float = key(10.0, "time between lines in the log", "s", changes_results=False, ge=0)
     timeout_minutes: int = key(24 * 60, "time limit of one submitted job", "min", changes_results=False, ge=1)
     nodes: int = key(1, "machines that train or record one pack together (slurm)", changes_results=False, ge=1)
+    prepare_on_all_ranks: bool = key(
+        False,
+        "whether all ranks fit the backbone together, a batch norm seeing one rank's images; else one process does",
+        changes_results=False,
+    )
     tasks_per_node: int = key(1, "ranks on each of them, one per GPU where there are GPUs", changes_results=False, ge=1)
     deepspeed_stage: Literal[1, 2, 3] | None = key(
         None,
-        "what ranks of prepare divide by DeepSpeed's ZeRO: 1 optimizer states, 2 gradients too, 3 weights too",
+        "what all ranks, fitting it together, divide by ZeRO: 1 optimizer states, 2 gradients too, 3 weights too",
         changes_results=False,
     )
     timeout_seconds: float = key(600.0, "longest wait of a rank for the others", "s", changes_results=False, gt=0)

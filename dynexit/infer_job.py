@@ -38,7 +38,7 @@ def run_infer(points: Sequence[Point], study_dir: Path) -> None:
     engine = Engine(model, costs.head_types, heads, gates)
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     engine.configure(configuration, config.search.confidence)
-    samples = load_data(config.data, workers_of(config.dist, ranks.device)).split(settings.split)
+    samples = load_data(config.data, workers_of(config.dist, ranks.device), checked=True).split(settings.split)
     answers, seconds, whole_seconds = _classify(engine, samples, settings.batch_size, ranks)
     checkpoint = done_digest(job_dir(study_dir, "train", point.id), HEADS)
     record = Record.open(job_dir(study_dir, "record", point.ids["record"]) / settings.split, checkpoint)

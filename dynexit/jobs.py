@@ -112,7 +112,7 @@ def train(points: Sequence[Point], study_dir: Path) -> None:
         return
     config = points[0].config
     ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    data = load_data(config.data, workers_of(config.dist, ranks.device))
+    data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
     model, costs = load_model(points[0], study_dir, ranks)
     members = [Member(p.config.seed, p.config.jei_dnn.ce_ic_tradeoff, p.label) for p in points]
     together = Pack(model, costs, members, config.train, data.validation, ranks, len(data.train), config.data.seed)
@@ -180,7 +180,7 @@ def record(points: Sequence[Point], study_dir: Path) -> None:
         return
     config = points[0].config
     ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    data = load_data(config.data, workers_of(config.dist, ranks.device))
+    data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
     model, costs = load_model(points[0], study_dir, ranks)
     # a stack of its own for every point: the bits of a record do not depend on who else is recorded
     members = [load_heads([point], study_dir, model, costs, ranks) for point in points]

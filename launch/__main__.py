@@ -59,9 +59,21 @@ def _study_command(commands: Any, name: str, text: str) -> argparse.ArgumentPars
     return command
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for; argparse alone would take no overrides after an option."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    name = next((name for name in ("overrides", "words") if name in options), None)
+    if rest and (name is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if name is not None:
+        setattr(options, name, [*getattr(options, name), *rest])
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     from dynexit.errors import Failure, Interrupted, UserError
 
     try:
@@ -110,7 +122,7 @@ def _run(study: "Study", options: argparse.Namespace) -> int:
         return _print_plan(study, stages, options)
     if num_ranks() > 1:
         return _run_with_ranks(study, stages, options)
-    check_models(study)
+    check_models(study, dry_run=False)
     with hold(study.directory):
         check_identity(study)
         if options.on == "slurm":
@@ -136,12 +148,15 @@ def _submit(study: "Study", stages: Sequence[str], options: argparse.Namespace) 
 def _run_with_ranks(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
     """One of the processes of `torchrun -m launch` or `accelerate launch -m launch`."""
     from dynexit.errors import UserError
+    from launch.checks import check_models
     from launch.ranks import is_main, prepare_alone, run_together
     from launch.submit import hold
 
     if options.on != "here" or options.command == "infer":
         what = "infer" if options.command == "infer" else f"--on {options.on}"
         raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
+    if is_main():  # the others are ended with it
+        check_models(study, dry_run=False)
     status = prepare_alone(study, [str(options.study), *options.overrides])
     if status:
         return status
@@ -208,7 +223,7 @@ def _print_plan(study: "Study", stages: Sequence[str], options: argparse.Namespa
     from launch.checks import check_models
     from launch.plan import describe_plan
 
-    check_models(study)
+    check_models(study, dry_run=True)
     print(describe_plan(study, stages, options.on))
     if options.on == "slurm":
         from launch.site import load_site

@@ -21,8 +21,11 @@ def checked_study(path: Path, overrides: Sequence[str]) -> "Study":
         raise UserError("\n".join([str(mistakes), *_misfits(rest)])) from None
 
 
-def check_models(study: "Study") -> None:
-    """Builds one model of every kind that is not trained yet, for UserError where one does not fit."""
+def check_models(study: "Study", *, dry_run: bool) -> None:
+    """Builds one model of every kind that is not trained yet, for UserError where one does not fit.
+
+    A plan can be made without the files of weights; where they are, they must fit.
+    """
     from dynexit.errors import UserError
     from launch.plan import missing_jobs
 
@@ -31,8 +34,10 @@ def check_models(study: "Study") -> None:
         for job in missing_jobs(study, stage):
             for point in job.points:
                 config = point.config
-                key = repr((config.data, config.backbone, config.exits, config.record.topk, config.prepare.num_epochs))
-                kinds[key] = (config, stage == "prepare")  # a file of weights is read no more after that
+                fitted = config.prepare.num_epochs > 0
+                key = repr((config.data, config.backbone, config.exits, config.record.topk, fitted))
+                weights = not dry_run or Path(config.backbone.weights or "").is_file()
+                kinds[key] = (config, weights and stage == "prepare")  # the file is read no more after that
     mistakes = _misfits(kinds.values())
     if mistakes:
         raise UserError("\n".join(mistakes))

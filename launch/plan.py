@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynexit.config import Dist
 from dynexit.errors import UserError
 from dynexit.record.finished import is_recorded
 from dynexit.run_dir import DONE, is_done, job_dir, read_json, write_json
@@ -30,6 +31,12 @@ class Job:
             if len(self.points) > 1
             else f"{self.stage} {self.points[0].label}"
         )
+
+
+def done_together(stage: str, dist: Dist) -> bool:
+    """Whether all ranks that the study asks for do a job of this stage; what is not is work for one process."""
+    fits = dist.prepare_on_all_ranks or dist.deepspeed_stage is not None
+    return stage in ("train", "record") or (stage == "prepare" and fits)
 
 
 def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list[Job]:

@@ -1,21 +1,23 @@
 """`torchrun -m launch` and `accelerate launch -m launch`: this process is one of several that do the study together.
 
-All of them train and record; the main one alone does the rest. What it finds missing holds for all.
+All of them train and record, and prepare where the study says so; the main one alone does the rest. What
+it finds missing holds for all.
 """
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
+from dynexit.state import finished_jobs
 from dynexit.sweep import Study
-from launch.plan import check_identity, missing_jobs
+from launch.plan import check_identity, done_together, missing_jobs
 from launch.submissions import check_queue
 from launch.submit import hold, run_here
 
-_TOGETHER = ("train", "record")
 _POLL_SECONDS = 0.5
 # what tells a process that it is one of several
 _ANNOUNCEMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -34,8 +36,11 @@ def is_main() -> bool:
 def prepare_alone(study: Study, arguments: Sequence[str]) -> int:
     """The main rank prepares the backbone in a process without ranks; the others wait. An exit status.
 
-    With several ranks batch normalisation would see another batch than the study's.
+    With several ranks batch normalisation would see another batch than the study's: they prepare together, in
+    `run_together`, only where the study says so.
     """
+    if done_together("prepare", study.config.dist):
+        return 0
     if not is_main():
         while missing_jobs(study, "prepare"):
             time.sleep(_POLL_SECONDS)  # whoever started the ranks ends them all if the main one fails
@@ -48,7 +53,7 @@ def prepare_alone(study: Study, arguments: Sequence[str]) -> int:
 
 
 def run_together(study: Study, stages: Sequence[str]) -> list[str]:
-    """Trains and records, so far as `stages` ask for it, with all ranks. Returns the sentences of the failures."""
+    """Does what is done together, so far as `stages` ask for it, with all ranks; the sentences of the failures."""
     from dynexit.dist import start_ranks, stop_ranks
 
     dist = study.config.dist
@@ -58,7 +63,9 @@ def run_together(study: Study, stages: Sequence[str]) -> list[str]:
             check_identity(study)
             check_queue(study)
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
-        for stage in (stage for stage in stages if stage in _TOGETHER):
+        for stage in (stage for stage in stages if done_together(stage, dist)):
             failures += run_here(ranks.agree(missing_jobs(study, stage, check_bytes=True) if ranks.is_main else []))
+            points = ranks.agree([p for p in study.points if stage in finished_jobs(p, study.directory)])
+            study = dataclasses.replace(study, points=tuple(points))
         stop_ranks()
     return failures if is_main() else []

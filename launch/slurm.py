@@ -10,7 +10,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.sweep import Study
 from launch import cluster
 from launch.arrays import Array, Live, plan_arrays, resolve
-from launch.plan import Job
+from launch.plan import Job, done_together
 from launch.site import Site, site_contradictions
 from launch.submissions import Submission, live_jobs
 from launch.task import ClusterTask, script_after, script_before
@@ -104,8 +104,8 @@ def describe_array(array: Array) -> str:
 def _most_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
     dist = study.config.dist
     hours = site.minutes(dist) / 60
-    together = sum(len(array.tasks) for array in arrays if array.stage in ("train", "record"))
-    alone = sum(len(array.tasks) for array in arrays if array.stage == "prepare")
+    together = sum(len(array.tasks) for array in arrays if done_together(array.stage, dist))
+    alone = sum(len(array.tasks) for array in arrays if array.stage == "prepare") * (not done_together("prepare", dist))
     if site.gpus_per_node:
         most, unit = hours * (together * dist.nodes * site.gpus_per_node + alone), "GPU-hours"
     else:
@@ -122,10 +122,10 @@ def _task(study: Study, site: Site, jobs: tuple[Job, ...]) -> ClusterTask:
 def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) -> _Executor:
     """submitit's executor for one array."""
     dist = study.config.dist
-    together = array.stage in ("train", "record")  # the others are work for one process
+    together = done_together(array.stage, dist)
     executor = _Executor(folder)
     executor.python = f"{site.container} {executor.python}".strip()
-    gpus = {"report": 0, "prepare": min(site.gpus_per_node, 1)}.get(array.stage, site.gpus_per_node)
+    gpus = site.gpus_per_node if together else min(site.gpus_per_node, int(array.stage == "prepare"))
     options = {name.replace("_", "-"): value for name, value in site.sbatch.items()}
     executor.update_parameters(
         wckey=None,  # submitit's own, which not every cluster knows

@@ -13,7 +13,7 @@ from typing import Any
 
 from dynexit.config import Dist
 from dynexit.errors import Failure, UserError
-from launch.plan import Job
+from launch.plan import Job, done_together
 from launch.queue_view import last_error
 
 _POLL_SECONDS = 0.5
@@ -99,7 +99,7 @@ def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
 
     executor = submitit.LocalExecutor(folder=folder)
     dist = jobs[0].points[0].config.dist
-    ranks = dist.tasks_per_node if jobs[0].stage in ("train", "record") else 1
+    ranks = dist.tasks_per_node if done_together(jobs[0].stage, dist) else 1
     places = _places(dist, ranks)
     waiting, failures = [(job, 1) for job in jobs], list[str]()
     running: list[_Running] = []

@@ -14,8 +14,8 @@ def add_tools(commands: Any) -> None:
     macs.add_argument(
         "backbone", metavar="BACKBONE", help="a timm name of a supported family, or t2t_vit_7 and its like"
     )
-    macs.add_argument("--image-size", type=int, metavar="PIXELS", help="default: the model's own")
-    macs.add_argument("--num-classes", type=int, default=1000, metavar="K", help="default: %(default)s")
+    macs.add_argument("--image-size", type=_natural, metavar="PIXELS", help="default: the model's own")
+    macs.add_argument("--num-classes", type=_natural, default=1000, metavar="K", help="default: %(default)s")
     form = macs.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, in MACs")
     form.add_argument("--dyce", action="store_true", help="print DyCE's macs_info JSON")
@@ -27,6 +27,13 @@ def add_tools(commands: Any) -> None:
     convert.add_argument("source", type=Path, metavar="SOURCE", help="a .npz or a directory of shards")
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="the other of the two")
     convert.set_defaults(tool=_convert)
+
+
+def _natural(text: str) -> int:
+    """The number that `text` is. Raises what argparse makes a sentence of where it is not at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
+    return int(text)
 
 
 def _tool(commands: Any, name: str, text: str) -> argparse.ArgumentParser:

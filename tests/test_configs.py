@@ -62,10 +62,12 @@ def test_the_missing_data_are_named_when_something_starts(
     monkeypatch.chdir(tmp_path)
     path = next(path for path in PUBLISHED if path.stem == "cifar10_t2t_vit_7")
     assert main(["prepare", str(path)]) == 2
+    assert "weights file 'weights/71.7_T2T_ViT_7.pth.tar' does not exist" in capsys.readouterr().err
+    assert main(["prepare", str(path), "backbone.weights=null"]) == 2
     error = capsys.readouterr().err
     assert "data.dir = data: there is no such folder" in error
     (tmp_path / "data").mkdir()
-    assert main(["prepare", str(path)]) == 2
+    assert main(["prepare", str(path), "backbone.weights=null"]) == 2
     assert "cifar10 was looked for in data/cifar-10-batches-py" in capsys.readouterr().err
 
 

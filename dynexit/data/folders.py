@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from dynexit.config import Data
-from dynexit.data.images import FileSource, Sources, decode
+from dynexit.data.images import NOT_AN_IMAGE, FileSource, Sources, decode
 from dynexit.errors import UserError
 
 IMAGENET_CLASSES = 1000
@@ -49,7 +49,7 @@ def read_folders(data: Data) -> Sources:
             f"data.num_classes={len(classes)}"
         )
     sources = {split: _read_folder(folder, classes) for split, folder in folders.items()}
-    check = data.check_images or ("none" if data.name == "imagenet" else "headers")
+    check = data.check_images or ("none" if data.name == "imagenet" else "pixels")
     if check != "none":
         for source in sources.values():
             _check_images(source, pixels=check == "pixels")
@@ -117,9 +117,7 @@ def _check_images(source: FileSource, *, pixels: bool) -> None:
             else:
                 with Image.open(path):
                     pass
-        except UserError:
-            return str(path)
-        except (OSError, SyntaxError, ValueError):
+        except (UserError, *NOT_AN_IMAGE):
             return str(path)
         return ""
 

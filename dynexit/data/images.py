@@ -17,6 +17,9 @@ from torch import Tensor
 
 from dynexit.errors import UserError
 
+# what Pillow raises for files that it cannot read
+NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
 Transform = Callable[[Image.Image], Tensor]  # to (3, H, W) float32, normalised
 
 
@@ -72,7 +75,7 @@ def decode(file: Path | BinaryIO, name: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except NOT_AN_IMAGE as error:
         raise UserError(f"the image {name} does not decode ({error}); replace it or remove it") from None
 
 

@@ -69,12 +69,14 @@ def _refuse_transforms(data: Data) -> None:
             raise UserError(f"data.{name} = {getattr(data, name)!r}: digits come as fixed views; remove the key")
 
 
-def load_data(data: Data, workers: Workers | None = None) -> DataSets:
+def load_data(data: Data, workers: Workers | None = None, *, checked: bool = False) -> DataSets:
     """The splits of the data set that the section `data` names; their batches are loaded as `workers` say.
 
+    Images that were `checked` before are not read again for data.check_images.
     Raises UserError, saying where it was looked for and how to get it, where the data set is missing or damaged.
     """
     workers = Workers() if workers is None else workers
+    data = data.model_copy(update={"check_images": "none"}) if checked else data
     num_classes, channels = describe_data(data)
     if data.name == "digits":
         return load_digits(data, workers)

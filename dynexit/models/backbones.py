@@ -3,6 +3,7 @@
 import copy
 import difflib
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.models.families import T2T_FAMILY, TIMM_FAMILIES, Cut, Family, State
 from dynexit.models.t2t_vit import VARIANTS as T2T_VIT
 from dynexit.models.t2t_vit import T2TViT
-from dynexit.models.weights import load_weights, untrained_classifier
+from dynexit.models.weights import load_weights
 
 ImageSize = int | tuple[int, int]
 
@@ -147,23 +148,27 @@ def build_backbone(
     image_size: ImageSize | None = None,
     in_channels: int = 3,
     weights: str | None = None,
-    with_classifier: bool = False,
+    classifier_is_trained: bool = True,
 ) -> Backbone:
     """The model of that name in eval mode, cut into blocks.
 
     `arguments` are handed to the model's constructor; `image_size` is in pixels (an int, or height and width; the
-    model's own if None); `weights` is None (random), "pretrained" (timm's hub) or a local file.
-    Raises UserError for a name of no supported family, for arguments, sizes or weights that do not fit and, asked for
-    weights `with_classifier`, for those of other classes; Failure if the hub cannot be reached.
+    model's own if None); `weights` is None (random), "pretrained" (timm's hub) or a local file. Of weights of other
+    classes the classifier is left out, where it `is_trained` afterwards.
+    Raises UserError for a name of no supported family and for arguments, sizes or weights that do not fit, Failure if
+    the hub cannot be reached.
     """
     family = _family(name)
     arguments = dict(arguments or {})
     if image_size is not None and family.takes_image_size:
         arguments.setdefault("img_size", image_size)
     arguments |= {"num_classes": num_classes, "in_chans": in_channels}
-    model = _pretrained(name, arguments, with_classifier) if weights == "pretrained" else _create(name, arguments)
-    if weights not in (None, "pretrained"):
-        load_weights(model, Path(weights), name, with_classifier=with_classifier)
+    if weights == "pretrained":
+        model = _pretrained(name, arguments, classifier_is_trained=classifier_is_trained)
+    else:
+        model = _create(name, arguments)
+        if weights is not None:
+            load_weights(model, Path(weights), name, classifier_is_trained=classifier_is_trained)
     size = image_size or arguments.get("img_size") or model.default_cfg["input_size"][-2:]
     height, width = (size, size) if isinstance(size, int) else size
     try:
@@ -183,14 +188,17 @@ def _create(name: str, arguments: dict[str, Any], **options: Any) -> Any:
         raise UserError(f"backbone {name!r} cannot be built with {arguments}: {str(error) or repr(error)}") from error
 
 
-def _pretrained(name: str, arguments: dict[str, Any], with_classifier: bool) -> Any:
+def _pretrained(name: str, arguments: dict[str, Any], *, classifier_is_trained: bool) -> Any:
     """The model with the weights of timm's hub."""
     published = None if name in T2T_VIT else timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         raise UserError(f"backbone {name!r} has no weights on timm's hub: give a local file as backbone.weights")
-    if with_classifier and published.num_classes != arguments["num_classes"]:
-        what = f"backbone {name!r} has on timm's hub a classifier of {published.num_classes} classes"
-        raise UserError(untrained_classifier(what, arguments["num_classes"]))
+    if not classifier_is_trained and published.num_classes != arguments["num_classes"]:
+        raise UserError(
+            f"backbone {name!r} has {published.num_classes} classes on timm's hub and the data set "
+            f"{arguments['num_classes']}: set prepare.num_epochs to train a classifier"
+        )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings of every attempt; the sentence is below
     try:
         return _create(name, arguments, pretrained=True)
     except (OSError, RuntimeError) as error:

@@ -25,36 +25,43 @@ _PREFIXES = ("module.", "_orig_mod.")
 _NOT_BACKBONE = ("intermediate_heads.", "gates.")
 
 
-def load_weights(model: Any, path: Path, backbone_name: str, *, with_classifier: bool = False) -> None:
+def load_weights(model: Any, path: Path, backbone_name: str, *, classifier_is_trained: bool = True) -> None:
     """Fills the model from a `.safetensors` file, or from one that torch reads with weights_only.
 
     The file holds the state, or a dict with `state_dict_ema` or `state_dict`; a leading `module.` is stripped. The
     classifier stays as it is where the file's has another number of classes; position embeddings are resized.
-    Raises UserError, naming the file, where anything else does not fit, and `with_classifier` where the classifier does
-    not either.
+    Raises UserError, naming the file, where anything else does not fit, and where a classifier that is not trained
+    afterwards does not.
     """
-    state = read_state(path)
-    if with_classifier:
-        _refuse_other_classifier(state, model, path)
-    state = _without_classifier_of_other_size(state, model)
+    whole = read_state(path)
+    state = _without_classifier_of_other_size(whole, model)
     if not _fits(state, model):
         state = _converted(state, model)
     _refuse_misfit(state, model, path, backbone_name)
+    for name in () if classifier_is_trained else _classifier_names(model):
+        if f"{name}.weight" not in state:
+            wanted, found = len(model.get_submodule(name).weight), whole.get(f"{name}.weight")
+            has = "no classifier" if found is None else f"{len(found)} classes"
+            raise UserError(
+                f"weights file {str(path)!r} has {has} and the data set {wanted}: set "
+                "prepare.num_epochs to train a classifier, or give weights of these classes"
+            )
     model.load_state_dict(state, strict=False)  # what may be missing was settled above
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file by name, out of whatever dict they are wrapped in, without `module.`."""
     if not path.is_file():
+        fault = "is no file" if path.exists() else "does not exist"
         raise UserError(
-            f"weights file {str(path)!r} does not exist: give the path of a .safetensors or .pth file, or 'pretrained'"
+            f"weights file {str(path)!r} {fault}: give the path of a .safetensors or .pth file, or 'pretrained'"
         )
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, (pickle.UnpicklingError, KeyError)):  # torch's advice is to execute what is in it
-            reason = "it holds Python objects, or is no file of torch's"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to read it without weights_only
+            reason = "it holds something else than tensors, or is no checkpoint"
         raise UserError(
             f"weights file {str(path)!r} cannot be read as plain weights ({reason}): give a complete .safetensors "
             "file, or a .pth file that torch.load reads with weights_only=True"
@@ -99,23 +106,6 @@ def _without_classifier_of_other_size(state: dict[str, Tensor], model: Any) -> d
             logger.info("the file's classifier has %d classes, not %d: left out", in_file.shape[0], weight.shape[0])
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
     return state
-
-
-def _refuse_other_classifier(state: Mapping[str, Tensor], model: Any, path: Path) -> None:
-    own = model.state_dict()
-    for name in _classifier_names(model):
-        wanted, in_file = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
-        if in_file is None or in_file.shape[0] != wanted:
-            found = "no classifier" if in_file is None else f"a classifier of {in_file.shape[0]} classes"
-            raise UserError(untrained_classifier(f"weights file {str(path)!r} has {found}", wanted))
-
-
-def untrained_classifier(what: str, num_classes: int) -> str:
-    """The sentence on weights whose classifier is not for the data, where nothing trains one."""
-    return (
-        f"{what} and the data {num_classes}: fit one with prepare.num_epochs of at least 1, or give the weights of a "
-        f"model for {num_classes} classes"
-    )
 
 
 def _optional(name: str, model: Any) -> bool:

@@ -1,6 +1,5 @@
 """Fits a backbone to a data set, all of its weights or what of them is not frozen, as the loop's Task."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,6 +50,8 @@ class TransferTask:
         self.step_number = 0
         self.rows: list[dict[str, Any]] = []
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum, count
+        # by rank the first step whose loss was not finite, counted from 1; of this rank alone until it is asked for
+        self.not_finite = torch.zeros(ranks.world_size, dtype=torch.int64, device=ranks.device)
 
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """One step on this rank's `share` of a batch."""
@@ -68,6 +69,8 @@ class TransferTask:
         self._train_mode()
         self.updates.step(share, self.learning_rate())
         self.step_number += 1
+        mine = self.not_finite[self.ranks.global_rank]
+        mine.copy_(torch.where((mine == 0) & ~total.isfinite(), self.step_number, mine))
         self.loss_sum += torch.stack((total, total.new_tensor(len(labels))))
         return {"loss": total / max(len(labels), 1)}
 
@@ -115,14 +118,22 @@ class TransferTask:
 
     def end_epoch(self, epoch: int) -> None:
         """Notes the epoch's loss and the accuracy on validation. Raises Failure where the loss is not finite."""
+        self._refuse_losses_that_are_not_finite()
         self.ranks.sum_([self.loss_sum])
         loss = (self.loss_sum[0] / self.loss_sum[1]).item()
-        if not math.isfinite(loss):
-            raise Failure(
-                f"the backbone's loss was {loss} in epoch {epoch}; lower prepare.learning_rate or mend the data"
-            )
         self.loss_sum.zero_()
         self.rows.append({"epoch": epoch, "loss": loss, "validation_accuracy": self._accuracy()})
+
+    def _refuse_losses_that_are_not_finite(self) -> None:
+        by_rank = self.not_finite.clone()
+        self.ranks.sum_([by_rank])
+        found = [(step, rank) for rank, step in enumerate(by_rank.tolist()) if step]
+        if found:
+            step, rank = min(found)
+            raise Failure(
+                f"the backbone's loss was not finite at step {step - 1} on rank {rank}; lower prepare.learning_rate, "
+                "or mend the data or the weights it started from"
+            )
 
     @torch.no_grad()
     def _accuracy(self) -> float:
@@ -146,6 +157,8 @@ class TransferTask:
         return self.updates.weights()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a resumed run needs. Raises Failure in place of saving weights that a loss has spoilt."""
+        self._refuse_losses_that_are_not_finite()
         tensors = {f"model.{name}": value for name, value in self.updates.weights().items()}
         inner, facts = self.updates.state()
         tensors |= {f"optimizer.{name}": value for name, value in inner.items()}

@@ -36,8 +36,6 @@ class ZeroModel:
         self.model, self.groups, self.settings, self.ranks, self.stage = model, groups, settings, ranks, stage
         self.layout = f"ZeRO-{stage} over {ranks.world_size} ranks"
         self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if settings.channels_last:
-            model.to(memory_format=torch.channels_last)
         self._engine: Any = None
 
     def _started(self) -> Any:
@@ -67,7 +65,7 @@ class ZeroModel:
         }
 
     def logits(self, images: Tensor) -> Tensor:
-        if self.settings.channels_last:
+        if self.settings.channels_last:  # the images alone: DeepSpeed takes weights only as they are by default
             images = images.to(memory_format=torch.channels_last)
         logits: Tensor = self._started()(images)
         return logits.float()

@@ -71,7 +71,7 @@ def test_images_that_do_not_decode_are_named_before_training(tmp_path: Path, che
     write_folders(tmp_path, {"": PETS})
     truncated = tmp_path / "dog" / "2.JPEG"
     truncated.write_bytes(truncated.read_bytes()[:-400])
-    load_data(folder(tmp_path))  # its header is whole
+    load_data(folder(tmp_path, check_images="headers"))  # its header is whole
     empty = tmp_path / "emu" / "1.png"
     empty.write_bytes(b"")
     damaged = [empty] if check == "headers" else [truncated, empty]
@@ -82,6 +82,9 @@ def test_images_that_do_not_decode_are_named_before_training(tmp_path: Path, che
         "remove them"
     )
     load_data(folder(tmp_path, check_images="none"))
+    with pytest.raises(UserError, match=r"^2 of 12 images"):  # without being asked
+        load_data(folder(tmp_path))
+    load_data(folder(tmp_path), checked=True)
 
 
 def test_of_many_damaged_images_five_are_named(tmp_path: Path) -> None:

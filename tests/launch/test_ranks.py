@@ -6,17 +6,21 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from dynexit.config import Dist
 from dynexit.errors import UserError
+from launch.__main__ import main
 from launch.submit import _places
 from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
+from tests.conftest import require
 
 # the last batch of an epoch has one sample: one of the ranks has none of it
 UNEVEN = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "train.global_batch_size=101", "report.mlflow=false")
@@ -96,6 +100,38 @@ def test_torchrun_accelerate_and_local_ranks_agree_with_one_process(one_process:
     assert ", 2 ranks, log" in said
     assert "; tried again, 1 of 2" in said
     assert digests(folder / "runs" / "tiny_study") == digests(tmp_path / "torchrun" / "runs" / "tiny_study")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ranks_that_fit_the_backbone_together_leave_what_one_process_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(find_spec("deepspeed") is not None, "DeepSpeed is not installed (the extra `deepspeed`)")
+    text = yaml.safe_load(TINY.read_text())
+    tokens = {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 8}
+    text["backbone"] = {"name": "vit_tiny_patch16_224", "arguments": tokens}
+    study = tmp_path / "vit.yaml"
+    study.write_text(yaml.safe_dump(text))
+    few = ["prepare.num_epochs=1", "prepare.global_batch_size=600", "dist.checkpoint_seconds=60"]
+    together = ["dist.prepare_on_all_ranks=true", *few]
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", str(study), *together]) == 0
+    command = [sys.executable, "-m", *STARTERS["torchrun"], "prepare", str(study), *together, "name=torchrun"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    zero = (*few, "dist.tasks_per_node=2", "dist.deepspeed_stage=3", "name=zero")
+    said = dynexit(tmp_path, "prepare", study, *zero, "--on", "local").stdout
+    assert ", 2 ranks, log" in said
+    one, *others = (
+        load_file(next((tmp_path / "runs" / name / "prepare").glob("*/backbone.safetensors")))
+        for name in ("vit", "torchrun", "zero")
+    )
+    for other in others:
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(others[0][name], value) for name, value in one.items())  # ranks add in another order
 
 
 @pytest.mark.slow

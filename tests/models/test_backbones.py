@@ -174,13 +174,6 @@ def test_an_image_size_that_the_model_does_not_take() -> None:
         build_backbone("test_maxvit", num_classes=2, image_size=40)
 
 
-def test_pretrained_weights_of_other_classes_that_nothing_would_fit() -> None:
-    with pytest.raises(
-        UserError, match=r"^backbone 'resnet50' has on timm's hub a classifier of 1000 classes and the data 10: fit one"
-    ):
-        build_backbone("resnet50", num_classes=10, weights="pretrained", with_classifier=True)
-
-
 def test_pretrained_weights_that_do_not_exist_or_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"'t2t_vit_7' has no weights on timm's hub: give a local file"):
         build_backbone("t2t_vit_7", num_classes=2, weights="pretrained")

@@ -70,21 +70,6 @@ def test_the_head_is_left_out_where_the_classes_differ(tmp_path: Path, state: di
     assert torch.equal(loaded["norm.weight"], state["norm.weight"])
 
 
-def test_a_classifier_that_nothing_would_train_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    whole = save(tmp_path / "seven.safetensors", state)
-    without = {name: value for name, value in state.items() if not name.startswith("head.")}
-    headless = save(tmp_path / "none.safetensors", without)
-    options = {"arguments": T2T, "image_size": 48, "with_classifier": True}
-    assert same(build_backbone("t2t_vit_7", num_classes=7, weights=str(whole), **options).model, state)
-    for path, classes, found in ((whole, 5, "a classifier of 7 classes"), (headless, 7, "no classifier")):
-        with pytest.raises(UserError) as error:
-            build_backbone("t2t_vit_7", num_classes=classes, weights=str(path), **options)
-        assert str(error.value) == (
-            f"weights file {str(path)!r} has {found} and the data {classes}: fit one with prepare.num_epochs of at "
-            f"least 1, or give the weights of a model for {classes} classes"
-        )
-
-
 def test_positions_are_resized_to_another_image_size(tmp_path: Path, state: dict[str, Tensor]) -> None:
     model = t2t(save(tmp_path / "weights.pth", state), image_size=80).model
     assert model.pos_embed.shape == (1, 26, 24)
@@ -168,6 +153,25 @@ def test_another_models_weights(tmp_path: Path, state: dict[str, Tensor]) -> Non
             build_backbone(name, num_classes=7, weights=str(path))
 
 
+def test_a_classifier_of_other_classes_is_refused_where_none_is_trained(tmp_path: Path) -> None:
+    arguments = {"layers": [1, 1, 1, 1], "channels": [4, 6, 8, 10]}
+    state = build_backbone("resnet18", arguments=arguments, num_classes=6).model.state_dict()
+    bare = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    for name, content, has in (("six.pth", state, "6 classes"), ("bare.pth", bare, "no classifier")):
+        path = str(save(tmp_path / name, content))
+        build_backbone("resnet18", arguments=arguments, num_classes=4, weights=path)
+        with pytest.raises(UserError) as error:
+            build_backbone("resnet18", arguments=arguments, num_classes=4, weights=path, classifier_is_trained=False)
+        assert str(error.value) == (
+            f"weights file '{path}' has {has} and the data set 4: set prepare.num_epochs to train a classifier, or "
+            "give weights of these classes"
+        )
+    path = str(tmp_path / "six.pth")
+    build_backbone("resnet18", arguments=arguments, num_classes=6, weights=path, classifier_is_trained=False)
+    with pytest.raises(UserError, match="'resnet18' has 1000 classes on timm's hub and the data set 4: set prepare"):
+        build_backbone("resnet18", num_classes=4, weights="pretrained", classifier_is_trained=False)
+
+
 class Trap:
     """An object whose unpickling would leave a file behind."""
 
@@ -195,7 +199,7 @@ def test_files_that_are_no_weights(tmp_path: Path, state: dict[str, Tensor]) -> 
         t2t(missing)
     for name, content in (
         ("empty.pth", b""),
-        ("text.pth", b"hello"),
+        ("text.pth", b"hello there"),
         ("cut.pth", save(tmp_path / "whole.pth", state).read_bytes()[:5000]),
         ("empty.safetensors", b""),
         ("text.safetensors", b"hello world, this is text"),
@@ -205,6 +209,18 @@ def test_files_that_are_no_weights(tmp_path: Path, state: dict[str, Tensor]) -> 
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"weights file '{path}' cannot be read as plain weights \(.+\): give"):
             t2t(path)
+    (tmp_path / "text.pth").write_bytes(b"not weights at all")
+    for path, sentence in (
+        (tmp_path, "is no file: give the path of a .safetensors or .pth file, or 'pretrained'"),
+        (
+            tmp_path / "text.pth",
+            "cannot be read as plain weights (it holds something else than tensors, or is no checkpoint): give a "
+            "complete .safetensors file, or a .pth file that torch.load reads with weights_only=True",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            t2t(path)
+        assert str(error.value) == f"weights file '{path}' {sentence}"
     for content in ({"epoch": 3}, [1, 2], torch.ones(3)):
         with pytest.raises(UserError, match="holds no tensors: give a file with a state dict"):
             t2t(save(tmp_path / "other.pth", content))

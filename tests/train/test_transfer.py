@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dynexit.config import Prepare
-from dynexit.errors import UserError
+from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
 from dynexit.train.transfer import TransferTask
 from dynexit.train.updates import WholeModel, parameter_groups
@@ -168,6 +168,18 @@ def test_a_killed_training_goes_on_bit_for_bit(
         if settings.get("precision") == "fp16":
             saved = json.loads(sorted(folder.glob("*.json"))[-1].read_text())["facts"]["task"]["updates"]["scaler"]
             assert saved["_growth_tracker"] + round(16 - math.log2(saved["scale"])) > 0  # it has been at work
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step_and_rank_and_never_saved(tmp_path: Path) -> None:
+    with pytest.raises(Failure) as caught:
+        fitted(tmp_path, small_backbone(), learning_rate=1e30, num_warm_up_epochs=0)
+    assert str(caught.value) == (
+        "the backbone's loss was not finite at step 1 on rank 0; lower prepare.learning_rate, or mend the data or the "
+        "weights it started from"
+    )
+    with pytest.raises(Failure, match="at step 1 on rank 0"):
+        fitted(tmp_path, small_backbone(), learning_rate=1e30, num_warm_up_epochs=0, stop_at=99)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["checkpoint-0000000001.safetensors"]
 
 
 def test_what_is_frozen_stays_with_its_statistics(tmp_path: Path) -> None:

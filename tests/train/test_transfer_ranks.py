@@ -78,6 +78,7 @@ def test_zero_divides_the_backbone_and_loses_nothing(tmp_path: Path) -> None:
         {"name": "norms2", "stage": 2, **norms},
         {"name": "bf16", "model": VIT, "stage": 2, "precision": "bf16", "frozen": ["blocks.0"]},
         {"name": "one image", "model": VIT, "stage": 3, "global_batch_size": 1, "num_epochs": 1},
+        {"name": "last", "model": VIT, "stage": 2, "channels_last": True, "num_epochs": 1},
     ]
     found = fit_on_two(tmp_path, *fittings)
     for name in ("plain1", "plain2", "plain3", "adam3", "norms2"):
@@ -88,7 +89,7 @@ def test_zero_divides_the_backbone_and_loses_nothing(tmp_path: Path) -> None:
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-5)
     assert largest_difference(found["adam3"], found["adam3 resumed"]) == 0
     untouched = small_backbone(VIT).model.state_dict()
-    for name in ("plain3", "bf16", "one image"):
+    for name in ("plain3", "bf16", "one image", "last"):
         assert found[name].keys() == untouched.keys()
         assert all(value.dtype == torch.float32 for value in found[name].values())
         small_backbone(VIT).model.load_state_dict(found[name])

@@ -1,14 +1,12 @@
 """Ranks: a training means the same at any world size, every rank ends with the same bits, and NaN tells its rank."""
 
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.command_line import ENVIRONMENT, ROOT
+from tests.train.ranks import run_ranks
 from tests.train.tiny import largest_difference
 
 pytestmark = pytest.mark.slow
@@ -17,19 +15,8 @@ pytestmark = pytest.mark.slow
 def train(folder: Path, world_size: int, poisoned: bool = False) -> list[dict]:  # type: ignore[type-arg]
     """What every rank has after the training in `tests/train/one_rank.py`."""
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        announced = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "POISONED": int(poisoned)}
-        environment = {**ENVIRONMENT, **{name: str(value) for name, value in {**announced, **where}.items()}}
-        command = [sys.executable, "-m", "tests.train.one_rank", str(folder)]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
+    command = [sys.executable, "-m", "tests.train.one_rank", str(folder)]
+    run_ranks(world_size, command, POISONED=int(poisoned))
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(world_size)]
 
 
