@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from dynexit.config import METHODS_WITH_GATES, Config
+from dynexit.config import Config
 from dynexit.core.cost import ExitCosts
 from dynexit.data import describe_data
 from dynexit.dist import Ranks
 from dynexit.errors import UserError
+from dynexit.method_config import METHODS_WITH_GATES
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import ValidationError
 
-from dynexit.config import METHODS_WITH_GATES, METHODS_WITH_ONE_HEAD_TYPE, SECTIONS, Config
+from dynexit.config import SECTIONS, Config
+from dynexit.method_config import METHODS_WITH_GATES, METHODS_WITH_ONE_HEAD_TYPE
 
 
 def all_keys() -> list[str]:

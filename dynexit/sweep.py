@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dynexit.config import METHODS_WITH_SETTINGS, Config
+from dynexit.config import Config
 from dynexit.keys import Section
+from dynexit.method_config import METHODS_WITH_SETTINGS
 from dynexit.mistakes import all_keys, contradictions, sentences, unknown_key
 
 # What each job's result depends on; a job's id covers these sections (and `seed` from training on) and nothing else,

@@ -15,9 +15,9 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
-from dynexit.config import Dyce
 from dynexit.core.losses import divergences, first_exit_weights, soft_cross_entropies
 from dynexit.data import Batch
+from dynexit.method_config import Dyce
 from dynexit.train.independent import IndependentTask
 from dynexit.train.members import MemberAdam, Stack, stack_of
 from dynexit.train.pack import Pack

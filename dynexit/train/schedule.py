@@ -8,7 +8,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from dynexit.config import JeiDnn, Train
+from dynexit.config import Train
+from dynexit.method_config import JeiDnn
 
 WARM_UP, JOINT = "warm-up", "joint"
 TERMS = ("warm-up loss", "gate loss", "head loss")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from dynexit.config import Weighted
 from dynexit.core.confidence import max_probability
 from dynexit.core.losses import cross_entropies
 from dynexit.data import Batch
+from dynexit.method_config import Weighted
 from dynexit.models.heads import StackedHeads
 from dynexit.train.independent import IndependentTask
 from dynexit.train.members import MemberAdam, MemberSGD, Stack, leaves

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from dynexit import jobs
-from dynexit.config import JeiDnn, Train
+from dynexit.config import Train
 from dynexit.config_io import load_study
 from dynexit.core.cost import ExitCosts
 from dynexit.data import Split
 from dynexit.dist import start_ranks
+from dynexit.method_config import JeiDnn
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit

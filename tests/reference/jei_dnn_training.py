@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from dynexit.config import JeiDnn, Train
+from dynexit.config import Train
 from dynexit.data import Split, epoch_batches
+from dynexit.method_config import JeiDnn
 from dynexit.models.multi_exit import MultiExit
 from tests.reference.deep_supervision_training import divergence
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dynexit.config import JeiDnn, Train
+from dynexit.config import Train
 from dynexit.dist import start_ranks, stop_ranks
+from dynexit.method_config import JeiDnn
 from dynexit.progress import Progress
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask

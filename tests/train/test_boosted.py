@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynexit.config import Boosted, Train
+from dynexit.config import Train
 from dynexit.core.tradeoff import Configuration
 from dynexit.infer import Engine
+from dynexit.method_config import Boosted
 from dynexit.models.heads import StackedHeads
 from dynexit.train.boosted import BoostedTask
 from tests.reference.deep_supervision_training import added_up, build_heads, cosine, logits_of, state_of, train_heads

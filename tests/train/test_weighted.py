@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynexit.config import Train, Weighted
+from dynexit.config import Train
 from dynexit.data import epoch_batches
+from dynexit.method_config import Weighted
 from dynexit.models.multi_exit import MultiExit
 from dynexit.train.weighted import WeightedTask, allotment
 from tests.reference.deep_supervision_training import build_heads, cosine, state_of

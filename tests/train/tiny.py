@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynexit.config import JeiDnn, Train
+from dynexit.config import Train
 from dynexit.core.cost import ExitCosts
 from dynexit.data import Batch, Split
 from dynexit.dist import Ranks
+from dynexit.method_config import JeiDnn
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
