@@ -58,8 +58,9 @@ def pareto_figure(
 ) -> None:
     """Draws test accuracy against relative MACs as a PNG: gates, the front of the search, the backbone as a line.
 
-    With one method a gate's colour is its ce_ic_tradeoff and its marker its seed. With several a colour is a method
-    and its line the accuracy that each budget buys: mean over seeds, the band from the worst to the best seed.
+    With one method MSDNet's thresholds are drawn too, a gate's colour is its ce_ic_tradeoff and its marker its seed.
+    With several a colour is a method and its line the accuracy that each budget buys: mean over seeds, the band from
+    the worst to the best seed.
     `published` points are drawn beside. Any part may be missing; without test rows the axes are empty.
     """
     rows = list(rows)
@@ -72,6 +73,7 @@ def pareto_figure(
         _draw_budget_curves(axes, rows, colours)
     else:
         _draw_search_front(axes, rows, colours)
+        _draw_fixed(axes, rows, look)
     _draw_gates(figure, axes, rows, colours if len(methods) > 1 else {}, look)
     _draw_published(axes, published or (), look)
     axes.set(xlabel="relative MACs (bare backbone = 1)", ylabel="test accuracy")
@@ -110,6 +112,15 @@ def _draw_search_front(axes: Axes, rows: list[Row], colours: dict[str, str]) -> 
         [row.relative_macs for row in front], [row.accuracy for row in front],
         color=colour, linewidth=2, marker=".", markersize=6, zorder=3, label="search, front chosen on validation",
     )  # fmt: skip
+
+
+def _draw_fixed(axes: Axes, rows: list[Row], look: _Theme) -> None:
+    fixed = [row for row in rows if row.source == "fixed" and row.split == "test"]
+    if fixed:
+        axes.scatter(
+            [row.relative_macs for row in fixed], [row.accuracy for row in fixed],
+            s=16, marker="+", color=look.muted, alpha=0.5, linewidths=0.8, zorder=1.5, label="MSDNet's thresholds",
+        )  # fmt: skip
 
 
 def _draw_budget_curves(axes: Axes, rows: list[Row], colours: dict[str, str]) -> None:
