@@ -116,6 +116,9 @@ def _apply_override(raw: dict[str, Any], sweep: dict[str, Any], override: str, m
     except yaml.YAMLError:
         mistakes.append(f"{name}: {text!r} is not a YAML value")
         return
+    if name == "sweep":
+        mistakes.append(f"sweep = {value!r}: name the key that varies, as sweep.seed=[0, 1]")
+        return
     if name.startswith("sweep."):
         _remove(raw, name.removeprefix("sweep."))
         sweep[name.removeprefix("sweep.")] = value

@@ -1,5 +1,6 @@
 """What the schema is made of: a key, a section, and the values that several keys take."""
 
+import re
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
@@ -56,7 +57,15 @@ DataSetName = Annotated[str, AfterValidator(_known_data_set)]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Budgeted = Annotated[float, Field(gt=0)]
 Position = Annotated[int, Field(ge=0)]
-HeadType = Annotated[str, Field(pattern=r"^(linear|mlp[1-9]\d*x[1-9]\d*)$")]
+
+
+def _known_head_type(name: str) -> str:
+    if not re.fullmatch(r"linear|mlp[1-9]\d*x[1-9]\d*", name):
+        raise ValueError("should be linear, or mlpNxW of N layers and width W, as mlp3x500")
+    return name
+
+
+HeadType = Annotated[str, AfterValidator(_known_head_type)]
 
 
 class Section(BaseModel):
