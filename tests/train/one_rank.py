@@ -1,6 +1,7 @@
 """One rank of a training over gloo, as a process: saves what its members have become. A folder is its only argument."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from dynexit.config import Train
 from dynexit.dist import start_ranks, stop_ranks
+from dynexit.errors import Interrupted
 from dynexit.method_config import JeiDnn
 from dynexit.progress import Progress
 from dynexit.train.checkpoint import Checkpoints
@@ -18,11 +20,11 @@ from dynexit.train.loop import fit
 from tests.train.tiny import tiny_pack, tiny_split
 
 MEMBERS = [(0, 0.05), (0, 0.4), (1, 0.3)]
-POISONED_STEP, POISONED_RANK = 31, 1
+DISTURBED_STEP, DISTURBED_RANK = 31, 1
 
 
-def main(folder: Path, poisoned: bool) -> None:
-    """Trains as one of the ranks that the environment announces."""
+def main(folder: Path, disturbance: str) -> None:
+    """Trains as one of the ranks that the environment announces; `disturbance`: nan or signal, of one of them."""
     ranks = start_ranks("cpu", 1)
     settings = Train(num_epochs=5, global_batch_size=13, precision="float64", learning_rate=0.05)
     pack = replace(tiny_pack(MEMBERS, settings), ranks=ranks)
@@ -30,7 +32,10 @@ def main(folder: Path, poisoned: bool) -> None:
     step = task.train_step
 
     def train_step(batch, share):  # type: ignore[no-untyped-def]
-        if poisoned and (task.step_number, ranks.global_rank) == (POISONED_STEP, POISONED_RANK):
+        here = (task.step_number, ranks.global_rank) == (DISTURBED_STEP, DISTURBED_RANK)
+        if here and disturbance == "signal":
+            os.kill(os.getpid(), signal.SIGUSR2)
+        if here and disturbance == "nan":
             task.tradeoff_M[2] = task.gates.bias.new_tensor(float("nan"))
             task.optimizers["gates"].stack["bias"][2] = float("nan")
             task.optimizers["heads"].stack["0.linear.0.weight"][2] = float("nan")
@@ -40,16 +45,19 @@ def main(folder: Path, poisoned: bool) -> None:
     progress = Progress("train", folder, 1e9, quiet=not ranks.is_main)
     checkpoints = Checkpoints(folder, 1e9)
     split = tiny_split()
-    fit(
-        task,
-        split,
-        num_epochs=settings.num_epochs,
-        global_batch_size=settings.global_batch_size,
-        seed=7,
-        ranks=ranks,
-        checkpoints=checkpoints,
-        progress=progress,
-    )
+    try:
+        fit(
+            task,
+            split,
+            num_epochs=settings.num_epochs,
+            global_batch_size=settings.global_batch_size,
+            seed=7,
+            ranks=ranks,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
+    except Interrupted as stop:
+        (folder / f"rank{ranks.global_rank}.txt").write_text(str(stop), encoding="utf-8")
     members = {f"{i}.{name}": value for i in range(len(MEMBERS)) for name, value in task.member_state(i).items()}
     save_file(members, folder / f"rank{ranks.global_rank}.safetensors")
     if ranks.is_main:
@@ -59,4 +67,4 @@ def main(folder: Path, poisoned: bool) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), os.environ.get("POISONED") == "1")
+    main(Path(sys.argv[1]), os.environ.get("DISTURBANCE", ""))

@@ -12,25 +12,33 @@ from tests.train.tiny import largest_difference
 pytestmark = pytest.mark.slow
 
 
-def train(folder: Path, world_size: int, poisoned: bool = False) -> list[dict]:  # type: ignore[type-arg]
+def train(folder: Path, world_size: int, disturbance: str = "") -> list[dict]:  # type: ignore[type-arg]
     """What every rank has after the training in `tests/train/one_rank.py`."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.train.one_rank", str(folder)]
-    run_ranks(world_size, command, POISONED=int(poisoned))
+    run_ranks(world_size, command, DISTURBANCE=disturbance)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(world_size)]
 
 
-def test_world_sizes_1_2_and_3_agree(tmp_path: Path) -> None:
+def test_world_sizes_1_2_and_3_agree_and_ranks_stop_together(tmp_path: Path) -> None:
     (alone,) = train(tmp_path / "1", 1)
     for world_size in (2, 3):
         ranks = train(tmp_path / str(world_size), world_size)
         for rank in ranks[1:]:
             assert largest_difference(ranks[0], rank) == 0.0
         assert largest_difference(alone, ranks[0]) <= 1e-10
+    # a signal that one rank alone gets in the middle of an epoch has all of them save that step
+    stopped = train(tmp_path / "stopped", 2, "signal")
+    told = {(tmp_path / "stopped" / f"rank{rank}.txt").read_text() for rank in (0, 1)}
+    assert told == {"stopped by a signal in epoch 4 after batch 4; the state is saved"}
+    resumed = train(tmp_path / "stopped", 2)
+    undisturbed = load_file(tmp_path / "2" / "rank0.safetensors")
+    assert largest_difference(stopped[0], undisturbed) > 0
+    assert largest_difference(resumed[0], undisturbed) == largest_difference(resumed[1], undisturbed) == 0.0
 
 
 def test_nan_on_one_rank_stops_the_member_everywhere_and_is_told(tmp_path: Path) -> None:
-    ranks = train(tmp_path / "poisoned", 2, poisoned=True)
+    ranks = train(tmp_path / "poisoned", 2, "nan")
     others = [name for name in ranks[0] if not name.startswith("2.")]
     assert all((ranks[0][name] == ranks[1][name]).all() for name in others)
     told = (tmp_path / "poisoned" / "stopped.txt").read_text()
