@@ -89,6 +89,11 @@ def move_aside(directory: Path) -> str:
     return f"move it aside with `mv {source} {source}.{last}` and run the same command again to remake it"
 
 
+def folders_in_place(parent: Path) -> list[Path]:
+    """The jobs' folders in `parent` by name, without those that were moved aside."""
+    return sorted(path for path in parent.glob("*") if path.is_dir() and "." not in path.name)
+
+
 def mark_done(directory: Path, identity: str, files: Sequence[str]) -> None:
     """Writes DONE: the id of what was done, and size and SHA-256 of each of `files` (names inside `directory`)."""
     listed = {

@@ -11,7 +11,7 @@ from typing import Any
 from dynexit.config import Dist
 from dynexit.errors import UserError
 from dynexit.record.finished import is_recorded
-from dynexit.run_dir import DONE, is_done, job_dir, read_json, write_json
+from dynexit.run_dir import DONE, folders_in_place, is_done, job_dir, read_json, write_json
 from dynexit.state import JOBS_OF_A_POINT, report_identity
 from dynexit.sweep import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values, method_settings
 
@@ -98,7 +98,7 @@ def _pack_key(point: Point) -> str:
 
 def unfinished_packs(study: Study) -> list[list[str]]:
     """Ids of the members of every pack that left a checkpoint, in the order of their folders."""
-    folders = sorted({path.parent for path in (study.directory / "pack").glob("*/checkpoint-*.json")})
+    folders = [folder for folder in folders_in_place(study.directory / "pack") if any(folder.glob("checkpoint-*.json"))]
     return [read_json(folder / "members.json") for folder in folders if (folder / "members.json").is_file()]
 
 

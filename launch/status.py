@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dynexit.run_dir import PROGRESS, job_dir, read_json
+from dynexit.run_dir import PROGRESS, folders_in_place, job_dir, read_json
 from dynexit.state import JOBS_OF_A_POINT, failure_reason, finished_jobs
 from dynexit.sweep import Point, Study
 from launch.queue_view import QueueView
@@ -99,8 +99,9 @@ def _progress(folder: Path) -> dict[str, Any]:
 
 def _pack_folders(study_dir: Path) -> dict[str, Path]:
     """The newest folder of a pack that each point is or was a member of."""
-    folders = sorted((study_dir / "pack").glob("*/members.json"), key=lambda path: path.stat().st_mtime)
-    return {identity: path.parent for path in folders for identity in read_json(path)}
+    lists = [folder / "members.json" for folder in folders_in_place(study_dir / "pack")]
+    by_age = sorted((path for path in lists if path.is_file()), key=lambda path: path.stat().st_mtime)
+    return {identity: path.parent for path in by_age for identity in read_json(path)}
 
 
 def _is_held(study_dir: Path) -> bool:

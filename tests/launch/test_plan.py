@@ -1,12 +1,14 @@
-"""Which configuration a study's folder belongs to."""
+"""What a study's folder says of the work before: which configuration it belongs to, which packs were begun."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from dynexit.config_io import load_study
-from dynexit.errors import UserError
-from launch.plan import check_identity
+from dynexit.errors import Failure, UserError
+from launch.plan import check_identity, unfinished_packs
+from launch.status import study_status
 from tests.command_line import TINY
 
 
@@ -19,3 +21,19 @@ def test_a_folder_belongs_to_a_configuration_once_a_job_began(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"data\.num_validation was 150 there and is 1400 now; choose another folder"):
         check_identity(wrong)
     check_identity(right)
+
+
+def test_a_pack_with_a_damaged_list_is_moved_aside_by_the_remedy_once(tmp_path: Path) -> None:
+    study = load_study(TINY, [f"runs_dir={tmp_path}"])
+    pack = study.directory / "pack" / "0123abcd"
+    pack.mkdir(parents=True)
+    (pack / "checkpoint-0000000003.json").write_text("{}")
+    (pack / "members.json").write_text('["a", "b')
+    for look in (unfinished_packs, study_status):
+        with pytest.raises(
+            Failure, match=r"members\.json is damaged \(not JSON: .*\); move it aside with `mv "
+        ) as caught:
+            look(study)
+    subprocess.run(str(caught.value).split("`")[1], shell=True, check=True)
+    assert unfinished_packs(study) == []
+    assert {status.state for status in study_status(study)} == {"waiting"}
