@@ -1,6 +1,7 @@
 # make demo, make test: both set up .venv when it is missing or made from other requirements, and reuse it otherwise.
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 2
 REQUIREMENTS := pyproject.toml tests/pins.txt
 STAMP := $(VENV)/.made-from-$(shell cat $(REQUIREMENTS) | cksum | tr ' ' '-')
 
@@ -10,7 +11,7 @@ demo: $(STAMP)
 	$(VENV)/bin/dynexit run configs/digits.yaml
 
 test: check
-	$(VENV)/bin/python -m pytest -m "not gpu"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu"
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

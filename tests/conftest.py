@@ -13,6 +13,14 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several workers (-n) get whole files, whose tests share fixtures, and one of them the cluster."""
+    for item in items:
+        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def require(present: bool, reason: str) -> None:
     """Skips the test where something is not present; fails it where DYNEXIT_REQUIRE_ALL=1 says that all must run."""
     if present:
