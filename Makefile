@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(VENV)/bin/dynexit run configs/digits.yaml
 
 test: check
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from typing import Any
 
 # before torch is imported: shared cores make more threads slower, and one thread gives the same bits everywhere
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,12 +14,16 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several workers (-n) get whole files, whose tests share fixtures, and one of them the cluster."""
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several workers (-n) get whole files, whose tests share fixtures, and one of them all that needs the cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "cluster" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
 
 
 def require(present: bool, reason: str) -> None:
