@@ -8,8 +8,20 @@ from dynexit.config import Data
 from dynexit.data.splits import DataSets, Split, Workers
 from dynexit.errors import UserError
 
+NUM_DIGITS = 1797
 _DIGITS_MEAN, _DIGITS_STD = 0.13, 0.27  # of the views at the default settings
 _SMALLEST_DIGIT, _LARGEST_DIGIT, _SMALLEST_CANVAS = 20, 28, 32
+
+
+def num_train_digits(data: Data) -> int:
+    """How many originals are left for training. Raises UserError where they are fewer than those of validation."""
+    num_train = NUM_DIGITS - data.num_validation - data.num_test
+    if num_train < data.num_validation:
+        raise UserError(
+            f"data.num_validation = {data.num_validation} and data.num_test = {data.num_test} leave {num_train} of "
+            f"{NUM_DIGITS} digits for training; make them smaller"
+        )
+    return num_train
 
 
 def load_digits(data: Data, workers: Workers) -> DataSets:
@@ -23,12 +35,7 @@ def load_digits(data: Data, workers: Workers) -> DataSets:
     digits = datasets.load_digits()
     originals = torch.from_numpy(digits.images.astype(np.float32) / 16.0)
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    num_train = len(labels) - data.num_validation - data.num_test
-    if num_train < data.num_validation:
-        raise UserError(
-            f"data.num_validation = {data.num_validation} and data.num_test = {data.num_test} leave {num_train} of "
-            f"{len(labels)} digits for training; make them smaller"
-        )
+    num_train = num_train_digits(data)
     order = torch.from_numpy(np.random.default_rng([data.seed, 0]).permutation(len(labels)))
     ends = (num_train, num_train + data.num_validation, len(labels))
     views = (data.num_train_views, data.num_evaluation_views, data.num_evaluation_views)

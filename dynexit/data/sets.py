@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dynexit.config import Data
-from dynexit.data.digits import load_digits
+from dynexit.data.digits import load_digits, num_train_digits
 from dynexit.data.folders import IMAGENET_CLASSES, class_folders, read_folders
 from dynexit.data.images import Source, Sources, TransformedImages
 from dynexit.data.splits import DataSets, Split, Workers
@@ -39,10 +39,11 @@ _SETS: Mapping[str, _Set] = MappingProxyType(
 def describe_data(data: Data) -> tuple[int, int]:
     """(classes, channels) of the data set, without reading images: of a folder, the class folders are counted.
 
-    Raises UserError where data.num_classes does not fit, and for transforms that the data set does not take.
+    Raises UserError where data.num_classes or the sizes of splits do not fit, and for transforms that it does not take.
     """
     if data.name == "digits":
         _refuse_transforms(data)
+        num_train_digits(data)
         return _num_classes(data, 10), 1
     if data.train_transform or data.test_transform:
         train_transform(data)

@@ -50,4 +50,4 @@ def test_digits_hold_no_original_in_two_splits() -> None:
     assert len(set.union(*origins)) == 1797
     assert (data.train.images.shape, data.train.images.dtype) == ((2 * 1687, 1, 32, 32), torch.float32)
     with pytest.raises(UserError, match=r"leave 97 of 1797 digits for training; make them smaller$"):
-        load_data(Data(num_validation=1300))
+        describe_data(Data(num_validation=1300))  # before anything is read
