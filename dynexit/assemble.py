@@ -19,16 +19,9 @@ from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
 from dynexit.run_dir import is_done, job_dir, write_text
+from dynexit.state import BACKBONE, HEADS
 from dynexit.sweep import Point
 from dynexit.tensor_files import load_tensors
-
-BACKBONE, HEADS, COSTS, METRICS, CONFIG = (
-    "backbone.safetensors",
-    "heads.safetensors",
-    "costs.json",
-    "metrics.jsonl",
-    "config.json",
-)
 
 
 def check_model(config: Config, *, weights: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynexit.assemble import HEADS, load_heads, load_model
+from dynexit.assemble import load_heads, load_model
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
@@ -22,6 +22,7 @@ from dynexit.record.shards import Record
 from dynexit.report.aggregate import Row, read_csv
 from dynexit.run_dir import atomic_write, done_digest, job_dir, mark_done, write_json
 from dynexit.search.problem import Problem
+from dynexit.state import HEADS
 from dynexit.sweep import Point, digest
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from dynexit.assemble import COSTS, HEADS
 from dynexit.core.cost import ExitCosts
 from dynexit.keys import parse_weights
 from dynexit.progress import Progress
@@ -16,7 +15,7 @@ from dynexit.search.budgets import KINDS, Budget
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.problem import Problem
 from dynexit.search.study_points import PointSearch, Search, fixed_points
-from dynexit.state import BUDGETS
+from dynexit.state import BUDGETS, COSTS, HEADS
 from dynexit.sweep import Point
 
 CONFIGURATIONS, FIXED = "configurations.json", "fixed.json"

@@ -8,6 +8,13 @@ from dynexit.errors import UserError
 from dynexit.run_dir import DONE, FAILED, job_dir, read_json
 from dynexit.sweep import Point, digest
 
+BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
+    "backbone.safetensors",
+    "heads.safetensors",
+    "costs.json",
+    "metrics.jsonl",
+    "config.json",
+)
 BUDGETS = "budgets.json"
 JOBS_OF_A_POINT = ("prepare", "train", "record", "search")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.run_dir import PROGRESS, folders_in_place, job_dir, read_json
-from dynexit.state import JOBS_OF_A_POINT, failure_reason, finished_jobs
+from dynexit.state import JOBS_OF_A_POINT, METRICS, failure_reason, finished_jobs
 from dynexit.sweep import Point, Study
 from launch.queue_view import QueueView
 
@@ -80,7 +80,7 @@ def _told(progress: dict[str, Any]) -> Iterator[str]:
 
 def _last_figures(study_dir: Path, point: Point) -> str:
     """Accuracy and cost on validation at the end of the training."""
-    lines = (job_dir(study_dir, "train", point.id) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (job_dir(study_dir, "train", point.id) / METRICS).read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1]) if lines else {}
     if "validation_accuracy" not in last:
         return ""

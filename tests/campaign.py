@@ -237,7 +237,10 @@ def small_disk(megabytes: int) -> Iterator[Path]:
 
 def campaign(num_faults: int, seed: int, faults_per_run: int) -> int:
     """Prints what was done and what was lost; the exit status."""
-    import dynexit.jobs  # noqa: F401  the forks find it there
+    # the forks find them there
+    import dynexit.prepare_job
+    import dynexit.record_job
+    import dynexit.train_job  # noqa: F401
     import launch.__main__
     import launch.submit  # noqa: F401
 

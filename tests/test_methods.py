@@ -9,6 +9,7 @@ from dynexit import jobs
 from dynexit.assemble import load_heads, load_model
 from dynexit.config_io import load_study
 from dynexit.core.cost import ExitCosts
+from dynexit.data import load_data
 from dynexit.dist import start_ranks
 from dynexit.infer_job import run_infer
 from dynexit.record.shards import Record
@@ -74,7 +75,7 @@ def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Stu
     model, costs = load_model(point, study.directory, ranks)
     heads, gates = load_heads([point], study.directory, model, costs, ranks)
     assert gates is None
-    images = jobs.load_data(point.config.data).test.images
+    images = load_data(point.config.data).test.images
     features, _ = model.features(images)
     summed = None
     record = Record.open(job_dir(study.directory, "record", point.ids["record"]) / "test")

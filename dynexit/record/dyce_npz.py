@@ -12,17 +12,17 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dynexit.errors import UserError
 from dynexit.record.manifest import MANIFEST, STATISTICS, Layout
-from dynexit.record.recorder import top_classes
 from dynexit.record.shards import Record, ShardWriter
 from dynexit.run_dir import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LAYOUTS = ("NBC", "BNC")
 _OURS = "dynexit_record"  # the key of meta_info that makes a round trip exact
@@ -47,12 +47,16 @@ class OutputRecorder:
         """Forgets all that was added (DyCE's spelling)."""
         self.records: dict[str, list[np.ndarray]] = {"label": [], "preds": [], "confs": []}
 
-    def add_pred(self, model_out: Tensor, ee_out: Tensor | None = None, layout: str | None = None) -> None:
+    def add_pred(self, model_out: "Tensor", ee_out: "Tensor | None" = None, layout: str | None = None) -> None:
         """Takes the logits of one batch: the backbone's (B, C), and the exits' (N, B, C) or (B, N, C).
 
         A layout that was given or recognised once holds for the batches that follow. Raises UserError where the shapes
         do not fit each other, or fit both layouts and none is given, or where there are fewer than topk classes.
         """
+        import torch  # here: who only reads or converts files need not wait for it
+
+        from dynexit.record.recorder import top_classes
+
         if model_out.ndim != 2 or model_out.shape[1] < self.topk:
             raise UserError(f"model_out has shape {tuple(model_out.shape)}, must be (B, C) with C at least {self.topk}")
         rows = [model_out.detach()[None]]
@@ -65,7 +69,7 @@ class OutputRecorder:
         self.records["preds"].append(prediction_RBk.int().cpu().numpy())
         self.records["confs"].append(logits_RBC.softmax(-1).gather(-1, prediction_RBk).cpu().numpy())
 
-    def add_label(self, label: Tensor) -> None:
+    def add_label(self, label: "Tensor") -> None:
         """Takes the labels of one batch, (B,) or (B, 1)."""
         self.records["label"].append(label.detach().reshape(-1, 1).int().cpu().numpy())
 

@@ -26,6 +26,7 @@ from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
 from dynexit.run_dir import job_dir, read_json
 from dynexit.search.held_back import calibration_samples
+from dynexit.state import COSTS, METRICS
 from dynexit.sweep import Point
 
 
@@ -35,7 +36,7 @@ def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
     seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
     for point in points:
         source = job_dir(study_dir, "record", point.ids["record"])
-        costs = ExitCosts.from_json(read_json(source / "costs.json"))
+        costs = ExitCosts.from_json(read_json(source / COSTS))
         for split in SPLITS:
             record = Record.open(source / split)
             samples = choosing_samples(point, split, record.num_samples)
@@ -148,7 +149,7 @@ def write_report(
     study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
     figures = []
-    costs = ExitCosts.from_json(read_json(job_dir(study_dir, "record", points[0].ids["record"]) / "costs.json"))
+    costs = ExitCosts.from_json(read_json(job_dir(study_dir, "record", points[0].ids["record"]) / COSTS))
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: _entries(point, "budgets.json", study_dir) for point in points}
     published = published_beside(points[0])
@@ -247,7 +248,7 @@ def track(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> None
             "name": point.label,
             "params": flatten(point.config.model_dump(mode="json", exclude={"dist", "report", "infer"})),
             "metrics": own[point.id],
-            "history": _history(job_dir(study_dir, "train", point.id) / "metrics.jsonl"),
+            "history": _history(job_dir(study_dir, "train", point.id) / METRICS),
             "tags": {"dynexit.method": point.config.train.method},
         }
         for point in points

@@ -32,6 +32,7 @@ from dynexit.report.figures import HUNDREDTHS
 from dynexit.run_dir import atomic_write, job_dir, read_json
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.problem import Problem
+from dynexit.state import COSTS
 from dynexit.sweep import Point
 
 ALPHA = 0.05
@@ -234,7 +235,7 @@ def uncertainties(points: Sequence[Point], rows: Sequence[PointRow], study_dir: 
 
 
 def _outputs_of(row: PointRow, point: Point, source: Path, split: str) -> Outputs:
-    costs = ExitCosts.from_json(read_json(source / "costs.json"))
+    costs = ExitCosts.from_json(read_json(source / COSTS))
     configuration = None
     if row.source == "backbone":
         configuration = Configuration(((-1, 0.0),) * len(costs.positions))

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from dynexit.core.tradeoff import Configuration, apply_configuration, pareto_front
 from dynexit.errors import UserError
@@ -89,7 +89,7 @@ def fixed_sequence(problem: Problem, sequence: list[Configuration], risk: float,
             configuration, problem.confidence_PHN, problem.correct_PHN, problem.base_correct_N
         )
         losses = int(np.count_nonzero(problem.base_correct_N & ~correct_N))
-        p_value = float(binom.cdf(losses, problem.num_samples, risk))
+        p_value = float(bdtr(losses, problem.num_samples, risk))
         if p_value > 1 - confidence:
             break
         passed = Certificate(configuration, risk, confidence, losses, problem.num_samples, p_value)

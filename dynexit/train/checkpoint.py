@@ -14,10 +14,11 @@ from safetensors.torch import load
 from torch import Tensor
 
 from dynexit.errors import Failure
-from dynexit.run_dir import read_json, write_json
+from dynexit.run_dir import read_json, write_json, write_text
 from dynexit.tensor_files import save_tensors
 
 _KEPT = 2
+_BEGUN = ".begun"  # there as long as the job runs on the folder that it began with
 
 
 class Checkpoints:
@@ -31,8 +32,24 @@ class Checkpoints:
         """Whether `seconds` have passed since the last save (or since the start)."""
         return time.monotonic() - self._last_saved >= self.seconds
 
+    def begin(self) -> None:
+        """Marks the folder, so that the job knows it again."""
+        write_text(self.directory / _BEGUN, "")
+
+    def check(self) -> None:
+        """Raises Failure where the folder is gone or another: one without its file system would be made anew."""
+        if not (self.directory / _BEGUN).exists():
+            raise Failure(
+                f"{self.directory} is no longer the folder that the job began in: it was moved, or its file system is "
+                "gone; bring it back and run again, which goes on at the last checkpoint"
+            )
+
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Writes the state after `step` steps and removes all but the two newest. Raises Failure on a full disk."""
+        """Writes the state after `step` steps and removes all but the two newest.
+
+        Raises Failure on a full disk and where the folder is gone.
+        """
+        self.check()
         path = self.directory / f"checkpoint-{step:010d}.safetensors"
         digest = save_tensors(path, tensors)
         write_json(path.with_suffix(".json"), {"sha256": digest, "step": step, "facts": facts})
@@ -60,6 +77,6 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Removes every checkpoint, and the folder where it holds nothing else."""
-        for path in self.directory.glob("checkpoint-*"):
+        """Removes every checkpoint; the job is through."""
+        for path in (*self.directory.glob("checkpoint-*"), self.directory / _BEGUN):
             path.unlink(missing_ok=True)

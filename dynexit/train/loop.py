@@ -51,6 +51,8 @@ def fit(
     Raises Interrupted, after saving, where SIGINT, SIGTERM or SIGUSR2 came; KeyboardInterrupt at a second SIGINT.
     """
     epoch = position = 0
+    if ranks.is_main:
+        checkpoints.begin()
     # a network folder may show the ranks different files for a while
     saved = ranks.agree(checkpoints.latest(progress.say) if ranks.is_main else None)
     if saved is not None:
@@ -88,6 +90,8 @@ def fit(
                 save()
             if ranks.any(stop_requested.is_set()):
                 raise Interrupted(f"stopped by a signal after epoch {epoch - 1}; the state is saved")
+    if ranks.is_main:
+        checkpoints.check()
     progress.finish()
 
 

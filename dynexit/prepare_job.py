@@ -1,0 +1,62 @@
+"""The prepare job: fits the backbone to the data set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dynexit.assemble import build_model, write_lines
+from dynexit.data import load_data, workers_of
+from dynexit.dist import start_ranks
+from dynexit.models.macs import exit_costs
+from dynexit.progress import Progress
+from dynexit.run_dir import is_done, job_dir, mark_done, write_json
+from dynexit.state import BACKBONE, COSTS, METRICS
+from dynexit.sweep import Point
+from dynexit.tensor_files import save_tensors
+from dynexit.train.checkpoint import Checkpoints
+from dynexit.train.loop import fit
+from dynexit.train.transfer import TransferTask
+from dynexit.train.zero import check_installed
+
+
+def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
+    """See jobs.prepare."""
+    config, identity = points[0].config, points[0].ids["prepare"]
+    directory = job_dir(study_dir, "prepare", identity)
+    if is_done(directory, identity):
+        return
+    ranks = start_ranks(config.dist.device, config.dist.num_threads)
+    stage = config.dist.deepspeed_stage
+    if stage is not None:
+        check_installed(stage)
+    data, settings = load_data(config.data, workers_of(config.dist, ranks.device)), config.prepare
+    torch.manual_seed(config.data.seed)
+    backbone = build_model(config, weights=True)
+    costs = exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types)
+    if stage is None or ranks.world_size == 1:  # DeepSpeed brings to a rank's device what is to lie there
+        backbone.to(ranks.device)
+    steps_per_epoch = -(-len(data.train) // settings.global_batch_size)
+    task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
+    checkpoints = Checkpoints(directory, config.dist.checkpoint_seconds)
+    progress = Progress("prepare", directory, config.dist.log_seconds, quiet=not ranks.is_main)
+    fit(
+        task,
+        data.train,
+        num_epochs=settings.num_epochs,
+        global_batch_size=settings.global_batch_size,
+        seed=config.data.seed,
+        ranks=ranks,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+    weights = task.weights()
+    if ranks.is_main:
+        save_tensors(directory / BACKBONE, weights)
+        write_json(directory / COSTS, costs.to_json())
+        write_lines(directory / METRICS, task.rows)
+        if task.rows:
+            progress.say(f"the backbone is right on {task.rows[-1]['validation_accuracy']:.4f} of the validation split")
+        mark_done(directory, identity, [BACKBONE, COSTS, METRICS])
+        checkpoints.clear()
+    ranks.wait()

@@ -1,0 +1,101 @@
+"""The train job: exit heads and gates of the points of a pack, of any method."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dynexit.assemble import load_model, write_lines
+from dynexit.core.cost import ExitCosts
+from dynexit.data import load_data, workers_of
+from dynexit.dist import start_ranks
+from dynexit.errors import Failure
+from dynexit.progress import Progress
+from dynexit.record.finished import set_aside_stale
+from dynexit.run_dir import FAILED, is_done, job_dir, mark_done, write_json
+from dynexit.state import CONFIG, COSTS, HEADS, METRICS
+from dynexit.sweep import Point, digest, method_settings
+from dynexit.tensor_files import save_tensors
+from dynexit.train.boosted import BoostedTask
+from dynexit.train.checkpoint import Checkpoints
+from dynexit.train.dyce import DyceTask
+from dynexit.train.independent import IndependentTask
+from dynexit.train.jei_dnn import JeiDnnTask
+from dynexit.train.loop import fit
+from dynexit.train.pack import Member, Pack, PackTask
+from dynexit.train.weighted import WeightedTask
+
+TASK_BY_METHOD: dict[str, Callable[[Pack, Any], PackTask]] = {
+    "jei_dnn": JeiDnnTask,
+    "independent": IndependentTask,
+    "boosted": BoostedTask,
+    "weighted": WeightedTask,
+    "dyce": DyceTask,
+}
+
+
+def run_train(points: Sequence[Point], study_dir: Path) -> None:
+    """See jobs.train."""
+    points = [point for point in points if not is_done(job_dir(study_dir, "train", point.id), point.id)]
+    if not points:
+        return
+    config = points[0].config
+    ranks = start_ranks(config.dist.device, config.dist.num_threads)
+    data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
+    model, costs = load_model(points[0], study_dir, ranks)
+    members = [Member(p.config.seed, p.config.jei_dnn.ce_ic_tradeoff, p.label) for p in points]
+    together = Pack(model, costs, members, config.train, data.validation, ranks, len(data.train), config.data.seed)
+    task = TASK_BY_METHOD[config.train.method](together, method_settings(config))
+    pack = pack_dir(study_dir, points)
+    checkpoints = Checkpoints(pack, config.dist.checkpoint_seconds)
+    if ranks.is_main:
+        write_json(pack / "members.json", [point.id for point in points])
+    progress = Progress(f"train {len(points)} points", pack, config.dist.log_seconds, quiet=not ranks.is_main)
+    fit(
+        task,
+        data.train,
+        num_epochs=config.train.num_epochs,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.data.seed,
+        ranks=ranks,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+    if ranks.is_main:
+        for i, point in enumerate(points):
+            _finish_point(point, study_dir, task.member_state(i), costs, _rows_of(task.rows, i), task.stopped.get(i))
+        checkpoints.clear()
+    ranks.wait()
+    if task.stopped:
+        raise Failure("; ".join(task.stopped.values()))
+
+
+def pack_dir(study_dir: Path, points: Sequence[Point]) -> Path:
+    """Where these points, trained together, keep log and checkpoints."""
+    return job_dir(study_dir, "pack", digest([point.id for point in points]))
+
+
+def _rows_of(rows: Sequence[Mapping[str, Any]], member: int) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "member"} for row in rows if row["member"] == member]
+
+
+def _finish_point(
+    point: Point,
+    study_dir: Path,
+    state: Mapping[str, Tensor],
+    costs: ExitCosts,
+    rows: Sequence[Mapping[str, Any]],
+    stopped: str | None,
+) -> None:
+    directory = job_dir(study_dir, "train", point.id)
+    write_lines(directory / METRICS, rows)
+    if stopped is not None:
+        save_tensors(directory / "last_good.safetensors", state)
+        write_json(directory / FAILED, {"id": point.id, "reason": stopped})
+        return
+    for moved in set_aside_stale(point, study_dir, save_tensors(directory / HEADS, state)):
+        print(f"{point.label} was trained again; what was made of its earlier weights is now {moved}", flush=True)
+    write_json(directory / COSTS, costs.to_json())
+    write_json(directory / CONFIG, point.config.model_dump(mode="json"))
+    mark_done(directory, point.id, [HEADS, COSTS, CONFIG, METRICS])
