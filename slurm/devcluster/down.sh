@@ -27,6 +27,8 @@ for process in /proc/[0-9]*; do # what a slurmd that was killed left running
     fi
 done
 stop "$folder/pid/slurmctld.pid" slurmctld
+stop "$folder/pid/slurmdbd.pid" slurmdbd
+stop "$folder/pid/mariadbd.pid" mariadbd
 stop "$folder/pid/munged.pid" munged
 kept=$(grep -vF "# dynexit devcluster $folder" /etc/hosts) && printf '%s\n' "$kept" >/etc/hosts # in place: it may be a mount
 rm -rf "$folder"

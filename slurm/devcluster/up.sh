@@ -3,13 +3,14 @@
 # Needs root (nodes get host names of their own, GPUs are fake devices) and Debian's slurm-wlm and munge (install.sh).
 #   DEVCLUSTER=folder   where everything is kept (default: run/ beside this file); its path must be short
 #   NODES=3 CPUS=4 MEMORY_MB=8000 GPUS=2   what each node claims to have
-#   PORT=26817          the controller's; node N takes PORT + N
+#   PORT=26817          the controller's; node N takes PORT + N, accounting the one after the nodes'
+#   ACCOUNTING=1        with slurmdbd and a database of its own, limits enforced (default: off)
 #   EXTRA_CONF='MaxArraySize=6'            more lines for slurm.conf
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${DEVCLUSTER:-$here/run}
-port=${PORT:-26817} nodes=${NODES:-3} cpus=${CPUS:-4} memory=${MEMORY_MB:-8000} gpus=${GPUS:-2}
-for program in slurmctld slurmd munged unshare; do
+port=${PORT:-26817} nodes=${NODES:-3} accounting=${ACCOUNTING:-} cpus=${CPUS:-4} memory=${MEMORY_MB:-8000} gpus=${GPUS:-2}
+for program in slurmctld slurmd munged unshare ${accounting:+slurmdbd mariadbd}; do
     command -v "$program" >/dev/null || { echo "$program is not installed; run $here/install.sh" >&2; exit 1; }
 done
 [ "$(id -u)" -eq 0 ] || { echo "the cluster's nodes get host names of their own, which only root may give" >&2; exit 1; }
@@ -18,7 +19,7 @@ if [ -e "$folder/slurm.conf" ]; then
     exit 1
 fi
 [ "${#folder}" -le 80 ] || { echo "$folder is too long a path for sockets; set DEVCLUSTER to a shorter one" >&2; exit 1; }
-for number in $(seq "$port" $((port + nodes))); do
+for number in $(seq "$port" $((port + nodes + 1))); do
     if (exec 3<>"/dev/tcp/127.0.0.1/$number") 2>/dev/null; then
         echo "port $number is taken, perhaps by another such cluster; stop that one or set PORT" >&2
         exit 1
@@ -29,6 +30,32 @@ give_up() { # leaves nothing running
     DEVCLUSTER=$folder "$here/down.sh"
 }
 trap give_up ERR
+start_accounting() { # a database that none but this machine's root can reach, by a socket in a folder of its own
+    local files=$folder/database number=$((port + nodes + 1))
+    (umask 077 && mkdir "$files" "$files/tables" && cat >"$folder/slurmdbd.conf" <<CONF
+DbdHost=localhost
+DbdPort=$number
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$folder/pid/munge.socket
+PidFile=$folder/pid/slurmdbd.pid
+LogFile=$folder/log/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+CONF
+    )
+    local options=(--no-defaults --user=root --datadir="$files/tables" --log-error="$folder/log/mariadbd.log")
+    # slurmdbd's procedures live in a system table
+    { printf 'create database mysql;\nuse mysql;\n'; cat /usr/share/mysql/mysql_system_tables.sql; } |
+        mariadbd "${options[@]}" --bootstrap --innodb-log-file-size=8M 2>>"$folder/log/mariadbd.log"
+    mariadbd "${options[@]}" --skip-networking --skip-grant-tables --socket="$files/socket" \
+        --pid-file="$folder/pid/mariadbd.pid" --innodb-log-file-size=8M --innodb-lock-wait-timeout=900 >/dev/null 2>&1 &
+    for _ in $(seq 100); do [ -S "$files/socket" ] && break; sleep 0.1; done
+    MYSQL_UNIX_PORT="$files/socket" slurmdbd
+    for _ in $(seq 50); do sacctmgr --quiet --immediate add cluster devcluster >/dev/null 2>&1 && return; sleep 0.1; done
+    echo "slurmdbd does not answer" >&2
+    return 1
+}
 mkdir -p "$folder"/{devices,log,pid,spool,state}
 
 (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
@@ -62,7 +89,6 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 MailProg=/bin/true
-AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=$((memory / cpus))
@@ -70,12 +96,21 @@ GresTypes=gpu
 ReturnToService=2
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
-SchedulerParameters=bf_interval=5,sched_interval=5,sched_min_interval=500000
+SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=500000
 SlurmdTimeout=20
 KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 CONF
+    if [ -n "$accounting" ]; then
+        echo AccountingStorageType=accounting_storage/slurmdbd
+        echo AccountingStorageHost=127.0.0.1
+        echo AccountingStoragePort=$((port + nodes + 1))
+        echo "AccountingStoragePass=$folder/pid/munge.socket"
+        echo AccountingStorageEnforce=associations,limits
+    else
+        echo AccountingStorageType=accounting_storage/none
+    fi
     printf '%s\n' "${EXTRA_CONF:-}"
     for i in $(seq "$nodes"); do
         echo "NodeName=dev$i NodeHostname=dev$i NodeAddr=127.0.1.$i Port=$((port + i)) CPUs=$cpus" \
@@ -92,6 +127,7 @@ export SLURM_CONF="$folder/slurm.conf"
 
 munged --socket="$folder/pid/munge.socket" --key-file="$folder/munge.key" --pid-file="$folder/pid/munged.pid" \
     --log-file="$folder/log/munged.log" --seed-file="$folder/munge.seed"
+[ -z "$accounting" ] || start_accounting
 slurmctld
 for i in $(seq "$nodes"); do
     unshare --uts sh -c "hostname dev$i && exec slurmd -N dev$i"

@@ -1,5 +1,6 @@
 """A cluster of three nodes for the tests of this folder, and how they talk to it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -80,18 +81,18 @@ class Cluster:
         wait_until(reached, f"step {step} of {study}")
 
 
-@pytest.fixture(scope="session")
-def running() -> Iterator[Path]:
-    """The folder of a running cluster with a small MaxArraySize."""
-    programs = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
+@contextlib.contextmanager
+def started(offset: int = 0, **settings: str) -> Iterator[Path]:
+    """A cluster that all commands go to until the block ends, its ports `offset` away from others'; its folder."""
+    programs = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "slurmdbd", "mariadbd")
     missing = [name for name in programs if shutil.which(name) is None]
     require(not missing, f"SLURM is not installed (no {', '.join(missing)}; slurm/devcluster/install.sh)")
     require(os.geteuid() == 0, "only root may start the cluster")
     folder = Path(tempfile.mkdtemp(prefix="dx"))  # short, and open: there are sockets in it
     folder.chmod(0o755)
-    port = str(20000 + os.getpid() % 20000 // 8 * 8)  # another cluster may be up on this machine
-    environment = {**ENVIRONMENT, "DEVCLUSTER": str(folder / "c"), "EXTRA_CONF": "MaxArraySize=5", "CPUS": "2"}
-    environment["PORT"] = port
+    port = str(20000 + os.getpid() % 20000 // 8 * 8 + offset)  # another cluster may be up on this machine
+    environment = {**ENVIRONMENT, "DEVCLUSTER": str(folder / "c"), "CPUS": "2", "PORT": port, **settings}
+    before = os.environ.get("SLURM_CONF")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is told to end takes the cluster down first
     try:
         subprocess.run([DEVCLUSTER / "up.sh"], env=environment, check=True, timeout=120)
@@ -99,9 +100,17 @@ def running() -> Iterator[Path]:
         yield folder / "c"
     finally:
         subprocess.run([DEVCLUSTER / "down.sh"], env=environment, check=True, timeout=120)
-        os.environ.pop("SLURM_CONF", None)
-        ENVIRONMENT.pop("SLURM_CONF", None)
+        for names in (os.environ, ENVIRONMENT):
+            names.pop("SLURM_CONF", None)
+            names.update({} if before is None else {"SLURM_CONF": before})
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Path]:
+    """The folder of a running cluster with a small MaxArraySize and without accounting."""
+    with started(EXTRA_CONF="MaxArraySize=5") as folder:
+        yield folder
 
 
 @pytest.fixture

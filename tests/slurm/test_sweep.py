@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command_line import TINY, digests, dynexit
-from tests.slurm.conftest import Cluster, wait_until
+from tests.slurm.conftest import Cluster, started, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
-ALONE = ("dist.members_per_pack=1", "report.mlflow=false")
-UNEVEN = ("train.global_batch_size=99", "report.mlflow=false")  # the last batch of an epoch has 2 samples for 4 ranks
+QUICK = ("report.mlflow=false", "dist.checkpoint_seconds=60")
+ALONE = ("dist.members_per_pack=1", *QUICK)
+UNEVEN = ("train.global_batch_size=99", *QUICK)  # the last batch of an epoch has 2 samples for 4 ranks
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +69,13 @@ def is_alive(process: int) -> bool:
 def test_two_nodes_with_two_ranks_agree_with_one_process(cluster: Cluster) -> None:
     dynexit(cluster.folder, "run", TINY, *UNEVEN, "name=one-rank")
     runs = cluster.folder / "runs"
-    for name, kept in (("ranks", ["prepare"]), ("recorded", ["prepare", "train"])):
-        for stage in kept:
-            shutil.copytree(runs / "one-rank" / stage, runs / name / stage)
-        cluster.submit(*UNEVEN, f"name={name}", "dist.nodes=2", "dist.tasks_per_node=2")
+    shutil.copytree(runs / "one-rank" / "prepare", runs / "ranks" / "prepare")
+    cluster.submit(*UNEVEN, "name=ranks", "dist.nodes=2", "dist.tasks_per_node=2")
     cluster.wait_for_the_end()
-    assert digests(runs / "recorded") == digests(runs / "one-rank")  # records of one checkpoint: the same bits
+    for stage in ("prepare", "train"):
+        shutil.copytree(runs / "ranks" / stage, runs / "recorded" / stage)
+    dynexit(cluster.folder, "run", TINY, *UNEVEN, "name=recorded")
+    assert digests(runs / "recorded") == digests(runs / "ranks")  # records of one checkpoint: the same bits
     folders = sorted((runs / "one-rank" / "train").iterdir())
     assert len(folders) == 6
     for folder in folders:
@@ -128,3 +130,18 @@ def test_cancel_leaves_nothing_behind(cluster: Cluster, reference: Path) -> None
     wait_until(lambda: not cluster.squeue(), "an empty queue", 60)
     assert cluster.status(*study).splitlines()[-1] == "6 cancelled"
     assert "nothing of it is in the queue" in dynexit(cluster.folder, "cancel", TINY, *study).stdout
+
+
+def test_with_accounting_on_a_users_limit_is_asked_for_and_held(cluster: Cluster, reference: Path) -> None:
+    study = (*ALONE, "name=accounted")
+    shutil.copytree(reference / "prepare", reference.parent / "accounted" / "prepare")
+    with started(8, ACCOUNTING="1"):
+        cluster.run("sacctmgr", "--immediate", "modify", "user", "root", "set", "MaxSubmitJobs=6")
+        said = cluster.submit(*study)
+        assert "train: 2 tasks, 6 packs" in said  # and as many that record, and the report
+        assert "record: 2 tasks, 6 packs" in said
+        cluster.wait_for_the_end()
+        assert digests(reference.parent / "accounted") == digests(reference)
+        assert cluster.status(*study).splitlines()[-1] == "6 done"
+        seen = cluster.run("sacct", "--allocations", "--noheader", "--parsable2", "--format=State").split()
+        assert seen == ["COMPLETED"] * 5
