@@ -60,9 +60,7 @@ class QueueView:
         live = entry is not None and entry.is_live
         state, reason, failed = "submitted", "", False
         if entry is not None and live:
-            state = f"{missing} running" if entry.state == "RUNNING" else f"waiting ({entry.reason})"
-            if entry.state != "RUNNING" and last in _AGAIN:
-                state = f"{last}, waits to go on"
+            state = live_state(entry, missing, last)
         elif last == CANCELLED or (entry is not None and entry.state == "CANCELLED"):
             state = "cancelled"
         elif self._queue is not None:
@@ -71,6 +69,17 @@ class QueueView:
         attempts = again + (live and entry is not None and entry.state == "RUNNING") + (failed and last not in _AGAIN)
         log = next(iter(job.logs()), job.folder)
         return ClusterState(state, live, failed, reason, attempts, entry.node if entry else "", log)
+
+
+def live_state(entry: QueuedJob, missing: str, last: str) -> str:
+    """What a job that is not over does for the work `missing`; `last` is why it ended the last time, '' for never."""
+    if entry.state == "RUNNING":
+        return f"{missing} running"
+    if last in _AGAIN:
+        return f"{last}, waits to go on"
+    if entry.state == "COMPLETING":  # told to end, and not gone yet
+        return f"{missing} ending"
+    return f"waiting ({entry.reason})"
 
 
 def _why(job: Submitted, point: Point, entry: QueuedJob | None) -> str:

@@ -1,8 +1,11 @@
-"""Which of many errors is told."""
+"""What is told of a job in the queue, and which of many errors."""
 
 from pathlib import Path
 
-from launch.queue_view import last_error
+import pytest
+
+from launch.cluster import QueuedJob
+from launch.queue_view import last_error, live_state
 
 CLOSED = "[rank{}]: RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.1.1]:15771."
 SILENT = "[rank0]: RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 10000ms for recv"
@@ -22,3 +25,19 @@ def test_the_rank_that_failed_is_told_rather_than_those_that_lost_it(tmp_path: P
     assert last_error(logs(tmp_path, CLOSED.format(0), "fine")) == CLOSED.format(0).removeprefix("[rank0]: ")
     assert last_error(logs(tmp_path, "fine", "fine")) == ""
     assert last_error([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "last", "told"),
+    [
+        ("PENDING", "", "waiting (Dependency)"),
+        ("PENDING", "preempted", "preempted, waits to go on"),
+        ("COMPLETING", "timed-out", "timed-out, waits to go on"),
+        ("COMPLETING", "", "train ending"),
+        ("RUNNING", "crashed", "train running"),
+    ],
+)
+def test_a_job_that_is_told_to_end_does_not_wait(state: str, last: str, told: str) -> None:
+    entry = QueuedJob("7_1", state, "Dependency", "dev2", "0:12")
+    assert entry.is_live
+    assert live_state(entry, "train", last) == told

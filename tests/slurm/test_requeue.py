@@ -37,13 +37,16 @@ def processes_of(job_id: str) -> list[int]:
 
 def test_time_out(cluster: Cluster, long_study: Begin, long_reference: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
-    # SLURM signals 10 to 40 s before the minute is up; what is left of it is too short on a fast machine too
+    # SLURM signals 10 to 40 s before the minute is up; what is left of it is mostly too short on a fast machine too
     late = 'setup: [test -n "$SLURM_RESTART_COUNT" || sleep 18]\n'
     site.write_text("time_minutes: 1\nsignal_delay_seconds: 10\ncpus_per_task: 1\nmem_gb: 2\n" + late)
-    cluster.submit(*long_study("time-out"), site=site)
-    cluster.wait_for_the_end(600)
-    assert set(cluster.ends("time-out")) == {"timed-out"}
-    assert digests(long_reference.parent / "time-out") == digests(long_reference)
+    for name in ("time-out", "time-out-2", "time-out-3", "time-out-4"):
+        cluster.submit(*long_study(name), site=site)
+        cluster.wait_for_the_end(600)
+        assert digests(long_reference.parent / name) == digests(long_reference)
+        if cluster.ends(name):
+            break
+    assert set(cluster.ends(name)) == {"timed-out"}
 
 
 def test_signal_requeue_and_preemption(cluster: Cluster, long_study: Begin, long_reference: Path) -> None:

@@ -125,7 +125,7 @@ def test_cancel_leaves_nothing_behind(cluster: Cluster, reference: Path) -> None
     point = cluster.status(*study).splitlines()[1].split()[2]
     said = dynexit(cluster.folder, "cancel", TINY, point, *study).stdout.splitlines()
     assert [line.split()[1] for line in said] == ["train", "record"]
-    assert cluster.status(*study).splitlines()[-1].endswith("1 cancelled") or "1 cancelled" in cluster.status(*study)
+    wait_until(lambda: "1 cancelled" in cluster.status(*study), "the end of that point's jobs", 60)
     dynexit(cluster.folder, "cancel", TINY, *study)
     wait_until(lambda: not cluster.squeue(), "an empty queue", 60)
     assert cluster.status(*study).splitlines()[-1] == "6 cancelled"
