@@ -10,8 +10,8 @@ import torch
 
 from dynexit.config import Config
 from dynexit.core.cost import ExitCosts
-from dynexit.data import describe_data
-from dynexit.dist import Ranks
+from dynexit.data import DataSets, describe_data, load_data, workers_of
+from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
 from dynexit.method_config import METHODS_WITH_GATES
 from dynexit.models.backbones import Backbone, build_backbone
@@ -51,6 +51,14 @@ def build_model(config: Config, *, weights: bool) -> Backbone:
 
 def _positions(config: Config, backbone: Backbone) -> Sequence[int]:
     return range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
+
+
+def begin(point: Point, study_dir: Path) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
+    """What every job on a prepared backbone begins with: its ranks, the data that is there, and load_model's two."""
+    config = point.config
+    ranks = start_ranks(config.dist.device, config.dist.num_threads)
+    data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
+    return ranks, data, *load_model(point, study_dir, ranks)
 
 
 def load_model(point: Point, study_dir: Path, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynexit.assemble import load_heads, load_model
+from dynexit.assemble import begin, load_heads
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
-from dynexit.data import Split, load_batches, load_data, workers_of
-from dynexit.dist import Ranks, start_ranks
+from dynexit.data import Split, load_batches
+from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.infer import Answers, Engine
 from dynexit.record.shards import Record
@@ -33,13 +33,12 @@ def run_infer(points: Sequence[Point], study_dir: Path) -> None:
     chosen = choose(rows, settings.relative_macs, settings.source)
     point = next(point for point in points if chosen.point_id in (point.id, point.ids["search"]))
     config = point.config
-    ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    model, costs = load_model(point, study_dir, ranks)
+    ranks, data, model, costs = begin(point, study_dir)
     heads, gates = load_heads([point], study_dir, model, costs, ranks)
     engine = Engine(model, costs.head_types, heads, gates)
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     engine.configure(configuration, config.search.confidence)
-    samples = load_data(config.data, workers_of(config.dist, ranks.device), checked=True).split(settings.split)
+    samples = data.split(settings.split)
     answers, seconds, whole_seconds = _classify(engine, samples, settings.batch_size, ranks)
     checkpoint = done_digest(job_dir(study_dir, "train", point.id), HEADS)
     record = Record.open(job_dir(study_dir, "record", point.ids["record"]) / settings.split, checkpoint)

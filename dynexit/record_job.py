@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynexit.assemble import load_heads, load_model
+from dynexit.assemble import begin, load_heads
 from dynexit.core.confidence import gate_features
-from dynexit.data import DataSets, load_batches, load_data, workers_of
-from dynexit.dist import start_ranks
+from dynexit.data import DataSets, load_batches
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.progress import Progress
 from dynexit.record.finished import default_topk, is_recorded, recorded_splits
@@ -26,9 +25,7 @@ def run_record(points: Sequence[Point], study_dir: Path) -> None:
     if not points:
         return
     config = points[0].config
-    ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
-    model, costs = load_model(points[0], study_dir, ranks)
+    ranks, data, model, costs = begin(points[0], study_dir)
     # a stack of its own for every point: the bits of a record do not depend on who else is recorded
     members = [load_heads([point], study_dir, model, costs, ranks) for point in points]
     has_gates = members[0][1] is not None

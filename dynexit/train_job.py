@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dynexit.assemble import load_model, write_lines
+from dynexit.assemble import begin, write_lines
 from dynexit.core.cost import ExitCosts
-from dynexit.data import load_data, workers_of
-from dynexit.dist import start_ranks
 from dynexit.errors import Failure
 from dynexit.progress import Progress
 from dynexit.record.finished import set_aside_stale
@@ -41,9 +39,7 @@ def run_train(points: Sequence[Point], study_dir: Path) -> None:
     if not points:
         return
     config = points[0].config
-    ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
-    model, costs = load_model(points[0], study_dir, ranks)
+    ranks, data, model, costs = begin(points[0], study_dir)
     members = [Member(p.config.seed, p.config.jei_dnn.ce_ic_tradeoff, p.label) for p in points]
     together = Pack(model, costs, members, config.train, data.validation, ranks, len(data.train), config.data.seed)
     task = TASK_BY_METHOD[config.train.method](together, method_settings(config))

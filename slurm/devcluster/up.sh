@@ -10,6 +10,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${DEVCLUSTER:-$here/run}
 port=${PORT:-26817} nodes=${NODES:-3} accounting=${ACCOUNTING:-} cpus=${CPUS:-4} memory=${MEMORY_MB:-8000} gpus=${GPUS:-2}
+accounting_port=$((port + nodes + 1))
 for program in slurmctld slurmd munged unshare ${accounting:+slurmdbd mariadbd}; do
     command -v "$program" >/dev/null || { echo "$program is not installed; run $here/install.sh" >&2; exit 1; }
 done
@@ -19,7 +20,7 @@ if [ -e "$folder/slurm.conf" ]; then
     exit 1
 fi
 [ "${#folder}" -le 80 ] || { echo "$folder is too long a path for sockets; set DEVCLUSTER to a shorter one" >&2; exit 1; }
-for number in $(seq "$port" $((port + nodes + 1))); do
+for number in $(seq "$port" "$accounting_port"); do
     if (exec 3<>"/dev/tcp/127.0.0.1/$number") 2>/dev/null; then
         echo "port $number is taken, perhaps by another such cluster; stop that one or set PORT" >&2
         exit 1
@@ -31,10 +32,10 @@ give_up() { # leaves nothing running
 }
 trap give_up ERR
 start_accounting() { # a database that none but this machine's root can reach, by a socket in a folder of its own
-    local files=$folder/database number=$((port + nodes + 1))
+    local files=$folder/database
     (umask 077 && mkdir "$files" "$files/tables" && cat >"$folder/slurmdbd.conf" <<CONF
 DbdHost=localhost
-DbdPort=$number
+DbdPort=$accounting_port
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket=$folder/pid/munge.socket
@@ -44,12 +45,13 @@ StorageType=accounting_storage/mysql
 StorageHost=localhost
 CONF
     )
-    local options=(--no-defaults --user=root --datadir="$files/tables" --log-error="$folder/log/mariadbd.log")
+    local options=(--no-defaults --user=root --datadir="$files/tables" --log-error="$folder/log/mariadbd.log"
+        --innodb-log-file-size=8M)
     # slurmdbd's procedures live in a system table
     { printf 'create database mysql;\nuse mysql;\n'; cat /usr/share/mysql/mysql_system_tables.sql; } |
-        mariadbd "${options[@]}" --bootstrap --innodb-log-file-size=8M 2>>"$folder/log/mariadbd.log"
+        mariadbd "${options[@]}" --bootstrap 2>>"$folder/log/mariadbd.log"
     mariadbd "${options[@]}" --skip-networking --skip-grant-tables --socket="$files/socket" \
-        --pid-file="$folder/pid/mariadbd.pid" --innodb-log-file-size=8M --innodb-lock-wait-timeout=900 >/dev/null 2>&1 &
+        --pid-file="$folder/pid/mariadbd.pid" --innodb-lock-wait-timeout=900 >/dev/null 2>&1 &
     for _ in $(seq 100); do [ -S "$files/socket" ] && break; sleep 0.1; done
     MYSQL_UNIX_PORT="$files/socket" slurmdbd
     for _ in $(seq 50); do sacctmgr --quiet --immediate add cluster devcluster >/dev/null 2>&1 && return; sleep 0.1; done
@@ -105,7 +107,7 @@ CONF
     if [ -n "$accounting" ]; then
         echo AccountingStorageType=accounting_storage/slurmdbd
         echo AccountingStorageHost=127.0.0.1
-        echo AccountingStoragePort=$((port + nodes + 1))
+        echo AccountingStoragePort=$accounting_port
         echo "AccountingStoragePass=$folder/pid/munge.socket"
         echo AccountingStorageEnforce=associations,limits
     else

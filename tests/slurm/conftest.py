@@ -43,9 +43,9 @@ class Cluster:
     def squeue(cls, *options: str) -> str:
         return cls.run("squeue", "--array", "--noheader", *options)
 
-    def submit(self, *overrides: str, site: Path = SITE, study: Path = TINY) -> str:
-        """Submits the study; what was printed."""
-        return dynexit(self.folder, "run", study, *overrides, "--on", "slurm", "--site", site).stdout
+    def submit(self, *overrides: str, jobs: str = "run", site: Path = SITE, study: Path = TINY) -> str:
+        """Submits the study, all of it or up to `jobs`; what was printed."""
+        return dynexit(self.folder, jobs, study, *overrides, "--on", "slurm", "--site", site).stdout
 
     def status(self, *overrides: str) -> str:
         return dynexit(self.folder, "status", TINY, *overrides).stdout
