@@ -66,15 +66,16 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_two_nodes_with_two_ranks_agree_with_one_process(cluster: Cluster) -> None:
-    dynexit(cluster.folder, "run", TINY, *UNEVEN, "name=one-rank")
+def test_two_nodes_with_two_ranks_agree_with_one_process(cluster: Cluster, reference: Path) -> None:
     runs = cluster.folder / "runs"
-    shutil.copytree(runs / "one-rank" / "prepare", runs / "ranks" / "prepare")
-    cluster.submit(*UNEVEN, "name=ranks", "dist.nodes=2", "dist.tasks_per_node=2")
+    for name in ("one-rank", "ranks"):
+        shutil.copytree(reference / "prepare", runs / name / "prepare")
+    cluster.submit(*UNEVEN, "name=ranks", "dist.nodes=2", "dist.tasks_per_node=2", jobs="search")
+    dynexit(cluster.folder, "train", TINY, *UNEVEN, "name=one-rank")
     cluster.wait_for_the_end()
     for stage in ("prepare", "train"):
         shutil.copytree(runs / "ranks" / stage, runs / "recorded" / stage)
-    dynexit(cluster.folder, "run", TINY, *UNEVEN, "name=recorded")
+    dynexit(cluster.folder, "search", TINY, *UNEVEN, "name=recorded")
     assert digests(runs / "recorded") == digests(runs / "ranks")  # records of one checkpoint: the same bits
     folders = sorted((runs / "one-rank" / "train").iterdir())
     assert len(folders) == 6
