@@ -28,10 +28,10 @@ def cross_entropies(logits_xLBK: Tensor, labels_B: Tensor) -> Tensor:
     return shifted_xLBK.exp().sum(-1).log() - shifted_xLBK.gather(-1, index_xLB1).squeeze(-1)
 
 
-def soft_cross_entropies(logits_xLBK: Tensor, target_BK: Tensor) -> Tensor:
-    """Cross-entropy in nats of every exit to the probabilities `target_BK`, (..., L, B)."""
+def soft_cross_entropies(logits_xLBK: Tensor, target_xBK: Tensor) -> Tensor:
+    """Cross-entropy in nats of every exit to the probabilities `target_xBK`, which broadcast, (..., L, B)."""
     shifted_xLBK = logits_xLBK - logits_xLBK.detach().amax(-1, keepdim=True)
-    return shifted_xLBK.exp().sum(-1).log() * target_BK.sum(-1) - (shifted_xLBK * target_BK).sum(-1)
+    return shifted_xLBK.exp().sum(-1).log() * target_xBK.sum(-1) - (shifted_xLBK * target_xBK).sum(-1)
 
 
 def divergences(logits_xLBK: Tensor, temperature: float = 3.0) -> Tensor:
@@ -41,8 +41,9 @@ def divergences(logits_xLBK: Tensor, temperature: float = 3.0) -> Tensor:
     Knowledge in a Neural Network (arXiv 1503.02531), section 2.
     """
     log_teacher_x1BK = (logits_xLBK[..., -1:, :, :].detach() / temperature).log_softmax(-1)
-    log_exit_xGBK = (logits_xLBK[..., :-1, :, :] / temperature).log_softmax(-1)
-    return temperature**2 * (log_teacher_x1BK.exp() * (log_teacher_x1BK - log_exit_xGBK)).sum(-1)
+    teacher_x1BK = log_teacher_x1BK.exp()
+    ce_xGB = soft_cross_entropies(logits_xLBK[..., :-1, :, :] / temperature, teacher_x1BK)
+    return temperature**2 * (ce_xGB + (teacher_x1BK * log_teacher_x1BK).sum(-1))
 
 
 def first_exit_weights(logits_MRBK: Tensor, num_head_types: int) -> Tensor:
