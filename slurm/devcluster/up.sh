@@ -77,7 +77,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # a requeued job starts when its old credential has expired: 120 s by default
-AuthInfo=socket=$folder/pid/munge.socket,cred_expire=10
+AuthInfo=socket=$folder/pid/munge.socket,cred_expire=6
 # never the numbers of a cluster that was here before
 FirstJobId=$(($(date +%s) % 60000000))
 MinJobAge=3600
@@ -98,7 +98,7 @@ GresTypes=gpu
 ReturnToService=2
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
-SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=500000
+SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=500000,batch_sched_delay=0
 SlurmdTimeout=20
 KillWait=10
 PreemptType=preempt/partition_prio

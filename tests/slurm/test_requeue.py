@@ -82,9 +82,9 @@ def long_study_overrides(name: str) -> tuple[str, ...]:
 def test_a_killed_rank_ends_the_others_and_the_job_is_tried_again(
     cluster: Cluster, long_study: Begin, long_reference: Path
 ) -> None:
-    study = long_study("killed", "dist.checkpoint_seconds=1", "dist.nodes=2", "train.num_epochs=20")
+    study = long_study("killed", "dist.checkpoint_seconds=1", "dist.nodes=2", "train.num_epochs=12")
     cluster.submit(*study, jobs="train")
-    cluster.wait_for_step("killed", 300)
+    cluster.wait_for_step("killed", 150)
     ranks = processes_of(cluster.job("killed-train"))
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)

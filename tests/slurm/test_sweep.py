@@ -96,7 +96,7 @@ def metrics(folder: Path) -> Sequence[float]:
 def test_a_failed_point_is_explained_and_retry_runs_only_it(cluster: Cluster, reference: Path) -> None:
     study = ("sweep.seed=[0]", "sweep.jei_dnn.ce_ic_tradeoff=[0.1, 5]", *ALONE, "name=failing", "dist.max_retries=0")
     shutil.copytree(reference / "prepare", reference.parent / "failing" / "prepare")
-    cluster.submit(*study)
+    cluster.submit(*study, jobs="search")
     first = dynexit(cluster.folder, "status", TINY, *study).stdout.splitlines()[1].split()[2]
     in_the_way = reference.parent / "failing" / "train" / first / "heads.safetensors"
     in_the_way.mkdir(parents=True)
