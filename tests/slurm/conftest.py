@@ -54,9 +54,6 @@ class Cluster:
         """The id of the job whose name is `name`."""
         return self.squeue("--name", name, "--format=%A").split()[0]
 
-    def is_running(self, name: str) -> bool:
-        return "RUNNING" in self.squeue("--name", name, "--format=%T")
-
     def wait_for_the_end(self, seconds: float = 400) -> None:
         wait_until(lambda: not self.squeue(), "an empty queue", seconds)
 

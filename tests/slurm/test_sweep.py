@@ -41,7 +41,7 @@ def test_arrays_split_by_the_limit_give_the_results_of_one_process_while_the_con
     error = dynexit(cluster.folder, "run", TINY, *study, status=2).stderr
     assert "jobs of runs/sweep are in the cluster's queue" in error
     assert "nothing to submit, all of it is done or in the queue" not in error
-    wait_until(lambda: cluster.is_running("sweep-train"), "the trainings")
+    cluster.wait_for_step("sweep", 1)  # srun waits a minute before it asks again for a step that was refused
     controller = int((running / "pid" / "slurmctld.pid").read_text())
     os.kill(controller, signal.SIGTERM)
     wait_until(lambda: not is_alive(controller), "the end of the controller", 60)
