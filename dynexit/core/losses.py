@@ -40,10 +40,10 @@ def divergences(logits_xLBK: Tensor, temperature: float = 3.0) -> Tensor:
     The last exit is the teacher and a constant. T^2 keeps the gradient's size. Source: Hinton et al., Distilling the
     Knowledge in a Neural Network (arXiv 1503.02531), section 2.
     """
-    log_teacher_x1BK = (logits_xLBK[..., -1:, :, :].detach() / temperature).log_softmax(-1)
-    teacher_x1BK = log_teacher_x1BK.exp()
-    ce_xGB = soft_cross_entropies(logits_xLBK[..., :-1, :, :] / temperature, teacher_x1BK)
-    return temperature**2 * (ce_xGB + (teacher_x1BK * log_teacher_x1BK).sum(-1))
+    logits_xLBK = logits_xLBK / temperature
+    teacher_x1BK = logits_xLBK[..., -1:, :, :].detach().log_softmax(-1).exp()
+    ce_xLB = soft_cross_entropies(logits_xLBK, teacher_x1BK)
+    return temperature**2 * (ce_xLB[..., :-1, :] - ce_xLB[..., -1:, :].detach())
 
 
 def first_exit_weights(logits_MRBK: Tensor, num_head_types: int) -> Tensor:

@@ -70,12 +70,12 @@ def test_two_nodes_with_two_ranks_agree_with_one_process(cluster: Cluster, refer
     runs = cluster.folder / "runs"
     for name in ("one-rank", "ranks"):
         shutil.copytree(reference / "prepare", runs / name / "prepare")
-    cluster.submit(*UNEVEN, "name=ranks", "dist.nodes=2", "dist.tasks_per_node=2", jobs="search")
+    cluster.submit(*UNEVEN, "name=ranks", "dist.nodes=2", "dist.tasks_per_node=2")
     dynexit(cluster.folder, "train", TINY, *UNEVEN, "name=one-rank")
     cluster.wait_for_the_end()
     for stage in ("prepare", "train"):
         shutil.copytree(runs / "ranks" / stage, runs / "recorded" / stage)
-    dynexit(cluster.folder, "search", TINY, *UNEVEN, "name=recorded")
+    dynexit(cluster.folder, "run", TINY, *UNEVEN, "name=recorded")
     assert digests(runs / "recorded") == digests(runs / "ranks")  # records of one checkpoint: the same bits
     folders = sorted((runs / "one-rank" / "train").iterdir())
     assert len(folders) == 6
@@ -96,7 +96,7 @@ def metrics(folder: Path) -> Sequence[float]:
 def test_a_failed_point_is_explained_and_retry_runs_only_it(cluster: Cluster, reference: Path) -> None:
     study = ("sweep.seed=[0]", "sweep.jei_dnn.ce_ic_tradeoff=[0.1, 5]", *ALONE, "name=failing", "dist.max_retries=0")
     shutil.copytree(reference / "prepare", reference.parent / "failing" / "prepare")
-    cluster.submit(*study, jobs="search")
+    cluster.submit(*study)
     first = dynexit(cluster.folder, "status", TINY, *study).stdout.splitlines()[1].split()[2]
     in_the_way = reference.parent / "failing" / "train" / first / "heads.safetensors"
     in_the_way.mkdir(parents=True)
