@@ -135,12 +135,14 @@ def _submit(study: "Study", stages: Sequence[str], options: argparse.Namespace) 
     from dynexit.config_io import resolved_yaml
     from dynexit.errors import UserError
     from dynexit.run_dir import write_text
+    from launch.checks import folders_elsewhere
     from launch.site import load_site
     from launch.slurm import submit_study
 
     if options.command == "infer":
         raise UserError("infer runs --on here or --on local; run it where the study's folder is")
     write_text(study.directory / "study.yaml", resolved_yaml(study, with_meanings=False))
+    _tell(folders_elsewhere(study))
     print("\n".join(submit_study(study, stages, load_site(options.site))))
     return 0
 
@@ -202,9 +204,13 @@ def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespa
 
 
 def _told(failures: Sequence[str]) -> int:
-    for text in failures:
-        print(f"dynexit: {text}", file=sys.stderr)
+    _tell(failures)
     return 1 if failures else 0
+
+
+def _tell(sentences: Sequence[str]) -> None:
+    for text in sentences:
+        print(f"dynexit: {text}", file=sys.stderr)
 
 
 def _finished(study: "Study", stage: str) -> tuple:  # type: ignore[type-arg]

@@ -38,20 +38,34 @@ def check_models(study: "Study", *, dry_run: bool) -> None:
                 key = repr((config.data, config.backbone, config.exits, config.record.topk, fitted))
                 weights = not dry_run or Path(config.backbone.weights or "").is_file()
                 kinds[key] = (config, weights and stage == "prepare")  # the file is read no more after that
-    mistakes = _misfits(kinds.values())
+    mistakes = _misfits(kinds.values(), with_data=not dry_run)
     if mistakes:
         raise UserError("\n".join(mistakes))
 
 
-def _misfits(kinds: "Iterable[tuple[Config, bool]]") -> list[str]:
+def folders_elsewhere(study: "Study") -> list[str]:
+    """A sentence for each data folder that this machine does not have; the nodes of a cluster may."""
+    data = (point.config.data for point in study.points)
+    folders = dict.fromkeys(one.dir for one in data if one.dir and not one.download)
+    return [
+        f"data.dir = {folder}: there is no such folder here; the jobs will look for it on their nodes"
+        for folder in folders
+        if not Path(folder).expanduser().is_dir()
+    ]
+
+
+def _misfits(kinds: "Iterable[tuple[Config, bool]]", *, with_data: bool = False) -> list[str]:
     """A sentence for each model that does not fit its configuration; whether weights are looked at comes with each."""
     mistakes: list[str] = []
     for config, weights in kinds:
         from dynexit.assemble import check_model
+        from dynexit.data import check_dir
         from dynexit.errors import UserError
 
         try:
             check_model(config, weights=weights)
+            if with_data:
+                check_dir(config.data)
         except UserError as error:
             mistakes.append(str(error))
     return list(dict.fromkeys(mistakes))

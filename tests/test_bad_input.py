@@ -6,8 +6,10 @@ import pytest
 import torch
 import yaml
 
+from dynexit.config_io import load_study
 from dynexit.models.backbones import build_backbone
 from launch.__main__ import main
+from launch.checks import folders_elsewhere
 from tests.data.on_disk import write_folders
 
 NARROW = {"layers": [1, 1, 1, 1], "channels": [6, 8, 10, 12]}
@@ -77,3 +79,22 @@ def test_overrides_may_follow_options_and_nothing_else_may(study: str, capsys: p
     with pytest.raises(SystemExit):
         main(["macs", "resnet18", "--json", "name=other"])
     assert "unrecognized arguments: name=other" in capsys.readouterr().err
+
+
+def test_a_data_folder_is_asked_for_before_anything_starts_and_may_be_on_the_nodes_alone(
+    study: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(Path(study).read_text(encoding="utf-8"))
+    content["data"] = {"name": "cifar10"}
+    del content["backbone"]["weights"]
+    Path("cifar.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["run", "cifar.yaml", "--dry-run"]) == 0
+    capsys.readouterr()
+    folder = "the folder with its files (data.download=true puts them there)"
+    assert refused(capsys, "run", "cifar.yaml") == f"dynexit: data.dir is not set; cifar10 needs it: {folder}\n"
+    assert not Path("runs").exists()
+    given = load_study(Path("cifar.yaml"), ["data.dir=scratch"])
+    there = "data.dir = scratch: there is no such folder here; the jobs will look for it on their nodes"
+    assert folders_elsewhere(given) == [there]
+    Path("scratch").mkdir()
+    assert folders_elsewhere(given) == []

@@ -1,6 +1,6 @@
 """Data sets as three splits; every sample carries its index."""
 
-from dynexit.data.sets import describe_data, load_data
+from dynexit.data.sets import check_dir, describe_data, load_data
 from dynexit.data.splits import Batch, DataSets, Split, Workers, epoch_batches, load_batches, workers_of
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "DataSets",
     "Split",
     "Workers",
+    "check_dir",
     "describe_data",
     "epoch_batches",
     "load_batches",

@@ -70,6 +70,12 @@ def _refuse_transforms(data: Data) -> None:
             raise UserError(f"data.{name} = {getattr(data, name)!r}: digits come as fixed views; remove the key")
 
 
+def check_dir(data: Data) -> None:
+    """Raises UserError, saying what it should be, where data.dir must be set and is not."""
+    if data.dir is None and data.name in _SETS:
+        _SETS[data.name].read(data)
+
+
 def load_data(data: Data, workers: Workers | None = None, *, checked: bool = False) -> DataSets:
     """The splits of the data set that the section `data` names; their batches are loaded as `workers` say.
 

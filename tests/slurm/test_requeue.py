@@ -35,42 +35,44 @@ def processes_of(job_id: str) -> list[int]:
     return [number for _, number in sorted(found)]
 
 
-def test_time_out(cluster: Cluster, long_study: Begin, long_reference: Path, tmp_path: Path) -> None:
+def test_time_out_beside_signal_requeue_and_preemption(
+    cluster: Cluster, long_study: Begin, long_reference: Path, tmp_path: Path
+) -> None:
     site = tmp_path / "site.yaml"
     # SLURM signals 10 to 40 s before the minute is up; what is left of it is mostly too short on a fast machine too
     late = 'setup: [test -n "$SLURM_RESTART_COUNT" || sleep 18]\n'
-    site.write_text("time_minutes: 1\nsignal_delay_seconds: 10\ncpus_per_task: 1\nmem_gb: 2\n" + late)
+    node_of_its_own = "cpus_per_task: 2\n"
+    site.write_text("time_minutes: 1\nsignal_delay_seconds: 10\nmem_gb: 2\n" + node_of_its_own + late)
+    cluster.submit(*long_study("time-out"), site=site)
+    disturb_three_times(cluster, "stopped", *long_study("stopped"))
+    cluster.wait_for_the_end()
+    assert digests(long_reference.parent / "stopped") == digests(long_reference)
     for name in ("time-out", "time-out-2", "time-out-3", "time-out-4"):
-        cluster.submit(*long_study(name), site=site)
-        cluster.wait_for_the_end(600)
+        if name != "time-out":
+            cluster.submit(*long_study(name), site=site)
+            cluster.wait_for_the_end(600)
         assert digests(long_reference.parent / name) == digests(long_reference)
         if cluster.ends(name):
             break
     assert set(cluster.ends(name)) == {"timed-out"}
 
 
-def test_signal_requeue_and_preemption(cluster: Cluster, long_study: Begin, long_reference: Path) -> None:
-    cluster.submit(*long_study("stopped"))
-    cluster.wait_for_step("stopped", 100)
-    job = cluster.job("stopped-train")
+def disturb_three_times(cluster: Cluster, name: str, *study: str) -> None:
+    """Submits the study; its training gets a signal, is requeued, and has to make room for an urgent job."""
+    cluster.submit(*study)
+    cluster.wait_for_step(name, 100)
+    job = cluster.job(f"{name}-train")
     cluster.run("scancel", "--signal=USR2", job)
-    wait_until(lambda: cluster.ends("stopped") == ["preempted"], "the requeue")
-    assert "preempted, waits to go on" in cluster.status(*long_study_overrides("stopped"))
-    cluster.wait_for_step("stopped", 600)
+    wait_until(lambda: cluster.ends(name) == ["preempted"], "the requeue")
+    assert "preempted, waits to go on" in cluster.status(*study)
+    cluster.wait_for_step(name, 600)
     cluster.run("scontrol", "requeue", job)
-    cluster.wait_for_step("stopped", 1200)
+    cluster.wait_for_step(name, 1200)
     script = "#!/bin/bash\nsleep 5\n"
-    urgent = ["sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
+    node = cluster.squeue("--job", job, "--format=%N").strip()
+    urgent = ["sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null"]
     subprocess.run(urgent, input=script, text=True, check=True, capture_output=True)
-    wait_until(lambda: cluster.ends("stopped") == ["preempted", "preempted"], "the preemption")
-    cluster.wait_for_the_end()
-    assert digests(long_reference.parent / "stopped") == digests(long_reference)
-
-
-def long_study_overrides(name: str) -> tuple[str, ...]:
-    from tests.slurm.conftest import LONG
-
-    return (*LONG, f"name={name}", "dist.checkpoint_seconds=1000")
+    wait_until(lambda: cluster.ends(name) == ["preempted", "preempted"], "the preemption")
 
 
 def test_a_killed_rank_ends_the_others_and_the_job_is_tried_again(
