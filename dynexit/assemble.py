@@ -53,12 +53,19 @@ def _positions(config: Config, backbone: Backbone) -> Sequence[int]:
     return range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
 
 
+def ranks_of(config: Config) -> Ranks:
+    """The ranks that do a job together, joined as the section `dist` says."""
+    return start_ranks(config.dist.device, config.dist.num_threads)
+
+
 def begin(point: Point, study_dir: Path) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
     """What every job on a prepared backbone begins with: its ranks, the data that is there, and load_model's two."""
     config = point.config
-    ranks = start_ranks(config.dist.device, config.dist.num_threads)
-    data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
-    return ranks, data, *load_model(point, study_dir, ranks)
+    ranks = ranks_of(config)
+    with ranks.failing_together():
+        data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
+        model, costs = load_model(point, study_dir, ranks)
+    return ranks, data, model, costs
 
 
 def load_model(point: Point, study_dir: Path, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:

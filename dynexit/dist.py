@@ -4,14 +4,17 @@ Gradients of what trains are summed here, each rank's weighted by its count, so 
 size. The frozen backbone is wrapped in nothing.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from dynexit.errors import Failure, UserError
 
 T = TypeVar("T")
 
@@ -45,13 +48,13 @@ class Ranks:
             for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank; the same answer everywhere."""
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Whether each of `flags` holds on any rank, in one message; the same answers everywhere."""
         if self.world_size == 1:
-            return flag
-        count = torch.tensor([int(flag)], device=self.device)
-        torch.distributed.all_reduce(count)
-        return bool(count.item())
+            return list(flags)
+        counts = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(counts)
+        return [bool(count) for count in counts.tolist()]
 
     def agree(self, value: T) -> T:
         """The main rank's `value`, on every rank."""
@@ -60,6 +63,27 @@ class Ranks:
         values = [value if self.is_main else None]
         torch.distributed.broadcast_object_list(values, src=0, device=self.device)
         return values[0]  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Work that each rank does by itself: where one meets a Failure or a UserError, all raise its sentence.
+
+        Otherwise the others would wait for it, and its sentence would be taken for a crash.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        own = None
+        try:
+            yield
+        except (Failure, UserError) as error:
+            own = (isinstance(error, UserError), str(error))  # of a subclass not each comes through a pickle
+        told: list[tuple[bool, str] | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(told, own)
+        for is_users, text in filter(None, told):
+            shared = UserError(text) if is_users else Failure(text)
+            shared.on_all_ranks = True
+            raise shared
 
     def wait(self) -> None:
         """Returns when every rank has come here."""

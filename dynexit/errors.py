@@ -1,14 +1,20 @@
 """The ways a command can end early. The command line turns them into one sentence and an exit status."""
 
 
-class UserError(Exception):
+class Told(Exception):  # noqa: N818  what a user reads is its text alone
+    """What is told in one sentence. With several ranks `on_all_ranks` says that the others raised it too."""
+
+    on_all_ranks = False
+
+
+class UserError(Told):
     """The user's mistake: a key, a value, a file that is not there. Exit status 2.
 
     The message is one sentence that names the key or file, the value, what is allowed and what to do.
     """
 
 
-class Failure(Exception):  # noqa: N818  it is the failure of a run, and its text is shown without the class name
+class Failure(Told):
     """Something that went wrong although the request was sound: damaged files, NaN, a full disk. Exit status 1.
 
     The message is one sentence that names the file or member and the remedy.

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dynexit.assemble import build_model, write_lines
+from dynexit.assemble import build_model, ranks_of, write_lines
 from dynexit.data import load_data, workers_of
-from dynexit.dist import start_ranks
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
 from dynexit.run_dir import is_done, job_dir, mark_done, write_json
@@ -24,15 +23,17 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
     """See jobs.prepare."""
     config, identity = points[0].config, points[0].ids["prepare"]
     directory = job_dir(study_dir, "prepare", identity)
-    if is_done(directory, identity):
+    ranks = ranks_of(config)
+    if ranks.agree(is_done(directory, identity)):
         return
-    ranks = start_ranks(config.dist.device, config.dist.num_threads)
     stage = config.dist.deepspeed_stage
     if stage is not None:
         check_installed(stage)
-    data, settings = load_data(config.data, workers_of(config.dist, ranks.device)), config.prepare
-    torch.manual_seed(config.data.seed)
-    backbone = build_model(config, weights=True)
+    settings = config.prepare
+    with ranks.failing_together():
+        data = load_data(config.data, workers_of(config.dist, ranks.device))
+        torch.manual_seed(config.data.seed)
+        backbone = build_model(config, weights=True)
     costs = exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types)
     if stage is None or ranks.world_size == 1:  # DeepSpeed brings to a rank's device what is to lie there
         backbone.to(ranks.device)
@@ -51,7 +52,9 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
         progress=progress,
     )
     weights = task.weights()
-    if ranks.is_main:
+    with ranks.failing_together():
+        if not ranks.is_main:
+            return
         save_tensors(directory / BACKBONE, weights)
         write_json(directory / COSTS, costs.to_json())
         write_lines(directory / METRICS, task.rows)
@@ -59,4 +62,3 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
             progress.say(f"the backbone is right on {task.rows[-1]['validation_accuracy']:.4f} of the validation split")
         mark_done(directory, identity, [BACKBONE, COSTS, METRICS])
         checkpoints.clear()
-    ranks.wait()

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynexit.assemble import begin, load_heads
+from dynexit.assemble import begin, load_heads, ranks_of
 from dynexit.core.confidence import gate_features
+from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, load_batches
+from dynexit.dist import Ranks
 from dynexit.models.heads import StackedGates, StackedHeads
+from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
 from dynexit.record.finished import default_topk, is_recorded, recorded_splits
 from dynexit.record.recorder import Recorder
@@ -21,11 +24,24 @@ from dynexit.sweep import Point
 
 def run_record(points: Sequence[Point], study_dir: Path) -> None:
     """See jobs.record."""
-    points = [point for point in points if not is_recorded(point, study_dir)]
+    points = ranks_of(points[0].config).agree([point for point in points if not is_recorded(point, study_dir)])
     if not points:
         return
-    config = points[0].config
     ranks, data, model, costs = begin(points[0], study_dir)
+    with ranks.failing_together():
+        _record_splits(points, study_dir, ranks, data, model, costs)
+    with ranks.failing_together():
+        for point in points if ranks.is_main else []:
+            directory = job_dir(study_dir, "record", point.ids["record"])
+            write_json(directory / COSTS, costs.to_json())
+            mark_done(directory, point.ids["record"], [COSTS])
+
+
+def _record_splits(
+    points: Sequence[Point], study_dir: Path, ranks: Ranks, data: DataSets, model: MultiExit, costs: ExitCosts
+) -> None:
+    """This rank's shards of every split, for all points."""
+    config = points[0].config
     # a stack of its own for every point: the bits of a record do not depend on who else is recorded
     members = [load_heads([point], study_dir, model, costs, ranks) for point in points]
     has_gates = members[0][1] is not None
@@ -58,11 +74,6 @@ def run_record(points: Sequence[Point], study_dir: Path) -> None:
                 recorder.add(batch, index_B, labels_B, logits_MPBK, gate_MGB, backbone_logits_BK=final_BK)
                 progress.advance(len(labels_B), {})
         progress.finish()
-    ranks.wait()
-    if ranks.is_main:
-        for point, directory in zip(points, directories, strict=True):
-            write_json(directory / COSTS, costs.to_json())
-            mark_done(directory, point.ids["record"], [COSTS])
 
 
 def _outputs(

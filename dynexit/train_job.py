@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dynexit.assemble import begin, write_lines
+from dynexit.assemble import begin, ranks_of, write_lines
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.progress import Progress
 from dynexit.record.finished import set_aside_stale
 from dynexit.run_dir import FAILED, is_done, job_dir, mark_done, write_json
-from dynexit.state import CONFIG, COSTS, HEADS, METRICS
+from dynexit.state import BEGUN, CONFIG, COSTS, HEADS, MEMBERS, METRICS
 from dynexit.sweep import Point, digest, method_settings
 from dynexit.tensor_files import save_tensors
 from dynexit.train.boosted import BoostedTask
@@ -35,7 +35,7 @@ TASK_BY_METHOD: dict[str, Callable[[Pack, Any], PackTask]] = {
 
 def run_train(points: Sequence[Point], study_dir: Path) -> None:
     """See jobs.train."""
-    points = [point for point in points if not is_done(job_dir(study_dir, "train", point.id), point.id)]
+    points = ranks_of(points[0].config).agree(_members(points, study_dir))
     if not points:
         return
     config = points[0].config
@@ -45,8 +45,9 @@ def run_train(points: Sequence[Point], study_dir: Path) -> None:
     task = TASK_BY_METHOD[config.train.method](together, method_settings(config))
     pack = pack_dir(study_dir, points)
     checkpoints = Checkpoints(pack, config.dist.checkpoint_seconds)
-    if ranks.is_main:
-        write_json(pack / "members.json", [point.id for point in points])
+    with ranks.failing_together():
+        if ranks.is_main:
+            write_json(pack / MEMBERS, [point.id for point in points])
     progress = Progress(f"train {len(points)} points", pack, config.dist.log_seconds, quiet=not ranks.is_main)
     fit(
         task,
@@ -58,13 +59,25 @@ def run_train(points: Sequence[Point], study_dir: Path) -> None:
         checkpoints=checkpoints,
         progress=progress,
     )
-    if ranks.is_main:
-        for i, point in enumerate(points):
-            _finish_point(point, study_dir, task.member_state(i), costs, _rows_of(task.rows, i), task.stopped.get(i))
-        checkpoints.clear()
-    ranks.wait()
-    if task.stopped:
-        raise Failure("; ".join(task.stopped.values()))
+    with ranks.failing_together():
+        for i, point in enumerate(points if ranks.is_main else []):
+            if not _is_trained(point, study_dir):
+                rows = _rows_of(task.rows, i)
+                _finish_point(point, study_dir, task.member_state(i), costs, rows, task.stopped.get(i))
+        if ranks.is_main:
+            checkpoints.clear()
+        if task.stopped:
+            raise Failure("; ".join(task.stopped.values()))
+
+
+def _is_trained(point: Point, study_dir: Path) -> bool:
+    return is_done(job_dir(study_dir, "train", point.id), point.id)
+
+
+def _members(points: Sequence[Point], study_dir: Path) -> list[Point]:
+    """The points that are not trained; all of a pack that was killed while it wrote its results, as it trained all."""
+    left = [point for point in points if not _is_trained(point, study_dir)]
+    return list(points) if left and (pack_dir(study_dir, points) / BEGUN).exists() else left
 
 
 def pack_dir(study_dir: Path, points: Sequence[Point]) -> Path:

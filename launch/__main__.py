@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dynexit: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:
-        print(f"dynexit: {stop or 'interrupted'}; the same command goes on from there", file=sys.stderr)
+        print(f"dynexit: {str(stop) or 'interrupted'}; the same command goes on from there", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -112,10 +112,10 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 def _run(study: "Study", options: argparse.Namespace) -> int:
     from launch.checks import check_models
+    from launch.hold import hold
     from launch.plan import check_identity
     from launch.ranks import num_ranks
     from launch.submissions import check_queue
-    from launch.submit import hold
 
     stages = STAGES if options.command in ("run", "infer") else STAGES[: STAGES.index(options.command) + 1]
     if options.dry_run:
@@ -151,8 +151,8 @@ def _run_with_ranks(study: "Study", stages: Sequence[str], options: argparse.Nam
     """One of the processes of `torchrun -m launch` or `accelerate launch -m launch`."""
     from dynexit.errors import UserError
     from launch.checks import check_models
+    from launch.hold import hold
     from launch.ranks import is_main, prepare_alone, run_together
-    from launch.submit import hold
 
     if options.on != "here" or options.command == "infer":
         what = "infer" if options.command == "infer" else f"--on {options.on}"

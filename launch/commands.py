@@ -113,11 +113,11 @@ def _cancel(options: argparse.Namespace) -> None:
 
 
 def _retry(options: argparse.Namespace) -> None:
+    from launch.hold import hold
     from launch.plan import check_identity
     from launch.site import Site, load_site
     from launch.slurm import ALL_STAGES, submit_study
     from launch.submissions import last_site
-    from launch.submit import hold
 
     study, _ = _study_of(options)
     before = last_site(study.directory)

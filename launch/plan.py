@@ -12,7 +12,7 @@ from dynexit.config import Dist
 from dynexit.errors import UserError
 from dynexit.record.finished import is_recorded
 from dynexit.run_dir import DONE, folders_in_place, is_done, job_dir, read_json, write_json
-from dynexit.state import JOBS_OF_A_POINT, report_identity
+from dynexit.state import BEGUN, JOBS_OF_A_POINT, MEMBERS, report_identity
 from dynexit.sweep import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values, method_settings
 
 
@@ -58,22 +58,30 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
     elif stage == "search":
         groups = [points] if points else []
     else:
-        groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study))
+        everyone = study.points if stage == "train" else points
+        groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study), everyone)
     return [Job(stage, tuple(group), study.directory) for group in groups]
 
 
 def make_packs(
-    points: Sequence[Point], members_per_pack: int, unfinished: Sequence[Sequence[str]] = ()
+    points: Sequence[Point],
+    members_per_pack: int,
+    unfinished: Sequence[Sequence[str]] = (),
+    everyone: Sequence[Point] = (),
 ) -> list[list[Point]]:
     """Points that differ only in PACK_KEYS, together, at most `members_per_pack` in one.
 
-    Packs that were begun before (`unfinished`: lists of ids) stay as they were, so that their checkpoints serve.
+    Packs that were begun before (`unfinished`: lists of ids) stay as they were, so that their checkpoints serve and the
+    bits do not change: with those of `everyone` that a pack had finished when it was killed.
     """
     by_id = {point.id: point for point in points}
+    free = {point.id: point for point in everyone} | by_id
     packs = []
     for ids in unfinished:
-        if all(identity in by_id for identity in ids):
-            packs.append([by_id.pop(identity) for identity in ids])
+        if not by_id.keys().isdisjoint(ids) and free.keys() >= set(ids):
+            packs.append([free.pop(identity) for identity in ids])
+            for identity in ids:
+                by_id.pop(identity, None)
     groups: dict[str, list[Point]] = {}
     keys: dict[tuple[Any, ...], str] = {}  # points share the sections that they do not differ in
     for point in by_id.values():
@@ -97,9 +105,9 @@ def _pack_key(point: Point) -> str:
 
 
 def unfinished_packs(study: Study) -> list[list[str]]:
-    """Ids of the members of every pack that left a checkpoint, in the order of their folders."""
-    folders = [folder for folder in folders_in_place(study.directory / "pack") if any(folder.glob("checkpoint-*.json"))]
-    return [read_json(folder / "members.json") for folder in folders if (folder / "members.json").is_file()]
+    """Ids of the members of every pack that began and is not through, in the order of their folders."""
+    folders = [folder for folder in folders_in_place(study.directory / "pack") if (folder / BEGUN).is_file()]
+    return [read_json(folder / MEMBERS) for folder in folders if (folder / MEMBERS).is_file()]
 
 
 def check_identity(study: Study) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 from dynexit.state import finished_jobs
 from dynexit.sweep import Study
+from launch.hold import hold
 from launch.plan import check_identity, done_together, missing_jobs
 from launch.submissions import check_queue
-from launch.submit import hold, run_here
+from launch.submit import run_here
 
 _POLL_SECONDS = 0.5
 # what tells a process that it is one of several

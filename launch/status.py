@@ -1,7 +1,6 @@
 """What runs, what is done, what failed and why: read from the files that the jobs leave."""
 
 import dataclasses
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from dynexit.run_dir import PROGRESS, folders_in_place, job_dir, read_json
 from dynexit.state import JOBS_OF_A_POINT, METRICS, failure_reason, finished_jobs
 from dynexit.sweep import Point, Study
+from launch.hold import is_held
 from launch.queue_view import QueueView
 
 
@@ -29,7 +29,7 @@ class PointStatus:
 
 def study_status(study: Study) -> list[PointStatus]:
     """The state of every point, in the order of the sweep; one squeue call where it was submitted to a cluster."""
-    held = _is_held(study.directory)
+    held = is_held(study.directory)
     packs = _pack_folders(study.directory)
     jobs = QueueView(study.directory)
     return [_point_status(study, point, held, packs, jobs) for point in study.points]
@@ -102,18 +102,6 @@ def _pack_folders(study_dir: Path) -> dict[str, Path]:
     lists = [folder / "members.json" for folder in folders_in_place(study_dir / "pack")]
     by_age = sorted((path for path in lists if path.is_file()), key=lambda path: path.stat().st_mtime)
     return {identity: path.parent for path in by_age for identity in read_json(path)}
-
-
-def _is_held(study_dir: Path) -> bool:
-    """Whether a launcher works on the study now."""
-    try:
-        with (study_dir / ".lock").open("r+", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def table(statuses: list[PointStatus]) -> str:

@@ -2,21 +2,23 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
+import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from dynexit.config import Dist
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, Interrupted, UserError
+from launch.hold import work_for
 from launch.plan import Job, done_together
 from launch.queue_view import last_error
 
 _POLL_SECONDS = 0.5
+_ENDING_SECONDS = 30
 _LOST_SECONDS = 10  # in which the other ranks find out by themselves
 
 
@@ -24,13 +26,16 @@ _LOST_SECONDS = 10  # in which the other ranks find out by themselves
 class Task:
     """What submitit calls: one job. After a time-out the same call, made again, goes on where it stopped.
 
-    Where there are several ranks, they meet at `port` of this machine.
+    Where there are several ranks, they meet at `port` of this machine. SIGTERM ends it, a training at its step, saved.
     """
 
+    launcher: int
     port: int | None = None
 
     def __call__(self, job: Job) -> str | UserError:
         """Runs the job; the text of what failed, or nothing; the user's mistake as what it is."""
+        signal.signal(signal.SIGTERM, _interrupt)
+        work_for(self.launcher, job.study_dir)
         if self.port is not None:
             self._join_ranks(self.port, job)
         try:
@@ -59,6 +64,10 @@ class Task:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, job)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 
 def run_job(job: Job) -> str:
@@ -103,14 +112,15 @@ def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
     places = _places(dist, ranks)
     waiting, failures = [(job, 1) for job in jobs], list[str]()
     running: list[_Running] = []
-    try:
+    with _signals(_interrupt, signal.SIGTERM), _ending(running):
         while waiting or running:
             while waiting and places:
                 (job, attempt), gpus = waiting.pop(0), places.pop(0)
                 executor.update_parameters(
                     timeout_min=dist.timeout_minutes, tasks_per_node=ranks, visible_gpus=gpus, gpus_per_node=len(gpus)
                 )
-                submitted = executor.submit(Task(_free_port() if ranks > 1 else None), job)
+                with _signals(signal.SIG_IGN, signal.SIGINT):  # of Ctrl-C only the launcher is to hear
+                    submitted = executor.submit(Task(os.getpid(), _free_port() if ranks > 1 else None), job)
                 running.append(_Running(job, submitted, gpus, attempt))
                 where = f"process {submitted.job_id}" + (f", {ranks} ranks" if ranks > 1 else "")
                 log = submitted.task(0).paths.stdout
@@ -127,10 +137,35 @@ def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
             for entry in running if ranks > 1 else []:
                 _end_if_a_rank_is_lost(entry, ranks)
             time.sleep(_POLL_SECONDS if running else 0)
-    finally:
-        for entry in running:
-            entry.submitted.cancel(check=False)
     return failures
+
+
+@contextlib.contextmanager
+def _signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, one in before.items():
+            signal.signal(number, one)
+
+
+@contextlib.contextmanager
+def _ending(running: Sequence[_Running]) -> Iterator[None]:
+    """Ends what runs when the block is left: trainings save, and what has not ended after a while is killed."""
+    import psutil
+
+    try:
+        yield
+    finally:
+        processes = []
+        for entry in running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                submitits = psutil.Process(int(entry.submitted.job_id))
+                processes += [submitits, *submitits.children()]
+                submitits.terminate()  # it passes that on
+        for process in psutil.wait_procs(processes, timeout=_ENDING_SECONDS)[1]:
+            process.kill()
 
 
 def _end_if_a_rank_is_lost(entry: _Running, ranks: int) -> None:
@@ -190,22 +225,3 @@ def visible_gpus() -> list[int]:
     if visible is not None:
         return [int(number) for number in visible.split(",") if number.strip().isdigit()]
     return list(range(len(list(Path("/proc/driver/nvidia/gpus").glob("*")))))
-
-
-@contextlib.contextmanager
-def hold(study_dir: Path) -> Iterator[None]:
-    """Holds the study for this launcher; UserError, naming the holder, where another one has it."""
-    study_dir.mkdir(parents=True, exist_ok=True)
-    with (study_dir / ".lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(
-                f"{study_dir} is held by {lock.read().strip() or 'another launcher'}; wait for it or stop it"
-            ) from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} (`{' '.join(sys.argv[1:3])}`)")
-        lock.flush()
-        yield

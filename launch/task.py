@@ -15,14 +15,20 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from dynexit.config import Dist
 from dynexit.errors import Failure, Interrupted, UserError
-from dynexit.run_dir import is_done, job_dir, write_json
+from dynexit.run_dir import is_done, job_dir, write_json, write_text
 from launch.plan import Job
+
+if TYPE_CHECKING:
+    from dynexit.dist import Ranks
 
 PREEMPTED, TIMED_OUT, FAILED_FOR_GOOD, CRASHED, CANCELLED = "preempted", "timed-out", "failed", "crashed", "cancelled"
 _EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
 _STOPPED, _FAILED = 75, 1  # exit statuses
+_REQUEUE_TRIES = 120  # every 5 seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +50,10 @@ class ClusterTask:
             left = self.time_limit_seconds - (time.monotonic() - started)
             word = TIMED_OUT if left <= self.signal_delay_seconds + _EARLY_SECONDS else PREEMPTED
             print(f"{stop} ({word})", flush=True)
-            _note(folder, job_id, word)
+            _Notes(folder, job_id).end(word)
             sys.exit(_STOPPED)
         if failures and self.jobs[0].stage == "prepare":  # nothing that waits for it can run
-            _note(folder, job_id, FAILED_FOR_GOOD)
+            _Notes(folder, job_id).end(FAILED_FOR_GOOD)
             sys.exit(_FAILED)
         return failures
 
@@ -56,40 +62,100 @@ class ClusterTask:
 
         dist = self.jobs[0].points[0].config.dist
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
-        failures: list[dict[str, object]] = []
-        crash: Exception | None = None
-        for job in self.jobs:
-            ready = ranks.agree(_ready(job) if ranks.is_main else None)
-            if ready is None or not ready.points or (job.stage in ("search", "report") and not ranks.is_main):
-                continue
-            try:
-                reason = _run(ready)
-            except Exception as error:
-                if ranks.world_size > 1:
-                    raise  # the other ranks wait for this one
-                traceback.print_exc()
-                reason, crash = f"{type(error).__name__}: {error}", error
-            if reason:
-                if ranks.is_main:
-                    print(reason, file=sys.stderr, flush=True)
-                failures.append({"stage": job.stage, "points": [p.id for p in ready.points], "reason": reason})
+        work = _Work(folder, job_id, ranks)
+        order = ranks.agree(work.notes.order(len(self.jobs)) if ranks.is_main else [])
+        alone = [i for i in order if self.jobs[i].stage in ("search", "report")]
+        for i in (i for i in order if i not in alone):
+            work.do(i, ranks.agree(_ready(self.jobs[i]) if ranks.is_main else None))
+        stop_ranks()  # however long the main rank searches, nobody waits for it
+        for i in alone if ranks.is_main else []:
+            work.do(i, _ready(self.jobs[i]))
         if ranks.is_main:
-            write_json(folder / f"{job_id}.failures.json", failures)
-        if crash is not None:
-            raise crash
-        stop_ranks()
-        return [str(failure["reason"]) for failure in failures]
+            work.write_failures()
+        if work.crash is not None:
+            raise work.crash
+        return [str(failure["reason"]) for failure in work.failures]
 
 
-def _run(job: Job) -> str:
-    """Runs a job; the sentence of a failure that another try would not mend, or ''."""
+class _Work:
+    """A task's jobs as they are done: one that fails stops no other."""
+
+    def __init__(self, folder: Path, job_id: str, ranks: "Ranks") -> None:
+        self.notes, self.ranks, self._path = _Notes(folder, job_id), ranks, folder / f"{job_id}.failures.json"
+        self.failures: list[dict[str, object]] = []
+        self.crash: Exception | None = None
+
+    def do(self, i: int, job: Job | None) -> None:
+        """Does a task's job `i`. Raises what crashes one of several ranks, and SystemExit where one failed alone."""
+        if job is None or not job.points:
+            return
+        if self.ranks.is_main:
+            self.notes.begin(i)
+        try:
+            stop = _run(job)
+        except Exception as error:
+            if self.ranks.world_size > 1:
+                raise  # the other ranks wait for this one
+            traceback.print_exc()
+            stop, self.crash = Failure(f"{type(error).__name__}: {error}"), error
+        is_alone = stop is not None and not stop.on_all_ranks
+        if stop is not None:
+            if self.ranks.is_main or is_alone:
+                print(stop, file=sys.stderr, flush=True)
+            self.failures.append({"stage": job.stage, "points": [p.id for p in job.points], "reason": str(stop)})
+        if is_alone and self.ranks.world_size > 1 and job.stage not in ("search", "report"):
+            self.write_failures()
+            self.notes.end(FAILED_FOR_GOOD)
+            sys.exit(_FAILED)  # srun ends the ranks that wait for this one
+        if self.ranks.is_main:
+            self.notes.through(is_trained=job.stage == "train" and stop is None)
+
+    def write_failures(self) -> None:
+        """Leaves the sentences of what failed."""
+        write_json(self._path, self.failures)
+
+
+class _Notes:
+    """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
+
+    def __init__(self, folder: Path, job_id: str) -> None:
+        self._path = folder / job_id
+
+    def _file(self, name: str) -> Path:
+        return self._path.with_name(f"{self._path.name}.{name}")
+
+    def order(self, num_jobs: int) -> list[int]:
+        """In which order the jobs are done: one in which the program crashed comes last, so that it stops no other."""
+        now = self._file("now")
+        crashed = int(now.read_text(encoding="utf-8")) if now.is_file() else -1
+        return sorted(range(num_jobs), key=lambda i: i == crashed)
+
+    def begin(self, i: int) -> None:
+        """Job `i` begins."""
+        with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
+            write_text(self._file("now"), str(i))
+
+    def through(self, *, is_trained: bool) -> None:
+        """It is through; a task of several packs has something to record when one of them is trained."""
+        self._file("now").unlink(missing_ok=True)
+        if is_trained:
+            self._file("some").touch()
+
+    def end(self, word: str) -> None:
+        """Why the program ends before it is through."""
+        self._file("now").unlink(missing_ok=True)
+        self._file("why").write_text(word + "\n", encoding="utf-8")
+
+
+def _run(job: Job) -> Failure | UserError | None:
+    """Runs a job; the failure that another try would not mend, or None."""
     from dynexit import jobs
 
     try:
         jobs.JOBS[job.stage](job.points, job.study_dir)
     except (Failure, UserError) as failure:
-        return str(failure)
-    return ""
+        return failure
+    return None
 
 
 def _ready(job: Job) -> Job:
@@ -98,8 +164,8 @@ def _ready(job: Job) -> Job:
     points: Sequence = job.points  # type: ignore[type-arg]
     if needed is not None:
         points = [p for p in points if is_done(job_dir(job.study_dir, needed, p.ids[needed]), p.ids[needed])]
-    elif job.stage == "train":
-        points = [p for p in points if not is_done(job_dir(job.study_dir, "train", p.id), p.id)]
+    elif job.stage == "train" and all(is_done(job_dir(job.study_dir, "train", p.id), p.id) for p in points):
+        points = ()  # of a pack that is not through, the job itself knows what is left
     return dataclasses.replace(job, points=tuple(points))
 
 
@@ -111,7 +177,7 @@ def _join_ranks() -> tuple[Path, str]:
     if environment.num_tasks > 1:
         # a port that the job's last run left may be taken for a minute
         number = int(environment.raw_job_id) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        os.environ["MASTER_PORT"] = str(20000 + number % 40000)
+        os.environ["MASTER_PORT"] = str(20000 + number % 12000)  # below the ports that Linux gives to others
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     return environment.paths.folder, environment.job_id
 
@@ -139,28 +205,47 @@ def _interruptible() -> Iterator[None]:
         _ignore()
 
 
-def _note(folder: Path, job_id: str, word: str) -> None:
-    (folder / f"{job_id}.why").write_text(word + "\n", encoding="utf-8")
+def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
+    """The shell lines that follow the ranks in a job's script: note how they ended, requeue up to the limits.
 
-
-def script_after(max_timeouts: int, max_preemptions: int, max_retries: int) -> list[str]:
-    """The shell lines that follow the ranks in a job's script: note how they ended, requeue up to the limits."""
+    A job that crashed is to avoid the nodes it crashed on (and `exclude`), where it could run without them.
+    """
+    in_time = int(task.time_limit_seconds - task.signal_delay_seconds - _EARLY_SECONDS)
+    avoided = shlex.quote(exclude + ",") if exclude else ""
     return [
         "status=$?",
         '[ "$status" -eq 0 ] && exit 0',
-        f'why=$(cat "$job.why" 2>/dev/null || echo {CRASHED})',
+        f"why={CRASHED}",
+        # SIGUSR2 before the program could take it
+        f'[ "$status" -eq 140 ] && {{ [ "$SECONDS" -lt {in_time} ] && why={PREEMPTED} || why={TIMED_OUT}; }}',
+        'why=$(cat "$job.why" 2>/dev/null || echo "$why")',
         'rm -f "$job.why"',
-        'echo "$why $(date +%FT%T) on ${SLURM_JOB_NODELIST:-?} with exit status $status" >> "$job.ends"',
-        f"case $why in {TIMED_OUT}) most={max_timeouts} ;; {PREEMPTED}) most={max_preemptions} ;;",
-        f"  {CRASHED}) most={max_retries} ;; *) most=0 ;; esac",
-        'if [ "$(grep -c "^$why " "$job.ends")" -le "$most" ] && scontrol requeue "$SLURM_JOB_ID"; then',
-        "  sleep 300  # until SLURM ends this script",
+        f"case $why in {TIMED_OUT}) most={dist.max_timeouts} ;; {PREEMPTED}) most={dist.max_preemptions} ;;",
+        f"  {CRASHED}) most={dist.max_retries} ;; *) most=0 ;; esac",
+        # what cannot be noted, as on a full disk, would not be counted either
+        'echo "$why $(date +%FT%T) on ${SLURM_JOB_NODELIST:-?} with exit status $status" >> "$job.ends" || most=0',
+        'if [ "$most" -gt 0 ] && [ "$(grep -c "^$why " "$job.ends")" -le "$most" ]; then',
+        f"  avoided={avoided}$SLURM_JOB_NODELIST",
+        f'  [ "$why" = {CRASHED} ] && sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 || avoided=',
+        "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
+        f"  for try in $(seq {_REQUEUE_TRIES}); do  # the controller may be away for a while",
+        '    if scontrol requeue "$SLURM_JOB_ID"; then',
+        '      [ -z "$avoided" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$avoided"',
+        '      exit "$status"',
+        "    fi",
+        "    sleep 5",
+        "  done",
         "fi",
+        '[ -e "$job.some" ] && exit 0  # there is something to record, and that waits for this job',
         'exit "$status"',
     ]
 
 
 def script_before(folder: Path) -> list[str]:
-    """The shell lines that go before the ranks: where this job notes how it ended."""
+    """The shell lines that go before the ranks, after a site's own: where this job notes how it ended."""
     name = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"
-    return [f'job={shlex.quote(str(folder))}/"{name}"', 'rm -f "$job.why"']
+    return [
+        "set +eu",  # a site's lines may have set it, and the lines that follow the ranks must be come to
+        f'job={shlex.quote(str(folder))}/"{name}"',
+        'rm -f "$job.why" "$job"_*_result.pkl.save_tmp',  # submitit refuses to write over what a kill left of its own
+    ]

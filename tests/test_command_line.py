@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -146,6 +147,37 @@ def test_ctrl_c_saves_and_goes_on(finished: Path, tmp_path: Path) -> None:
     assert "the state is saved; the same command goes on from there" in err
     assert "goes on after epoch" in dynexit(tmp_path, "run", TINY, slow).stdout
     assert digests(tmp_path / "runs" / "tiny_study") == digests(finished / "runs" / "tiny_study")
+
+
+def test_local_processes_end_with_their_launcher_and_save(finished: Path, tmp_path: Path) -> None:
+    study = ("train", TINY, "dist.checkpoint_seconds=1000", "train.num_epochs=20")
+    shutil.copytree(finished / "runs" / "tiny_study" / "prepare", tmp_path / "runs" / "tiny_study" / "prepare")
+    pack = tmp_path / "runs" / "tiny_study" / "pack"
+    ends = [(signal.SIGKILL, -9, ""), (signal.SIGTERM, 130, "dynexit: stopped by SIGTERM; the same command goes on")]
+    for number, status, told in ends:
+        step = max(map(last_step, pack.glob("*/progress.json")), default=0)
+        process = start(tmp_path, *study, "--on", "local")
+        deadline = time.monotonic() + 120
+        while max(map(last_step, pack.glob("*/progress.json")), default=0) <= step and time.monotonic() < deadline:
+            time.sleep(0.02)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) == 2  # submitit's, and the training
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == status, err
+        assert err.startswith(told)
+        assert "Traceback" not in err
+        if number == signal.SIGTERM:
+            assert not psutil.wait_procs(workers, timeout=0)[1]
+    dynexit(tmp_path, *study)
+    lines = next(pack.glob("*/log.txt")).read_text().splitlines()
+    assert sum("goes on after epoch" in line for line in lines) == 2  # nothing but a signal can have saved
+    dynexit(tmp_path, *study, "name=undisturbed")
+    assert digests(tmp_path / "runs" / "tiny_study") == digests(tmp_path / "runs" / "undisturbed")
+
+
+def last_step(progress: Path) -> int:
+    return int(json.loads(progress.read_text())["step"])
 
 
 @pytest.mark.parametrize(

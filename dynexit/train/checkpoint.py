@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dynexit.errors import Failure
 from dynexit.run_dir import read_json, write_json, write_text
+from dynexit.state import BEGUN
 from dynexit.tensor_files import save_tensors
 
 _KEPT = 2
-_BEGUN = ".begun"  # there as long as the job runs on the folder that it began with
 
 
 class Checkpoints:
@@ -34,11 +34,11 @@ class Checkpoints:
 
     def begin(self) -> None:
         """Marks the folder, so that the job knows it again."""
-        write_text(self.directory / _BEGUN, "")
+        write_text(self.directory / BEGUN, "")
 
     def check(self) -> None:
         """Raises Failure where the folder is gone or another: one without its file system would be made anew."""
-        if not (self.directory / _BEGUN).exists():
+        if not (self.directory / BEGUN).exists():
             raise Failure(
                 f"{self.directory} is no longer the folder that the job began in: it was moved, or its file system is "
                 "gone; bring it back and run again, which goes on at the last checkpoint"
@@ -78,5 +78,5 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Removes every checkpoint; the job is through."""
-        for path in (*self.directory.glob("checkpoint-*"), self.directory / _BEGUN):
+        for path in (*self.directory.glob("checkpoint-*"), self.directory / BEGUN):
             path.unlink(missing_ok=True)

@@ -51,8 +51,9 @@ def fit(
     Raises Interrupted, after saving, where SIGINT, SIGTERM or SIGUSR2 came; KeyboardInterrupt at a second SIGINT.
     """
     epoch = position = 0
-    if ranks.is_main:
-        checkpoints.begin()
+    with ranks.failing_together():
+        if ranks.is_main:
+            checkpoints.begin()
     # a network folder may show the ranks different files for a while
     saved = ranks.agree(checkpoints.latest(progress.say) if ranks.is_main else None)
     if saved is not None:
@@ -65,9 +66,17 @@ def fit(
 
     def save() -> None:
         tensors, facts = task.state()
-        if ranks.is_main:
-            checkpoints.save(progress.step, tensors, {"epoch": epoch, "position": position, "task": facts})
-        ranks.wait()  # a rank that ends may end the job, and with it the main rank's writing
+        with ranks.failing_together():  # and a rank that ends may end the job, and with it the main rank's writing
+            if ranks.is_main:
+                checkpoints.save(progress.step, tensors, {"epoch": epoch, "position": position, "task": facts})
+
+    def save_if_asked(where: str) -> None:
+        due = ranks.is_main and checkpoints.due()  # it saves, and so it alone knows when
+        stop, due = ranks.any([stop_requested.is_set(), due])
+        if stop or due:
+            save()
+        if stop:
+            raise Interrupted(f"stopped by a signal {where}; the state is saved")
 
     with _stop_signals() as stop_requested:
         while epoch < num_epochs:
@@ -77,21 +86,14 @@ def fit(
                 figures = task.train_step(_to_device(batch, ranks), len(batch[0]) / len(whole))
                 position += 1
                 progress.advance(len(whole), figures)
-                if position < per_epoch and ranks.any(stop_requested.is_set()):
-                    save()
-                    raise Interrupted(
-                        f"stopped by a signal in epoch {epoch} after batch {position}; the state is saved"
-                    )
-                if position < per_epoch and ranks.any(checkpoints.due()):
-                    save()
+                if position < per_epoch:
+                    save_if_asked(f"in epoch {epoch} after batch {position}")
             task.end_epoch(epoch)
             epoch, position = epoch + 1, 0
-            if ranks.any(stop_requested.is_set() or checkpoints.due()):
-                save()
-            if ranks.any(stop_requested.is_set()):
-                raise Interrupted(f"stopped by a signal after epoch {epoch - 1}; the state is saved")
-    if ranks.is_main:
-        checkpoints.check()
+            save_if_asked(f"after epoch {epoch - 1}")
+    with ranks.failing_together():
+        if ranks.is_main:
+            checkpoints.check()
     progress.finish()
 
 

@@ -27,7 +27,7 @@ def test_a_pack_with_a_damaged_list_is_moved_aside_by_the_remedy_once(tmp_path: 
     study = load_study(TINY, [f"runs_dir={tmp_path}"])
     pack = study.directory / "pack" / "0123abcd"
     pack.mkdir(parents=True)
-    (pack / "checkpoint-0000000003.json").write_text("{}")
+    (pack / ".begun").touch()
     (pack / "members.json").write_text('["a", "b')
     for look in (unfinished_packs, study_status):
         with pytest.raises(

@@ -7,26 +7,35 @@ from pathlib import Path
 
 import pytest
 
+from dynexit.config import Dist
 from dynexit.errors import Interrupted
-from launch.task import _interruptible, script_after, script_before
+from launch.task import ClusterTask, _interruptible, _Notes, script_after, script_before
 
 
-def run_script(folder: Path, status: int, why: str | None, **limits: int) -> tuple[int, str]:
+def run_script(
+    folder: Path, status: int, why: str | None, *, elsewhere: bool = False, time_limit: float = 3600, exclude: str = ""
+) -> tuple[int, str]:
     """Exit status of a job whose ranks ended with `status` after noting `why`, and what scontrol was asked."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
-    for name, text in (("scontrol", f'echo "$@" >> {folder}/asked'), ("sleep", "exit 0")):
+    for name, text in (
+        ("scontrol", f'echo "$@" >> {folder}/asked; ! rm {folder}/away 2>/dev/null'),  # away: for one question
+        ("sbatch", f"exit {int(not elsewhere)}"),
+        ("sleep", "exit 0"),
+    ):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     note = "true" if why is None else f'echo {why} > "$job.why"'
-    limits = {"max_timeouts": 2, "max_preemptions": 3, "max_retries": 1, **limits}
-    lines = [*script_before(folder), note, f"(exit {status})", *script_after(**limits)]
+    dist = Dist(max_timeouts=2, max_preemptions=3, max_retries=1)
+    after = script_after(ClusterTask((), time_limit, 120), dist, exclude)
+    lines = [*script_before(folder), note, f"(exit {status})", *after]
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1"}
     environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     done = subprocess.run(
         ["bash", "-c", "\n".join(lines)], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stderr == ""
+    if (folder / "7_2.ends").is_file():
+        assert done.stderr == ""
     asked = (folder / "asked").read_text() if (folder / "asked").exists() else ""
     (folder / "asked").unlink(missing_ok=True)
     return done.returncode, asked
@@ -47,6 +56,57 @@ def test_each_kind_of_end_has_a_limit_of_its_own(tmp_path: Path, why: str | None
     lines = [line.split() for line in (tmp_path / "7_2.ends").read_text().splitlines()]
     assert [line[0] for line in lines].count(why or "crashed") == most + 1
     assert lines[0][2:] == ["on", "n1", "with", "exit", "status", "75"]
+
+
+def test_a_job_that_crashed_avoids_its_nodes_where_it_can_run_without_them(tmp_path: Path) -> None:
+    away = "requeue 9\nupdate JobId=9 ExcNodeList="
+    assert run_script(tmp_path, 75, "preempted", elsewhere=True) == (75, "requeue 9\n")
+    assert run_script(tmp_path, 137, None, elsewhere=True) == (137, f"{away}n1\n")
+    (tmp_path / "7_2.ends").unlink()
+    assert run_script(tmp_path, 137, None, elsewhere=True, exclude="n[3-4]") == (137, f"{away}n[3-4],n1\n")
+    (tmp_path / "7_2.ends").unlink()
+    assert run_script(tmp_path, 137, None, elsewhere=False, exclude="n[3-4]") == (137, "requeue 9\n")
+
+
+@pytest.mark.parametrize(("time_limit", "word"), [(3600, "preempted"), (180, "timed-out")])
+def test_a_signal_before_the_program_could_take_it_is_no_crash(tmp_path: Path, time_limit: float, word: str) -> None:
+    assert run_script(tmp_path, 140, None, time_limit=time_limit) == (140, "requeue 9\n")
+    assert (tmp_path / "7_2.ends").read_text().startswith(f"{word} ")
+
+
+def test_an_end_that_cannot_be_noted_is_not_tried_again_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "7_2.ends").symlink_to("/dev/full")
+    status, asked = run_script(tmp_path, 137, None)
+    assert (status, asked) == (137, "")
+
+
+def test_a_controller_that_is_away_is_asked_again(tmp_path: Path) -> None:
+    (tmp_path / "away").touch()
+    assert run_script(tmp_path, 75, "preempted") == (75, "requeue 9\n" * 2)
+
+
+def test_what_a_site_or_a_kill_left_does_not_stop_the_script(tmp_path: Path) -> None:
+    left = [tmp_path / f"7_2_{rank}_result.pkl.save_tmp" for rank in (0, 11)]
+    for path in left:
+        path.touch()
+    (tmp_path / "7_20_0_result.pkl.save_tmp").touch()
+    script = "\n".join(["set -eu", *script_before(tmp_path), "(exit 3)", "echo came here"])
+    environment = {**os.environ, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "came here\n"
+    assert [path.name for path in tmp_path.glob("*.save_tmp")] == ["7_20_0_result.pkl.save_tmp"]
+
+
+def test_a_task_with_something_to_record_lets_what_waits_for_it_run(tmp_path: Path) -> None:
+    notes = _Notes(tmp_path, "7_2")
+    assert notes.order(3) == [0, 1, 2]
+    for i, is_trained in ((0, False), (1, True)):
+        notes.begin(i)
+        notes.through(is_trained=is_trained)
+    notes.begin(2)
+    assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")
+    assert notes.order(4) == [0, 1, 3, 2]  # what it crashed in comes last
+    assert run_script(tmp_path, 137, None) == (0, "")
 
 
 def test_what_another_try_would_not_mend_is_not_tried(tmp_path: Path) -> None:

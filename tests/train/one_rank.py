@@ -1,10 +1,12 @@
 """One rank of a training over gloo, as a process: saves what its members have become. A folder is its only argument."""
 
+import itertools
 import os
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from dynexit.dist import start_ranks, stop_ranks
 from dynexit.errors import Interrupted
 from dynexit.method_config import JeiDnn
 from dynexit.progress import Progress
+from dynexit.train import checkpoint
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.loop import fit
@@ -24,7 +27,10 @@ DISTURBED_STEP, DISTURBED_RANK = 31, 1
 
 
 def main(folder: Path, disturbance: str) -> None:
-    """Trains as one of the ranks that the environment announces; `disturbance`: nan or signal, of one of them."""
+    """Trains as one of the ranks that the environment announces; `disturbance`: nan or signal, of one of them.
+
+    With `clock` a second passes whenever a rank asks for the time, and a checkpoint is due every 10 of them.
+    """
     ranks = start_ranks("cpu", 1)
     settings = Train(num_epochs=5, global_batch_size=13, precision="float64", learning_rate=0.05)
     pack = replace(tiny_pack(MEMBERS, settings), ranks=ranks)
@@ -43,7 +49,11 @@ def main(folder: Path, disturbance: str) -> None:
 
     task.train_step = train_step  # type: ignore[method-assign]
     progress = Progress("train", folder, 1e9, quiet=not ranks.is_main)
-    checkpoints = Checkpoints(folder, 1e9)
+    if disturbance == "clock":
+        checkpoint.time = SimpleNamespace(monotonic=itertools.count().__next__)  # type: ignore[assignment]
+    checkpoints = Checkpoints(folder, 10 if disturbance == "clock" else 1e9)
+    saved, save = [], checkpoints.save
+    checkpoints.save = lambda step, *state: [saved.append(step), save(step, *state)]  # type: ignore[assignment]
     split = tiny_split()
     try:
         fit(
@@ -61,6 +71,7 @@ def main(folder: Path, disturbance: str) -> None:
     members = {f"{i}.{name}": value for i in range(len(MEMBERS)) for name, value in task.member_state(i).items()}
     save_file(members, folder / f"rank{ranks.global_rank}.safetensors")
     if ranks.is_main:
+        (folder / "saved.txt").write_text(" ".join(map(str, saved)), encoding="utf-8")
         (folder / "stopped.txt").write_text("\n".join(task.stopped.values()), encoding="utf-8")
     stop_ranks()
 

@@ -37,6 +37,15 @@ def test_world_sizes_1_2_and_3_agree_and_ranks_stop_together(tmp_path: Path) -> 
     assert largest_difference(resumed[0], undisturbed) == largest_difference(resumed[1], undisturbed) == 0.0
 
 
+def test_checkpoints_are_as_far_apart_with_two_ranks_as_with_one(tmp_path: Path) -> None:
+    saved = []
+    for world_size in (1, 2):
+        train(tmp_path / str(world_size), world_size, "clock")
+        saved.append([int(step) for step in (tmp_path / str(world_size) / "saved.txt").read_text().split()])
+    assert saved[0] == saved[1] == list(range(10, saved[0][-1] + 1, 10))
+    assert len(saved[0]) > 2
+
+
 def test_nan_on_one_rank_stops_the_member_everywhere_and_is_told(tmp_path: Path) -> None:
     ranks = train(tmp_path / "poisoned", 2, "nan")
     others = [name for name in ranks[0] if not name.startswith("2.")]

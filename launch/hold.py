@@ -1,0 +1,89 @@
+"""Who works on a study: one launcher at a time, and the processes that it started, which may outlive it for a while."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from dynexit.errors import UserError
+
+_LOCK, _WORKERS = ".lock", ".workers"
+_ENDING_SECONDS = 90.0  # in which processes find out that their launcher is gone, end their step and save
+_POLL_SECONDS = 0.5
+
+
+@contextlib.contextmanager
+def hold(study_dir: Path) -> Iterator[None]:
+    """Holds the study for this launcher; UserError, naming the holder, where another one has it.
+
+    Where processes of a launcher that was killed still work on it, waits for their end.
+    """
+    study_dir.mkdir(parents=True, exist_ok=True)
+    with (study_dir / _LOCK).open("a+", encoding="utf-8") as lock:
+        if not any(_locked(lock, fcntl.LOCK_EX, wait) for wait in (0.1, 0.1, 0.0)):  # `status` looks for a moment
+            lock.seek(0)
+            raise UserError(
+                f"{study_dir} is held by {lock.read().strip() or 'another launcher'}; wait for it or stop it"
+            )
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} (`{' '.join(sys.argv[1:3])}`)")
+        lock.flush()
+        _wait_for_workers(study_dir)
+        yield
+
+
+def is_held(study_dir: Path) -> bool:
+    """Whether a launcher works on the study now."""
+    try:
+        with (study_dir / _LOCK).open(encoding="utf-8") as lock:
+            return not _locked(lock, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _locked(file: IO[str], kind: int, wait: float = 0.0) -> bool:
+    """Whether the lock was got, after `wait` seconds where it was not. A file system without locks gives it to all."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            time.sleep(wait)
+            return False
+    return True
+
+
+def _wait_for_workers(study_dir: Path) -> None:
+    deadline = time.monotonic() + _ENDING_SECONDS
+    with (study_dir / _WORKERS).open("a", encoding="utf-8") as workers:
+        while not _locked(workers, fcntl.LOCK_EX, _POLL_SECONDS):
+            if time.monotonic() > deadline:
+                raise UserError(f"processes of a launcher that was killed still work on {study_dir}; end them first")
+
+
+def work_for(launcher: int, study_dir: Path) -> None:
+    """Makes this process one that works for the process `launcher`: it is told to end (SIGTERM) when that is gone."""
+    import psutil
+
+    process = psutil.Process(launcher)
+    workers = (study_dir / _WORKERS).open("a", encoding="utf-8")
+    _locked(workers, fcntl.LOCK_SH)
+
+    def watch() -> None:
+        with workers:  # held until this process ends
+            with contextlib.suppress(psutil.NoSuchProcess):
+                while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(_POLL_SECONDS)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_ENDING_SECONDS)
+            os._exit(1)
+
+    threading.Thread(target=watch, name="watch", daemon=True).start()
