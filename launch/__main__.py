@@ -123,10 +123,10 @@ def _run(study: "Study", options: argparse.Namespace) -> int:
     if num_ranks() > 1:
         return _run_with_ranks(study, stages, options)
     check_models(study, dry_run=False)
+    if options.on == "slurm":
+        return _submit(study, stages, options)
     with hold(study.directory):
         check_identity(study)
-        if options.on == "slurm":
-            return _submit(study, stages, options)
         check_queue(study)
         return _run_stages(study, stages, options)
 
@@ -136,14 +136,19 @@ def _submit(study: "Study", stages: Sequence[str], options: argparse.Namespace) 
     from dynexit.errors import UserError
     from dynexit.run_dir import write_text
     from launch.checks import folders_elsewhere
+    from launch.hold import hold
+    from launch.plan import check_identity
     from launch.site import load_site
     from launch.slurm import submit_study
 
     if options.command == "infer":
         raise UserError("infer runs --on here or --on local; run it where the study's folder is")
-    write_text(study.directory / "study.yaml", resolved_yaml(study, with_meanings=False))
+    site = load_site(options.site)
     _tell(folders_elsewhere(study))
-    print("\n".join(submit_study(study, stages, load_site(options.site))))
+    with hold(study.directory):
+        check_identity(study)
+        write_text(study.directory / "study.yaml", resolved_yaml(study, with_meanings=False))
+        print("\n".join(submit_study(study, stages, site)))
     return 0
 
 

@@ -34,6 +34,7 @@ class QueuedJob:
     reason: str
     node: str
     elapsed: str
+    study: str = ""  # the folder that dynexit gave it as a comment
 
     @property
     def is_live(self) -> bool:
@@ -70,8 +71,8 @@ def is_here() -> bool:
 
 def queue() -> dict[str, QueuedJob]:
     """Every job and array task of this user that SLURM still knows, the ended ones of the last minutes included."""
-    lines = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N|%M"]).splitlines()
-    jobs = (QueuedJob(*line.strip().split("|")) for line in lines if line.count("|") == 4)
+    lines = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N|%M|%k"]).splitlines()
+    jobs = (QueuedJob(*line.strip().split("|", 5)) for line in lines if line.count("|") >= 5)
     return {job.job_id: job for job in jobs}
 
 

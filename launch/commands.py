@@ -18,7 +18,9 @@ _LOG_LINES = 40
 def add_commands(commands: Any) -> None:
     """Adds the commands to the command line."""
     status = _command(commands, "status", "state, step, last figures, attempts and log of every point", _status)
-    status.add_argument("--watch", action="store_true", help=f"print it again every {_WATCH_SECONDS} seconds")
+    status.add_argument(
+        "--watch", action="store_true", help=f"print it again every {_WATCH_SECONDS} seconds to the end"
+    )
     _command(commands, "logs", "the end of what the jobs of a point printed", _logs, "POINT")
     _command(commands, "cancel", "take a study's jobs, or those of some points, out of the queue", _cancel, "POINT")
     retry = _command(commands, "retry", "submit again what failed or is missing, and nothing else", _retry)
@@ -62,13 +64,20 @@ def _study_of(options: argparse.Namespace) -> "tuple[Study, list[Point]]":
 
 
 def _status(options: argparse.Namespace) -> None:
-    from launch.status import study_status, table
+    from launch.queue_view import QueueView
+    from launch.status import OVER, study_status, table
 
     study, _ = _study_of(options)
-    print(table(study_status(study)), flush=True)
-    while options.watch:
+    while True:
+        jobs = QueueView(study.directory)
+        if jobs.unanswered:
+            print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
+        states = study_status(study, jobs)
+        print(table(states), flush=True)
+        if not options.watch or all(one.state in OVER for one in states):
+            return
         time.sleep(_WATCH_SECONDS)
-        print("\n" + time.strftime("%H:%M:%S\n") + table(study_status(study)), flush=True)
+        print("\n" + time.strftime("%H:%M:%S"))
 
 
 def _logs(options: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """What the cluster says of a study's points: the queue, how often a job was tried, and why it failed."""
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -38,9 +37,12 @@ class QueueView:
         for job in all_submitted(study_dir):
             self._newest.update({(job.stage, identity): job for identity in job.work})
         self._queue: dict[str, QueuedJob] | None = None
+        self.unanswered = ""  # why there is no queue to look at; the files say what they can
         if self._newest:
-            with contextlib.suppress(Failure):  # from a machine outside the cluster the files say what they can
+            try:
                 self._queue = cluster.queue()
+            except Failure as failure:
+                self.unanswered = str(failure)
         self._states: dict[tuple[str, str], ClusterState] = {}
 
     def of(self, point: Point, missing: str) -> ClusterState | None:
@@ -58,7 +60,7 @@ class QueueView:
         last = ends[-1].partition(" ")[0] if ends else ""
         entry = None if self._queue is None else self._queue.get(job.job_id)
         live = entry is not None and entry.is_live
-        state, reason, failed = "submitted", "", False
+        state, reason, failed = "submitted" if not last else f"submitted, {last} before", "", False
         if entry is not None and live:
             state = live_state(entry, missing, last)
         elif last == CANCELLED or (entry is not None and entry.state == "CANCELLED"):

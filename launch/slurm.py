@@ -12,7 +12,7 @@ from launch import cluster
 from launch.arrays import Array, Live, plan_arrays, resolve
 from launch.plan import Job, done_together
 from launch.site import Site, site_contradictions
-from launch.submissions import Submission, live_jobs
+from launch.submissions import Submission, check_strays, live_jobs
 from launch.task import ClusterTask, script_after, script_before
 
 ALL_STAGES = ("prepare", "train", "record", "search", "report")
@@ -44,6 +44,7 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     check_site(study, site)
     dist = study.config.dist
     cluster.check_request(site, dist.nodes, site.minutes(dist))
+    check_strays(study.directory)
     queued = live_jobs(study.directory)
     arrays = plan_arrays(study, stages, _limits(site), _live(queued))
     if not arrays:
@@ -80,6 +81,7 @@ def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
     check_site(study, site)
     notes = []
     try:
+        cluster.check_request(site, study.config.dist.nodes, site.minutes(study.config.dist))
         limits, live = _limits(site), _live(live_jobs(study.directory))
     except Failure as failure:  # a plan can be looked at anywhere
         notes.append(f"no cluster answers here ({failure}): its limits and queue are left out")
@@ -139,6 +141,7 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
         setup=[*site.shell_lines(dist), *script_before(folder.absolute())],
         teardown=script_after(_task(study, site, array.tasks[0]), dist, site.exclude or ""),
         srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={site.cpus(dist)}", *site.srun_args],
+        comment=str(study.directory.absolute()),
         additional_parameters={"requeue": True, "kill-on-invalid-dep": "yes", **options},
         **{name: getattr(site, name) for name in ("partition", "account", "qos", "constraint", "exclude")},
         **({"mem": f"{site.mem_gb * 1024:.0f}M"} if site.mem_gb else {}),

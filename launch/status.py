@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.run_dir import PROGRESS, folders_in_place, job_dir, read_json
-from dynexit.state import JOBS_OF_A_POINT, METRICS, failure_reason, finished_jobs
+from dynexit.state import JOBS_OF_A_POINT, MEMBERS, METRICS, failure_reason, finished_jobs
 from dynexit.sweep import Point, Study
 from launch.hold import is_held
 from launch.queue_view import QueueView
+
+OVER = ("done", "failed", "cancelled")  # what only a new submission changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +29,11 @@ class PointStatus:
     log: str
 
 
-def study_status(study: Study) -> list[PointStatus]:
+def study_status(study: Study, jobs: QueueView | None = None) -> list[PointStatus]:
     """The state of every point, in the order of the sweep; one squeue call where it was submitted to a cluster."""
     held = is_held(study.directory)
     packs = _pack_folders(study.directory)
-    jobs = QueueView(study.directory)
+    jobs = QueueView(study.directory) if jobs is None else jobs
     return [_point_status(study, point, held, packs, jobs) for point in study.points]
 
 
@@ -99,7 +101,7 @@ def _progress(folder: Path) -> dict[str, Any]:
 
 def _pack_folders(study_dir: Path) -> dict[str, Path]:
     """The newest folder of a pack that each point is or was a member of."""
-    lists = [folder / "members.json" for folder in folders_in_place(study_dir / "pack")]
+    lists = [folder / MEMBERS for folder in folders_in_place(study_dir / "pack")]
     by_age = sorted((path for path in lists if path.is_file()), key=lambda path: path.stat().st_mtime)
     return {identity: path.parent for path in by_age for identity in read_json(path)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import UserError
-from dynexit.run_dir import read_json, write_json
+from dynexit.run_dir import folders_in_place, read_json, write_json
 from dynexit.sweep import Study
 from launch import cluster
 from launch.cluster import QueuedJob
@@ -76,7 +76,8 @@ def _jobs(path: Path) -> Iterator[Submitted]:
 
 
 def _lists(study_dir: Path) -> list[Path]:
-    return sorted((study_dir / "slurm").glob(f"*/{_LIST}"))
+    lists = [folder / _LIST for folder in folders_in_place(study_dir / "slurm")]
+    return [path for path in lists if path.is_file()]
 
 
 def last_site(study_dir: Path) -> dict[str, Any] | None:
@@ -95,8 +96,23 @@ def live_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
     return [(job, entry) for job, entry in pairs if entry is not None and entry.is_live]
 
 
+def check_strays(study_dir: Path) -> None:
+    """Raises UserError where the queue has jobs of the study that no list knows: their launcher was killed over it."""
+    known = {job.job_id for job in all_submitted(study_dir)}
+    place = str(study_dir.absolute())
+    strays = [job.job_id for job in cluster.queue().values() if job.is_live and job.study == place]
+    strays = sorted({job_id.partition("_")[0] for job_id in strays if job_id not in known})
+    if strays:
+        raise UserError(
+            f"jobs of {study_dir} are in the queue that no list of its submissions knows ({' '.join(strays)}), as when "
+            f"a launcher is killed while it submits; `scancel {' '.join(strays)}`, then run it again"
+        )
+
+
 def check_queue(study: Study) -> None:
     """Raises UserError where jobs of the study wait or run: nobody else may write what they write."""
+    if cluster.is_here() and (study.directory / "slurm").is_dir():
+        check_strays(study.directory)
     live = live_jobs(study.directory)
     if live:
         names = " ".join(job.job_id for job, _ in live[:5]) + (" ..." if len(live) > 5 else "")

@@ -1,6 +1,7 @@
 """Jobs called as functions: what a point that fails leaves, and what the others do without it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,12 @@ from safetensors.torch import load_file
 from dynexit import jobs
 from dynexit.config_io import load_study
 from dynexit.errors import Failure
-from dynexit.run_dir import is_done
+from dynexit.run_dir import is_done, mark_done
 from dynexit.state import failure_reason, finished_jobs
 from dynexit.train.jei_dnn import JeiDnnTask
 from launch.plan import make_packs, missing_jobs
 from launch.status import study_status
-from tests.command_line import TINY
+from tests.command_line import TINY, digests
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,34 @@ def test_nan_in_one_member_fails_that_point_alone(tmp_path: Path, monkeypatch: p
     assert failure_reason(failed, directory) is None
 
 
+def test_a_pack_killed_while_it_writes_its_results_goes_on_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = [load_study(TINY, [f"runs_dir={tmp_path}", f"name={name}", "seed=[0]"]) for name in ("killed", "whole")]
+    jobs.prepare(studies[0].points, studies[0].directory)
+    shutil.copytree(studies[0].directory / "prepare", studies[1].directory / "prepare")
+    killed, whole = studies
+    jobs.train(whole.points, whole.directory)
+    written: list[str] = []
+
+    def dies_after_one(directory: Path, identity: str, files: list[str]) -> None:
+        mark_done(directory, identity, files)
+        written.append(identity)
+        if directory.parent.name == "train":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynexit.train_job.mark_done", dies_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.train(killed.points, killed.directory)
+    monkeypatch.undo()
+    assert written == [killed.points[0].id]
+    (job,) = missing_jobs(killed, "train")
+    assert [point.id for point in job.points] == [point.id for point in killed.points]
+    jobs.train(job.points, killed.directory)
+    assert missing_jobs(killed, "train") == []
+    assert digests(killed.directory) == digests(whole.directory)
+
+
 def test_packs_hold_what_differs_only_in_seed_and_tradeoff(tmp_path: Path) -> None:
     sweep = ["seed=[0, 1, 2]", "sweep.data.seed=[0, 1]", "sweep.train.keep=[last, best]"]
     points = load_study(TINY, [f"runs_dir={tmp_path}", *sweep]).points
@@ -71,6 +100,9 @@ def test_packs_hold_what_differs_only_in_seed_and_tradeoff(tmp_path: Path) -> No
         assert len({(point.config.data.seed, point.config.train.keep) for point in pack}) == 1
     assert sorted(len(pack) for pack in make_packs(points, 4)) == [1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4, 4]
     begun = [[packs[1][2].id, packs[1][0].id]]
+    left = [point for point in points if point.id != begun[0][0]]  # it had one finished
+    both = make_packs(left, 64, [*begun, [packs[1][0].id, packs[1][1].id]], points)
+    assert sorted(point.id for pack in both for point in pack) == sorted(point.id for point in points)
     kept = make_packs(points, 64, begun)
     assert [point.id for point in kept[0]] == begun[0]
     assert sorted(point.id for pack in kept for point in pack) == sorted(point.id for point in points)

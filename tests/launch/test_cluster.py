@@ -33,7 +33,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_queue(answers: dict[str, str]) -> None:
-    answers["squeue"] = "7_0|RUNNING|None|n1|0:10\n7_1|PENDING|Dependency||0:00\n8|COMPLETED|None|n2|3:00\nnoise\n"
+    answers["squeue"] = (
+        "7_0|RUNNING|None|n1|0:10|/a|b\n7_1|PENDING|Dependency||0:00|(null)\n8|COMPLETED|None|n2|3:00|/c\nnoise\n"
+    )
     found = cluster.queue()
     assert [(job.job_id, job.is_live) for job in found.values()] == [("7_0", True), ("7_1", True), ("8", False)]
     assert found["7_1"].reason == "Dependency"
