@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
     """Adds the commands to the command line."""
     status = _command(commands, "status", "state, step, last figures, attempts and log of every point", _status)
     status.add_argument(
-        "--watch", action="store_true", help=f"print it again every {_WATCH_SECONDS} seconds to the end"
+        "--watch", action="store_true", help=f"print it again every {_WATCH_SECONDS} s until all is over"
     )
     _command(commands, "logs", "the end of what the jobs of a point printed", _logs, "POINT")
     _command(commands, "cancel", "take a study's jobs, or those of some points, out of the queue", _cancel, "POINT")

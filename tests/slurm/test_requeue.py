@@ -88,18 +88,22 @@ def test_a_killed_rank_ends_the_others_and_the_job_is_tried_again(
     wait_until(lambda: not Path(f"/proc/{ranks[0]}").exists(), "the end of the other rank", 60)
     assert time.monotonic() - killed < 60
     wait_until(lambda: cluster.ends("killed") == ["crashed"], "the requeue")
+    local = ("--on", "local", "dist.tasks_per_node=2")
+    dynexit(cluster.folder, "train", TINY, *long_study("undisturbed", "train.num_epochs=12"), *local)
     cluster.wait_for_the_end()
-    folders = [path.parent for path in (long_reference.parent / "killed" / "train").glob("*/DONE")]
-    assert len(folders) == 2
+    assert len(list((long_reference.parent / "killed" / "train").glob("*/DONE"))) == 2
+    assert digests(long_reference.parent / "killed") == digests(long_reference.parent / "undisturbed")
 
 
 def test_a_silent_rank_ends_its_job_and_status_says_why(cluster: Cluster, long_study: Begin) -> None:
     limits = ("dist.timeout_seconds=10", "dist.max_retries=1", "train.num_epochs=20")
     study = long_study("silent", "dist.checkpoint_seconds=1000", "dist.tasks_per_node=2", *limits)
     cluster.submit(*study, jobs="train")
+    nodes = []
     for attempt in (1, 2):
         cluster.wait_for_step("silent", 50)
         job = cluster.job("silent-train")
+        nodes.append(cluster.squeue("--job", job, "--format=%N").strip())
         wait_until(lambda job=job: len(processes_of(job)) == 2, "the ranks")
         os.kill(processes_of(job)[1], signal.SIGSTOP)
         stopped = time.monotonic()
@@ -108,6 +112,7 @@ def test_a_silent_rank_ends_its_job_and_status_says_why(cluster: Cluster, long_s
         for log in (cluster.folder / "runs" / "silent" / "pack").glob("*/log.txt"):
             log.write_text("")
     cluster.wait_for_the_end()
+    assert nodes[0] != nodes[1]
     lines = cluster.status(*study).splitlines()
     assert lines[-1] == "2 failed"
     assert "Timed out waiting 10000ms" in lines[1]
