@@ -10,7 +10,7 @@ import torch
 
 from dynexit.config import Config
 from dynexit.core.cost import ExitCosts
-from dynexit.data import DataSets, describe_data, load_data, workers_of
+from dynexit.data import DataSets, check_colours, describe_data, load_data, workers_of
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
 from dynexit.method_config import METHODS_WITH_GATES
@@ -30,6 +30,8 @@ def check_model(config: Config, *, weights: bool) -> None:
     With `weights` the file of backbone.weights must fit too; what is on a hub is not fetched for that.
     """
     backbone = build_model(config, weights=weights and config.backbone.weights != "pretrained")
+    if config.backbone.weights == "pretrained" and config.prepare.num_epochs == 0:
+        check_colours(config.data, vars(backbone.model)["default_cfg"])
     MultiExit(backbone, _positions(config, backbone))
     if (config.record.topk or 1) > backbone.num_classes:
         raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")

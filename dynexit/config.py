@@ -55,7 +55,7 @@ class Data(Section):
         400, "original images held out for the test (data sets with a test split of their own have theirs)", ge=1
     )
     imbalance_factor: float = key(
-        0.01, "images of the rarest class (cifar100_lt)", "of the commonest class", gt=0, le=1
+        0.01, "images of the rarest class (cifar100_lt)", "of the commonest class", ge=0.002, le=1
     )
     thin_test: bool = key(False, "whether the test images are thinned by the same law (cifar100_lt)")
     train_split: str = key("train", "name of the split trained on (timm's)", min_length=1)

@@ -1,12 +1,14 @@
 """The prepare job: fits the backbone to the data set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from dynexit.assemble import build_model, ranks_of, write_lines
+from dynexit.config import Config
 from dynexit.data import load_data, workers_of
+from dynexit.dist import Ranks
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
 from dynexit.run_dir import is_done, job_dir, mark_done, write_json
@@ -15,8 +17,17 @@ from dynexit.sweep import Point
 from dynexit.tensor_files import save_tensors
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.loop import fit
-from dynexit.train.transfer import TransferTask
+from dynexit.train.transfer import TransferTask, refuse_single_images
 from dynexit.train.zero import check_installed
+
+
+def _remarks(config: Config, ranks: Ranks) -> Iterator[str]:
+    """What may well be a mistake, and may be meant."""
+    stage = config.dist.deepspeed_stage
+    if stage is not None and ranks.world_size == 1:
+        yield f"dist.deepspeed_stage = {stage} divides nothing: this is the only rank; several do it together"
+    if config.prepare.num_epochs == 0 and config.backbone.weights is None:
+        yield "the backbone is random: prepare.num_epochs is 0 and backbone.weights is not set"
 
 
 def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
@@ -38,9 +49,12 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
     if stage is None or ranks.world_size == 1:  # DeepSpeed brings to a rank's device what is to lie there
         backbone.to(ranks.device)
     steps_per_epoch = -(-len(data.train) // settings.global_batch_size)
+    refuse_single_images(backbone, settings, len(data.train), ranks)
     task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
     checkpoints = Checkpoints(directory, config.dist.checkpoint_seconds)
     progress = Progress("prepare", directory, config.dist.log_seconds, quiet=not ranks.is_main)
+    for remark in _remarks(config, ranks):
+        progress.say(remark)
     fit(
         task,
         data.train,

@@ -59,6 +59,16 @@ def test_weights_that_do_not_fit_are_refused_by_the_plan_and_before_the_first_jo
     assert refused(capsys, "run", "swept.yaml") == CUT
 
 
+def test_a_last_batch_of_one_image_is_known_before_training(study: str, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = ("prepare.global_batch_size=3", "data.image_size=8", "data.num_test=3", "data.num_validation=3")
+    told = refused(capsys, "prepare", study, "backbone.weights=null", *alone)
+    assert told == (
+        "dynexit: prepare.global_batch_size = 3: leaves a rank with a single image at once, from which a batch norm "
+        "learns nothing; change it, or prepare.micro_batch_size\n"
+    )
+    assert not list(Path().glob("runs/*/prepare/*/progress.json"))
+
+
 def test_an_image_cut_short_is_named_before_training(study: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("pets/dog/2.JPEG")
     path.write_bytes(path.read_bytes()[:-400])

@@ -2,12 +2,14 @@
 
 from dynexit.data.sets import check_dir, describe_data, load_data
 from dynexit.data.splits import Batch, DataSets, Split, Workers, epoch_batches, load_batches, workers_of
+from dynexit.data.transforms import check_colours
 
 __all__ = [
     "Batch",
     "DataSets",
     "Split",
     "Workers",
+    "check_colours",
     "check_dir",
     "describe_data",
     "epoch_batches",

@@ -61,6 +61,8 @@ def _num_classes(data: Data, known: int | None) -> int:
         raise UserError(f"data.num_classes is not set, and nothing else says how many classes {data.name} has; set it")
     if known is not None and data.num_classes not in (None, known):
         raise UserError(f"data.num_classes = {data.num_classes}: {data.name} has {known} classes; remove the key")
+    if known is not None and known < 2:
+        raise UserError(f"{data.name} in data.dir = {data.dir} has {known} class; a classifier needs two at least")
     return data.num_classes or known or 0
 
 

@@ -6,6 +6,8 @@ Sources: JEI-DNN (CIFAR, SVHN), DyCE (ImageNet). Validation and test never see w
 import dataclasses
 import difflib
 import inspect
+import itertools
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -90,6 +92,25 @@ def test_transform(data: Data) -> Transform:
 
 def _mean_and_std(data: Data) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     return NORMALISATIONS[data.normalisation or recipe_of(data).normalisation]
+
+
+def check_colours(data: Data, published: Mapping[str, Any]) -> None:
+    """Raises UserError where weights that stay as they are were trained on colours brought to another mean and spread.
+
+    `published` is what timm says of the weights.
+    """
+    mean, std = published.get("mean"), published.get("std")
+    if data.name == "digits" or mean is None or std is None:
+        return
+    pairs = zip(itertools.chain(*_mean_and_std(data)), itertools.chain(mean, std), strict=True)
+    if all(math.isclose(a, b, abs_tol=2e-3) for a, b in pairs):
+        return
+    name = next((name for name, one in NORMALISATIONS.items() if one == (mean, std)), None)
+    remedy = f"set data.normalisation={name}" if name else "fine-tune it (prepare.num_epochs)"
+    raise UserError(
+        f"data.normalisation = {data.normalisation or recipe_of(data).normalisation}: the backbone's weights were "
+        f"trained with mean {mean} and standard deviation {std}; {remedy}"
+    )
 
 
 def _resize(data: Data, padding: int = 0, flip: float = 0.0) -> Transform:

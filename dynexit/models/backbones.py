@@ -96,6 +96,8 @@ class Backbone(nn.Module):
         for block in cut.blocks:
             h = block(h)
             dims.append(cut.feature(h).shape[1])
+        if (shape := tuple(cut.tail(h).shape)) != (1, self.num_classes):
+            raise ValueError(f"its logits have shape {shape} for one image and {self.num_classes} classes")
         return tuple(dims)
 
     def stem(self, x: Tensor) -> State:
@@ -140,6 +142,13 @@ def select(h: State, index: Tensor) -> State:
     return (h[0][index], *h[1:]) if isinstance(h, tuple) else h[index]
 
 
+_RESERVED = (
+    *("checkpoint_path", "features_only", "in_chans", "num_classes", "out_indices", "cache_dir", "scriptable"),
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
+)
+_RESERVED_WHY = "weights come from backbone.weights, classes and colours from the data set"
+
+
 def build_backbone(
     name: str,
     *,
@@ -159,6 +168,9 @@ def build_backbone(
     the hub cannot be reached.
     """
     family = _family(name)
+    for key in set(_RESERVED).intersection(arguments or {}):
+        raise UserError(f"backbone.arguments.{key} is not for the study to set: {_RESERVED_WHY}; remove it")
+    given = arguments
     arguments = dict(arguments or {})
     if image_size is not None and family.takes_image_size:
         arguments.setdefault("img_size", image_size)
@@ -173,9 +185,10 @@ def build_backbone(
     height, width = (size, size) if isinstance(size, int) else size
     try:
         return Backbone(name, model, family.cut, num_classes, (in_channels, height, width))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"backbone {name!r} takes no images of {height}x{width} pixels ({reason})") from error
+    except Exception as error:  # of whatever kind in a model that its arguments made another one
+        reason = (str(error) or repr(error)).splitlines()[0]
+        what = f" with {given}" if given else ""
+        raise UserError(f"backbone {name!r}{what} takes no images of {height}x{width} pixels ({reason})") from error
 
 
 def _create(name: str, arguments: dict[str, Any], **options: Any) -> Any:
@@ -184,8 +197,11 @@ def _create(name: str, arguments: dict[str, Any], **options: Any) -> Any:
         if name in T2T_VIT:
             return T2TViT(**{**T2T_VIT[name], **arguments})
         return timm.create_model(name, **arguments, **options)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"backbone {name!r} cannot be built with {arguments}: {str(error) or repr(error)}") from error
+    except Exception as error:  # a constructor may stumble over a wrong argument in any way
+        if options and isinstance(error, (OSError, RuntimeError)):
+            raise  # the weights could not be fetched
+        reason = " ".join((str(error) or repr(error)).split())
+        raise UserError(f"backbone {name!r} cannot be built with {arguments}: {reason}") from error
 
 
 def _pretrained(name: str, arguments: dict[str, Any], *, classifier_is_trained: bool) -> Any:
@@ -216,7 +232,8 @@ def _family(name: str) -> Family:
             try:
                 timm.get_pretrained_cfg(name)
             except RuntimeError as error:  # no such tag
-                raise UserError(f"unknown backbone {name!r}: {error}") from error
+                tagged = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or name.split(".")[0]
+                raise UserError(f"unknown backbone {name!r}: {error}; use one of {tagged}") from error
             return family
     titles = ", ".join(dict.fromkeys(family.title for family in (T2T_FAMILY, *TIMM_FAMILIES.values())))
     known = [*T2T_VIT, *timm.list_models(module=list(TIMM_FAMILIES))]

@@ -23,6 +23,11 @@ class MultiExit(nn.Module):
     def __init__(self, backbone: Backbone, positions: Sequence[int], head_types: Sequence[str] = ("linear",)) -> None:
         super().__init__()
         last = backbone.num_blocks - 2
+        if last < 0:
+            raise UserError(
+                f"backbone {backbone.name} has {backbone.num_blocks} blocks, and exits sit after all but the last: it "
+                "has no place for one; give it more blocks"
+            )
         if not positions or list(positions) != sorted(set(positions)) or positions[0] < 0 or positions[-1] > last:
             raise UserError(
                 f"exit positions {list(positions)} do not fit {backbone.name}: give block indices in rising order from "

@@ -219,8 +219,10 @@ def sinusoid(num_positions: int, width: int) -> Tensor:
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """A square grid's position embedding (1, 1 + n², D) for another grid (bicubic); the class token's row stays.
 
-    Returned as it is where its number of positions is not 1 + n².
+    Returned as it is where it is no such embedding.
     """
+    if pos_embed.dim() != 3 or pos_embed.shape[1] < 2:
+        return pos_embed
     side = math.isqrt(pos_embed.shape[1] - 1)
     if grid == (side, side) or pos_embed.shape[1] != 1 + side * side:
         return pos_embed

@@ -1,5 +1,6 @@
 """Weights from a local file into a model, or one sentence on why they do not fit. Nothing in a file is executed."""
 
+import errno
 import importlib
 import logging
 import pickle
@@ -41,7 +42,7 @@ def load_weights(model: Any, path: Path, backbone_name: str, *, classifier_is_tr
     for name in () if classifier_is_trained else _classifier_names(model):
         if f"{name}.weight" not in state:
             wanted, found = len(model.get_submodule(name).weight), whole.get(f"{name}.weight")
-            has = "no classifier" if found is None else f"{len(found)} classes"
+            has = "no classifier" if found is None or not found.dim() else f"{len(found)} classes"
             raise UserError(
                 f"weights file {str(path)!r} has {has} and the data set {wanted}: set "
                 "prepare.num_epochs to train a classifier, or give weights of these classes"
@@ -60,8 +61,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        is_denied = isinstance(error, OSError) and error.errno != errno.EINVAL
         if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to read it without weights_only
             reason = "it holds something else than tensors, or is no checkpoint"
+        elif not (is_denied or isinstance(error, (SafetensorError, RuntimeError))):  # whose words are a number
+            reason = "it is cut short, or is no checkpoint"
         raise UserError(
             f"weights file {str(path)!r} cannot be read as plain weights ({reason}): give a complete .safetensors "
             "file, or a .pth file that torch.load reads with weights_only=True"
@@ -74,6 +78,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
         content = {}
     state = {_stripped(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
     state = {name: value for name, value in state.items() if not name.startswith(_NOT_BACKBONE)}
+    for name, value in state.items():
+        fault = _fault(value)
+        if fault:
+            raise UserError(f"weights file {str(path)!r}: {name} {fault}; give a file of whole, plain weights")
     if not state:
         raise UserError(
             f"weights file {str(path)!r} holds no tensors: give a file with a state dict, bare or under 'state_dict'"
@@ -81,9 +89,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _fault(value: Tensor) -> str:
+    """Why a tensor cannot be a weight; '' where it can."""
+    if value.layout != torch.strided or value.is_quantized or value.is_complex():
+        return f"is {'complex' if value.is_complex() else 'not dense'}"
+    return "holds values that are not finite" if not value.isfinite().all() else ""
+
+
 def _read_torch(path: Path) -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it is refused below if it matters
+        for remark in ("Detected pickle protocol", "Validating sparse tensor"):  # refused below if it matters
+            warnings.filterwarnings("ignore", message=remark)
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -102,8 +118,8 @@ def _without_classifier_of_other_size(state: dict[str, Tensor], model: Any) -> d
     own = model.state_dict()
     for name in _classifier_names(model):
         weight, in_file = own[f"{name}.weight"], state.get(f"{name}.weight")
-        if in_file is not None and in_file.shape[0] != weight.shape[0]:
-            logger.info("the file's classifier has %d classes, not %d: left out", in_file.shape[0], weight.shape[0])
+        if in_file is not None and in_file.shape[:1] != weight.shape[:1]:
+            logger.info("the file's classifier is %s, not %s: left out", tuple(in_file.shape), tuple(weight.shape))
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
     return state
 
@@ -113,8 +129,8 @@ def _optional(name: str, model: Any) -> bool:
     return name.endswith(".num_batches_tracked") or name.startswith(tuple(f"{c}." for c in _classifier_names(model)))
 
 
-def _misfits(state: Mapping[str, Tensor], model: Any) -> tuple[list[str], list[str], list[str]]:
-    """(missing names, names the model does not know, names of other shapes with both shapes)."""
+def _misfits(state: Mapping[str, Tensor], model: Any) -> tuple[list[str], list[str], list[str], list[str]]:
+    """(missing names, names the model does not know, names of other shapes, and of other types, with both)."""
     own = model.state_dict()
     missing = [name for name in own if name not in state and not _optional(name, model)]
     unknown = [name for name in state if name not in own]
@@ -123,7 +139,12 @@ def _misfits(state: Mapping[str, Tensor], model: Any) -> tuple[list[str], list[s
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    return missing, unknown, shapes
+    types = [
+        f"{name} of {state[name].dtype} instead of {own[name].dtype}"
+        for name in own
+        if name in state and state[name].is_floating_point() != own[name].is_floating_point()
+    ]
+    return missing, unknown, shapes, types
 
 
 def _fits(state: Mapping[str, Tensor], model: Any) -> bool:
@@ -149,13 +170,14 @@ def _converted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def _refuse_misfit(state: Mapping[str, Tensor], model: Any, path: Path, backbone_name: str) -> None:
-    missing, unknown, shapes = _misfits(state, model)
+    missing, unknown, shapes, types = _misfits(state, model)
     faults = [
         f"{len(names)} {what} (first: {_first(names)})"
         for what, names in (
             ("weights are missing", missing),
             ("are unknown to it", unknown),
             ("have another shape", shapes),
+            ("are of another type", types),
         )
         if names
     ]

@@ -1,10 +1,11 @@
 """Fits a backbone to a data set, all of its weights or what of them is not frozen, as the loop's Task."""
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dynexit.config import Prepare
@@ -17,6 +18,42 @@ from dynexit.train.updates import Updates, WholeModel, freeze, parameter_groups
 from dynexit.train.zero import ZeroModel
 
 _BATCH_SIZE = 256
+
+
+def refuse_single_images(backbone: Backbone, settings: Prepare, num_images: int, ranks: Ranks) -> None:
+    """Raises UserError where an epoch's last batch leaves a rank with one image that a batch norm cannot use."""
+    last = num_images % settings.global_batch_size or settings.global_batch_size
+    if settings.num_epochs == 0 or last // ranks.world_size > 1:
+        return
+    frozen = freeze(backbone, settings.frozen)
+    _train_mode(backbone, frozen)
+    cut = backbone.shapes_only()
+    backbone.eval()
+    with _single_images(settings), torch.no_grad():
+        h = cut.stem(torch.empty(1, *backbone.input_size, device="meta"))
+        for block in cut.blocks:
+            h = block(h)
+        cut.tail(h)
+
+
+@contextlib.contextmanager
+def _single_images(settings: Prepare) -> Iterator[None]:
+    """What a batch norm says of a single value in UserError's words."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"prepare.global_batch_size = {settings.global_batch_size}: leaves a rank with a single image at "
+            "once, from which a batch norm learns nothing; change it, or prepare.micro_batch_size"
+        ) from error
+
+
+def _train_mode(backbone: Backbone, frozen: Sequence[nn.Module]) -> None:
+    backbone.model.train()
+    for module in frozen:
+        module.eval()
 
 
 class TransferTask:
@@ -56,7 +93,7 @@ class TransferTask:
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """One step on this rank's `share` of a batch."""
         _, images, labels = batch
-        self._train_mode()
+        _train_mode(self.backbone, self.frozen)
         # what is random in the model (dropout) follows from the step alone, so a resumed run draws the same
         torch.manual_seed((self.seed * 1_000_003 + self.step_number) * 4096 + self.ranks.global_rank)
         total = self.loss_sum.new_zeros(())
@@ -66,7 +103,7 @@ class TransferTask:
             loss = functional.cross_entropy(self._logits(part), answers, label_smoothing=self.settings.label_smoothing)
             self.updates.backward(loss * (share * weight), last=last)
             total += loss.detach().to(torch.float64) * (len(labels) * weight)
-        self._train_mode()
+        _train_mode(self.backbone, self.frozen)
         self.updates.step(share, self.learning_rate())
         self.step_number += 1
         mine = self.not_finite[self.ranks.global_rank]
@@ -75,20 +112,8 @@ class TransferTask:
         return {"loss": total / max(len(labels), 1)}
 
     def _logits(self, images: Tensor) -> Tensor:
-        try:
+        with _single_images(self.settings):
             return self.updates.logits(images)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                f"prepare.global_batch_size = {self.settings.global_batch_size}: leaves a rank with a single image at "
-                "once, from which a batch norm learns nothing; change it, or prepare.micro_batch_size"
-            ) from error
-
-    def _train_mode(self) -> None:
-        self.backbone.model.train()
-        for module in self.frozen:
-            module.eval()
 
     def _micro_batches(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
         """(Images, labels, part of this rank's share, whether it is the last) of what passes through the model at once.

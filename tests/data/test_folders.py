@@ -88,8 +88,8 @@ def test_images_that_do_not_decode_are_named_before_training(tmp_path: Path, che
 
 
 def test_of_many_damaged_images_five_are_named(tmp_path: Path) -> None:
-    write_folders(tmp_path, {"": {"cat": 9}})
-    for path in (tmp_path / "cat").iterdir():
+    write_folders(tmp_path, {"": {"cat": 5, "dog": 4}})
+    for path in tmp_path.glob("*/*"):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"^9 of 9 images in .*/4.JPEG and 4 more; replace them or remove them$"):
         load_data(folder(tmp_path))
@@ -113,6 +113,7 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         "have the same classes"
     )
     assert text({"": PETS}, num_classes=4) == "data.num_classes = 4: image_folder has 3 classes; remove the key"
+    assert text({"": {"cat": 9}}) == ("image_folder in data.dir = DIR has 1 class; a classifier needs two at least")
     assert text({"val": PETS}) == "data.dir = DIR: there is val but no train beside it"
     assert text({"": PETS}, num_test=10) == (
         "data.num_validation = 2 and data.num_test = 10 leave none of 12 images for training; make them smaller"

@@ -10,7 +10,7 @@ from PIL import Image
 from dynexit.config import Data
 from dynexit.data import describe_data, transforms
 from dynexit.data.images import kept_random_state
-from dynexit.data.transforms import NORMALISATIONS, RECIPES, train_transform
+from dynexit.data.transforms import NORMALISATIONS, RECIPES, check_colours, train_transform
 from dynexit.errors import UserError
 from dynexit.keys import DATA_SETS
 from tests.data.on_disk import random_pixels
@@ -32,6 +32,21 @@ def test_the_schema_and_the_tables_name_the_same() -> None:
     assert set(RECIPES) == {*DATA_SETS, "timm"} - {"digits"}
     names = typing.get_args(typing.get_args(Data.model_fields["normalisation"].annotation)[0])
     assert set(names) == set(NORMALISATIONS)
+
+
+def test_colours_other_than_those_of_weights_that_stay_are_refused() -> None:
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    for fits in (Data(name="imagenet", normalisation="half"), Data(name="digits")):
+        check_colours(fits, half)
+    check_colours(Data(name="imagenet"), {"input_size": (3, 8, 8)})
+    with pytest.raises(UserError) as caught:
+        check_colours(Data(name="imagenet"), half)
+    assert str(caught.value) == (
+        "data.normalisation = imagenet: the backbone's weights were trained with mean (0.5, 0.5, 0.5) and standard "
+        "deviation (0.5, 0.5, 0.5); set data.normalisation=half"
+    )
+    with pytest.raises(UserError, match=r"fine-tune it \(prepare\.num_epochs\)$"):
+        check_colours(Data(name="svhn"), {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)})
 
 
 @pytest.mark.parametrize(

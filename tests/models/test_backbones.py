@@ -169,6 +169,27 @@ def test_arguments_that_the_model_does_not_take() -> None:
         build_backbone("t2t_vit_7", arguments={"dephts": 3}, num_classes=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("resnet18", {"layers": [1, 1]}, r"with \{'layers': \[1, 1\]\} takes no images of 32x32 pixels \(.*layer3"),
+        ("resnet18", {"block": "x"}, "cannot be built with"),
+        ("resnet18", {"global_pool": ""}, "takes no images of 32x32 pixels"),
+        ("convnext_atto", {"depths": [1, 1]}, "cannot be built with"),
+        ("test_vit", {"patch_size": 0}, "cannot be built with"),
+        (
+            "resnet18",
+            {"checkpoint_path": "x.pth"},
+            r"arguments.checkpoint_path is not for the study to set: weigh",
+        ),
+        ("t2t_vit_7", {"num_classes": 0}, r"arguments.num_classes is not for the study to set: weights come from "),
+    ],
+)
+def test_arguments_that_make_no_model(name: str, arguments: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        build_backbone(name, arguments=arguments, num_classes=2, image_size=32)
+
+
 def test_an_image_size_that_the_model_does_not_take() -> None:
     with pytest.raises(UserError, match=r"backbone 'test_maxvit' (takes no images of 40x40 pixels|cannot be built)"):
         build_backbone("test_maxvit", num_classes=2, image_size=40)

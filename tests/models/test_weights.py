@@ -193,6 +193,32 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, state: dict[str, Tensor])
     assert not trap.exists()
 
 
+def test_tensors_that_are_no_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    norm, not_finite = state["norm.weight"], state["norm.weight"].clone()
+    not_finite[3] = float("nan")
+    for name, value, told in (
+        ("norm.weight", norm.to(torch.complex64), "norm.weight is complex; give a file of whole, plain weights"),
+        ("norm.weight", norm.to_sparse(), "norm.weight is not dense; give a file of whole"),
+        ("norm.weight", not_finite, "norm.weight holds values that are not finite; give"),
+        (
+            "norm.weight",
+            norm.long(),
+            r"1 are of another type \(first: norm.weight of torch.int64 instead of",
+        ),
+        ("pos_embed", torch.ones(5), r"1 have another shape \(first: pos_embed \(5,\) instead of"),
+        ("pos_embed", torch.ones(()), r"1 have another shape \(first: pos_embed \(\) instead of"),
+        ("pos_embed", torch.ones(1, 0, 24), r"1 have another shape \(first: pos_embed \(1, 0, 24\) instead of"),
+    ):
+        path = save(tmp_path / "odd.pth", {**state, name: value})
+        with pytest.raises(UserError, match=told):
+            t2t(path)
+    path = save(tmp_path / "odd.pth", {**state, "head.weight": torch.ones(())})  # as one of other classes: left out
+    assert t2t(path).model.head.weight.shape == (7, 24)
+    (tmp_path / "cut.pth").write_bytes(save(tmp_path / "whole.pth", state).read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"plain weights \([A-Za-z][^0-9]+\): give"):
+        t2t(tmp_path / "cut.pth")
+
+
 def test_files_that_are_no_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
     missing = tmp_path / "none.pth"
     with pytest.raises(UserError, match=f"weights file '{missing}' does not exist: give the path of a .safetensors"):
