@@ -33,8 +33,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 from tests.command_line import digests  # noqa: E402  the path is set above
 
-# a pack of its own for each point: the bits of a point that is trained again do not depend on who else is
-ALONE = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "dist.members_per_pack=1", "report.mlflow=false")
+STUDY = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "report.mlflow=false")
+# of every other run: both points in one pack, or a pack of its own for each, and then heads are truncated too, as the
+# bits of a point that is trained again alone are those it had
+PACK_SIZES = (2, 1)
 SHORT = ("prepare.num_epochs=1", "train.num_epochs=3", "train.global_batch_size=150", "jei_dnn.max_warm_up_epochs=1")
 LONGEST_SECONDS = 300.0
 MOST_TRIES = 12
@@ -54,13 +56,13 @@ class Ended:
 class Program:
     """One `dynexit run` in `folder`, in a fork; `slow` is shared with it: seconds that each fsync takes longer."""
 
-    def __init__(self, folder: Path, output: Path, slow: mmap.mmap) -> None:
+    def __init__(self, folder: Path, output: Path, slow: mmap.mmap, pack_size: int) -> None:
         self._output, self._started = output, time.monotonic()
         self.status: int | None = None
         slow[:8] = struct.pack("d", 0.0)
         self.process = os.fork()
         if self.process == 0:
-            _be_the_program(folder, output, slow)
+            _be_the_program(folder, output, slow, pack_size)
 
     def is_over(self) -> bool:
         if self.status is None:
@@ -93,7 +95,7 @@ class Program:
         return Ended(124 if hangs else self.status or 0, text, time.monotonic() - self._started)
 
 
-def _be_the_program(folder: Path, output: Path, slow: mmap.mmap) -> None:
+def _be_the_program(folder: Path, output: Path, slow: mmap.mmap, pack_size: int) -> None:
     """What the fork does; never returns."""
     status = 70
     really = os.fsync
@@ -111,7 +113,9 @@ def _be_the_program(folder: Path, output: Path, slow: mmap.mmap) -> None:
         os.fsync = fsync  # type: ignore[assignment]
         from launch.__main__ import main
 
-        status = main(["run", str(ROOT / "tests" / "tiny_study.yaml"), *ALONE, *SHORT])
+        status = main(
+            ["run", str(ROOT / "tests" / "tiny_study.yaml"), *STUDY, *SHORT, f"dist.members_per_pack={pack_size}"]
+        )
     except BaseException:
         traceback.print_exc()
     finally:
@@ -123,8 +127,9 @@ def _be_the_program(folder: Path, output: Path, slow: mmap.mmap) -> None:
 class DisturbedRun:
     """A run of the study that gets `num_faults` faults, and what came of it."""
 
-    def __init__(self, folder: Path, output: Path, chance: random.Random, seconds: float) -> None:
+    def __init__(self, folder: Path, output: Path, chance: random.Random, seconds: float, pack_size: int) -> None:
         self.folder, self.output, self.chance, self.seconds = folder, output, chance, seconds
+        self.pack_size = pack_size
         self.study = folder / "runs" / "tiny_study"
         self.slow = mmap.mmap(-1, 8)
         self.faults: list[str] = []
@@ -136,17 +141,20 @@ class DisturbedRun:
         for _ in range(MOST_TRIES * num_faults):
             if len(self.faults) >= num_faults or self.complaint:
                 break
-            program = Program(self.folder, self.output, self.slow)
+            program = self._begin()
             part = self.chance.choice((0.1, 0.3, 1))  # the more is done, the less of a run is left
             program.wait(self.chance.uniform(0, part * self.seconds))
             fault = self.chance.choice((self._kill, self._signal, self._truncate, self._fill, self._slow_down))
             fault(program)
         for _ in range(MOST_TRIES):
-            ended = Program(self.folder, self.output, self.slow).end()
+            ended = self._begin().end()
             if ended.status == 0 or self.complaint:
                 return
             self._remedy(ended)
         self.complaint = self.complaint or f"{MOST_TRIES} tries were not enough; the last said: {ended.text[-500:]}"
+
+    def _begin(self) -> Program:
+        return Program(self.folder, self.output, self.slow, self.pack_size)
 
     def _kill(self, program: Program) -> None:
         if not program.is_over():
@@ -163,7 +171,9 @@ class DisturbedRun:
 
     def _truncate(self, program: Program) -> None:
         self._kill(program)
+        kept = self.study / "train" if self.pack_size > 1 else None
         files = [path for path in self.study.rglob("*") if path.is_file() and path.stat().st_size]
+        files = [path for path in files if kept not in path.parents]
         if files:
             path = self.chance.choice(sorted(files))
             os.truncate(path, self.chance.randrange(path.stat().st_size))
@@ -250,18 +260,24 @@ def campaign(num_faults: int, seed: int, faults_per_run: int) -> int:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as logs:
         output = Path(logs) / "output"
-        with small_disk(96) as folder:
-            ended = Program(folder, output, mmap.mmap(-1, 8)).end()
-            if ended.status:
-                print(f"the undisturbed run failed: {ended.text}")
-                return 1
-            expected = results(folder / "runs" / "tiny_study")
-        print(f"undisturbed: {ended.seconds:.1f} s, {len(expected)} files to compare", flush=True)
+        expected = {}
+        for size in PACK_SIZES:
+            with small_disk(96) as folder:
+                ended = Program(folder, output, mmap.mmap(-1, 8), size).end()
+                if ended.status:
+                    print(f"the undisturbed run failed: {ended.text}")
+                    return 1
+                expected[size] = results(folder / "runs" / "tiny_study")
+            print(
+                f"undisturbed, packs of {size}: {ended.seconds:.1f} s, {len(expected[size])} files to compare",
+                flush=True,
+            )
         while sum(counts.values()) < num_faults:
             with small_disk(96) as folder:
-                run = DisturbedRun(folder, output, random.Random(f"{seed} {num_runs}"), ended.seconds)
+                size = PACK_SIZES[num_runs % len(PACK_SIZES)]
+                run = DisturbedRun(folder, output, random.Random(f"{seed} {num_runs}"), ended.seconds, size)
                 run.disturb(min(faults_per_run, num_faults - sum(counts.values())))
-                lost = run.losses(expected)
+                lost = run.losses(expected[size])
             num_runs, num_same, num_remedies = num_runs + 1, num_same + (not lost), num_remedies + len(run.remedies)
             counts.update(fault.split()[0] for fault in run.faults)
             losses += [f"run {num_runs - 1}: {text}" for text in lost]
