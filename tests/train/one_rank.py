@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dynexit.config import Train
 from dynexit.dist import start_ranks, stop_ranks
-from dynexit.errors import Interrupted
+from dynexit.errors import Failure, Interrupted
 from dynexit.method_config import JeiDnn
 from dynexit.progress import Progress
 from dynexit.train import checkpoint
@@ -29,7 +29,8 @@ DISTURBED_STEP, DISTURBED_RANK = 31, 1
 def main(folder: Path, disturbance: str) -> None:
     """Trains as one of the ranks that the environment announces; `disturbance`: nan or signal, of one of them.
 
-    With `clock` a second passes whenever a rank asks for the time, and a checkpoint is due every 10 of them.
+    With `clock` a second passes whenever a rank asks for the time, and a checkpoint is due every 10 of them. With
+    `full` the main rank then cannot write it.
     """
     ranks = start_ranks("cpu", 1)
     settings = Train(num_epochs=5, global_batch_size=13, precision="float64", learning_rate=0.05)
@@ -48,10 +49,12 @@ def main(folder: Path, disturbance: str) -> None:
         return step(batch, share)
 
     task.train_step = train_step  # type: ignore[method-assign]
+    if disturbance == "full":
+        (folder / "checkpoint-0000000010.safetensors").mkdir(exist_ok=True)
     progress = Progress("train", folder, 1e9, quiet=not ranks.is_main)
-    if disturbance == "clock":
+    if disturbance in ("clock", "full"):
         checkpoint.time = SimpleNamespace(monotonic=itertools.count().__next__)  # type: ignore[assignment]
-    checkpoints = Checkpoints(folder, 10 if disturbance == "clock" else 1e9)
+    checkpoints = Checkpoints(folder, 10 if disturbance in ("clock", "full") else 1e9)
     saved, save = [], checkpoints.save
     checkpoints.save = lambda step, *state: [saved.append(step), save(step, *state)]  # type: ignore[assignment]
     split = tiny_split()
@@ -66,7 +69,7 @@ def main(folder: Path, disturbance: str) -> None:
             checkpoints=checkpoints,
             progress=progress,
         )
-    except Interrupted as stop:
+    except (Interrupted, Failure) as stop:
         (folder / f"rank{ranks.global_rank}.txt").write_text(str(stop), encoding="utf-8")
     members = {f"{i}.{name}": value for i in range(len(MEMBERS)) for name, value in task.member_state(i).items()}
     save_file(members, folder / f"rank{ranks.global_rank}.safetensors")

@@ -46,6 +46,13 @@ def test_checkpoints_are_as_far_apart_with_two_ranks_as_with_one(tmp_path: Path)
     assert len(saved[0]) > 2
 
 
+def test_what_stops_the_main_rank_alone_is_told_by_all(tmp_path: Path) -> None:
+    train(tmp_path / "full", 2, "full")
+    told = {(tmp_path / "full" / f"rank{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(told) == 1
+    assert "checkpoint-0000000010.safetensors could not be written: Is a directory" in told.pop()
+
+
 def test_nan_on_one_rank_stops_the_member_everywhere_and_is_told(tmp_path: Path) -> None:
     ranks = train(tmp_path / "poisoned", 2, "nan")
     others = [name for name in ranks[0] if not name.startswith("2.")]
