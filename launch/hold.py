@@ -62,10 +62,13 @@ def _locked(file: IO[str], kind: int, wait: float = 0.0) -> bool:
 
 
 def _wait_for_workers(study_dir: Path) -> None:
-    deadline = time.monotonic() + _ENDING_SECONDS
+    started, told = time.monotonic(), False
     with (study_dir / _WORKERS).open("a", encoding="utf-8") as workers:
         while not _locked(workers, fcntl.LOCK_EX, _POLL_SECONDS):
-            if time.monotonic() > deadline:
+            if not told:
+                told = True
+                print(f"{study_dir}: waits for processes of a launcher that was killed to save and end", flush=True)
+            if time.monotonic() - started > _ENDING_SECONDS:
                 raise UserError(f"processes of a launcher that was killed still work on {study_dir}; end them first")
 
 
