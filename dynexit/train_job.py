@@ -60,11 +60,8 @@ def run_train(points: Sequence[Point], study_dir: Path) -> None:
         progress=progress,
     )
     with ranks.failing_together():
-        for i, point in enumerate(points if ranks.is_main else []):
-            if not _is_trained(point, study_dir):
-                rows = _rows_of(task.rows, i)
-                _finish_point(point, study_dir, task.member_state(i), costs, rows, task.stopped.get(i))
         if ranks.is_main:
+            _finish(points, study_dir, task, costs)
             checkpoints.clear()
         if task.stopped:
             raise Failure("; ".join(task.stopped.values()))
@@ -87,6 +84,20 @@ def pack_dir(study_dir: Path, points: Sequence[Point]) -> Path:
 
 def _rows_of(rows: Sequence[Mapping[str, Any]], member: int) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "member"} for row in rows if row["member"] == member]
+
+
+def _finish(points: Sequence[Point], study_dir: Path, task: PackTask, costs: ExitCosts) -> None:
+    """Leaves the results of every point that has none yet; one that cannot be written stops no other."""
+    failures: list[str] = []
+    for i, point in enumerate(points):
+        if not _is_trained(point, study_dir):
+            try:
+                rows = _rows_of(task.rows, i)
+                _finish_point(point, study_dir, task.member_state(i), costs, rows, task.stopped.get(i))
+            except Failure as failure:
+                failures.append(str(failure))
+    if failures:
+        raise Failure("; ".join(failures))
 
 
 def _finish_point(
