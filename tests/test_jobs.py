@@ -86,7 +86,14 @@ def test_a_pack_killed_while_it_writes_its_results_goes_on_as_it_was(
     assert written == [killed.points[0].id]
     (job,) = missing_jobs(killed, "train")
     assert [point.id for point in job.points] == [point.id for point in killed.points]
-    jobs.train(job.points, killed.directory)
+    in_the_way = killed.directory / "train" / killed.points[1].id / "heads.safetensors"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(Failure, match=r"heads.safetensors could not be written: Is a directory"):
+        jobs.train(job.points, killed.directory)
+    assert [("train" in finished_jobs(point, killed.directory)) for point in killed.points] == [True, False, True]
+    in_the_way.rmdir()
+    (again,) = missing_jobs(killed, "train")
+    jobs.train(again.points, killed.directory)
     assert missing_jobs(killed, "train") == []
     assert digests(killed.directory) == digests(whole.directory)
 
