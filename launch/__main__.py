@@ -73,11 +73,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
-    options = _parse(arguments)
     from dynexit.errors import Failure, Interrupted, UserError
 
     try:
-        return _dispatch(options)
+        return _dispatch(_parse(arguments))
     except UserError as error:
         print(f"dynexit: {error}", file=sys.stderr)
         return 2
