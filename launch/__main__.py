@@ -200,7 +200,7 @@ def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespa
             check_budgets(left.points, study.directory)
     if not did_something and options.command != "infer":
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
-    if "report" in stages and left.points:
+    if "report" in stages and report_is_done(study):
         _print_result(study)
     if options.command == "infer" and not failures:
         failures += _run_jobs([Job("infer", left.points, study.directory)], options.on, study)
