@@ -29,6 +29,7 @@ PREEMPTED, TIMED_OUT, FAILED_FOR_GOOD, CRASHED, CANCELLED = "preempted", "timed-
 _EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
 _STOPPED, _FAILED = 75, 1  # exit statuses
 _REQUEUE_TRIES = 120  # every 5 seconds
+_ALONE = ("search", "report")  # what the main rank does when the others have left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ClusterTask:
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
         work = _Work(folder, job_id, ranks)
         order = ranks.agree(work.notes.order(len(self.jobs)) if ranks.is_main else [])
-        alone = [i for i in order if self.jobs[i].stage in ("search", "report")]
+        alone = [i for i in order if self.jobs[i].stage in _ALONE]
         for i in (i for i in order if i not in alone):
             work.do(i, ranks.agree(_ready(self.jobs[i]) if ranks.is_main else None))
         stop_ranks()  # however long the main rank searches, nobody waits for it
@@ -81,7 +82,7 @@ class _Work:
     """A task's jobs as they are done: one that fails stops no other."""
 
     def __init__(self, folder: Path, job_id: str, ranks: "Ranks") -> None:
-        self.notes, self.ranks, self._path = _Notes(folder, job_id), ranks, folder / f"{job_id}.failures.json"
+        self.notes, self.ranks = _Notes(folder, job_id), ranks
         self.failures: list[dict[str, object]] = []
         self.crash: Exception | None = None
 
@@ -91,19 +92,20 @@ class _Work:
             return
         if self.ranks.is_main:
             self.notes.begin(i)
+        others_wait = self.ranks.world_size > 1 and job.stage not in _ALONE
         try:
             stop = _run(job)
         except Exception as error:
-            if self.ranks.world_size > 1:
-                raise  # the other ranks wait for this one
+            if others_wait:
+                raise
             traceback.print_exc()
             stop, self.crash = Failure(f"{type(error).__name__}: {error}"), error
-        is_alone = stop is not None and not stop.on_all_ranks
+        failed_alone = others_wait and stop is not None and not stop.on_all_ranks
         if stop is not None:
-            if self.ranks.is_main or is_alone:
+            if self.ranks.is_main or failed_alone:
                 print(stop, file=sys.stderr, flush=True)
             self.failures.append({"stage": job.stage, "points": [p.id for p in job.points], "reason": str(stop)})
-        if is_alone and self.ranks.world_size > 1 and job.stage not in ("search", "report"):
+        if failed_alone:
             self.write_failures()
             self.notes.end(FAILED_FOR_GOOD)
             sys.exit(_FAILED)  # srun ends the ranks that wait for this one
@@ -112,39 +114,40 @@ class _Work:
 
     def write_failures(self) -> None:
         """Leaves the sentences of what failed."""
-        write_json(self._path, self.failures)
+        write_json(self.notes.file("failures.json"), self.failures)
 
 
 class _Notes:
     """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
 
     def __init__(self, folder: Path, job_id: str) -> None:
-        self._path = folder / job_id
+        self._folder, self._job_id = folder, job_id
 
-    def _file(self, name: str) -> Path:
-        return self._path.with_name(f"{self._path.name}.{name}")
+    def file(self, name: str) -> Path:
+        """Where a note of that name is."""
+        return self._folder / f"{self._job_id}.{name}"
 
     def order(self, num_jobs: int) -> list[int]:
         """In which order the jobs are done: one in which the program crashed comes last, so that it stops no other."""
-        now = self._file("now")
+        now = self.file("now")
         crashed = int(now.read_text(encoding="utf-8")) if now.is_file() else -1
         return sorted(range(num_jobs), key=lambda i: i == crashed)
 
     def begin(self, i: int) -> None:
         """Job `i` begins."""
         with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
-            write_text(self._file("now"), str(i))
+            write_text(self.file("now"), str(i))
 
     def through(self, *, is_trained: bool) -> None:
         """It is through; a task of several packs has something to record when one of them is trained."""
-        self._file("now").unlink(missing_ok=True)
+        self.file("now").unlink(missing_ok=True)
         if is_trained:
-            self._file("some").touch()
+            self.file("some").touch()
 
     def end(self, word: str) -> None:
         """Why the program ends before it is through."""
-        self._file("now").unlink(missing_ok=True)
-        self._file("why").write_text(word + "\n", encoding="utf-8")
+        self.file("now").unlink(missing_ok=True)
+        self.file("why").write_text(word + "\n", encoding="utf-8")
 
 
 def _run(job: Job) -> Failure | UserError | None:
