@@ -44,7 +44,8 @@ def sentences(error: ValidationError, prefix: str = "") -> list[str]:
             found[dotted] += f", or {text}" if text not in found[dotted] else ""
         else:
             found[dotted] = f"{dotted} = {item['input']!r}: {text}"
-    return list(found.values())
+    # of a list with a wrong element, the branch that takes no list says nothing
+    return [text for dotted, text in found.items() if not any(one.startswith(f"{dotted}.") for one in found)]
 
 
 def contradictions(config: Config) -> Iterator[str]:

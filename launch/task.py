@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from dynexit.config import Dist
 from dynexit.errors import Failure, Interrupted, UserError
-from dynexit.run_dir import is_done, job_dir, write_json, write_text
+from dynexit.run_dir import is_done, job_dir, read_json, write_json, write_text
 from launch.plan import Job
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ class ClusterTask:
         dist = self.jobs[0].points[0].config.dist
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
         work = _Work(folder, job_id, ranks)
+        work.failures = ranks.agree(work.notes.failed_alone() if ranks.is_main else [])
         order = ranks.agree(work.notes.order(len(self.jobs)) if ranks.is_main else [])
         alone = [i for i in order if self.jobs[i].stage in _ALONE]
         for i in (i for i in order if i not in alone):
-            work.do(i, ranks.agree(_ready(self.jobs[i]) if ranks.is_main else None))
+            work.do(i, ranks.agree(_ready(self.jobs[i]) if ranks.is_main else None), is_only=len(order) == 1)
         stop_ranks()  # however long the main rank searches, nobody waits for it
         for i in alone if ranks.is_main else []:
             work.do(i, _ready(self.jobs[i]))
@@ -86,8 +87,12 @@ class _Work:
         self.failures: list[dict[str, object]] = []
         self.crash: Exception | None = None
 
-    def do(self, i: int, job: Job | None) -> None:
-        """Does a task's job `i`. Raises what crashes one of several ranks, and SystemExit where one failed alone."""
+    def do(self, i: int, job: Job | None, *, is_only: bool = False) -> None:
+        """Does a task's job `i`. Raises what crashes one of several ranks, and SystemExit where one failed alone.
+
+        The others wait for that one, so the program ends; it is tried again for the jobs that are left, unless `i`
+        `is_only` one.
+        """
         if job is None or not job.points:
             return
         if self.ranks.is_main:
@@ -104,17 +109,23 @@ class _Work:
         if stop is not None:
             if self.ranks.is_main or failed_alone:
                 print(stop, file=sys.stderr, flush=True)
-            self.failures.append({"stage": job.stage, "points": [p.id for p in job.points], "reason": str(stop)})
+            self.failures.append(
+                {"job": i, "stage": job.stage, "points": [p.id for p in job.points], "reason": str(stop)}
+            )
         if failed_alone:
-            self.write_failures()
-            self.notes.end(FAILED_FOR_GOOD)
+            if is_only:
+                self.write_failures()
+                self.notes.end(FAILED_FOR_GOOD)
+            else:
+                self.notes.fail_alone(self.failures)
             sys.exit(_FAILED)  # srun ends the ranks that wait for this one
         if self.ranks.is_main:
             self.notes.through(is_trained=job.stage == "train" and stop is None)
 
     def write_failures(self) -> None:
-        """Leaves the sentences of what failed."""
+        """Leaves the sentences of what failed, when the task is through."""
         write_json(self.notes.file("failures.json"), self.failures)
+        self.notes.fail_alone([])
 
 
 class _Notes:
@@ -127,11 +138,29 @@ class _Notes:
         """Where a note of that name is."""
         return self._folder / f"{self._job_id}.{name}"
 
+    def failed_alone(self) -> list[dict[str, object]]:
+        """What failed on one rank of several in a run of this job before, with all that had failed by then."""
+        path = self.file("alone.json")
+        found: list[dict[str, object]] = read_json(path) if path.is_file() else []
+        return found
+
+    def fail_alone(self, failures: list[dict[str, object]]) -> None:
+        """Leaves for the next run what has failed by now; of an empty list, nothing."""
+        self.file("now").unlink(missing_ok=True)
+        if failures:
+            write_json(self.file("alone.json"), failures)
+        else:
+            self.file("alone.json").unlink(missing_ok=True)
+
     def order(self, num_jobs: int) -> list[int]:
-        """In which order the jobs are done: one in which the program crashed comes last, so that it stops no other."""
+        """In which order the jobs are done: one in which the program crashed comes last, so that it stops no other.
+
+        What failed on one rank alone is left out.
+        """
         now = self.file("now")
         crashed = int(now.read_text(encoding="utf-8")) if now.is_file() else -1
-        return sorted(range(num_jobs), key=lambda i: i == crashed)
+        failed = [failure["job"] for failure in self.failed_alone()]
+        return sorted((i for i in range(num_jobs) if i not in failed), key=lambda i: i == crashed)
 
     def begin(self, i: int) -> None:
         """Job `i` begins."""

@@ -145,6 +145,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=5"),
         ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
         ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all', or should be a valid list"),
+        ("", ("exits.positions=[-1]",), "exits.positions.0 = -1: should be greater than or equal to 0"),
         ("", ("exits.head_types=[mlp]",), "exits.head_types.0 = 'mlp': should be linear, or mlpNxW of N layers and width W, as mlp3x500"),
         ("", ("sweep=[1]",), "sweep = [1]: name the key that varies, as sweep.seed=[0, 1]"),
         ("", ("search.accuracy_weights=0.5-1",), "search.accuracy_weights = '0.5-1': should be LO:HI:STEP, as 0.4:1:0.01, or a list of numbers"),

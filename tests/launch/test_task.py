@@ -3,13 +3,22 @@
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
+from dynexit import jobs
 from dynexit.config import Dist
-from dynexit.errors import Interrupted
-from launch.task import ClusterTask, _interruptible, _Notes, script_after, script_before
+from dynexit.dist import Ranks
+from dynexit.errors import Failure, Interrupted
+from dynexit.run_dir import read_json
+from dynexit.sweep import Point
+from launch.plan import Job
+from launch.task import ClusterTask, _interruptible, _Notes, _Work, script_after, script_before
 
 
 def run_script(
@@ -107,6 +116,38 @@ def test_a_task_with_something_to_record_lets_what_waits_for_it_run(tmp_path: Pa
     assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")
     assert notes.order(4) == [0, 1, 3, 2]  # what it crashed in comes last
     assert run_script(tmp_path, 137, None) == (0, "")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_on_one_rank_alone_stops_no_other_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    done: list[str] = []
+
+    def train(points: Sequence[Point], study_dir: Path) -> None:
+        if points[0].id == "a":
+            raise Failure("no room here")
+        done.append(points[0].id)
+
+    monkeypatch.setitem(jobs.JOBS, "train", train)
+    both = [Job("train", (cast(Point, SimpleNamespace(id=one)),), tmp_path) for one in "ab"]
+    first = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
+    with pytest.raises(SystemExit):
+        first.do(0, both[0])
+    assert run_script(tmp_path, 1, None) == (1, "requeue 9\n")  # for the one that is left
+    then = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
+    then.failures = then.notes.failed_alone()
+    assert then.notes.order(2) == [1]
+    then.do(1, both[1])
+    assert done == ["b"]
+    then.write_failures()
+    assert read_json(tmp_path / "7_2.failures.json") == [
+        {"job": 0, "stage": "train", "points": ["a"], "reason": "no room here"}
+    ]
+    assert then.notes.order(2) == [0, 1]  # told of once; whoever asks for the job again has it whole
+    with pytest.raises(SystemExit):
+        then.do(0, both[0], is_only=True)
+    assert run_script(tmp_path, 1, None)[1] == ""  # nothing is left
 
 
 def test_what_another_try_would_not_mend_is_not_tried(tmp_path: Path) -> None:
