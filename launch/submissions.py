@@ -37,9 +37,9 @@ class Submitted:
             file.write(f"cancelled {time.strftime('%FT%T')} by the user\n")
 
     def failures(self) -> list[dict[str, Any]]:
-        """What failed of a job that came through: stage, points, reason."""
-        path = self.folder / f"{self.job_id}.failures.json"
-        found: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+        """What failed of a job that came through, or by the last of its tries: stage, points, reason."""
+        paths = [self.folder / f"{self.job_id}.{name}.json" for name in ("alone", "failures")]
+        found: list[dict[str, Any]] = next((read_json(path) for path in paths if path.is_file()), [])
         return found
 
     def logs(self) -> list[Path]:

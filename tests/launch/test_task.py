@@ -18,6 +18,7 @@ from dynexit.errors import Failure, Interrupted
 from dynexit.run_dir import read_json
 from dynexit.sweep import Point
 from launch.plan import Job
+from launch.submissions import Submitted
 from launch.task import ClusterTask, _interruptible, _Notes, _Work, script_after, script_before
 
 
@@ -135,15 +136,15 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
     with pytest.raises(SystemExit):
         first.do(0, both[0])
     assert run_script(tmp_path, 1, None) == (1, "requeue 9\n")  # for the one that is left
+    told = [{"job": 0, "stage": "train", "points": ["a"], "reason": "no room here"}]
+    assert Submitted("7_2", "train", ("a", "b"), tmp_path).failures() == told
     then = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
     then.failures = then.notes.failed_alone()
     assert then.notes.order(2) == [1]
     then.do(1, both[1])
     assert done == ["b"]
     then.write_failures()
-    assert read_json(tmp_path / "7_2.failures.json") == [
-        {"job": 0, "stage": "train", "points": ["a"], "reason": "no room here"}
-    ]
+    assert read_json(tmp_path / "7_2.failures.json") == told
     assert then.notes.order(2) == [0, 1]  # told of once; whoever asks for the job again has it whole
     with pytest.raises(SystemExit):
         then.do(0, both[0], is_only=True)
