@@ -65,7 +65,7 @@ def _study_of(options: argparse.Namespace) -> "tuple[Study, list[Point]]":
 
 def _status(options: argparse.Namespace) -> None:
     from launch.queue_view import QueueView
-    from launch.status import OVER, study_status, table
+    from launch.status import OVER, report_state, study_status, table
 
     study, _ = _study_of(options)
     while True:
@@ -73,8 +73,9 @@ def _status(options: argparse.Namespace) -> None:
         if jobs.unanswered:
             print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
         states = study_status(study, jobs)
-        print(table(states), flush=True)
-        if not options.watch or all(one.state in OVER for one in states):
+        report, is_over = report_state(study, jobs)
+        print(table(states, report), flush=True)
+        if not options.watch or (is_over and all(one.state in OVER for one in states)):
             return
         time.sleep(_WATCH_SECONDS)
         print("\n" + time.strftime("%H:%M:%S"))
@@ -114,9 +115,10 @@ def _cancel(options: argparse.Namespace) -> None:
         print("nothing of it is in the queue")
         return
     cancel_jobs([job.job_id for job in live])
+    chosen = {point.id for point in points}
     for job in live:
         job.note_cancelled()
-        others = [p for p in study.points if set(p.ids.values()) & set(job.work) and p not in points]
+        others = set(job.work) - chosen  # the ids of trainings are those of points
         with_others = f", and with it {len(others)} other points of its pack" if others and job.stage == "train" else ""
         print(f"cancelled {job.stage} {job.job_id}{with_others}")
 

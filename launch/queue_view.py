@@ -35,7 +35,7 @@ class QueueView:
     def __init__(self, study_dir: Path) -> None:
         self._newest: dict[tuple[str, str], Submitted] = {}
         for job in all_submitted(study_dir):
-            self._newest.update({(job.stage, identity): job for identity in job.work})
+            self._newest.update({(job.stage, identity): job for identity in job.work or ("",)})  # a report has no ids
         self._queue: dict[str, QueuedJob] | None = None
         self.unanswered = ""  # why there is no queue to look at; the files say what they can
         if self._newest:
@@ -46,9 +46,9 @@ class QueueView:
         self._states: dict[tuple[str, str], ClusterState] = {}
 
     def of(self, point: Point, missing: str) -> ClusterState | None:
-        """Of the job that does the point's work `missing`; None where none was submitted."""
+        """Of the job that does the point's work `missing`, or the report; None where none was submitted."""
         stage = "record" if missing == "search" else missing
-        job = self._newest.get((stage, point.ids[ID_OF[stage]]))
+        job = self._newest.get((stage, "" if stage == "report" else point.ids[ID_OF[stage]]))
         if job is None:
             return None
         if (job.job_id, point.id) not in self._states:

@@ -10,6 +10,7 @@ from dynexit.run_dir import PROGRESS, folders_in_place, job_dir, read_json
 from dynexit.state import JOBS_OF_A_POINT, MEMBERS, METRICS, failure_reason, finished_jobs
 from dynexit.sweep import Point, Study
 from launch.hold import is_held
+from launch.plan import report_is_done
 from launch.queue_view import QueueView
 
 OVER = ("done", "failed", "cancelled")  # what only a new submission changes
@@ -74,6 +75,18 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
     return PointStatus(point.label, point.id, state, step, figures, attempts, node, str(log) if log.is_file() else "")
 
 
+def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:
+    """What there is to say of the report, and whether it is over: no job that waits or runs will make it."""
+    if report_is_done(study):
+        return f"done, {study.directory / 'report' / 'report.html'}", True
+    on_cluster = jobs.of(study.points[0], "report")
+    if on_cluster is None:
+        return "to do", True
+    if on_cluster.is_failed:
+        return f"failed: {on_cluster.reason}", True
+    return on_cluster.state, not on_cluster.is_live
+
+
 def _told(progress: dict[str, Any]) -> Iterator[str]:
     yield from (f"{name} {float(value):.4g}" for name, value in progress.get("figures", {}).items())
     if "seconds_left" in progress:
@@ -106,8 +119,8 @@ def _pack_folders(study_dir: Path) -> dict[str, Path]:
     return {identity: path.parent for path in by_age for identity in read_json(path)}
 
 
-def table(statuses: list[PointStatus]) -> str:
-    """The states as a table of text, with a line of counts."""
+def table(statuses: list[PointStatus], report: str) -> str:
+    """The states as a table of text, with what is said of the report and a line of counts."""
     names = [field.name for field in dataclasses.fields(PointStatus)]
     cells = [names, *([getattr(status, name) for name in names] for status in statuses)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
@@ -115,4 +128,4 @@ def table(statuses: list[PointStatus]) -> str:
     counts: dict[str, int] = {}
     for status in statuses:
         counts[status.state] = counts.get(status.state, 0) + 1
-    return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
+    return "\n".join([*lines, f"report: {report}", ", ".join(f"{count} {state}" for state, count in counts.items())])

@@ -105,15 +105,15 @@ def test_infer_equals_its_operating_point(finished: Path) -> None:
 
 def test_status_and_dry_run_start_nothing(finished: Path, tmp_path: Path) -> None:
     table = dynexit(finished, "status", TINY).stdout.splitlines()
-    assert len(table) == 8
-    assert table[-1] == "6 done"
+    assert len(table) == 9
+    assert table[-2:] == ["report: done, runs/tiny_study/report/report.html", "6 done"]
     assert "relative MACs" in table[1]
     assert "runs/tiny_study/pack/" in table[1]
     plan = dynexit(tmp_path, "run", TINY, "--dry-run").stdout
     assert "train: 1 jobs" in plan
     assert "resources: --on here" in plan
     assert list(tmp_path.iterdir()) == []
-    assert dynexit(tmp_path, "status", TINY).stdout.splitlines()[-1] == "6 waiting"
+    assert dynexit(tmp_path, "status", TINY).stdout.splitlines()[-2:] == ["report: to do", "6 waiting"]
 
 
 def test_local_processes_give_the_same_results(finished: Path, tmp_path: Path) -> None:

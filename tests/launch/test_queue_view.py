@@ -4,8 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from dynexit.config_io import load_study
+from dynexit.run_dir import write_json
+from launch import cluster
 from launch.cluster import QueuedJob
-from launch.queue_view import last_error, live_state
+from launch.queue_view import QueueView, last_error, live_state
+from launch.status import report_state
+from launch.submissions import Submission
+from tests.command_line import TINY
 
 CLOSED = "[rank{}]: RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.1.1]:15771."
 SILENT = "[rank0]: RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 10000ms for recv"
@@ -41,3 +47,19 @@ def test_a_job_that_is_told_to_end_does_not_wait(state: str, last: str, told: st
     entry = QueuedJob("7_1", state, "Dependency", "dev2", "0:12")
     assert entry.is_live
     assert live_state(entry, "train", last) == told
+
+
+def test_what_became_of_the_report_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(TINY, [f"runs_dir={tmp_path}"])
+    queue = {"9": QueuedJob("9", "PENDING", "Dependency", "", "")}
+    monkeypatch.setattr(cluster, "queue", lambda: queue)
+    assert report_state(study, QueueView(study.directory)) == ("to do", True)
+    submission = Submission(study, {})
+    submission.add(["7_0"], "train", [[point.id for point in study.points]])
+    submission.add(["9"], "report", [[]])
+    assert report_state(study, QueueView(study.directory)) == ("waiting (Dependency)", False)
+    queue.clear()
+    assert report_state(study, QueueView(study.directory)) == ("failed: report job 9 left no word", True)
+    told = [{"stage": "report", "points": [study.points[0].id], "reason": "no space"}]
+    write_json(submission.folder / "9.failures.json", told)
+    assert report_state(study, QueueView(study.directory)) == ("failed: no space", True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,7 @@ def test_arrays_split_by_the_limit_give_the_results_of_one_process_while_the_con
     subprocess.run(["slurmctld"], check=True)
     cluster.wait_for_the_end()
     assert digests(cluster.folder / "runs" / "sweep") == digests(reference)
+    assert re.fullmatch(r"report: done, .*report\.html", cluster.status(*study).splitlines()[-2])
     assert cluster.status(*study).splitlines()[-1] == "6 done"
     assert "nothing to submit" in cluster.submit(*study)
     table = dynexit(cluster.folder, "aggregate", "runs/sweep", "runs/reference").stdout.splitlines()
