@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dynexit.errors import Failure
@@ -67,10 +67,19 @@ class QueueView:
             state = "cancelled"
         elif self._queue is not None:
             failed, reason = True, _why(job, point, entry)
-        again = sum(line.partition(" ")[0] in _AGAIN for line in ends)
-        attempts = again + (live and entry is not None and entry.state == "RUNNING") + (failed and last not in _AGAIN)
         log = next(iter(job.logs()), job.folder)
-        return ClusterState(state, live, failed, reason, attempts, entry.node if entry else "", log)
+        attempts, node = _tries(job)
+        return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
+
+    def tries(self, point: Point) -> tuple[int, str] | None:
+        """How often the job that trained the point was started, and where it was last; None where there is none."""
+        job = self._newest.get(("train", point.ids["train"]))
+        return None if job is None else _tries(job)
+
+
+def _tries(job: Submitted) -> tuple[int, str]:
+    starts = job.starts
+    return len(starts), starts[-1].rpartition(" ")[2] if starts else ""
 
 
 def live_state(entry: QueuedJob, missing: str, last: str) -> str:
@@ -87,7 +96,7 @@ def live_state(entry: QueuedJob, missing: str, last: str) -> str:
 def _why(job: Submitted, point: Point, entry: QueuedJob | None) -> str:
     """Why a job that is over did not do the point's work."""
     for failure in job.failures():
-        if point.id in failure["points"]:
+        if set(point.ids.values()) & set(failure["work"]):
             return str(failure["reason"])
     said = last_error(job.logs())
     ends = job.ends[-1] if job.ends else ""
@@ -96,17 +105,23 @@ def _why(job: Submitted, point: Point, entry: QueuedJob | None) -> str:
     return "; ".join(part for part in (said, ends) if part) or f"{job.stage} job {job.job_id} left no word"
 
 
-def last_error(logs: Sequence[Path]) -> str:
-    """The last error that a rank printed, rather than what the others said of its end; '' where none did."""
+def _errors(logs: Iterable[Path]) -> list[str]:
+    """The last error in each of the logs that have one."""
     found = []
     for path in logs:
-        if path.suffix != ".err":
-            continue
         text = path.read_text(encoding="utf-8", errors="replace")
         lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in text.splitlines()]  # torch puts it before each
-        errors = [line for line in lines if re.match(r"\S*(Error|Exception|Interrupted|error|Killed)\b", line)]
-        if errors:
-            found.append(errors[-1])
+        kinds = r"\S*(Error|Exception|Interrupted|error|Killed)\b|\[Errno \d+\]"
+        errors = [line for line in lines if re.match(kinds, line)]
+        found += errors[-1:]
+    return found
+
+
+def last_error(logs: Sequence[Path]) -> str:
+    """The last error that a rank printed, rather than what the others said of its end; '' where none did."""
+    found = _errors(path for path in logs if path.suffix == ".err")
+    # where its errors had no room on the disk, submitit's words may have come through
+    found = found or _errors(path for path in logs if path.suffix == ".out")
     silent = [line for line in found if "Connection" not in line]
     own = [line for line in silent if "gloo" not in line.lower()]
     return (own or silent or found or [""])[0]

@@ -77,7 +77,7 @@ def _live(queued: Sequence[tuple[Any, Any]]) -> Live:
 
 
 def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
-    """What `submit_study` would submit: arrays, packs, most it can cost, and the text that sbatch would get."""
+    """What `submit_study` would submit: arrays, packs, what it may cost, and the text that sbatch would get."""
     check_site(study, site)
     notes = []
     try:
@@ -88,7 +88,7 @@ def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
         limits, live = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs), {}
     arrays = plan_arrays(study, stages, limits, live)
     blocks = [*notes, f"queue: {len(arrays)} submissions, {sum(len(array.tasks) for array in arrays)} jobs"]
-    blocks.append(_most_hours(study, site, arrays))
+    blocks.append(_expected_hours(study, site, arrays))
     for i, array in enumerate(arrays):
         after = resolve(array.after, [f"<{n}>" for n in range(i)], lambda n: len(arrays[n].tasks) > 1)
         executor = _executor(study, site, array, after, study.directory / "slurm" / "NNNN")
@@ -103,17 +103,24 @@ def describe_array(array: Array) -> str:
     return f"{array.stage}: {len(array.tasks)} task{'s' if len(array.tasks) > 1 else ''}{packs}"
 
 
-def _most_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
+def _expected_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
+    """What it costs if every pack takes its whole time, also where a task does several in turn."""
     dist = study.config.dist
-    hours = site.minutes(dist) / 60
-    together = sum(len(array.tasks) for array in arrays if done_together(array.stage, dist))
-    alone = sum(len(array.tasks) for array in arrays if array.stage == "prepare") * (not done_together("prepare", dist))
+    minutes = site.minutes(dist)
+    together = alone = 0
+    for array in arrays:
+        packs = sum(job.stage == array.stage for jobs in array.tasks for job in jobs)
+        together += packs * done_together(array.stage, dist)
+        alone += packs * (array.stage == "prepare" and not done_together("prepare", dist))
     if site.gpus_per_node:
-        most, unit = hours * (together * dist.nodes * site.gpus_per_node + alone), "GPU-hours"
+        hours, unit = minutes / 60 * (together * dist.nodes * site.gpus_per_node + alone), "GPU-hours"
     else:
         ranks = together * dist.nodes * dist.tasks_per_node + alone
-        most, unit = hours * ranks * site.cpus(dist), "CPU-hours"
-    return f"expected: at most {most:,.1f} {unit} (time limit of {site.minutes(dist)} minutes for every job)"
+        hours, unit = minutes / 60 * ranks * site.cpus(dist), "CPU-hours"
+    return (
+        f"expected: {hours:,.1f} {unit} if every pack takes the whole {minutes} minutes of the time limit; less as it "
+        "is through sooner, more where one times out and goes on"
+    )
 
 
 def _task(study: Study, site: Site, jobs: tuple[Job, ...]) -> ClusterTask:

@@ -68,6 +68,9 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
     elif held:
         state = "waiting (prepare running)"
     attempts = node = ""
+    tries = jobs.tries(point) if missing is None else None
+    if tries is not None:
+        attempts, node = str(tries[0]), tries[1]
     if on_cluster is not None:
         state = state if reason is not None else on_cluster.state
         attempts, node = str(on_cluster.attempts), on_cluster.node

@@ -31,13 +31,19 @@ class Submitted:
         path = self.folder / f"{self.job_id}.ends"
         return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
+    @property
+    def starts(self) -> list[str]:
+        """A line for every time the job started: when, where."""
+        path = self.folder / f"{self.job_id}.starts"
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
     def note_cancelled(self) -> None:
         """Notes that the user took the job out of the queue."""
         with (self.folder / f"{self.job_id}.ends").open("a", encoding="utf-8") as file:
             file.write(f"cancelled {time.strftime('%FT%T')} by the user\n")
 
     def failures(self) -> list[dict[str, Any]]:
-        """What failed of a job that came through, or by the last of its tries: stage, points, reason."""
+        """What failed of a job that came through, or by the last of its tries: stage, ids of the work, reason."""
         paths = [self.folder / f"{self.job_id}.{name}.json" for name in ("alone", "failures")]
         found: list[dict[str, Any]] = next((read_json(path) for path in paths if path.is_file()), [])
         return found

@@ -30,6 +30,7 @@ _EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
 _STOPPED, _FAILED = 75, 1  # exit statuses
 _REQUEUE_TRIES = 120  # every 5 seconds
 _ALONE = ("search", "report")  # what the main rank does when the others have left
+_IDS = {"report": "train"}  # of points, where the work has none of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +110,8 @@ class _Work:
         if stop is not None:
             if self.ranks.is_main or failed_alone:
                 print(stop, file=sys.stderr, flush=True)
-            self.failures.append(
-                {"job": i, "stage": job.stage, "points": [p.id for p in job.points], "reason": str(stop)}
-            )
+            work = [p.ids[_IDS.get(job.stage, job.stage)] for p in job.points]
+            self.failures.append({"job": i, "stage": job.stage, "work": work, "reason": str(stop)})
         if failed_alone:
             if is_only:
                 self.write_failures()
@@ -280,4 +280,5 @@ def script_before(folder: Path) -> list[str]:
         "set +eu",  # a site's lines may have set it, and the lines that follow the ranks must be come to
         f'job={shlex.quote(str(folder))}/"{name}"',
         'rm -f "$job.why" "$job"_*_result.pkl.save_tmp',  # submitit refuses to write over what a kill left of its own
+        'echo "$(date +%FT%T) on ${SLURM_JOB_NODELIST:-?}" >> "$job.starts"',
     ]

@@ -51,8 +51,9 @@ def read_folders(data: Data) -> Sources:
     sources = {split: _read_folder(folder, classes) for split, folder in folders.items()}
     check = data.check_images or ("none" if data.name == "imagenet" else "pixels")
     if check != "none":
-        for source in sources.values():
-            _check_images(source, pixels=check == "pixels")
+        damaged = [text for source in sources.values() if (text := _damaged(source, pixels=check == "pixels"))]
+        if damaged:
+            raise UserError("\n".join(damaged))
     return Sources(sources["train"], test=sources.get("test"), validation=sources.get("validation"))
 
 
@@ -106,8 +107,8 @@ def _read_folder(folder: Path, classes: Sequence[str]) -> FileSource:
     return FileSource(folder, names, [label for _, label in samples])
 
 
-def _check_images(source: FileSource, *, pixels: bool) -> None:
-    """Raises UserError, naming them, where headers (or `pixels`) of images cannot be read."""
+def _damaged(source: FileSource, *, pixels: bool) -> str:
+    """Names the images whose headers (or `pixels`) cannot be read; '' where all can."""
 
     def fault(row: int) -> str:
         path = source.path(row)
@@ -123,11 +124,12 @@ def _check_images(source: FileSource, *, pixels: bool) -> None:
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         damaged = [path for path in pool.map(fault, range(len(source.labels)), chunksize=256) if path]
-    if damaged:
-        raise UserError(
-            f"{len(damaged)} of {len(source.labels)} images in {source.folder} do not decode: {_some(damaged)}; "
-            "replace them or remove them"
-        )
+    if not damaged:
+        return ""
+    return (
+        f"{len(damaged)} of {len(source.labels)} images in {source.folder} do not decode: {_some(damaged)}; "
+        "replace them or remove them"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

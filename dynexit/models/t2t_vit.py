@@ -221,7 +221,7 @@ def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Returned as it is where it is no such embedding.
     """
-    if pos_embed.dim() != 3 or pos_embed.shape[1] < 2:
+    if not pos_embed.is_floating_point() or pos_embed.dim() != 3 or pos_embed.shape[1] < 2:
         return pos_embed
     side = math.isqrt(pos_embed.shape[1] - 1)
     if grid == (side, side) or pos_embed.shape[1] != 1 + side * side:

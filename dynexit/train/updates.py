@@ -1,7 +1,8 @@
 """How the backbone's weights are updated: rates by layer, and the step of a model that every rank holds whole."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from dynexit.config import Prepare
 from dynexit.dist import Ranks
-from dynexit.errors import UserError
+from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
 
 Groups = list[dict[str, Any]]
@@ -96,6 +97,21 @@ def set_rate(groups: Groups, rate: float) -> None:
         group["lr"] = rate * group["factor"]
 
 
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """What torch.compile cannot do, as one sentence instead of its own hundred lines."""
+    try:
+        yield
+    except RuntimeError as error:  # looked at by name: importing the class takes seconds
+        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise Failure(
+            f"prepare.compile = true: torch.compile failed ({reason}); mend its compiler, empty its cache "
+            "(TORCHINDUCTOR_CACHE_DIR), or set prepare.compile=false"
+        ) from error
+
+
 class WholeModel:
     """Every rank holds the model; gradients, and what batch norms have seen, are summed over ranks."""
 
@@ -116,7 +132,7 @@ class WholeModel:
         if self.settings.channels_last:
             images = images.to(memory_format=torch.channels_last)
         dtype = _AUTOCAST.get(self.settings.precision)
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None), _compiling():
             logits: Tensor = self._run(images)
         return logits.float()
 
@@ -125,7 +141,8 @@ class WholeModel:
         return logits
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        torch.autograd.backward(self.scaler.scale(loss))
+        with _compiling():  # of the backward pass, which may be left until here
+            torch.autograd.backward(self.scaler.scale(loss))
 
     def step(self, share: float, rate: float) -> None:
         if self.ranks.world_size > 1:

@@ -87,6 +87,22 @@ def test_images_that_do_not_decode_are_named_before_training(tmp_path: Path, che
     load_data(folder(tmp_path), checked=True)
 
 
+def test_damaged_images_of_all_splits_are_named_at_once(tmp_path: Path) -> None:
+    write_folders(tmp_path, {"train": {"cat": 5, "dog": 4}, "test": {"cat": 3, "dog": 2}})
+    damaged = [tmp_path / "train" / "cat" / "0.JPEG", tmp_path / "test" / "dog" / "0.JPEG"]
+    for path in damaged:
+        assert path.is_file()
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError) as caught:
+        load_data(folder(tmp_path))
+    lines = str(caught.value).splitlines()
+    assert [line.partition(" do not")[0] for line in lines] == [
+        f"1 of 9 images in {tmp_path / 'train'}",
+        f"1 of 5 images in {tmp_path / 'test'}",
+    ]
+    assert all(str(path) in line for path, line in zip(damaged, lines, strict=True))
+
+
 def test_of_many_damaged_images_five_are_named(tmp_path: Path) -> None:
     write_folders(tmp_path, {"": {"cat": 5, "dog": 4}})
     for path in tmp_path.glob("*/*"):

@@ -102,7 +102,11 @@ def test_the_text_of_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     text = describe_submission(one, ALL, site)
     assert "no cluster answers here" in text
     assert "queue: 4 submissions, 14 jobs" in text
-    assert "at most 97.0 GPU-hours" in text  # 12 tasks on 2 x 4 GPUs, and one for the backbone
+    # 12 packs on 2 x 4 GPUs, and one for the backbone
+    assert "expected: 97.0 GPU-hours if every pack takes the whole 60 minutes of the time limit; less" in text
+    in_turn = describe_submission(one, ALL, site.model_copy(update={"max_submit_jobs": 8}))
+    assert "train: 2 tasks, 6 packs" in in_turn
+    assert "expected: 97.0 GPU-hours" in in_turn
     prepare, train, _, report = text.split("\n<")[1:]
     for line in ("--array=0-5%6", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--mem=1536M", "--requeue"):
         assert f"#SBATCH {line}\n" in train

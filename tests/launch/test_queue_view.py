@@ -31,6 +31,9 @@ def test_the_rank_that_failed_is_told_rather_than_those_that_lost_it(tmp_path: P
     assert last_error(logs(tmp_path, CLOSED.format(0), "fine")) == CLOSED.format(0).removeprefix("[rank0]: ")
     assert last_error(logs(tmp_path, "fine", "fine")) == ""
     assert last_error([]) == ""
+    out = tmp_path / "7_0_log.out"
+    out.write_text("step 3/7\nsubmitit ERROR (today) - Could not dump error:\n[Errno 28] No space left on device\n")
+    assert last_error([out, *logs(tmp_path, "fine")]) == "[Errno 28] No space left on device"
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,6 @@ def test_what_became_of_the_report_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert report_state(study, QueueView(study.directory)) == ("waiting (Dependency)", False)
     queue.clear()
     assert report_state(study, QueueView(study.directory)) == ("failed: report job 9 left no word", True)
-    told = [{"stage": "report", "points": [study.points[0].id], "reason": "no space"}]
+    told = [{"stage": "report", "work": [study.points[0].id], "reason": "no space"}]
     write_json(submission.folder / "9.failures.json", told)
     assert report_state(study, QueueView(study.directory)) == ("failed: no space", True)

@@ -29,7 +29,7 @@ STARTERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "-m", "launch"],
     "accelerate": [
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",  # without it, it starts one process where there is no GPU
         "--num_processes",
         "2",
         "--num_machines",
@@ -90,6 +90,10 @@ def test_torchrun_accelerate_and_local_ranks_agree_with_one_process(one_process:
         done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert_close(folder / "runs" / "tiny_study", one_process)
+    of_each = [digests(tmp_path / name / "runs" / "tiny_study") for name in STARTERS]
+    trained, expected = ({name: of[name] for name in of if name.startswith("train/")} for of in of_each)
+    assert trained == expected != {}
+    assert trained != {name: of for name, of in digests(one_process).items() if name in trained}  # ranks sum otherwise
     folder = tmp_path / "local"
     shutil.copytree(one_process / "prepare", folder / "runs" / "tiny_study" / "prepare")
     running = start(folder, "run", TINY, *UNEVEN, "dist.tasks_per_node=2", "--on", "local")

@@ -131,12 +131,12 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
         done.append(points[0].id)
 
     monkeypatch.setitem(jobs.JOBS, "train", train)
-    both = [Job("train", (cast(Point, SimpleNamespace(id=one)),), tmp_path) for one in "ab"]
+    both = [Job("train", (cast(Point, SimpleNamespace(id=one, ids={"train": one})),), tmp_path) for one in "ab"]
     first = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
     with pytest.raises(SystemExit):
         first.do(0, both[0])
     assert run_script(tmp_path, 1, None) == (1, "requeue 9\n")  # for the one that is left
-    told = [{"job": 0, "stage": "train", "points": ["a"], "reason": "no room here"}]
+    told = [{"job": 0, "stage": "train", "work": ["a"], "reason": "no room here"}]
     assert Submitted("7_2", "train", ("a", "b"), tmp_path).failures() == told
     then = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
     then.failures = then.notes.failed_alone()

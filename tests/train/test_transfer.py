@@ -216,6 +216,15 @@ def test_a_checkpoint_of_another_layout_is_refused() -> None:
     )
 
 
+def test_a_compiler_that_fails_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*graph: object) -> None:
+        raise OSError("c++: no such file\nand a hundred lines more")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    with pytest.raises(Failure, match=r"^prepare\.compile = true: torch\.compile failed \(.*\); mend its comp.*=false$"):
+        fitted(tmp_path, small_backbone(), compile=True)
+
+
 def test_compiled_training_is_the_plain_one_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the default backend needs a compiler and minutes for the same graphs
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
