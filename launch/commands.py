@@ -140,12 +140,15 @@ def _retry(options: argparse.Namespace) -> None:
 
 def _aggregate(options: argparse.Namespace) -> None:
     """Operating points of all finished points of any number of studies, also while others still run, as CSV."""
+    from dynexit.errors import Failure
     from dynexit.report.many_studies import aggregate
 
-    text = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
+    text, left_out = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
     if options.output is None:
         print(text, end="")
     else:
         from dynexit.run_dir import write_text
 
         write_text(options.output, text)
+    if left_out:
+        raise Failure(f"not in the table, for what is told above: {', '.join(map(str, left_out))}")

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dynexit.config_io import load_study
-from tests.command_line import ENVIRONMENT, ROOT, TINY, digests, dynexit, start
+from tests.command_line import TINY, digests, dynexit, start
 
 pytestmark = pytest.mark.slow
 
@@ -35,13 +34,6 @@ def copy(finished: Path, tmp_path: Path) -> Path:
     """A copy of that folder, to damage."""
     shutil.copytree(finished, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def test_help_is_instant_and_imports_no_torch() -> None:
-    code = "import sys; from launch.__main__ import build_parser; build_parser(); print('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
-    assert out.stdout == "False\n"
-    assert "{" not in dynexit(ROOT, "--help").stdout.splitlines()[0]
 
 
 def test_a_run_leaves_table_picture_page_and_mlflow(finished: Path) -> None:
@@ -114,6 +106,28 @@ def test_status_and_dry_run_start_nothing(finished: Path, tmp_path: Path) -> Non
     assert "resources: --on here" in plan
     assert list(tmp_path.iterdir()) == []
     assert dynexit(tmp_path, "status", TINY).stdout.splitlines()[-2:] == ["report: to do", "6 waiting"]
+
+
+def test_many_studies_are_one_table_without_those_that_are_damaged(copy: Path) -> None:
+    for name in ("damaged", "nothing_yet"):
+        shutil.copytree(copy / "runs" / "tiny_study", copy / "runs" / name)
+    for stage in ("record", "search"):
+        shutil.rmtree(copy / "runs" / "nothing_yet" / stage)
+    found = next((copy / "runs" / "damaged" / "search").glob("*/configurations.json"))
+    found.write_text(found.read_text()[:-9])
+    whole = dynexit(copy, "aggregate", "runs/tiny_study", "runs/nothing_yet")
+    assert whole.stderr.splitlines() == [
+        "runs/tiny_study: 6 of 6 points are finished",
+        "runs/nothing_yet: 0 of 6 points are finished",
+    ]
+    of_the_study = (copy / "runs" / "tiny_study" / "report" / "operating_points.csv").read_text().splitlines()
+    assert whole.stdout.splitlines() == [
+        f"{'runs/tiny_study' if i else 'study'},{line}" for i, line in enumerate(of_the_study)
+    ]
+    rest = dynexit(copy, "aggregate", "runs", status=1)
+    assert rest.stdout == whole.stdout
+    assert "runs/damaged: left out, since runs/damaged/search/" in rest.stderr
+    assert rest.stderr.endswith("dynexit: not in the table, for what is told above: runs/damaged\n")
 
 
 def test_local_processes_give_the_same_results(finished: Path, tmp_path: Path) -> None:

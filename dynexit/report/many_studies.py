@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dynexit.config_io import load_study
-from dynexit.errors import UserError
+from dynexit.errors import Failure, UserError
 from dynexit.report.aggregate import write_csv
 from dynexit.report.study_report import collect_rows
 from dynexit.state import finished_jobs
@@ -26,25 +26,35 @@ def study_folders(directories: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> str:
-    """CSV: a row per operating point and split of every finished point, the study's folder first.
+def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[str, list[Path]]:
+    """CSV: a row per operating point and split of every finished point, the study's folder first; and who is not in it.
 
-    `on_front` is within the study. Columns that a study has not stay empty. `say` is told how much of a study is in it.
+    `on_front` is within the study. Columns that a study has not stay empty. `say` is told how much of a study is in it,
+    and why one is left out.
     """
     rows: list[dict[str, str]] = []
+    left_out = []
     for folder in study_folders(directories):
-        points = load_study(folder / _STUDY).points
-        ready = [point for point in points if "search" in finished_jobs(point, folder)]
-        say(f"{folder}: {len(ready)} of {len(points)} points are finished")
-        if not ready:
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            write_csv(Path(scratch) / "rows.csv", collect_rows(ready, folder))
-            with (Path(scratch) / "rows.csv").open(encoding="utf-8", newline="") as file:
-                rows += [{"study": str(folder), **row} for row in csv.DictReader(file)]
+        try:
+            rows += _rows(folder, say)
+        except (Failure, UserError) as fault:
+            say(f"{folder}: left out, since {fault}")
+            left_out.append(folder)
     names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    return text.getvalue(), left_out
+
+
+def _rows(folder: Path, say: Callable[[str], None]) -> list[dict[str, str]]:
+    points = load_study(folder / _STUDY).points
+    ready = [point for point in points if "search" in finished_jobs(point, folder)]
+    say(f"{folder}: {len(ready)} of {len(points)} points are finished")
+    if not ready:
+        return []
+    with tempfile.TemporaryDirectory() as scratch:
+        write_csv(Path(scratch) / "rows.csv", collect_rows(ready, folder))
+        with (Path(scratch) / "rows.csv").open(encoding="utf-8", newline="") as file:
+            return [{"study": str(folder), **row} for row in csv.DictReader(file)]

@@ -1,6 +1,7 @@
 """What a study's folder says of the work before: which configuration it belongs to, which packs were begun."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from dynexit.config_io import load_study
 from dynexit.errors import Failure, UserError
 from launch.plan import check_identity, unfinished_packs
 from launch.status import study_status
-from tests.command_line import TINY
+from tests.command_line import ENVIRONMENT, ROOT, TINY, dynexit
 
 
 def test_a_folder_belongs_to_a_configuration_once_a_job_began(tmp_path: Path) -> None:
@@ -37,3 +38,10 @@ def test_a_pack_with_a_damaged_list_is_moved_aside_by_the_remedy_once(tmp_path: 
     subprocess.run(str(caught.value).split("`")[1], shell=True, check=True)
     assert unfinished_packs(study) == []
     assert {status.state for status in study_status(study)} == {"waiting"}
+
+
+def test_help_is_instant_and_imports_no_torch() -> None:
+    code = "import sys; from launch.__main__ import build_parser; build_parser(); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout == "False\n"
+    assert "{" not in dynexit(ROOT, "--help").stdout.splitlines()[0]
