@@ -9,7 +9,7 @@ from dynexit.run_dir import write_json
 from launch import cluster
 from launch.cluster import QueuedJob
 from launch.queue_view import QueueView, last_error, live_state
-from launch.status import report_state
+from launch.status import report_state, study_status
 from launch.submissions import Submission
 from tests.command_line import TINY
 
@@ -66,3 +66,16 @@ def test_what_became_of_the_report_is_told(tmp_path: Path, monkeypatch: pytest.M
     told = [{"stage": "report", "work": [study.points[0].id], "reason": "no space"}]
     write_json(submission.folder / "9.failures.json", told)
     assert report_state(study, QueueView(study.directory)) == ("failed: no space", True)
+
+
+def test_a_backbone_that_failed_tells_every_point_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(TINY, [f"runs_dir={tmp_path}"])
+    monkeypatch.setattr(cluster, "queue", dict)
+    backbone = study.points[0].ids["prepare"]
+    submission = Submission(study, {})
+    submission.add(["7"], "prepare", [[backbone]])
+    (submission.folder / "7.starts").write_text("2026-11-21T20:00:00 on dev1\n2026-11-21T20:03:00 on dev2\n")
+    write_json(submission.folder / "7.failures.json", [{"stage": "prepare", "work": [backbone], "reason": "no room"}])
+    states = study_status(study)
+    assert len(states) == 6
+    assert {(one.state, one.figures, one.attempts, one.node) for one in states} == {("failed", "no room", "2", "dev2")}
