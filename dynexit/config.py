@@ -214,7 +214,13 @@ class Dist(Section):
     )
     prefetch_batches: int = key(2, "batches that each loading process prepares ahead", changes_results=False, ge=1)
     members_per_pack: int = key(64, "most points trained in one job", changes_results=False, ge=1)
-    checkpoint_seconds: float = key(60.0, "time between checkpoints", "s", changes_results=False, ge=0)
+    checkpoint_seconds: float = key(
+        60.0,
+        "time between checkpoints; longer where saving would take over 1 % of it",
+        "s",
+        changes_results=False,
+        ge=0,
+    )
     log_seconds: float = key(10.0, "time between lines in the log", "s", changes_results=False, ge=0)
     timeout_minutes: int = key(24 * 60, "time limit of one submitted job", "min", changes_results=False, ge=1)
     nodes: int = key(1, "machines that train or record one pack together (slurm)", changes_results=False, ge=1)

@@ -19,18 +19,20 @@ from dynexit.state import BEGUN
 from dynexit.tensor_files import save_tensors
 
 _KEPT = 2
+_MOST_SHARE = 0.01  # of the time goes into saving, however large a checkpoint is
 
 
 class Checkpoints:
-    """The checkpoints in `directory`, one due every `seconds`."""
+    """The checkpoints in `directory`, one due every `seconds`, or later if they take long; with 0 after each step."""
 
     def __init__(self, directory: Path, seconds: float = 60.0) -> None:
         self.directory, self.seconds = directory, seconds
-        self._last_saved = time.monotonic()
+        self._last_saved, self._took = time.monotonic(), 0.0
 
     def due(self) -> bool:
-        """Whether `seconds` have passed since the last save (or since the start)."""
-        return time.monotonic() - self._last_saved >= self.seconds
+        """Whether `seconds` have passed since the last save or the start, and a hundred times what that save took."""
+        wait = max(self.seconds, self._took / _MOST_SHARE) if self.seconds else 0.0
+        return time.monotonic() - self._last_saved >= wait
 
     def begin(self) -> None:
         """Marks the folder, so that the job knows it again."""
@@ -49,6 +51,7 @@ class Checkpoints:
 
         Raises Failure on a full disk and where the folder is gone.
         """
+        began = time.perf_counter()
         self.check()
         path = self.directory / f"checkpoint-{step:010d}.safetensors"
         digest = save_tensors(path, tensors)
@@ -56,7 +59,7 @@ class Checkpoints:
         for old in self._complete()[_KEPT:]:
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
-        self._last_saved = time.monotonic()
+        self._last_saved, self._took = time.monotonic(), time.perf_counter() - began
 
     def _complete(self) -> list[Path]:
         """The JSON files, newest first."""

@@ -53,7 +53,7 @@ def main(folder: Path, disturbance: str) -> None:
         (folder / "checkpoint-0000000010.safetensors").mkdir(exist_ok=True)
     progress = Progress("train", folder, 1e9, quiet=not ranks.is_main)
     if disturbance in ("clock", "full"):
-        checkpoint.time = SimpleNamespace(monotonic=itertools.count().__next__)  # type: ignore[assignment]
+        checkpoint.time = SimpleNamespace(monotonic=itertools.count().__next__, perf_counter=lambda: 0.0)  # type: ignore[assignment]
     checkpoints = Checkpoints(folder, 10 if disturbance in ("clock", "full") else 1e9)
     saved, save = [], checkpoints.save
     checkpoints.save = lambda step, *state: [saved.append(step), save(step, *state)]  # type: ignore[assignment]

@@ -1,11 +1,13 @@
-"""Checkpoints whose folder goes away under a running job."""
+"""Checkpoints whose folder goes away under a running job, and how often one is due."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dynexit.errors import Failure
+from dynexit.train import checkpoint
 from dynexit.train.checkpoint import Checkpoints
 
 
@@ -26,3 +28,24 @@ def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
     assert torch.equal(saved[0]["weight"], torch.arange(5))
     checkpoints.clear()
     assert not list(folder.iterdir())
+
+
+def test_saving_takes_a_hundredth_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
+
+    def save_slowly(path: Path, tensors: object) -> str:
+        clock.now += 3
+        return "digest"
+
+    monkeypatch.setattr(checkpoint, "time", clock)
+    monkeypatch.setattr(checkpoint, "save_tensors", save_slowly)
+    regular, each_step = Checkpoints(tmp_path / "a", 60), Checkpoints(tmp_path / "b", 0)
+    for checkpoints, waits in ((regular, [60, 300, 300]), (each_step, [0, 0, 0])):
+        checkpoints.begin()
+        for wait in waits:
+            if wait:
+                clock.now += wait - 1
+                assert not checkpoints.due()
+                clock.now += 1
+            assert checkpoints.due()
+            checkpoints.save(int(clock.now), {}, {})
