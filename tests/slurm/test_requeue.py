@@ -1,6 +1,7 @@
 """Whatever SLURM does to a training, it ends with the bits of one that nothing disturbed."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -47,9 +48,11 @@ def test_time_out_beside_signal_requeue_and_preemption(
     profile = {"time_minutes": 1, "signal_delay_seconds": 10, "mem_gb": 2, "setup": setup}
     site.write_text(yaml.safe_dump({**profile, "cpus_per_task": 2}), encoding="utf-8")  # a node of its own
     cluster.submit(*long_study("time-out"), site=site)
-    disturb_three_times(cluster, "stopped", *long_study("stopped"))
+    stopped = long_study("stopped")
+    disturb_three_times(cluster, "stopped", *stopped)
     cluster.wait_for_the_end()
     assert digests(long_reference.parent / "stopped") == digests(long_reference)
+    assert re.search(r" 4 +dev\d ", cluster.status(*stopped).splitlines()[1])  # attempts, and the node of the last
     for name in ("time-out", "time-out-2", "time-out-3", "time-out-4"):
         if name != "time-out":
             cluster.submit(*long_study(name), site=site)
