@@ -87,9 +87,10 @@ def _logs(options: argparse.Namespace) -> None:
 
     study, points = _study_of(options)
     printed = False
+    ids = {identity for point in points for identity in point.ids.values()}
     newest: dict[str, Submitted] = {}
     for job in all_submitted(study.directory):
-        if any(set(job.work) & set(point.ids.values()) for point in points):
+        if job.stage == "report" or ids & set(job.work):
             newest[job.stage] = job
     for job in newest.values():
         for path in job.logs():

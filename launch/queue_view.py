@@ -10,7 +10,7 @@ from dynexit.sweep import Point
 from launch import cluster
 from launch.arrays import ID_OF
 from launch.cluster import QueuedJob
-from launch.submissions import Submitted, all_submitted
+from launch.submissions import Submitted, all_submitted, logs_by_job
 from launch.task import CANCELLED, CRASHED, PREEMPTED, TIMED_OUT
 
 _AGAIN = (PREEMPTED, TIMED_OUT, CRASHED)
@@ -44,6 +44,7 @@ class QueueView:
             except Failure as failure:
                 self.unanswered = str(failure)
         self._states: dict[tuple[str, str], ClusterState] = {}
+        self._logs: dict[Path, dict[str, list[Path]]] = {}
 
     def of(self, point: Point, missing: str) -> ClusterState | None:
         """Of the job that does the point's work `missing`, or the report; None where none was submitted."""
@@ -66,10 +67,15 @@ class QueueView:
         elif last == CANCELLED or (entry is not None and entry.state == "CANCELLED"):
             state = "cancelled"
         elif self._queue is not None:
-            failed, reason = True, _why(job, point, entry)
-        log = next(iter(job.logs()), job.folder)
+            failed, reason = True, _why(job, point, entry, self._logs_of(job))
+        log = next(iter(self._logs_of(job)), job.folder)
         attempts, node = _tries(job)
         return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
+
+    def _logs_of(self, job: Submitted) -> Sequence[Path]:
+        if job.folder not in self._logs:
+            self._logs[job.folder] = logs_by_job(job.folder)
+        return self._logs[job.folder].get(job.job_id, ())
 
     def tries(self, point: Point) -> tuple[int, str] | None:
         """How often the job that trained the point was started, and where it was last; None where there is none."""
@@ -93,12 +99,12 @@ def live_state(entry: QueuedJob, missing: str, last: str) -> str:
     return f"waiting ({entry.reason})"
 
 
-def _why(job: Submitted, point: Point, entry: QueuedJob | None) -> str:
+def _why(job: Submitted, point: Point, entry: QueuedJob | None, logs: Sequence[Path]) -> str:
     """Why a job that is over did not do the point's work."""
     for failure in job.failures():
         if set(point.ids.values()) & set(failure["work"]):
             return str(failure["reason"])
-    said = last_error(job.logs())
+    said = last_error(logs)
     ends = job.ends[-1] if job.ends else ""
     if entry is not None and not ends:
         ends = f"{job.stage} job {job.job_id} ended as {entry.state}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dynexit.errors import Failure
 from dynexit.run_dir import PROGRESS, folders_in_place, job_dir, read_json
 from dynexit.state import JOBS_OF_A_POINT, MEMBERS, METRICS, failure_reason, finished_jobs
 from dynexit.sweep import Point, Study
@@ -74,14 +75,17 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
     if on_cluster is not None:
         state = state if reason is not None else on_cluster.state
         attempts, node = str(on_cluster.attempts), on_cluster.node
-        log = log if log.is_file() else on_cluster.log
+        log = on_cluster.log if on_cluster.is_failed or not log.is_file() else log
     return PointStatus(point.label, point.id, state, step, figures, attempts, node, str(log) if log.is_file() else "")
 
 
 def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:
     """What there is to say of the report, and whether it is over: no job that waits or runs will make it."""
-    if report_is_done(study):
-        return f"done, {study.directory / 'report' / 'report.html'}", True
+    try:
+        if report_is_done(study):
+            return f"done, {study.directory / 'report' / 'report.html'}", True
+    except Failure as damage:
+        return f"damaged: {damage}", True
     on_cluster = jobs.of(study.points[0], "report")
     if on_cluster is None:
         return "to do", True

@@ -50,8 +50,15 @@ class Submitted:
 
     def logs(self) -> list[Path]:
         """What its ranks printed: outputs first, then errors, by rank."""
-        paths = list(self.folder.glob(f"{self.job_id}_*_log.*"))
-        return sorted(paths, key=lambda path: (path.suffix != ".out", len(path.name), path.name))
+        return logs_by_job(self.folder).get(self.job_id, [])
+
+
+def logs_by_job(folder: Path) -> dict[str, list[Path]]:
+    """What the ranks of a submission's jobs printed, from one look at the folder: by job id, outputs first."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*_log.*"), key=lambda path: (path.suffix != ".out", len(path.name), path.name)):
+        found.setdefault(path.name.rsplit("_", 2)[0], []).append(path)  # 7_2_0_log.out: of the job 7_2 rank 0
+    return found
 
 
 class Submission:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from dynexit.config_io import load_study
 from dynexit.errors import Failure, UserError
 from dynexit.report.aggregate import write_csv
 from dynexit.report.study_report import collect_rows
+from dynexit.run_dir import is_done, job_dir
 from dynexit.state import finished_jobs
 
 _STUDY = "study.yaml"
@@ -37,7 +39,7 @@ def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[
     for folder in study_folders(directories):
         try:
             rows += _rows(folder, say)
-        except (Failure, UserError) as fault:
+        except (Failure, UserError, OSError) as fault:
             say(f"{folder}: left out, since {fault}")
             left_out.append(folder)
     names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
@@ -52,6 +54,8 @@ def _rows(folder: Path, say: Callable[[str], None]) -> list[dict[str, str]]:
     points = load_study(folder / _STUDY).points
     ready = [point for point in points if "search" in finished_jobs(point, folder)]
     say(f"{folder}: {len(ready)} of {len(points)} points are finished")
+    for point, stage in itertools.product(ready, ("record", "search")):
+        is_done(job_dir(folder, stage, point.ids[stage]), point.ids[stage])  # raises where a file is missing
     if not ready:
         return []
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,7 +10,7 @@ from launch import cluster
 from launch.cluster import QueuedJob
 from launch.queue_view import QueueView, last_error, live_state
 from launch.status import report_state, study_status
-from launch.submissions import Submission
+from launch.submissions import Submission, Submitted
 from tests.command_line import TINY
 
 CLOSED = "[rank{}]: RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.1.1]:15771."
@@ -66,6 +66,21 @@ def test_what_became_of_the_report_is_told(tmp_path: Path, monkeypatch: pytest.M
     told = [{"stage": "report", "work": [study.points[0].id], "reason": "no space"}]
     write_json(submission.folder / "9.failures.json", told)
     assert report_state(study, QueueView(study.directory)) == ("failed: no space", True)
+    write_json(study.directory / "report" / "DONE", {})
+    damaged, is_over = report_state(study, QueueView(study.directory))
+    assert damaged.startswith(f"damaged: {study.directory}/report/DONE is damaged; move it aside with `mv ")
+    assert is_over
+
+
+def test_each_job_has_its_own_logs_outputs_first(tmp_path: Path) -> None:
+    jobs = {"7_2": 11, "7_20": 1, "8": 2}
+    for job_id, num_ranks in jobs.items():
+        for rank in range(num_ranks):
+            for kind in ("err", "out"):
+                (tmp_path / f"{job_id}_{rank}_log.{kind}").touch()
+    for job_id, num_ranks in jobs.items():
+        expected = [f"{job_id}_{rank}_log.{kind}" for kind in ("out", "err") for rank in range(num_ranks)]
+        assert [path.name for path in Submitted(job_id, "train", (), tmp_path).logs()] == expected
 
 
 def test_a_backbone_that_failed_tells_every_point_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
