@@ -11,9 +11,9 @@ from launch import cluster
 from launch.arrays import ID_OF
 from launch.cluster import QueuedJob
 from launch.submissions import Submitted, all_submitted, logs_by_job
-from launch.task import CANCELLED, CRASHED, PREEMPTED, TIMED_OUT
+from launch.task import CANCELLED, CRASHED, PARTLY_FAILED, PREEMPTED, TIMED_OUT
 
-_AGAIN = (PREEMPTED, TIMED_OUT, CRASHED)
+_AGAIN = (PREEMPTED, TIMED_OUT, CRASHED, PARTLY_FAILED)
 
 
 @dataclasses.dataclass(frozen=True)

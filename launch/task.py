@@ -19,16 +19,19 @@ from typing import TYPE_CHECKING
 
 from dynexit.config import Dist
 from dynexit.errors import Failure, Interrupted, UserError
-from dynexit.run_dir import is_done, job_dir, read_json, write_json, write_text
+from dynexit.run_dir import is_done, job_dir, write_json
+from launch.notes import Notes
 from launch.plan import Job
 
 if TYPE_CHECKING:
     from dynexit.dist import Ranks
 
 PREEMPTED, TIMED_OUT, FAILED_FOR_GOOD, CRASHED, CANCELLED = "preempted", "timed-out", "failed", "crashed", "cancelled"
+PARTLY_FAILED = "partly-failed"  # what is left of the task's jobs goes on without the one that failed
 _EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
 _STOPPED, _FAILED = 75, 1  # exit statuses
 _REQUEUE_TRIES = 120  # every 5 seconds
+_MANY = 1_000_000
 _ALONE = ("search", "report")  # what the main rank does when the others have left
 _IDS = {"report": "train"}  # of points, where the work has none of its own
 
@@ -52,10 +55,10 @@ class ClusterTask:
             left = self.time_limit_seconds - (time.monotonic() - started)
             word = TIMED_OUT if left <= self.signal_delay_seconds + _EARLY_SECONDS else PREEMPTED
             print(f"{stop} ({word})", flush=True)
-            _Notes(folder, job_id).end(word)
+            Notes(folder, job_id).end(word)
             sys.exit(_STOPPED)
         if failures and self.jobs[0].stage == "prepare":  # nothing that waits for it can run
-            _Notes(folder, job_id).end(FAILED_FOR_GOOD)
+            Notes(folder, job_id).end(FAILED_FOR_GOOD)
             sys.exit(_FAILED)
         return failures
 
@@ -84,7 +87,7 @@ class _Work:
     """A task's jobs as they are done: one that fails stops no other."""
 
     def __init__(self, folder: Path, job_id: str, ranks: "Ranks") -> None:
-        self.notes, self.ranks = _Notes(folder, job_id), ranks
+        self.notes, self.ranks = Notes(folder, job_id), ranks
         self.failures: list[dict[str, object]] = []
         self.crash: Exception | None = None
 
@@ -118,65 +121,15 @@ class _Work:
                 self.notes.end(FAILED_FOR_GOOD)
             else:
                 self.notes.fail_alone(self.failures)
+                self.notes.end(PARTLY_FAILED)
             sys.exit(_FAILED)  # srun ends the ranks that wait for this one
         if self.ranks.is_main:
-            self.notes.through(is_trained=job.stage == "train" and stop is None)
+            self.notes.through(i, is_trained=job.stage == "train" and stop is None)
 
     def write_failures(self) -> None:
         """Leaves the sentences of what failed, when the task is through."""
         write_json(self.notes.file("failures.json"), self.failures)
         self.notes.fail_alone([])
-
-
-class _Notes:
-    """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
-
-    def __init__(self, folder: Path, job_id: str) -> None:
-        self._folder, self._job_id = folder, job_id
-
-    def file(self, name: str) -> Path:
-        """Where a note of that name is."""
-        return self._folder / f"{self._job_id}.{name}"
-
-    def failed_alone(self) -> list[dict[str, object]]:
-        """What failed on one rank of several in a run of this job before, with all that had failed by then."""
-        path = self.file("alone.json")
-        found: list[dict[str, object]] = read_json(path) if path.is_file() else []
-        return found
-
-    def fail_alone(self, failures: list[dict[str, object]]) -> None:
-        """Leaves for the next run what has failed by now; of an empty list, nothing."""
-        self.file("now").unlink(missing_ok=True)
-        if failures:
-            write_json(self.file("alone.json"), failures)
-        else:
-            self.file("alone.json").unlink(missing_ok=True)
-
-    def order(self, num_jobs: int) -> list[int]:
-        """In which order the jobs are done: one in which the program crashed comes last, so that it stops no other.
-
-        What failed on one rank alone is left out.
-        """
-        now = self.file("now")
-        crashed = int(now.read_text(encoding="utf-8")) if now.is_file() else -1
-        failed = [failure["job"] for failure in self.failed_alone()]
-        return sorted((i for i in range(num_jobs) if i not in failed), key=lambda i: i == crashed)
-
-    def begin(self, i: int) -> None:
-        """Job `i` begins."""
-        with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
-            write_text(self.file("now"), str(i))
-
-    def through(self, *, is_trained: bool) -> None:
-        """It is through; a task of several packs has something to record when one of them is trained."""
-        self.file("now").unlink(missing_ok=True)
-        if is_trained:
-            self.file("some").touch()
-
-    def end(self, word: str) -> None:
-        """Why the program ends before it is through."""
-        self.file("now").unlink(missing_ok=True)
-        self.file("why").write_text(word + "\n", encoding="utf-8")
 
 
 def _run(job: Job) -> Failure | UserError | None:
@@ -253,7 +206,10 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         'why=$(cat "$job.why" 2>/dev/null || echo "$why")',
         'rm -f "$job.why"',
         f"case $why in {TIMED_OUT}) most={dist.max_timeouts} ;; {PREEMPTED}) most={dist.max_preemptions} ;;",
-        f"  {CRASHED}) most={dist.max_retries} ;; *) most=0 ;; esac",
+        # a crash in another of the task's jobs than before is no try of that one
+        f'  {CRASHED}) most=$(cat "$job.now" 2>/dev/null | wc -w)',
+        f"    most=$(({dist.max_retries} + (most > 1 ? most - 1 : 0))) ;;",
+        f"  {PARTLY_FAILED}) most={_MANY} ;; *) most=0 ;; esac  # each time there is a job less to do",
         # what cannot be noted, as on a full disk, would not be counted either
         'echo "$why $(date +%FT%T) on ${SLURM_JOB_NODELIST:-?} with exit status $status" >> "$job.ends" || most=0',
         'if [ "$most" -gt 0 ] && [ "$(grep -c "^$why " "$job.ends")" -le "$most" ]; then',

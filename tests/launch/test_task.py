@@ -17,9 +17,10 @@ from dynexit.dist import Ranks
 from dynexit.errors import Failure, Interrupted
 from dynexit.run_dir import read_json
 from dynexit.sweep import Point
+from launch.notes import Notes
 from launch.plan import Job
 from launch.submissions import Submitted
-from launch.task import ClusterTask, _interruptible, _Notes, _Work, script_after, script_before
+from launch.task import ClusterTask, _interruptible, _Work, script_after, script_before
 
 
 def run_script(
@@ -108,15 +109,33 @@ def test_what_a_site_or_a_kill_left_does_not_stop_the_script(tmp_path: Path) -> 
 
 
 def test_a_task_with_something_to_record_lets_what_waits_for_it_run(tmp_path: Path) -> None:
-    notes = _Notes(tmp_path, "7_2")
+    notes = Notes(tmp_path, "7_2")
     assert notes.order(3) == [0, 1, 2]
     for i, is_trained in ((0, False), (1, True)):
         notes.begin(i)
-        notes.through(is_trained=is_trained)
+        notes.through(i, is_trained=is_trained)
     notes.begin(2)
     assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")
     assert notes.order(4) == [0, 1, 3, 2]  # what it crashed in comes last
+    notes.begin(2)
     assert run_script(tmp_path, 137, None) == (0, "")
+
+
+def test_jobs_that_crash_leave_the_others_their_tries(tmp_path: Path) -> None:
+    notes, order, done = Notes(tmp_path, "7_2"), [], []
+    crashing = (0, 1, 3)
+    for _ in range(20):
+        order.append(notes.order(6))
+        for i in order[-1]:
+            notes.begin(i)
+            if i in crashing:
+                break
+            done.append(i)
+            notes.through(i, is_trained=False)
+        if not run_script(tmp_path, 137, None)[1]:
+            break
+    assert order == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0], [2, 3, 4, 5, 0, 1], [2, 4, 5, 0, 1, 3]]
+    assert {2, 4, 5} <= set(done)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -135,7 +154,9 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
     first = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
     with pytest.raises(SystemExit):
         first.do(0, both[0])
-    assert run_script(tmp_path, 1, None) == (1, "requeue 9\n")  # for the one that is left
+    assert (tmp_path / "7_2.why").read_text() == "partly-failed\n"
+    for _ in range(3):  # however many failed like that before, for those that are left
+        assert run_script(tmp_path, 1, "partly-failed") == (1, "requeue 9\n")
     told = [{"job": 0, "stage": "train", "work": ["a"], "reason": "no room here"}]
     assert Submitted("7_2", "train", ("a", "b"), tmp_path).failures() == told
     then = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
@@ -148,7 +169,7 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
     assert then.notes.order(2) == [0, 1]  # told of once; whoever asks for the job again has it whole
     with pytest.raises(SystemExit):
         then.do(0, both[0], is_only=True)
-    assert run_script(tmp_path, 1, None)[1] == ""  # nothing is left
+    assert (tmp_path / "7_2.why").read_text() == "failed\n"  # nothing is left
 
 
 def test_what_another_try_would_not_mend_is_not_tried(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""What a job on a cluster leaves beside its logs: for its script, for itself when it is tried again, and for status."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynexit.errors import Failure
+from dynexit.run_dir import read_json, write_json, write_text
+
+
+class Notes:
+    """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
+
+    def __init__(self, folder: Path, job_id: str) -> None:
+        self._folder, self._job_id = folder, job_id
+
+    def file(self, name: str) -> Path:
+        """Where a note of that name is."""
+        return self._folder / f"{self._job_id}.{name}"
+
+    def failed_alone(self) -> list[dict[str, object]]:
+        """What failed on one rank of several in a run of this job before, with all that had failed by then."""
+        path = self.file("alone.json")
+        found: list[dict[str, object]] = read_json(path) if path.is_file() else []
+        return found
+
+    def fail_alone(self, failures: list[dict[str, object]]) -> None:
+        """Leaves for the next run what has failed by now; of an empty list, nothing."""
+        self.file("now").unlink(missing_ok=True)
+        if failures:
+            write_json(self.file("alone.json"), failures)
+        else:
+            self.file("alone.json").unlink(missing_ok=True)
+
+    def order(self, num_jobs: int) -> list[int]:
+        """In which order the jobs are done: those in which the program crashed come last, so that they stop no other.
+
+        What failed on one rank alone is left out.
+        """
+        crashed = self._begun()
+        failed = [failure["job"] for failure in self.failed_alone()]
+        rank = {i: place for place, i in enumerate(crashed)}
+        return sorted((i for i in range(num_jobs) if i not in failed), key=lambda i: rank.get(i, -1))
+
+    def _begun(self) -> list[int]:
+        """The jobs that began and did not come through, oldest first: the last one runs, or crashed the program."""
+        now = self.file("now")
+        return [int(word) for word in now.read_text(encoding="utf-8").split()] if now.is_file() else []
+
+    def _note_begun(self, jobs: Sequence[int]) -> None:
+        with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
+            write_text(self.file("now"), " ".join(map(str, jobs)))
+
+    def begin(self, i: int) -> None:
+        """Job `i` begins."""
+        self._note_begun([*(crashed for crashed in self._begun() if crashed != i), i])
+
+    def through(self, i: int, *, is_trained: bool) -> None:
+        """Job `i` is through; a task of several packs has something to record when one of them is trained."""
+        self._note_begun([crashed for crashed in self._begun() if crashed != i])
+        if is_trained:
+            self.file("some").touch()
+
+    def end(self, word: str) -> None:
+        """Why the program ends before it is through."""
+        self.file("now").unlink(missing_ok=True)
+        self.file("why").write_text(word + "\n", encoding="utf-8")
