@@ -26,7 +26,6 @@ class Notes:
 
     def fail_alone(self, failures: list[dict[str, object]]) -> None:
         """Leaves for the next run what has failed by now; of an empty list, nothing."""
-        self.file("now").unlink(missing_ok=True)
         if failures:
             write_json(self.file("alone.json"), failures)
         else:
@@ -62,6 +61,6 @@ class Notes:
             self.file("some").touch()
 
     def end(self, word: str) -> None:
-        """Why the program ends before it is through."""
-        self.file("now").unlink(missing_ok=True)
-        self.file("why").write_text(word + "\n", encoding="utf-8")
+        """Why the program ends before it is through: the first rank's word, since its end may be the others' reason."""
+        with contextlib.suppress(FileExistsError), self.file("why").open("x", encoding="utf-8") as file:
+            file.write(word + "\n")

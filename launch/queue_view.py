@@ -102,7 +102,7 @@ def live_state(entry: QueuedJob, missing: str, last: str) -> str:
 def _why(job: Submitted, point: Point, entry: QueuedJob | None, logs: Sequence[Path]) -> str:
     """Why a job that is over did not do the point's work."""
     for failure in job.failures():
-        if set(point.ids.values()) & set(failure["work"]):
+        if set(point.ids.values()) & set(failure.get("work", ())):
             return str(failure["reason"])
     said = last_error(logs)
     ends = job.ends[-1] if job.ends else ""

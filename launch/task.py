@@ -57,6 +57,9 @@ class ClusterTask:
             print(f"{stop} ({word})", flush=True)
             Notes(folder, job_id).end(word)
             sys.exit(_STOPPED)
+        except Exception:
+            Notes(folder, job_id).end(CRASHED)
+            raise
         if failures and self.jobs[0].stage == "prepare":  # nothing that waits for it can run
             Notes(folder, job_id).end(FAILED_FOR_GOOD)
             sys.exit(_FAILED)
@@ -205,6 +208,10 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         f'[ "$status" -eq 140 ] && {{ [ "$SECONDS" -lt {in_time} ] && why={PREEMPTED} || why={TIMED_OUT}; }}',
         'why=$(cat "$job.why" 2>/dev/null || echo "$why")',
         'rm -f "$job.why"',
+        # srun ends the ranks beside one that was killed, and they cannot know it from a preemption
+        f"case $status,$why in {_STOPPED},*|140,*|143,*) ;; *,{PREEMPTED}|*,{TIMED_OUT}) why={CRASHED} ;; esac",
+        # what was not crashed in is to come first again
+        f'[ "$why" = {CRASHED} ] || {{ [ -e "$job.now" ] && sed -i "s/ *[0-9]*$//" "$job.now"; }}',
         f"case $why in {TIMED_OUT}) most={dist.max_timeouts} ;; {PREEMPTED}) most={dist.max_preemptions} ;;",
         # a crash in another of the task's jobs than before is no try of that one
         f'  {CRASHED}) most=$(cat "$job.now" 2>/dev/null | wc -w)',

@@ -85,6 +85,33 @@ def test_a_signal_before_the_program_could_take_it_is_no_crash(tmp_path: Path, t
     assert (tmp_path / "7_2.ends").read_text().startswith(f"{word} ")
 
 
+@pytest.mark.parametrize(
+    ("status", "word"), [(75, "preempted"), (140, "preempted"), (143, "preempted"), (137, "crashed"), (1, "crashed")]
+)
+def test_a_rank_that_is_ended_beside_a_killed_one_was_not_preempted(tmp_path: Path, status: int, word: str) -> None:
+    assert run_script(tmp_path, status, "preempted") == (status, "requeue 9\n")
+    assert (tmp_path / "7_2.ends").read_text().startswith(f"{word} ")
+
+
+def test_the_first_word_on_an_end_counts(tmp_path: Path) -> None:
+    notes = Notes(tmp_path, "7_2")
+    notes.order(3)
+    notes.begin(1)
+    for word in ("partly-failed", "preempted"):
+        notes.end(word)
+    assert (tmp_path / "7_2.why").read_text() == "partly-failed\n"
+
+
+def test_what_a_preemption_found_running_comes_first_again(tmp_path: Path) -> None:
+    notes = Notes(tmp_path, "7_2")
+    notes.begin(0)
+    run_script(tmp_path, 137, None)
+    assert notes.order(3) == [1, 2, 0]
+    notes.begin(1)
+    run_script(tmp_path, 75, "preempted")
+    assert notes.order(3) == [1, 2, 0]
+
+
 def test_an_end_that_cannot_be_noted_is_not_tried_again_for_ever(tmp_path: Path) -> None:
     (tmp_path / "7_2.ends").symlink_to("/dev/full")
     status, asked = run_script(tmp_path, 137, None)
