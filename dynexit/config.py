@@ -216,7 +216,7 @@ class Dist(Section):
     members_per_pack: int = key(64, "most points trained in one job", changes_results=False, ge=1)
     checkpoint_seconds: float = key(
         60.0,
-        "time between checkpoints; longer where saving would take over 1 % of it",
+        "time between checkpoints; up to half an hour where saving would take over 1 % of it",
         "s",
         changes_results=False,
         ge=0,

@@ -47,6 +47,9 @@ class Notes:
         return [int(word) for word in now.read_text(encoding="utf-8").split()] if now.is_file() else []
 
     def _note_begun(self, jobs: Sequence[int]) -> None:
+        if not jobs:
+            self.file("now").unlink(missing_ok=True)
+            return
         with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
             write_text(self.file("now"), " ".join(map(str, jobs)))
 

@@ -75,7 +75,8 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
     if on_cluster is not None:
         state = state if reason is not None else on_cluster.state
         attempts, node = str(on_cluster.attempts), on_cluster.node
-        log = on_cluster.log if on_cluster.is_failed or not log.is_file() else log
+        is_of_it = log.is_file() and (folder is not None or missing == "prepare") and not on_cluster.is_failed
+        log = log if is_of_it else on_cluster.log
     return PointStatus(point.label, point.id, state, step, figures, attempts, node, str(log) if log.is_file() else "")
 
 

@@ -5,6 +5,7 @@ tensors. Without its JSON file a checkpoint does not exist.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ from dynexit.state import BEGUN
 from dynexit.tensor_files import save_tensors
 
 _KEPT = 2
-_MOST_SHARE = 0.01  # of the time goes into saving, however large a checkpoint is
+_MOST_SHARE = 0.01  # of the time goes into saving, also where checkpoints are large,
+_MOST_WAIT = 1800.0  # unless that would leave half an hour's work unsaved
 
 
 class Checkpoints:
@@ -27,11 +29,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, seconds: float = 60.0) -> None:
         self.directory, self.seconds = directory, seconds
-        self._last_saved, self._took = time.monotonic(), 0.0
+        self._last_saved = time.monotonic()
+        self._least = math.inf  # seconds of a save: one that took longer met a file system that was slow for once
 
     def due(self) -> bool:
-        """Whether `seconds` have passed since the last save or the start, and a hundred times what that save took."""
-        wait = max(self.seconds, self._took / _MOST_SHARE) if self.seconds else 0.0
+        """Whether `seconds` have passed since the last save or the start, and a hundred times what a save takes."""
+        least = 0.0 if self._least == math.inf or not self.seconds else self._least
+        wait = max(self.seconds, min(least / _MOST_SHARE, _MOST_WAIT))
         return time.monotonic() - self._last_saved >= wait
 
     def begin(self) -> None:
@@ -59,7 +63,7 @@ class Checkpoints:
         for old in self._complete()[_KEPT:]:
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
-        self._last_saved, self._took = time.monotonic(), time.perf_counter() - began
+        self._last_saved, self._least = time.monotonic(), min(self._least, time.perf_counter() - began)
 
     def _complete(self) -> list[Path]:
         """The JSON files, newest first."""
