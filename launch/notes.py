@@ -1,7 +1,6 @@
 """What a job on a cluster leaves beside its logs: for its script, for itself when it is tried again, and for status."""
 
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from dynexit.errors import Failure
@@ -36,30 +35,20 @@ class Notes:
 
         What failed on one rank alone is left out.
         """
-        crashed = self._begun()
+        path = self.file("crashed")
+        crashed = [int(line) for line in path.read_text(encoding="utf-8").split()] if path.is_file() else []
+        latest = {i: place for place, i in enumerate(crashed)}
         failed = [failure["job"] for failure in self.failed_alone()]
-        rank = {i: place for place, i in enumerate(crashed)}
-        return sorted((i for i in range(num_jobs) if i not in failed), key=lambda i: rank.get(i, -1))
-
-    def _begun(self) -> list[int]:
-        """The jobs that began and did not come through, oldest first: the last one runs, or crashed the program."""
-        now = self.file("now")
-        return [int(word) for word in now.read_text(encoding="utf-8").split()] if now.is_file() else []
-
-    def _note_begun(self, jobs: Sequence[int]) -> None:
-        if not jobs:
-            self.file("now").unlink(missing_ok=True)
-            return
-        with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
-            write_text(self.file("now"), " ".join(map(str, jobs)))
+        return sorted((i for i in range(num_jobs) if i not in failed), key=lambda i: latest.get(i, -1))
 
     def begin(self, i: int) -> None:
-        """Job `i` begins."""
-        self._note_begun([*(crashed for crashed in self._begun() if crashed != i), i])
+        """Job `i` begins. Where the program crashes, its script adds this to the list of what crashed."""
+        with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
+            write_text(self.file("now"), f"{i}\n")
 
-    def through(self, i: int, *, is_trained: bool) -> None:
-        """Job `i` is through; a task of several packs has something to record when one of them is trained."""
-        self._note_begun([crashed for crashed in self._begun() if crashed != i])
+    def through(self, *, is_trained: bool) -> None:
+        """It is through; a task of several packs has something to record when one of them is trained."""
+        self.file("now").unlink(missing_ok=True)
         if is_trained:
             self.file("some").touch()
 

@@ -127,7 +127,7 @@ class _Work:
                 self.notes.end(PARTLY_FAILED)
             sys.exit(_FAILED)  # srun ends the ranks that wait for this one
         if self.ranks.is_main:
-            self.notes.through(i, is_trained=job.stage == "train" and stop is None)
+            self.notes.through(is_trained=job.stage == "train" and stop is None)
 
     def write_failures(self) -> None:
         """Leaves the sentences of what failed, when the task is through."""
@@ -210,11 +210,11 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         'rm -f "$job.why"',
         # srun ends the ranks beside one that was killed, and they cannot know it from a preemption
         f"case $status,$why in {_STOPPED},*|140,*|143,*) ;; *,{PREEMPTED}|*,{TIMED_OUT}) why={CRASHED} ;; esac",
-        # what was not crashed in is to come first again
-        f'[ "$why" = {CRASHED} ] || {{ [ -e "$job.now" ] && sed -i "s/ *[0-9]*$//" "$job.now"; }}',
+        f'[ "$why" = {CRASHED} ] && cat "$job.now" >> "$job.crashed" 2>/dev/null',
+        'rm -f "$job.now"',
         f"case $why in {TIMED_OUT}) most={dist.max_timeouts} ;; {PREEMPTED}) most={dist.max_preemptions} ;;",
         # a crash in another of the task's jobs than before is no try of that one
-        f'  {CRASHED}) most=$(cat "$job.now" 2>/dev/null | wc -w)',
+        f'  {CRASHED}) most=$(sort -u "$job.crashed" 2>/dev/null | wc -l)',
         f"    most=$(({dist.max_retries} + (most > 1 ? most - 1 : 0))) ;;",
         f"  {PARTLY_FAILED}) most={_MANY} ;; *) most=0 ;; esac  # each time there is a job less to do",
         # what cannot be noted, as on a full disk, would not be counted either

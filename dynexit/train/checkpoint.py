@@ -5,8 +5,9 @@ tensors. Without its JSON file a checkpoint does not exist.
 """
 
 import hashlib
-import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ class Checkpoints:
     def __init__(self, directory: Path, seconds: float = 60.0) -> None:
         self.directory, self.seconds = directory, seconds
         self._last_saved = time.monotonic()
-        self._least = math.inf  # seconds of a save: one that took longer met a file system that was slow for once
+        self._took: deque[float] = deque(maxlen=3)  # one long save: a file system that was slow for once
 
     def due(self) -> bool:
         """Whether `seconds` have passed since the last save or the start, and a hundred times what a save takes."""
-        least = 0.0 if self._least == math.inf or not self.seconds else self._least
-        wait = max(self.seconds, min(least / _MOST_SHARE, _MOST_WAIT))
+        usual = statistics.median_low(self._took) if self._took and self.seconds else 0.0
+        wait = max(self.seconds, min(usual / _MOST_SHARE, _MOST_WAIT))
         return time.monotonic() - self._last_saved >= wait
 
     def begin(self) -> None:
@@ -63,7 +64,8 @@ class Checkpoints:
         for old in self._complete()[_KEPT:]:
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
-        self._last_saved, self._least = time.monotonic(), min(self._least, time.perf_counter() - began)
+        self._last_saved = time.monotonic()
+        self._took.append(time.perf_counter() - began)
 
     def _complete(self) -> list[Path]:
         """The JSON files, newest first."""
