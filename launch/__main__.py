@@ -1,6 +1,7 @@
 """The command line: parse, plan, submit, print. No logic, and no torch before a job needs it."""
 
 import argparse
+import atexit
 import dataclasses
 import os
 import sys
@@ -262,4 +263,10 @@ def _open_ui(study: "Study") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # threads of a process group that was left may abort an interpreter
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
