@@ -24,11 +24,8 @@ class Notes:
         return found
 
     def fail_alone(self, failures: list[dict[str, object]]) -> None:
-        """Leaves for the next run what has failed by now; of an empty list, nothing."""
-        if failures:
-            write_json(self.file("alone.json"), failures)
-        else:
-            self.file("alone.json").unlink(missing_ok=True)
+        """Leaves for the next run what has failed by now."""
+        write_json(self.file("alone.json"), failures)
 
     def order(self, num_jobs: int) -> list[int]:
         """In which order the jobs are done: those in which the program crashed come last, so that they stop no other.

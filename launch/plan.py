@@ -136,11 +136,11 @@ def check_identity(study: Study) -> None:
 def report_is_done(study: Study) -> bool:
     """Whether the report of just these points, with what of them is finished now, is there and whole."""
     directory = study.directory / "report"
-    identity = report_identity(study.points, study.directory)
     try:
         found = read_json(directory / DONE)
     except FileNotFoundError:
         return False
+    identity = report_identity(study.points, study.directory)
     if isinstance(found, dict) and found.get("id", identity) != identity:
         return False  # of other points, or of fewer
     return is_done(directory, identity, check_bytes=True)

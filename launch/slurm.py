@@ -98,9 +98,12 @@ def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
 
 def describe_array(array: Array) -> str:
     """An array in words: stage, tasks, packs."""
-    num_packs = sum(job.stage == array.stage for jobs in array.tasks for job in jobs)
-    packs = f", {num_packs} packs" if array.stage in ("train", "record") else ""
+    packs = f", {_num_packs(array)} packs" if array.stage in ("train", "record") else ""
     return f"{array.stage}: {len(array.tasks)} task{'s' if len(array.tasks) > 1 else ''}{packs}"
+
+
+def _num_packs(array: Array) -> int:
+    return sum(job.stage == array.stage for jobs in array.tasks for job in jobs)
 
 
 def _expected_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
@@ -109,9 +112,8 @@ def _expected_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
     minutes = site.minutes(dist)
     together = alone = 0
     for array in arrays:
-        packs = sum(job.stage == array.stage for jobs in array.tasks for job in jobs)
-        together += packs * done_together(array.stage, dist)
-        alone += packs * (array.stage == "prepare" and not done_together("prepare", dist))
+        together += _num_packs(array) * done_together(array.stage, dist)
+        alone += _num_packs(array) * (array.stage == "prepare" and not done_together("prepare", dist))
     if site.gpus_per_node:
         hours, unit = minutes / 60 * (together * dist.nodes * site.gpus_per_node + alone), "GPU-hours"
     else:

@@ -132,7 +132,7 @@ class _Work:
     def write_failures(self) -> None:
         """Leaves the sentences of what failed, when the task is through."""
         write_json(self.notes.file("failures.json"), self.failures)
-        self.notes.fail_alone([])
+        self.notes.file("alone.json").unlink(missing_ok=True)
 
 
 def _run(job: Job) -> Failure | UserError | None:

@@ -34,10 +34,14 @@ class Checkpoints:
         self._took: deque[float] = deque(maxlen=3)  # one long save: a file system that was slow for once
 
     def due(self) -> bool:
-        """Whether `seconds` have passed since the last save or the start, and a hundred times what a save takes."""
+        """Whether `interval` has passed since the last save, or since the start."""
+        return time.monotonic() - self._last_saved >= self.interval
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two saves: `seconds`, and a hundred times what a save takes, up to half an hour."""
         usual = statistics.median_low(self._took) if self._took and self.seconds else 0.0
-        wait = max(self.seconds, min(usual / _MOST_SHARE, _MOST_WAIT))
-        return time.monotonic() - self._last_saved >= wait
+        return max(self.seconds, min(usual / _MOST_SHARE, _MOST_WAIT))
 
     def begin(self) -> None:
         """Marks the folder, so that the job knows it again."""

@@ -51,7 +51,7 @@ def main(classes: int, members: int, rounds: int) -> None:
             saves.append(time.perf_counter() - begun)
         megabytes = next(Path(folder).glob("*.safetensors")).stat().st_size / 1e6
     step, save = statistics.median(steps), statistics.median(saves)
-    wait = max(EVERY, min(100 * save, 1800))
+    wait = checkpoints.interval
     print(f"{members} members, {classes} classes: a step {step:.3f} s, a save of {megabytes:.1f} MB {save:.3f} s")
     print(f"one every {wait:.0f} s: {100 * save / (wait + save):.2f} % of the time")
 
