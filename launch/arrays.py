@@ -52,7 +52,7 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live)
     recording = _unrecorded(study, chains, live) if "record" in stages else []
     alone = 1 if stages[-1] == "report" else 0
     per_chain = 2 if "record" in stages else 1
-    num_tasks = _num_tasks(limits, len(prepare) + alone, per_chain * len(chains) + len(recording))
+    num_tasks = _num_tasks(limits, len(prepare) + alone, per_chain * len(chains), len(recording))
     arrays = [Array("prepare", tuple((job,) for job in part)) for part in _split(prepare, limits.array_size)]
     after_prepare = _after_prepare(study, arrays, live)
     share = num_tasks / max(per_chain * len(chains) + len(recording), 1)
@@ -103,16 +103,19 @@ def _recording(points: Sequence[Point], study: Study) -> tuple[Job, ...]:
     )
 
 
-def _num_tasks(limits: Limits, fixed: int, wanted: int) -> int:
-    """How many tasks all chains may have together."""
+def _num_tasks(limits: Limits, fixed: int, in_chains: int, recording: int) -> int:
+    """How many tasks there may be of what can be done in turn: chains, and what only has to be recorded."""
+    wanted = in_chains + recording
     if limits.new_jobs is None or fixed + wanted <= limits.new_jobs:
         return wanted
-    if limits.new_jobs < fixed + 3:  # train, its record, and a record of what was trained before
+    least = fixed + min(in_chains, 2) + min(recording, 1)  # train, its record, a record of what was trained before
+    if limits.new_jobs < least:
         raise UserError(
-            f"the queue has room for {max(limits.new_jobs, 0)} more jobs of yours and the study needs {fixed + 3}; "
-            "wait until others have ended"
+            f"the queue has room for {max(limits.new_jobs, 0)} more jobs of yours and the study needs {least} at once; "
+            "wait until others have ended, or have the limit raised"
         )
-    return limits.new_jobs - fixed - 1  # shares are rounded down, and up to one where they would be none
+    both = in_chains > 0 and recording > 0
+    return limits.new_jobs - fixed - both  # shares are rounded down, and up to one where they would be none
 
 
 def _group(chains: Sequence[Any], num_tasks: int) -> list[list[Any]]:

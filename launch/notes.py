@@ -1,10 +1,24 @@
 """What a job on a cluster leaves beside its logs: for its script, for itself when it is tried again, and for status."""
 
+import collections
 import contextlib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from dynexit.errors import Failure
 from dynexit.run_dir import read_json, write_json, write_text
+
+
+def heading(part: int | str) -> str:
+    """What every rank of a task of several jobs prints among its errors before it begins that one."""
+    return f"part {part} begins"
+
+
+def section(text: str, part: int | str) -> str:
+    """What was printed at the last try of a job of several, '' where it was never tried."""
+    _, begun, after = text.rpartition(heading(part) + "\n")
+    return re.split(r"^part \d+ begins$", after, maxsplit=1, flags=re.MULTILINE)[0] if begun else ""
 
 
 class Notes:
@@ -27,20 +41,24 @@ class Notes:
         """Leaves for the next run what has failed by now."""
         write_json(self.file("alone.json"), failures)
 
-    def order(self, num_jobs: int) -> list[int]:
+    def order(self, num_jobs: int, max_retries: int) -> list[int]:
         """In which order the jobs are done: those in which the program crashed come last, so that they stop no other.
 
-        What failed on one rank alone is left out.
+        What failed on one rank alone and what crashed more than `max_retries` times is left out.
         """
-        path = self.file("crashed")
-        crashed = [int(line) for line in path.read_text(encoding="utf-8").split()] if path.is_file() else []
+        path = self.file("ends")
+        ends = path.read_text(encoding="utf-8") if path.is_file() else ""
+        crashed = [int(part) for part in re.findall(r"^crashed .* in part (\d+)$", ends, re.MULTILINE)]
         latest = {i: place for place, i in enumerate(crashed)}
-        failed = [failure["job"] for failure in self.failed_alone()]
-        return sorted((i for i in range(num_jobs) if i not in failed), key=lambda i: latest.get(i, -1))
+        over = {i for i, times in collections.Counter(crashed).items() if times > max_retries}
+        over.update(failure["job"] for failure in self.failed_alone())  # type: ignore[misc]
+        return sorted((i for i in range(num_jobs) if i not in over), key=lambda i: latest.get(i, -1))
 
-    def begin(self, i: int) -> None:
-        """Job `i` begins. Where the program crashes, its script adds this to the list of what crashed."""
-        with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
+    def begin(self, i: int, work: Iterable[str] = ()) -> None:
+        """Job `i` of several begins, with the ids of its work. Where the program crashes, its script notes in which."""
+        with contextlib.suppress(Failure, OSError):  # a full disk is told of by what cannot do without
+            with self.file("parts").open("a", encoding="utf-8") as file:
+                file.write(" ".join([str(i), *work]) + "\n")
             write_text(self.file("now"), f"{i}\n")
 
     def through(self, *, is_trained: bool) -> None:

@@ -1,5 +1,6 @@
 """What the cluster says of a study's points: the queue, how often a job was tried, and why it failed."""
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from dynexit.sweep import Point
 from launch import cluster
 from launch.arrays import ID_OF
 from launch.cluster import QueuedJob
+from launch.notes import section
 from launch.submissions import Submitted, all_submitted, logs_by_job
 from launch.task import CANCELLED, CRASHED, PARTLY_FAILED, PREEMPTED, TIMED_OUT
 
@@ -29,6 +31,22 @@ class ClusterState:
     log: Path
 
 
+class _Parts:
+    """A task's several jobs by the ids of their work: their numbers, how often each was begun, what is being done."""
+
+    def __init__(self, job: Submitted) -> None:
+        self.number: dict[str, str] = {}
+        self.tries: collections.Counter[str] = collections.Counter()
+        self.now: list[str] = []
+        for number, *work in job.parts:
+            self.number.update(dict.fromkeys(work, number))
+            self.tries.update(work)
+            self.now = work
+        self.are_known = bool(self.number)
+        if not job.is_at_a_part:
+            self.now = []
+
+
 class QueueView:
     """The newest job of every piece of work of a study, and the queue as one squeue call showed it."""
 
@@ -45,6 +63,7 @@ class QueueView:
                 self.unanswered = str(failure)
         self._states: dict[tuple[str, str], ClusterState] = {}
         self._logs: dict[Path, dict[str, list[Path]]] = {}
+        self._parts: dict[str, _Parts] = {}
 
     def of(self, point: Point, missing: str) -> ClusterState | None:
         """Of the job that does the point's work `missing`, or the report; None where none was submitted."""
@@ -57,19 +76,26 @@ class QueueView:
         return self._states[job.job_id, point.id]
 
     def _describe(self, job: Submitted, point: Point, missing: str) -> ClusterState:
-        ends = job.ends
+        parts, identity = self._parts_of(job), point.ids.get(missing, "")
+        number = parts.number.get(identity)
+        ends = _ends(job.ends, parts, number)
         last = ends[-1].partition(" ")[0] if ends else ""
         entry = None if self._queue is None else self._queue.get(job.job_id)
         live = entry is not None and entry.is_live
         state, reason, failed = "submitted" if not last else f"submitted, {last} before", "", False
         if entry is not None and live:
-            state = live_state(entry, missing, last)
+            is_another = parts.are_known and identity not in parts.now
+            state = live_state(entry, missing, last, is_another=is_another)
+            crashes = sum(end.endswith(f" in part {number}") for end in ends)
+            failed = crashes > point.config.dist.max_retries  # the task goes on with others
         elif last == CANCELLED or (entry is not None and entry.state == "CANCELLED"):
             state = "cancelled"
         elif self._queue is not None:
-            failed, reason = True, _why(job, point, entry, self._logs_of(job))
+            failed = True
+        if failed:
+            reason = _why(job, point, entry, self._logs_of(job), number, ends)
         log = next(iter(self._logs_of(job)), job.folder)
-        attempts, node = _tries(job)
+        attempts, node = _tries(job, parts, identity)
         return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
 
     def _logs_of(self, job: Submitted) -> Sequence[Path]:
@@ -80,18 +106,35 @@ class QueueView:
     def tries(self, point: Point) -> tuple[int, str] | None:
         """How often the job that trained the point was started, and where it was last; None where there is none."""
         job = self._newest.get(("train", point.ids["train"]))
-        return None if job is None else _tries(job)
+        return None if job is None else _tries(job, self._parts_of(job), point.ids["train"])
+
+    def _parts_of(self, job: Submitted) -> _Parts:
+        if job.job_id not in self._parts:
+            self._parts[job.job_id] = _Parts(job)
+        return self._parts[job.job_id]
 
 
-def _tries(job: Submitted) -> tuple[int, str]:
+def _ends(ends: list[str], parts: _Parts, number: str | None) -> list[str]:
+    """A job's ends without its crashes at other work than that of `number`."""
+    if not parts.are_known:
+        return ends
+    return [end for end in ends if " in part " not in end or end.endswith(f" in part {number}")]
+
+
+def _tries(job: Submitted, parts: _Parts, identity: str) -> tuple[int, str]:
+    """How often the work was begun, and where its job was last."""
     starts = job.starts
-    return len(starts), starts[-1].rpartition(" ")[2] if starts else ""
+    count = parts.tries[identity] if parts.are_known else len(starts)
+    return count, starts[-1].rpartition(" ")[2] if starts else ""
 
 
-def live_state(entry: QueuedJob, missing: str, last: str) -> str:
-    """What a job that is not over does for the work `missing`; `last` is why it ended the last time, '' for never."""
-    if entry.state == "RUNNING":
-        return f"{missing} running"
+def live_state(entry: QueuedJob, missing: str, last: str, *, is_another: bool = False) -> str:
+    """What a job that is not over does for the work `missing`, if it does not do other work in turn (`is_another`).
+
+    `last` is why it ended the last time, '' for never.
+    """
+    if entry.state == "RUNNING" and not (is_another and last == CRASHED):
+        return f"{missing} {'waits for its turn' if is_another else 'running'}"
     if last in _AGAIN:
         return f"{last}, waits to go on"
     if entry.state == "COMPLETING":  # told to end, and not gone yet
@@ -99,23 +142,26 @@ def live_state(entry: QueuedJob, missing: str, last: str) -> str:
     return f"waiting ({entry.reason})"
 
 
-def _why(job: Submitted, point: Point, entry: QueuedJob | None, logs: Sequence[Path]) -> str:
-    """Why a job that is over did not do the point's work."""
+def _why(
+    job: Submitted, point: Point, entry: QueuedJob | None, logs: Sequence[Path], number: str | None, lines: list[str]
+) -> str:
+    """Why a job that is over did not do the point's work, its part `number` that ended as `lines` say."""
     for failure in job.failures():
         if set(point.ids.values()) & set(failure.get("work", ())):
             return str(failure["reason"])
-    said = last_error(logs)
-    ends = job.ends[-1] if job.ends else ""
+    said = last_error(logs, number)
+    ends = lines[-1] if lines else ""
     if entry is not None and not ends:
         ends = f"{job.stage} job {job.job_id} ended as {entry.state}"
     return "; ".join(part for part in (said, ends) if part) or f"{job.stage} job {job.job_id} left no word"
 
 
-def _errors(logs: Iterable[Path]) -> list[str]:
-    """The last error in each of the logs that have one."""
+def _errors(logs: Iterable[Path], part: str | None) -> list[str]:
+    """The last error in each of the logs that have one, of several jobs in turn that of `part`."""
     found = []
     for path in logs:
         text = path.read_text(encoding="utf-8", errors="replace")
+        text = text if part is None else section(text, part)
         lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in text.splitlines()]  # torch puts it before each
         kinds = r"\S*(Error|Exception|Interrupted|error|Killed)\b|\[Errno \d+\]"
         errors = [line for line in lines if re.match(kinds, line)]
@@ -123,11 +169,14 @@ def _errors(logs: Iterable[Path]) -> list[str]:
     return found
 
 
-def last_error(logs: Sequence[Path]) -> str:
-    """The last error that a rank printed, rather than what the others said of its end; '' where none did."""
-    found = _errors(path for path in logs if path.suffix == ".err")
+def last_error(logs: Sequence[Path], part: str | None = None) -> str:
+    """The last error that a rank printed, rather than what the others said of its end; '' where none did.
+
+    Of a task that does several jobs in turn, at the last try of its `part`.
+    """
+    found = _errors((path for path in logs if path.suffix == ".err"), part)
     # where its errors had no room on the disk, submitit's words may have come through
-    found = found or _errors(path for path in logs if path.suffix == ".out")
+    found = found or _errors((path for path in logs if path.suffix == ".out"), part)
     silent = [line for line in found if "Connection" not in line]
     own = [line for line in silent if "gloo" not in line.lower()]
     return (own or silent or found or [""])[0]

@@ -98,8 +98,8 @@ def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
 
 def describe_array(array: Array) -> str:
     """An array in words: stage, tasks, packs."""
-    packs = f", {_num_packs(array)} packs" if array.stage in ("train", "record") else ""
-    return f"{array.stage}: {len(array.tasks)} task{'s' if len(array.tasks) > 1 else ''}{packs}"
+    counts = [(len(array.tasks), "task"), *([(_num_packs(array), "pack")] * (array.stage in ("train", "record")))]
+    return f"{array.stage}: " + ", ".join(f"{count} {word}{'s' * (count > 1)}" for count, word in counts)
 
 
 def _num_packs(array: Array) -> int:

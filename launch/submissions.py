@@ -37,6 +37,17 @@ class Submitted:
         path = self.folder / f"{self.job_id}.starts"
         return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
+    @property
+    def parts(self) -> list[list[str]]:
+        """Of a task of several jobs, a line for every time one was begun: its number, the ids of its work."""
+        path = self.folder / f"{self.job_id}.parts"
+        return [line.split() for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    @property
+    def is_at_a_part(self) -> bool:
+        """Whether one of several jobs is being done."""
+        return (self.folder / f"{self.job_id}.now").is_file()
+
     def note_cancelled(self) -> None:
         """Notes that the user took the job out of the queue."""
         with (self.folder / f"{self.job_id}.ends").open("a", encoding="utf-8") as file:

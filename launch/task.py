@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from dynexit.config import Dist
 from dynexit.errors import Failure, Interrupted, UserError
 from dynexit.run_dir import is_done, job_dir, write_json
-from launch.notes import Notes
+from launch.notes import Notes, heading
 from launch.plan import Job
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ class ClusterTask:
 
         dist = self.jobs[0].points[0].config.dist
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
-        work = _Work(folder, job_id, ranks)
+        work = _Work(folder, job_id, ranks, is_one_of_many=len(self.jobs) > 1)
         work.failures = ranks.agree(work.notes.failed_alone() if ranks.is_main else [])
-        order = ranks.agree(work.notes.order(len(self.jobs)) if ranks.is_main else [])
+        order = ranks.agree(work.notes.order(len(self.jobs), dist.max_retries) if ranks.is_main else [])
         alone = [i for i in order if self.jobs[i].stage in _ALONE]
         for i in (i for i in order if i not in alone):
             work.do(i, ranks.agree(_ready(self.jobs[i]) if ranks.is_main else None), is_only=len(order) == 1)
@@ -89,8 +89,8 @@ class ClusterTask:
 class _Work:
     """A task's jobs as they are done: one that fails stops no other."""
 
-    def __init__(self, folder: Path, job_id: str, ranks: "Ranks") -> None:
-        self.notes, self.ranks = Notes(folder, job_id), ranks
+    def __init__(self, folder: Path, job_id: str, ranks: "Ranks", *, is_one_of_many: bool) -> None:
+        self.notes, self.ranks, self.is_one_of_many = Notes(folder, job_id), ranks, is_one_of_many
         self.failures: list[dict[str, object]] = []
         self.crash: Exception | None = None
 
@@ -102,8 +102,11 @@ class _Work:
         """
         if job is None or not job.points:
             return
-        if self.ranks.is_main:
-            self.notes.begin(i)
+        work = [p.ids[_IDS.get(job.stage, job.stage)] for p in job.points]
+        if self.is_one_of_many:
+            print(heading(i), file=sys.stderr, flush=True)
+            if self.ranks.is_main:
+                self.notes.begin(i, work)
         others_wait = self.ranks.world_size > 1 and job.stage not in _ALONE
         try:
             stop = _run(job)
@@ -116,7 +119,6 @@ class _Work:
         if stop is not None:
             if self.ranks.is_main or failed_alone:
                 print(stop, file=sys.stderr, flush=True)
-            work = [p.ids[_IDS.get(job.stage, job.stage)] for p in job.points]
             self.failures.append({"job": i, "stage": job.stage, "work": work, "reason": str(stop)})
         if failed_alone:
             if is_only:
@@ -210,16 +212,15 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         'rm -f "$job.why"',
         # srun ends the ranks beside one that was killed, and they cannot know it from a preemption
         f"case $status,$why in {_STOPPED},*|140,*|143,*) ;; *,{PREEMPTED}|*,{TIMED_OUT}) why={CRASHED} ;; esac",
-        f'[ "$why" = {CRASHED} ] && cat "$job.now" >> "$job.crashed" 2>/dev/null',
+        f'part=; [ "$why" = {CRASHED} ] && [ -s "$job.now" ] && part=" in part $(cat "$job.now")"',
         'rm -f "$job.now"',
         f"case $why in {TIMED_OUT}) most={dist.max_timeouts} ;; {PREEMPTED}) most={dist.max_preemptions} ;;",
-        # a crash in another of the task's jobs than before is no try of that one
-        f'  {CRASHED}) most=$(sort -u "$job.crashed" 2>/dev/null | wc -l)',
-        f"    most=$(({dist.max_retries} + (most > 1 ? most - 1 : 0))) ;;",
+        # each of the task's jobs has its own tries, and the program leaves out one that has used them up
+        f'  {CRASHED}) [ -n "$part" ] && most={_MANY} || most={dist.max_retries} ;;',
         f"  {PARTLY_FAILED}) most={_MANY} ;; *) most=0 ;; esac  # each time there is a job less to do",
         # what cannot be noted, as on a full disk, would not be counted either
-        'echo "$why $(date +%FT%T) on ${SLURM_JOB_NODELIST:-?} with exit status $status" >> "$job.ends" || most=0',
-        'if [ "$most" -gt 0 ] && [ "$(grep -c "^$why " "$job.ends")" -le "$most" ]; then',
+        'echo "$why $(date +%FT%T) on ${SLURM_JOB_NODELIST:-?} with exit status $status$part" >> "$job.ends" || most=0',
+        'if [ "$most" -gt 0 ] && [ "$(grep -c "^$why .* status [0-9]*$" "$job.ends")" -le "$most" ]; then',
         f"  avoided={avoided}$SLURM_JOB_NODELIST",
         f'  [ "$why" = {CRASHED} ] && sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 || avoided=',
         "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
@@ -242,6 +243,7 @@ def script_before(folder: Path) -> list[str]:
     return [
         "set +eu",  # a site's lines may have set it, and the lines that follow the ranks must be come to
         f'job={shlex.quote(str(folder))}/"{name}"',
-        'rm -f "$job.why" "$job"_*_result.pkl.save_tmp',  # submitit refuses to write over what a kill left of its own
+        # submitit refuses to write over what a kill left of its own
+        'rm -f "$job.why" "$job.now" "$job"_*_result.pkl.save_tmp',
         'echo "$(date +%FT%T) on ${SLURM_JOB_NODELIST:-?}" >> "$job.starts"',
     ]

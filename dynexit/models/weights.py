@@ -124,15 +124,16 @@ def _without_classifier_of_other_size(state: dict[str, Tensor], model: Any) -> d
     return state
 
 
-def _optional(name: str, model: Any) -> bool:
-    """What a file may lack: the classifier (of a feature extractor or of other classes) and old files' batch counts."""
-    return name.endswith(".num_batches_tracked") or name.startswith(tuple(f"{c}." for c in _classifier_names(model)))
+def _optional(name: str, model: Any, state: Mapping[str, Tensor]) -> bool:
+    """What a file may lack: a whole classifier (no class scores, or others), and old files' batch counts."""
+    lacking = tuple(f"{c}." for c in _classifier_names(model) if f"{c}.weight" not in state)
+    return name.endswith(".num_batches_tracked") or name.startswith(lacking)
 
 
 def _misfits(state: Mapping[str, Tensor], model: Any) -> tuple[list[str], list[str], list[str], list[str]]:
     """(missing names, names the model does not know, names of other shapes, and of other types, with both)."""
     own = model.state_dict()
-    missing = [name for name in own if name not in state and not _optional(name, model)]
+    missing = [name for name in own if name not in state and not _optional(name, model, state)]
     unknown = [name for name in state if name not in own]
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"

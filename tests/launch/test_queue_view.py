@@ -94,3 +94,42 @@ def test_a_backbone_that_failed_tells_every_point_why(tmp_path: Path, monkeypatc
     states = study_status(study)
     assert len(states) == 6
     assert {(one.state, one.figures, one.attempts, one.node) for one in states} == {("failed", "no room", "2", "dev2")}
+
+
+def test_each_pack_of_a_task_that_does_several_has_its_own_state_tries_and_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(TINY, [f"runs_dir={tmp_path}"])
+    queue = {"7": QueuedJob("7", "RUNNING", "", "dev3", "0:12")}
+    monkeypatch.setattr(cluster, "queue", lambda: queue)
+    ids = [point.id for point in study.points]
+    for point in study.points:
+        write_json(study.directory / "prepare" / point.ids["prepare"] / "DONE", {"id": point.ids["prepare"]})
+    submission = Submission(study, {})
+    submission.add(["7"], "train", [ids])
+    times = {0: 3, 1: 1, 2: 2, 3: 1}  # 0 crashed too often, 2 once, 1 failed, 3 is being done, the rest waits
+    begun = "".join(f"{i} {ids[i]}\n" * count for i, count in times.items())
+    (submission.folder / "7.parts").write_text(begun)
+    (submission.folder / "7.now").write_text("3\n")
+    end = "crashed 2026-11-21T20:0{}:00 on dev1 with exit status 137 in part {}\n"
+    ends = "".join(end.format(minute, part) for minute, part in enumerate((0, 2, 0, 0)))
+    (submission.folder / "7.ends").write_text(ends)
+    (submission.folder / "7.starts").write_text("2026-11-21T20:00:00 on dev1\n" * 7)
+    said = ["part 0 begins", "ValueError: early", "part 0 begins", "part 1 begins", "KeyError: 'other'"]
+    (submission.folder / "7_0_log.err").write_text("\n".join([*said, "part 2 begins", "OSError: torn", ""]))
+    over = end.format(3, 0).strip()
+    told = [(one.state, one.figures, one.attempts) for one in study_status(study)]
+    waits = ("train waits for its turn", "", "0")
+    assert told == [
+        ("failed", over, "3"),  # what it said before its last try is not why it ended
+        ("train waits for its turn", "", "1"),
+        ("crashed, waits to go on", "", "2"),
+        ("train running", "", "1"),
+        waits,
+        waits,
+    ]
+    queue.clear()
+    (submission.folder / "7.now").unlink()
+    write_json(submission.folder / "7.failures.json", [{"job": 1, "stage": "train", "work": [ids[1]], "reason": "NaN"}])
+    told_of = [one.figures for one in study_status(study)]
+    assert told_of[:3] == [over, "NaN", "OSError: torn; " + end.format(1, 2).strip()]

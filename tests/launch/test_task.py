@@ -36,7 +36,9 @@ def run_script(
     ):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
-    note = "true" if why is None else f'echo {why} > "$job.why"'
+    begun = folder / "7_2.now"
+    note = f'echo {begun.read_text().strip()} > "$job.now"' if begun.is_file() else "true"
+    note += "" if why is None else f'; echo {why} > "$job.why"'
     dist = Dist(max_timeouts=2, max_preemptions=3, max_retries=1)
     after = script_after(ClusterTask((), time_limit, 120), dist, exclude)
     lines = [*script_before(folder), note, f"(exit {status})", *after]
@@ -95,8 +97,6 @@ def test_a_rank_that_is_ended_beside_a_killed_one_was_not_preempted(tmp_path: Pa
 
 def test_the_first_word_on_an_end_counts(tmp_path: Path) -> None:
     notes = Notes(tmp_path, "7_2")
-    notes.order(3)
-    notes.begin(1)
     for word in ("partly-failed", "preempted"):
         notes.end(word)
     assert (tmp_path / "7_2.why").read_text() == "partly-failed\n"
@@ -106,10 +106,10 @@ def test_what_a_preemption_found_running_comes_first_again(tmp_path: Path) -> No
     notes = Notes(tmp_path, "7_2")
     notes.begin(0)
     run_script(tmp_path, 137, None)
-    assert notes.order(3) == [1, 2, 0]
+    assert notes.order(3, 1) == [1, 2, 0]
     notes.begin(1)
     run_script(tmp_path, 75, "preempted")
-    assert notes.order(3) == [1, 2, 0]
+    assert notes.order(3, 1) == [1, 2, 0]
 
 
 def test_an_end_that_cannot_be_noted_is_not_tried_again_for_ever(tmp_path: Path) -> None:
@@ -137,14 +137,17 @@ def test_what_a_site_or_a_kill_left_does_not_stop_the_script(tmp_path: Path) -> 
 
 def test_a_task_with_something_to_record_lets_what_waits_for_it_run(tmp_path: Path) -> None:
     notes = Notes(tmp_path, "7_2")
-    assert notes.order(3) == [0, 1, 2]
+    assert notes.order(3, 1) == [0, 1, 2]
     for i, is_trained in ((0, False), (1, True)):
         notes.begin(i)
         notes.through(is_trained=is_trained)
     notes.begin(2)
     assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")
-    assert notes.order(4) == [0, 1, 3, 2]  # what it crashed in comes last
+    assert notes.order(4, 1) == [0, 1, 3, 2]  # what it crashed in comes last
     notes.begin(2)
+    assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")
+    assert notes.order(4, 1) == [0, 1, 3]  # and has used up its tries
+    assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")  # before any began
     assert run_script(tmp_path, 137, None) == (0, "")
 
 
@@ -158,8 +161,8 @@ def run_task(folder: Path, crashes: dict[int, int], preempted: Sequence[int] = (
         if attempt in preempted:
             assert run_script(folder, 75, "preempted")[1]
             continue
-        order = [i for i in notes.order(6) if i not in done]
-        first.append(order[0])
+        order = [i for i in notes.order(6, 1) if i not in done]
+        first += order[:1]
         for i in order:
             notes.begin(i)
             if crashes.get(i, 0):
@@ -175,14 +178,16 @@ def run_task(folder: Path, crashes: dict[int, int], preempted: Sequence[int] = (
 
 
 def test_jobs_that_crash_leave_the_others_their_tries(tmp_path: Path) -> None:
-    tasks = [tmp_path / name for name in ("often", "preempted", "recovers")]
+    tasks = [tmp_path / name for name in ("often", "preempted", "recovers", "beside")]
     for folder in tasks:
         folder.mkdir()
-    assert run_task(tasks[0], {0: 9, 1: 9, 3: 9}) == ([0, 1, 2, 4], [2, 4, 5])
+    assert run_task(tasks[0], {0: 9, 1: 9, 3: 9}) == ([0, 1, 2, 4, 1, 3], [2, 4, 5])
     # a signal before a job begins takes nothing from what is known of the crashes
-    assert run_task(tasks[1], {0: 9, 1: 9}, preempted=(1, 2)) == ([0, 1, 2], [2, 3, 4, 5])
+    assert run_task(tasks[1], {0: 9, 1: 9}, preempted=(1, 2)) == ([0, 1, 2, 1], [2, 3, 4, 5])
     # each has its one try more, and the one that crashes in that too is given up
     assert run_task(tasks[2], {0: 1, 1: 1, 2: 1, 3: 2}) == ([0, 1, 2, 3, 4], [0, 1, 2, 4, 5])
+    # however often others crash
+    assert run_task(tasks[3], {0: 9, 1: 9, 2: 1}) == ([0, 1, 2, 3, 1, 2], [2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -198,7 +203,7 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
 
     monkeypatch.setitem(jobs.JOBS, "train", train)
     both = [Job("train", (cast(Point, SimpleNamespace(id=one, ids={"train": one})),), tmp_path) for one in "ab"]
-    first = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
+    first = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")), is_one_of_many=True)
     with pytest.raises(SystemExit):
         first.do(0, both[0])
     assert (tmp_path / "7_2.why").read_text() == "partly-failed\n"
@@ -206,14 +211,14 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
         assert run_script(tmp_path, 1, "partly-failed") == (1, "requeue 9\n")
     told = [{"job": 0, "stage": "train", "work": ["a"], "reason": "no room here"}]
     assert Submitted("7_2", "train", ("a", "b"), tmp_path).failures() == told
-    then = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")))
+    then = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")), is_one_of_many=True)
     then.failures = then.notes.failed_alone()
-    assert then.notes.order(2) == [1]
+    assert then.notes.order(2, 1) == [1]
     then.do(1, both[1])
     assert done == ["b"]
     then.write_failures()
     assert read_json(tmp_path / "7_2.failures.json") == told
-    assert then.notes.order(2) == [0, 1]  # told of once; whoever asks for the job again has it whole
+    assert then.notes.order(2, 1) == [0, 1]  # told of once; whoever asks for the job again has it whole
     with pytest.raises(SystemExit):
         then.do(0, both[0], is_only=True)
     assert (tmp_path / "7_2.why").read_text() == "failed\n"  # nothing is left

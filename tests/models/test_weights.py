@@ -168,6 +168,16 @@ def test_a_classifier_of_other_classes_is_refused_where_none_is_trained(tmp_path
         )
     path = str(tmp_path / "six.pth")
     build_backbone("resnet18", arguments=arguments, num_classes=6, weights=path, classifier_is_trained=False)
+    torch.save({name: value for name, value in state.items() if name != "fc.bias"}, path)  # half a classifier is none
+    for classifier_is_trained in (False, True):
+        with pytest.raises(UserError, match=r"not of backbone 'resnet18': 1 weights are missing \(first: fc.bias\)"):
+            build_backbone(
+                "resnet18",
+                arguments=arguments,
+                num_classes=6,
+                weights=path,
+                classifier_is_trained=classifier_is_trained,
+            )
     with pytest.raises(UserError, match="'resnet18' has 1000 classes on timm's hub and the data set 4: set prepare"):
         build_backbone("resnet18", num_classes=4, weights="pretrained", classifier_is_trained=False)
 

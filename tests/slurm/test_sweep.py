@@ -37,7 +37,7 @@ def test_arrays_split_by_the_limit_give_the_results_of_one_process_while_the_con
     said = cluster.submit(*study)
     assert [line.split(":")[0] for line in said.splitlines()[:-1]] == ["prepare", *["train", "record"] * 2, "report"]
     assert "train: 5 tasks, 5 packs" in said
-    assert "train: 1 task, 1 packs" in said
+    assert "train: 1 task, 1 pack" in said
     assert cluster.status(*study).splitlines()[-1].startswith("6 ")
     error = dynexit(cluster.folder, "run", TINY, *study, status=2).stderr
     assert "jobs of runs/sweep are in the cluster's queue" in error
@@ -109,7 +109,7 @@ def test_a_failed_point_is_explained_and_retry_runs_only_it(cluster: Cluster, re
     assert "could not be written: Is a directory" in dynexit(cluster.folder, "logs", TINY, first, *study).stdout
     in_the_way.rmdir()
     said = dynexit(cluster.folder, "retry", TINY, *study).stdout
-    assert "train: 1 task, 1 packs" in said
+    assert "train: 1 task, 1 pack" in said
     cluster.wait_for_the_end()
     assert cluster.status(*study).splitlines()[-1] == "2 done"
     kept = {
