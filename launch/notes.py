@@ -21,11 +21,17 @@ def section(text: str, part: int | str) -> str:
     return re.split(r"^part \d+ begins$", after, maxsplit=1, flags=re.MULTILINE)[0] if begun else ""
 
 
+def crashed_parts(end: str) -> list[str]:
+    """In which jobs of several the program crashed, by the line on that end of it."""
+    return end.partition(" in part ")[2].split()
+
+
 class Notes:
     """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
 
     def __init__(self, folder: Path, job_id: str) -> None:
         self._folder, self._job_id = folder, job_id
+        self._raised: list[int] = []
 
     def file(self, name: str) -> Path:
         """Where a note of that name is."""
@@ -47,8 +53,8 @@ class Notes:
         What failed on one rank alone and what crashed more than `max_retries` times is left out.
         """
         path = self.file("ends")
-        ends = path.read_text(encoding="utf-8") if path.is_file() else ""
-        crashed = [int(part) for part in re.findall(r"^crashed .* in part (\d+)$", ends, re.MULTILINE)]
+        ends = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        crashed = [int(part) for end in ends for part in crashed_parts(end)]
         latest = {i: place for place, i in enumerate(crashed)}
         over = {i for i, times in collections.Counter(crashed).items() if times > max_retries}
         over.update(failure["job"] for failure in self.failed_alone())  # type: ignore[misc]
@@ -56,14 +62,25 @@ class Notes:
 
     def begin(self, i: int, work: Iterable[str] = ()) -> None:
         """Job `i` of several begins, with the ids of its work. Where the program crashes, its script notes in which."""
-        with contextlib.suppress(Failure, OSError):  # a full disk is told of by what cannot do without
-            with self.file("parts").open("a", encoding="utf-8") as file:
-                file.write(" ".join([str(i), *work]) + "\n")
-            write_text(self.file("now"), f"{i}\n")
+        # a full disk is told of by what cannot do without
+        with contextlib.suppress(OSError), self.file("parts").open("a", encoding="utf-8") as file:
+            file.write(" ".join([str(i), *work]) + "\n")
+        self._at([i, *self._raised])
+
+    def crash(self, i: int) -> None:
+        """Job `i` of several crashed and the program goes on with others; where it ends, this is noted."""
+        self._raised.append(i)
+
+    def _at(self, parts: list[int]) -> None:
+        with contextlib.suppress(Failure):
+            write_text(self.file("now"), " ".join(map(str, parts)) + "\n")
 
     def through(self, *, is_trained: bool) -> None:
         """It is through; a task of several packs has something to record when one of them is trained."""
-        self.file("now").unlink(missing_ok=True)
+        if self._raised:
+            self._at(self._raised)
+        else:
+            self.file("now").unlink(missing_ok=True)
         if is_trained:
             self.file("some").touch()
 

@@ -11,7 +11,7 @@ from dynexit.sweep import Point
 from launch import cluster
 from launch.arrays import ID_OF
 from launch.cluster import QueuedJob
-from launch.notes import section
+from launch.notes import crashed_parts, section
 from launch.submissions import Submitted, all_submitted, logs_by_job
 from launch.task import CANCELLED, CRASHED, PARTLY_FAILED, PREEMPTED, TIMED_OUT
 
@@ -82,18 +82,19 @@ class QueueView:
         last = ends[-1].partition(" ")[0] if ends else ""
         entry = None if self._queue is None else self._queue.get(job.job_id)
         live = entry is not None and entry.is_live
+        crashes = [end for end in ends if number in crashed_parts(end)]
+        is_given_up = len(crashes) > point.config.dist.max_retries
         state, reason, failed = "submitted" if not last else f"submitted, {last} before", "", False
         if entry is not None and live:
             is_another = parts.are_known and identity not in parts.now
             state = live_state(entry, missing, last, is_another=is_another)
-            crashes = sum(end.endswith(f" in part {number}") for end in ends)
-            failed = crashes > point.config.dist.max_retries  # the task goes on with others
+            failed = is_given_up  # the task goes on with others
         elif last == CANCELLED or (entry is not None and entry.state == "CANCELLED"):
             state = "cancelled"
         elif self._queue is not None:
             failed = True
         if failed:
-            reason = _why(job, point, entry, self._logs_of(job), number, ends)
+            reason = _why(job, point, entry, self._logs_of(job), number, crashes if is_given_up else ends)
         log = next(iter(self._logs_of(job)), job.folder)
         attempts, node = _tries(job, parts, identity)
         return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
@@ -118,7 +119,7 @@ def _ends(ends: list[str], parts: _Parts, number: str | None) -> list[str]:
     """A job's ends without its crashes at other work than that of `number`."""
     if not parts.are_known:
         return ends
-    return [end for end in ends if " in part " not in end or end.endswith(f" in part {number}")]
+    return [end for end in ends if not crashed_parts(end) or number in crashed_parts(end)]
 
 
 def _tries(job: Submitted, parts: _Parts, identity: str) -> tuple[int, str]:

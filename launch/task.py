@@ -115,6 +115,8 @@ class _Work:
                 raise
             traceback.print_exc()
             stop, self.crash = Failure(f"{type(error).__name__}: {error}"), error
+            if self.is_one_of_many:
+                self.notes.crash(i)
         failed_alone = others_wait and stop is not None and not stop.on_all_ranks
         if stop is not None:
             if self.ranks.is_main or failed_alone:

@@ -190,6 +190,30 @@ def test_jobs_that_crash_leave_the_others_their_tries(tmp_path: Path) -> None:
     assert run_task(tasks[3], {0: 9, 1: 9, 2: 1}) == ([0, 1, 2, 3, 1, 2], [2, 3, 4, 5])
 
 
+def test_what_raises_has_tries_of_its_own_beside_what_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(points: Sequence[Point], study_dir: Path) -> None:
+        if points[0].id in "ac":
+            raise RuntimeError("torn")
+
+    monkeypatch.setitem(jobs.JOBS, "train", train)
+    tasks = [Job("train", (cast(Point, SimpleNamespace(id=one, ids={"train": one})),), tmp_path) for one in "abc"]
+    for left, killed_at in (([0, 1, 2], 2), ([1, 2, 0], None), ([1], None)):
+        work = _Work(tmp_path, "7_2", Ranks(0, 1, torch.device("cpu")), is_one_of_many=True)
+        assert work.notes.order(3, 1) == left
+        for i in left:
+            if i == killed_at:
+                work.notes.begin(i)
+                break
+            work.do(i, tasks[i])
+        status = 137 if killed_at else int(work.crash is not None)
+        assert run_script(tmp_path, status, None) == (status, "requeue 9\n" if status else "")
+    ends = (tmp_path / "7_2.ends").read_text().splitlines()
+    assert [line.partition(" with exit status ")[2] for line in ends] == ["137 in part 2 0", "1 in part 2 0"]
+    assert [line[0] for line in Submitted("7_2", "train", (), tmp_path).parts] == list("0121201")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_fails_on_one_rank_alone_stops_no_other_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
