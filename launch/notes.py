@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import os
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +23,9 @@ def section(text: str, part: int | str) -> str:
     return re.split(r"^part \d+ begins$", after, maxsplit=1, flags=re.MULTILINE)[0] if begun else ""
 
 
+IN_NOTED = " in noted parts"  # ends the line of a crash of which each of several jobs has its own line before
+
+
 def crashed_parts(end: str) -> list[str]:
     """In which jobs of several the program crashed, by the line on that end of it."""
     return end.partition(" in part ")[2].split()
@@ -31,7 +36,7 @@ class Notes:
 
     def __init__(self, folder: Path, job_id: str) -> None:
         self._folder, self._job_id = folder, job_id
-        self._raised: list[int] = []
+        self._has_crashed = False
 
     def file(self, name: str) -> Path:
         """Where a note of that name is."""
@@ -65,22 +70,25 @@ class Notes:
         # a full disk is told of by what cannot do without
         with contextlib.suppress(OSError), self.file("parts").open("a", encoding="utf-8") as file:
             file.write(" ".join([str(i), *work]) + "\n")
-        self._at([i, *self._raised])
+        with contextlib.suppress(Failure):
+            write_text(self.file("now"), f"{i}\n")
 
     def crash(self, i: int) -> None:
-        """Job `i` of several crashed and the program goes on with others; where it ends, this is noted."""
-        self._raised.append(i)
-
-    def _at(self, parts: list[int]) -> None:
-        with contextlib.suppress(Failure):
-            write_text(self.file("now"), " ".join(map(str, parts)) + "\n")
+        """Job `i` of several crashed, and the program goes on with the others."""
+        self._has_crashed = True
+        with contextlib.suppress(OSError), self.file("ends").open("a", encoding="utf-8") as file:
+            nodes = os.environ.get("SLURM_JOB_NODELIST", "?")
+            file.write(f"crashed {time.strftime('%FT%T')} on {nodes} in part {i}\n")
 
     def through(self, *, is_trained: bool) -> None:
-        """It is through; a task of several packs has something to record when one of them is trained."""
-        if self._raised:
-            self._at(self._raised)
-        else:
-            self.file("now").unlink(missing_ok=True)
+        """It is through; a task of several packs has something to record when one of them is trained.
+
+        An empty note tells the script that the crash at the end of the program is that of jobs that were noted.
+        """
+        self.file("now").unlink(missing_ok=True)
+        if self._has_crashed:
+            with contextlib.suppress(OSError):
+                self.file("now").touch()
         if is_trained:
             self.file("some").touch()
 

@@ -11,7 +11,7 @@ from dynexit.sweep import Point
 from launch import cluster
 from launch.arrays import ID_OF
 from launch.cluster import QueuedJob
-from launch.notes import crashed_parts, section
+from launch.notes import IN_NOTED, crashed_parts, section
 from launch.submissions import Submitted, all_submitted, logs_by_job
 from launch.task import CANCELLED, CRASHED, PARTLY_FAILED, PREEMPTED, TIMED_OUT
 
@@ -77,7 +77,7 @@ class QueueView:
 
     def _describe(self, job: Submitted, point: Point, missing: str) -> ClusterState:
         parts, identity = self._parts_of(job), point.ids.get(missing, "")
-        number = parts.number.get(identity)
+        number = parts.number.get(identity, "" if parts.are_known else None)
         ends = _ends(job.ends, parts, number)
         last = ends[-1].partition(" ")[0] if ends else ""
         entry = None if self._queue is None else self._queue.get(job.job_id)
@@ -119,7 +119,7 @@ def _ends(ends: list[str], parts: _Parts, number: str | None) -> list[str]:
     """A job's ends without its crashes at other work than that of `number`."""
     if not parts.are_known:
         return ends
-    return [end for end in ends if not crashed_parts(end) or number in crashed_parts(end)]
+    return [end for end in ends if number in crashed_parts(end) or not (crashed_parts(end) or end.endswith(IN_NOTED))]
 
 
 def _tries(job: Submitted, parts: _Parts, identity: str) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from dynexit.config import Dist
 from dynexit.errors import Failure, Interrupted, UserError
 from dynexit.run_dir import is_done, job_dir, write_json
-from launch.notes import Notes, heading
+from launch.notes import IN_NOTED, Notes, heading
 from launch.plan import Job
 
 if TYPE_CHECKING:
@@ -214,7 +214,8 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         'rm -f "$job.why"',
         # srun ends the ranks beside one that was killed, and they cannot know it from a preemption
         f"case $status,$why in {_STOPPED},*|140,*|143,*) ;; *,{PREEMPTED}|*,{TIMED_OUT}) why={CRASHED} ;; esac",
-        f'part=; [ "$why" = {CRASHED} ] && [ -s "$job.now" ] && part=" in part $(cat "$job.now")"',
+        f'part=; [ -e "$job.now" ] && part="{IN_NOTED}"; [ -s "$job.now" ] && part=" in part $(cat "$job.now")"',
+        f'[ "$why" = {CRASHED} ] || part=',
         'rm -f "$job.now"',
         f"case $why in {TIMED_OUT}) most={dist.max_timeouts} ;; {PREEMPTED}) most={dist.max_preemptions} ;;",
         # each of the task's jobs has its own tries, and the program leaves out one that has used them up

@@ -113,6 +113,7 @@ def test_each_pack_of_a_task_that_does_several_has_its_own_state_tries_and_reaso
     (submission.folder / "7.now").write_text("3\n")
     end = "crashed 2026-11-21T20:0{}:00 on dev1 with exit status 137 in part {}\n"
     ends = "".join(end.format(minute, part) for minute, part in enumerate((0, 2, 0, 0)))
+    ends += "crashed 2026-11-21T20:07:00 on dev1 with exit status 1 in noted parts\n"
     (submission.folder / "7.ends").write_text(ends)
     (submission.folder / "7.starts").write_text("2026-11-21T20:00:00 on dev1\n" * 7)
     said = ["part 0 begins", "ValueError: early", "part 0 begins", "part 1 begins", "KeyError: 'other'"]

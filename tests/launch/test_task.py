@@ -37,7 +37,7 @@ def run_script(
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     begun = folder / "7_2.now"
-    note = f'echo {begun.read_text().strip()} > "$job.now"' if begun.is_file() else "true"
+    note = f'printf "{begun.read_text().strip()}" > "$job.now"' if begun.is_file() else "true"
     note += "" if why is None else f'; echo {why} > "$job.why"'
     dist = Dist(max_timeouts=2, max_preemptions=3, max_retries=1)
     after = script_after(ClusterTask((), time_limit, 120), dist, exclude)
@@ -198,8 +198,9 @@ def test_what_raises_has_tries_of_its_own_beside_what_is_killed(
             raise RuntimeError("torn")
 
     monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n9")
     tasks = [Job("train", (cast(Point, SimpleNamespace(id=one, ids={"train": one})),), tmp_path) for one in "abc"]
-    for left, killed_at in (([0, 1, 2], 2), ([1, 2, 0], None), ([1], None)):
+    for left, killed_at in (([0, 1, 2], 2), ([1, 0, 2], None), ([1], None)):
         work = _Work(tmp_path, "7_2", Ranks(0, 1, torch.device("cpu")), is_one_of_many=True)
         assert work.notes.order(3, 1) == left
         for i in left:
@@ -209,9 +210,10 @@ def test_what_raises_has_tries_of_its_own_beside_what_is_killed(
             work.do(i, tasks[i])
         status = 137 if killed_at else int(work.crash is not None)
         assert run_script(tmp_path, status, None) == (status, "requeue 9\n" if status else "")
-    ends = (tmp_path / "7_2.ends").read_text().splitlines()
-    assert [line.partition(" with exit status ")[2] for line in ends] == ["137 in part 2 0", "1 in part 2 0"]
-    assert [line[0] for line in Submitted("7_2", "train", (), tmp_path).parts] == list("0121201")
+    ends = [line.partition(" on ")[2] for line in (tmp_path / "7_2.ends").read_text().splitlines()]
+    killed, last = "n1 with exit status 137 in part 2", "n1 with exit status 1 in noted parts"
+    assert ends == ["n9 in part 0", killed, "n9 in part 0", "n9 in part 2", last]
+    assert [line[0] for line in Submitted("7_2", "train", (), tmp_path).parts] == list("0121021")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
