@@ -20,7 +20,7 @@ def heading(part: int | str) -> str:
 def section(text: str, part: int | str) -> str:
     """What was printed at the last try of a job of several, '' where it was never tried."""
     _, begun, after = text.rpartition(heading(part) + "\n")
-    return re.split(r"^part \d+ begins$", after, maxsplit=1, flags=re.MULTILINE)[0] if begun else ""
+    return re.split(f"^{heading(r'[0-9]+')}$", after, maxsplit=1, flags=re.MULTILINE)[0] if begun else ""
 
 
 IN_NOTED = " in noted parts"  # ends the line of a crash of which each of several jobs has its own line before

@@ -28,20 +28,21 @@ class Submitted:
     @property
     def ends(self) -> list[str]:
         """A line for every time the job ended and was not through: why, when, where."""
-        path = self.folder / f"{self.job_id}.ends"
-        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return self._lines("ends")
 
     @property
     def starts(self) -> list[str]:
         """A line for every time the job started: when, where."""
-        path = self.folder / f"{self.job_id}.starts"
-        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return self._lines("starts")
 
     @property
     def parts(self) -> list[list[str]]:
         """Of a task of several jobs, a line for every time one was begun: its number, the ids of its work."""
-        path = self.folder / f"{self.job_id}.parts"
-        return [line.split() for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return [line.split() for line in self._lines("parts")]
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.folder / f"{self.job_id}.{name}"
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
     @property
     def is_at_a_part(self) -> bool:
