@@ -5,7 +5,7 @@ import atexit
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,19 +98,25 @@ def _dispatch(options: argparse.Namespace) -> int:
     if "tool" in options:
         options.tool(options)
         return 0
-    from dynexit.config_io import resolved_yaml
     from launch.checks import checked_study
+    from launch.model_check import misfits_finder
 
-    study = checked_study(options.study, options.overrides)
-    if options.command == "config":
-        print(resolved_yaml(study), end="")
-        return 0
+    runs = "on" in options
+    with misfits_finder(beside=runs and (options.dry_run or options.on != "here")) as misfits:
+        study = checked_study(options.study, options.overrides, misfits)
+        return _run(study, options, misfits) if runs else _show(study, options)
+
+
+def _show(study: "Study", options: argparse.Namespace) -> int:
+    from dynexit.config_io import resolved_yaml
+
     if options.command == "ui":
         return _open_ui(study)
-    return _run(study, options)
+    print(resolved_yaml(study), end="")
+    return 0
 
 
-def _run(study: "Study", options: argparse.Namespace) -> int:
+def _run(study: "Study", options: argparse.Namespace, misfits: Callable[..., list[str]]) -> int:
     from launch.checks import check_models
     from launch.hold import hold
     from launch.plan import check_identity
@@ -119,10 +125,10 @@ def _run(study: "Study", options: argparse.Namespace) -> int:
 
     stages = STAGES if options.command in ("run", "infer") else STAGES[: STAGES.index(options.command) + 1]
     if options.dry_run:
-        return _print_plan(study, stages, options)
+        return _print_plan(study, stages, options, misfits)
     if num_ranks() > 1:
         return _run_with_ranks(study, stages, options)
-    check_models(study, dry_run=False)
+    check_models(study, dry_run=False, misfits=misfits)
     if options.on == "slurm":
         return _submit(study, stages, options)
     with hold(study.directory):
@@ -230,17 +236,20 @@ def _run_jobs(jobs: "Sequence[Job]", where: str, study: "Study") -> list[str]:
     return run_here(jobs) if where == "here" else run_local(jobs, study.directory / "submitted")
 
 
-def _print_plan(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
+def _print_plan(
+    study: "Study", stages: Sequence[str], options: argparse.Namespace, misfits: Callable[..., list[str]]
+) -> int:
     from launch.checks import check_models
     from launch.plan import describe_plan
 
-    check_models(study, dry_run=True)
-    print(describe_plan(study, stages, options.on))
+    plan = [describe_plan(study, stages, options.on)]
     if options.on == "slurm":
         from launch.site import load_site
         from launch.slurm import describe_submission
 
-        print(describe_submission(study, stages, load_site(options.site)))
+        plan.append(describe_submission(study, stages, load_site(options.site)))
+    check_models(study, dry_run=True, misfits=misfits)
+    print("\n".join(plan))
     return 0
 
 

@@ -32,10 +32,21 @@ def main(num_points: int) -> None:
             describe_submission(study, STAGES, Site())
         study_and_grid = ["tests/tiny_study.yaml", *grid, f"runs_dir={folder}"]
         command = [sys.executable, "-m", "launch", "run", *study_and_grid, "--on", "slurm", "--dry-run"]
-        with _timed("importing torch and timm, which the check of the model needs, in a process"):
-            subprocess.run([sys.executable, "-c", "import dynexit.assemble"], cwd=ROOT, check=True)
-        with _timed("dynexit run --dry-run --on slurm, from start to end, in a process"):
-            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        imports = [sys.executable, "-c", "import dynexit.assemble"]
+        alone, whole = (sorted(seconds) for seconds in zip(*(_side_by_side(imports, command) for _ in range(5))))
+    print(f"{alone[2]:6.2f} s (median of {alone}): importing torch and timm, in a process")
+    print(f"{whole[2]:6.2f} s (median of {whole}): dynexit run --dry-run --on slurm, from start to end, in a process")
+    print(f"{whole[2] / alone[2]:6.2f}: the ratio of the two")
+
+
+def _side_by_side(*commands: list[str]) -> list[float]:
+    """The seconds that each command takes, one after the other."""
+    seconds = []
+    for command in commands:
+        begun = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(round(time.perf_counter() - begun, 2))
+    return seconds
 
 
 @contextlib.contextmanager
