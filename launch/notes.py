@@ -11,16 +11,20 @@ from pathlib import Path
 from dynexit.errors import Failure
 from dynexit.run_dir import read_json, write_json, write_text
 
+# why a program ended before it was through
+PREEMPTED, TIMED_OUT, FAILED_FOR_GOOD, CRASHED, CANCELLED = "preempted", "timed-out", "failed", "crashed", "cancelled"
+PARTLY_FAILED = "partly-failed"  # what is left of a task's jobs goes on without the one that failed on one rank alone
+
 
 def heading(part: int | str) -> str:
     """What every rank of a task of several jobs prints among its errors before it begins that one."""
     return f"part {part} begins"
 
 
-def section(text: str, part: int | str) -> str:
-    """What was printed at the last try of a job of several, '' where it was never tried."""
-    _, begun, after = text.rpartition(heading(part) + "\n")
-    return re.split(f"^{heading(r'[0-9]+')}$", after, maxsplit=1, flags=re.MULTILINE)[0] if begun else ""
+def sections(text: str) -> dict[str, str]:
+    """By the number of each job of several what was printed at its last try."""
+    _, *found = re.split(f"^{heading('([0-9]+)')}$", text, flags=re.MULTILINE)
+    return dict(zip(found[::2], found[1::2], strict=True))
 
 
 IN_NOTED = " in noted parts"  # ends the line of a crash of which each of several jobs has its own line before
@@ -42,36 +46,50 @@ class Notes:
         """Where a note of that name is."""
         return self._folder / f"{self._job_id}.{name}"
 
-    def failed_alone(self) -> list[dict[str, object]]:
-        """What failed on one rank of several in a run of this job before, with all that had failed by then."""
-        path = self.file("alone.json")
+    def given_up(self) -> list[dict[str, object]]:
+        """What failed with a sentence in a run of this job before: another try would say the same."""
+        path = self.file("given-up.json")
         found: list[dict[str, object]] = read_json(path) if path.is_file() else []
         return found
 
-    def fail_alone(self, failures: list[dict[str, object]]) -> None:
-        """Leaves for the next run what has failed by now."""
-        write_json(self.file("alone.json"), failures)
+    def give_up(self, failures: list[dict[str, object]]) -> None:
+        """Leaves for the next run all that has failed so by now."""
+        write_json(self.file("given-up.json"), failures)
+
+    def crashes(self) -> list[int]:
+        """In which jobs the program crashed, oldest first."""
+        path = self.file("ends")
+        ends = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [int(part) for end in ends for part in crashed_parts(end)]
 
     def order(self, num_jobs: int, max_retries: int) -> list[int]:
         """In which order the jobs are done: those in which the program crashed come last, so that they stop no other.
 
-        What failed on one rank alone and what crashed more than `max_retries` times is left out.
+        What failed with a sentence and what crashed more than `max_retries` times is left out.
         """
-        path = self.file("ends")
-        ends = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        crashed = [int(part) for end in ends for part in crashed_parts(end)]
+        crashed = self.crashes()
         latest = {i: place for place, i in enumerate(crashed)}
         over = {i for i, times in collections.Counter(crashed).items() if times > max_retries}
-        over.update(failure["job"] for failure in self.failed_alone())  # type: ignore[misc]
+        over.update(failure["job"] for failure in self.given_up())  # type: ignore[misc]
         return sorted((i for i in range(num_jobs) if i not in over), key=lambda i: latest.get(i, -1))
 
-    def begin(self, i: int, work: Iterable[str] = ()) -> None:
-        """Job `i` of several begins, with the ids of its work. Where the program crashes, its script notes in which."""
+    def begin(self, i: int, work: Iterable[str] = (), *, is_last: bool = False) -> None:
+        """Job `i` of several begins, with the ids of its work. Where the program crashes, its script notes in which.
+
+        Where that `is_last`, the script knows that there is nothing left to try.
+        """
         # a full disk is told of by what cannot do without
         with contextlib.suppress(OSError), self.file("parts").open("a", encoding="utf-8") as file:
             file.write(" ".join([str(i), *work]) + "\n")
         with contextlib.suppress(Failure):
             write_text(self.file("now"), f"{i}\n")
+        if is_last:
+            self.end_tries()
+
+    def end_tries(self) -> None:
+        """Tells the script that a crash from here on leaves nothing to be tried again."""
+        with contextlib.suppress(OSError):
+            self.file("last").touch()
 
     def crash(self, i: int) -> None:
         """Job `i` of several crashed, and the program goes on with the others."""
@@ -85,7 +103,8 @@ class Notes:
 
         An empty note tells the script that the crash at the end of the program is that of jobs that were noted.
         """
-        self.file("now").unlink(missing_ok=True)
+        for name in ("now", "last"):
+            self.file(name).unlink(missing_ok=True)
         if self._has_crashed:
             with contextlib.suppress(OSError):
                 self.file("now").touch()

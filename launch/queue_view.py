@@ -2,18 +2,28 @@
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dynexit.errors import Failure
 from dynexit.sweep import Point
 from launch import cluster
 from launch.arrays import ID_OF
 from launch.cluster import QueuedJob
-from launch.notes import IN_NOTED, crashed_parts, section
+from launch.notes import (
+    CANCELLED,
+    CRASHED,
+    IN_NOTED,
+    PARTLY_FAILED,
+    PREEMPTED,
+    TIMED_OUT,
+    crashed_parts,
+    sections,
+)
 from launch.submissions import Submitted, all_submitted, logs_by_job
-from launch.task import CANCELLED, CRASHED, PARTLY_FAILED, PREEMPTED, TIMED_OUT
 
 _AGAIN = (PREEMPTED, TIMED_OUT, CRASHED, PARTLY_FAILED)
 
@@ -31,8 +41,12 @@ class ClusterState:
     log: Path
 
 
-class _Parts:
-    """A task's several jobs by the ids of their work: their numbers, how often each was begun, what is being done."""
+class _Left:
+    """What a job left beside its logs, read once for all of its points.
+
+    Of a task that does several jobs, `number` tells which does the work of an id, `tries` how often that was begun,
+    `now` what is being done.
+    """
 
     def __init__(self, job: Submitted) -> None:
         self.number: dict[str, str] = {}
@@ -42,9 +56,36 @@ class _Parts:
             self.number.update(dict.fromkeys(work, number))
             self.tries.update(work)
             self.now = work
-        self.are_known = bool(self.number)
+        self.are_parts = bool(self.number)
         if not job.is_at_a_part:
             self.now = []
+        self.starts = job.starts
+        self.reasons = _by_id(job.failures())
+        self.given_up = _by_id(job.given_up())
+        self._ends: dict[str | None, list[tuple[int, str]]] = {}
+        for i, end in enumerate(job.ends):
+            for part in crashed_parts(end) if self.are_parts else [None]:
+                self._ends.setdefault(part, []).append((i, end))
+            if self.are_parts and not (crashed_parts(end) or end.endswith(IN_NOTED)):
+                self._ends.setdefault(None, []).append((i, end))
+
+    def ends(self, number: str | None) -> list[str]:
+        """The ends of the job but for its crashes at other work than that of `number`."""
+        found = {*self._ends.get(None, ()), *self._ends.get(number, ())}
+        return [end for _, end in sorted(found)]
+
+    def crashes(self, number: str | None) -> list[str]:
+        """The crashes at the work of `number`."""
+        return [] if number is None else [end for _, end in self._ends.get(number, ())]
+
+    def tries_of(self, identity: str) -> tuple[int, str]:
+        """How often the work was begun, and where its job was last."""
+        count = self.tries[identity] if self.are_parts else len(self.starts)
+        return count, self.starts[-1].rpartition(" ")[2] if self.starts else ""
+
+
+def _by_id(failures: Iterable[dict[str, Any]]) -> dict[str, str]:
+    return {identity: str(failure["reason"]) for failure in failures for identity in failure.get("work", ())}
 
 
 class QueueView:
@@ -63,7 +104,7 @@ class QueueView:
                 self.unanswered = str(failure)
         self._states: dict[tuple[str, str], ClusterState] = {}
         self._logs: dict[Path, dict[str, list[Path]]] = {}
-        self._parts: dict[str, _Parts] = {}
+        self._left: dict[str, _Left] = {}
 
     def of(self, point: Point, missing: str) -> ClusterState | None:
         """Of the job that does the point's work `missing`, or the report; None where none was submitted."""
@@ -76,27 +117,30 @@ class QueueView:
         return self._states[job.job_id, point.id]
 
     def _describe(self, job: Submitted, point: Point, missing: str) -> ClusterState:
-        parts, identity = self._parts_of(job), point.ids.get(missing, "")
-        number = parts.number.get(identity, "" if parts.are_known else None)
-        ends = _ends(job.ends, parts, number)
+        left, identity = self._left_by(job), point.ids.get(missing, "")
+        number = left.number.get(identity, "" if left.are_parts else None)
+        crashes = left.crashes(number)
+        is_given_up = len(crashes) > point.config.dist.max_retries
+        ends = crashes if is_given_up else left.ends(number)
         last = ends[-1].partition(" ")[0] if ends else ""
         entry = None if self._queue is None else self._queue.get(job.job_id)
         live = entry is not None and entry.is_live
-        crashes = [end for end in ends if number in crashed_parts(end)]
-        is_given_up = len(crashes) > point.config.dist.max_retries
-        state, reason, failed = "submitted" if not last else f"submitted, {last} before", "", False
+        state, failed = "submitted" if not last else f"submitted, {last} before", False
         if entry is not None and live:
-            is_another = parts.are_known and identity not in parts.now
+            is_another = left.are_parts and identity not in left.now
             state = live_state(entry, missing, last, is_another=is_another)
-            failed = is_given_up  # the task goes on with others
+            failed = is_given_up or not left.given_up.keys().isdisjoint(point.ids.values())  # others go on
         elif last == CANCELLED or (entry is not None and entry.state == "CANCELLED"):
             state = "cancelled"
         elif self._queue is not None:
             failed = True
+        logs = self._logs_of(job)
+        reason = ""
         if failed:
-            reason = _why(job, point, entry, self._logs_of(job), number, crashes if is_given_up else ends)
-        log = next(iter(self._logs_of(job)), job.folder)
-        attempts, node = _tries(job, parts, identity)
+            told = (left.reasons[one] for one in point.ids.values() if one in left.reasons)
+            reason = next(told, "") or _why(job, entry, last_error(logs, number), ends[-1] if ends else "")
+        attempts, node = left.tries_of(identity)
+        log = next(iter(logs), job.folder)
         return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
 
     def _logs_of(self, job: Submitted) -> Sequence[Path]:
@@ -107,26 +151,12 @@ class QueueView:
     def tries(self, point: Point) -> tuple[int, str] | None:
         """How often the job that trained the point was started, and where it was last; None where there is none."""
         job = self._newest.get(("train", point.ids["train"]))
-        return None if job is None else _tries(job, self._parts_of(job), point.ids["train"])
+        return None if job is None else self._left_by(job).tries_of(point.ids["train"])
 
-    def _parts_of(self, job: Submitted) -> _Parts:
-        if job.job_id not in self._parts:
-            self._parts[job.job_id] = _Parts(job)
-        return self._parts[job.job_id]
-
-
-def _ends(ends: list[str], parts: _Parts, number: str | None) -> list[str]:
-    """A job's ends without its crashes at other work than that of `number`."""
-    if not parts.are_known:
-        return ends
-    return [end for end in ends if number in crashed_parts(end) or not (crashed_parts(end) or end.endswith(IN_NOTED))]
-
-
-def _tries(job: Submitted, parts: _Parts, identity: str) -> tuple[int, str]:
-    """How often the work was begun, and where its job was last."""
-    starts = job.starts
-    count = parts.tries[identity] if parts.are_known else len(starts)
-    return count, starts[-1].rpartition(" ")[2] if starts else ""
+    def _left_by(self, job: Submitted) -> _Left:
+        if job.job_id not in self._left:
+            self._left[job.job_id] = _Left(job)
+        return self._left[job.job_id]
 
 
 def live_state(entry: QueuedJob, missing: str, last: str, *, is_another: bool = False) -> str:
@@ -143,26 +173,26 @@ def live_state(entry: QueuedJob, missing: str, last: str, *, is_another: bool = 
     return f"waiting ({entry.reason})"
 
 
-def _why(
-    job: Submitted, point: Point, entry: QueuedJob | None, logs: Sequence[Path], number: str | None, lines: list[str]
-) -> str:
-    """Why a job that is over did not do the point's work, its part `number` that ended as `lines` say."""
-    for failure in job.failures():
-        if set(point.ids.values()) & set(failure.get("work", ())):
-            return str(failure["reason"])
-    said = last_error(logs, number)
-    ends = lines[-1] if lines else ""
-    if entry is not None and not ends:
-        ends = f"{job.stage} job {job.job_id} ended as {entry.state}"
-    return "; ".join(part for part in (said, ends) if part) or f"{job.stage} job {job.job_id} left no word"
+def _why(job: Submitted, entry: QueuedJob | None, said: str, end: str) -> str:
+    """Why a job that is over did not do a point's work, by what its program `said` and how it came to its `end`."""
+    if entry is not None and not end:
+        end = f"{job.stage} job {job.job_id} ended as {entry.state}"
+    return "; ".join(part for part in (said, end) if part) or f"{job.stage} job {job.job_id} left no word"
+
+
+@functools.lru_cache(maxsize=256)
+def _printed(path: Path, modified_ns: int) -> tuple[str, dict[str, str]]:
+    """A log's text, and what of it each job of several printed; kept for the points that share it."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text, sections(text)
 
 
 def _errors(logs: Iterable[Path], part: str | None) -> list[str]:
     """The last error in each of the logs that have one, of several jobs in turn that of `part`."""
     found = []
     for path in logs:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        text = text if part is None else section(text, part)
+        text, by_part = _printed(path, path.stat().st_mtime_ns)
+        text = text if part is None else by_part.get(part, "")
         lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in text.splitlines()]  # torch puts it before each
         kinds = r"\S*(Error|Exception|Interrupted|error|Killed)\b|\[Errno \d+\]"
         errors = [line for line in lines if re.match(kinds, line)]

@@ -10,10 +10,11 @@ from dynexit.errors import Failure, UserError
 from dynexit.sweep import Study
 from launch import cluster
 from launch.arrays import Array, Live, plan_arrays, resolve
+from launch.job_script import script_after, script_before
 from launch.plan import Job, done_together
 from launch.site import Site, site_contradictions
 from launch.submissions import Submission, check_strays, live_jobs
-from launch.task import ClusterTask, script_after, script_before
+from launch.task import ClusterTask
 
 ALL_STAGES = ("prepare", "train", "record", "search", "report")
 

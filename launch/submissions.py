@@ -55,9 +55,16 @@ class Submitted:
             file.write(f"cancelled {time.strftime('%FT%T')} by the user\n")
 
     def failures(self) -> list[dict[str, Any]]:
-        """What failed of a job that came through, or by the last of its tries: stage, ids of the work, reason."""
-        paths = [self.folder / f"{self.job_id}.{name}.json" for name in ("alone", "failures")]
-        found: list[dict[str, Any]] = next((read_json(path) for path in paths if path.is_file()), [])
+        """What failed of a job that came through, or will not be tried again by it: stage, ids of the work, reason."""
+        return self.given_up() or self._failures("failures")
+
+    def given_up(self) -> list[dict[str, Any]]:
+        """What of that a job will not try again that is not over."""
+        return self._failures("given-up")
+
+    def _failures(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / f"{self.job_id}.{name}.json"
+        found: list[dict[str, Any]] = read_json(path) if path.is_file() else []
         return found
 
     def logs(self) -> list[Path]:

@@ -33,7 +33,8 @@ def main(num_points: int) -> None:
         study_and_grid = ["tests/tiny_study.yaml", *grid, f"runs_dir={folder}"]
         command = [sys.executable, "-m", "launch", "run", *study_and_grid, "--on", "slurm", "--dry-run"]
         imports = [sys.executable, "-c", "import dynexit.assemble"]
-        alone, whole = (sorted(seconds) for seconds in zip(*(_side_by_side(imports, command) for _ in range(5))))
+        pairs = [_side_by_side(imports, command) for _ in range(5)]
+        alone, whole = (sorted(seconds) for seconds in zip(*pairs, strict=True))
     print(f"{alone[2]:6.2f} s (median of {alone}): importing torch and timm, in a process")
     print(f"{whole[2]:6.2f} s (median of {whole}): dynexit run --dry-run --on slurm, from start to end, in a process")
     print(f"{whole[2] / alone[2]:6.2f}: the ratio of the two")

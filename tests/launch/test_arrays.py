@@ -115,7 +115,7 @@ def test_the_text_of_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "#SBATCH --signal=USR2@120\n" in train
     assert "--kill-on-bad-exit=1" in train
     assert "apptainer exec i.sif" in train
-    assert " && most=1000000 || most=3 ;;\n" in train
+    assert "\ntries=3; " in train
     assert "#SBATCH --gpus-per-node=1\n" in prepare
     assert "gpus-per-node" not in report
     assert "#SBATCH --nodes=1\n" in report

@@ -129,8 +129,12 @@ def test_each_pack_of_a_task_that_does_several_has_its_own_state_tries_and_reaso
         waits,
         waits,
     ]
+    given_up = [{"job": 1, "stage": "train", "work": [ids[1]], "reason": "NaN"}]
+    write_json(submission.folder / "7.given-up.json", given_up)
+    assert [one.figures for one in study_status(study)] == [over, "NaN", "", "", "", ""]  # told while others go on
+    (submission.folder / "7.given-up.json").unlink()
     queue.clear()
     (submission.folder / "7.now").unlink()
-    write_json(submission.folder / "7.failures.json", [{"job": 1, "stage": "train", "work": [ids[1]], "reason": "NaN"}])
+    write_json(submission.folder / "7.failures.json", given_up)
     told_of = [one.figures for one in study_status(study)]
     assert told_of[:3] == [over, "NaN", "OSError: torn; " + end.format(1, 2).strip()]

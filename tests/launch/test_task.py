@@ -1,5 +1,7 @@
 """How a job's script decides on a requeue, with a scontrol that is faked; and what a signal does to a task."""
 
+import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,12 +17,13 @@ from dynexit import jobs
 from dynexit.config import Dist
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, Interrupted
-from dynexit.run_dir import read_json
+from dynexit.run_dir import mark_done, read_json, write_text
 from dynexit.sweep import Point
+from launch.job_script import script_after, script_before
 from launch.notes import Notes
 from launch.plan import Job
 from launch.submissions import Submitted
-from launch.task import ClusterTask, _interruptible, _Work, script_after, script_before
+from launch.task import ClusterTask, _interruptible, _ready, _Work
 
 
 def run_script(
@@ -38,6 +41,7 @@ def run_script(
         (programs / name).chmod(0o755)
     begun = folder / "7_2.now"
     note = f'printf "{begun.read_text().strip()}" > "$job.now"' if begun.is_file() else "true"
+    note += '; touch "$job.last"' if (folder / "7_2.last").is_file() else ""
     note += "" if why is None else f'; echo {why} > "$job.why"'
     dist = Dist(max_timeouts=2, max_preemptions=3, max_retries=1)
     after = script_after(ClusterTask((), time_limit, 120), dist, exclude)
@@ -164,7 +168,7 @@ def run_task(folder: Path, crashes: dict[int, int], preempted: Sequence[int] = (
         order = [i for i in notes.order(6, 1) if i not in done]
         first += order[:1]
         for i in order:
-            notes.begin(i)
+            notes.begin(i, is_last=order == [i] and i in notes.crashes())
             if crashes.get(i, 0):
                 crashes[i] -= 1
                 break
@@ -174,6 +178,7 @@ def run_task(folder: Path, crashes: dict[int, int], preempted: Sequence[int] = (
             return first, sorted(done)
         if not run_script(folder, 137, None)[1]:
             break
+    assert not [i for i in notes.order(6, 1) if i not in done]  # the script goes on as long as something is left
     return first, sorted(done)
 
 
@@ -199,21 +204,84 @@ def test_what_raises_has_tries_of_its_own_beside_what_is_killed(
 
     monkeypatch.setitem(jobs.JOBS, "train", train)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n9")
-    tasks = [Job("train", (cast(Point, SimpleNamespace(id=one, ids={"train": one})),), tmp_path) for one in "abc"]
-    for left, killed_at in (([0, 1, 2], 2), ([1, 0, 2], None), ([1], None)):
-        work = _Work(tmp_path, "7_2", Ranks(0, 1, torch.device("cpu")), is_one_of_many=True)
+    tasks = [train_job(one, tmp_path) for one in "abc"]
+    for left, killed_at in (([0, 1, 2], 2), ([1, 0, 2], None)):
+        work = work_of(tmp_path, tasks)
         assert work.notes.order(3, 1) == left
         for i in left:
             if i == killed_at:
                 work.notes.begin(i)
                 break
-            work.do(i, tasks[i])
+            work.do(i, *_ready(tasks[i]))
         status = 137 if killed_at else int(work.crash is not None)
         assert run_script(tmp_path, status, None) == (status, "requeue 9\n" if status else "")
     ends = [line.partition(" on ")[2] for line in (tmp_path / "7_2.ends").read_text().splitlines()]
     killed, last = "n1 with exit status 137 in part 2", "n1 with exit status 1 in noted parts"
     assert ends == ["n9 in part 0", killed, "n9 in part 0", "n9 in part 2", last]
-    assert [line[0] for line in Submitted("7_2", "train", (), tmp_path).parts] == list("0121021")
+    assert [line[0] for line in Submitted("7_2", "train", (), tmp_path).parts] == list("012102")
+    assert work_of(tmp_path, tasks).notes.order(3, 1) == [1]
+
+
+def train_job(letters: str, folder: Path) -> Job:
+    ids = [{"train": one, "record": f"{one}-record"} for one in letters]
+    return Job("train", tuple(cast(Point, SimpleNamespace(id=one["train"], ids=one)) for one in ids), folder)
+
+
+def work_of(folder: Path, tasks: Sequence[Job], rank: int = 0, world_size: int = 1) -> _Work:
+    """What a task's program begins with, when it was stopped before."""
+    work = _Work(Notes(folder, "7_2"), Ranks(rank, world_size, torch.device("cpu")), tasks, 1)
+    work.take_up(work.notes.given_up())
+    return work
+
+
+def finish(job: Job) -> None:
+    for point in job.points:
+        write_text(job.study_dir / "train" / point.id / "heads", point.id)
+        mark_done(job.study_dir / "train" / point.id, point.id, ["heads"])
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_task_whose_last_job_used_up_its_tries_is_not_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    tasks = [train_job(one, tmp_path) for one in "abc"]
+
+    def train(points: Sequence[Point], study_dir: Path) -> None:
+        if points[0].id == "a":
+            raise Failure("not a number")
+        if points[0].id == "c":
+            raise KeyboardInterrupt if killed else RuntimeError("torn")  # what ends the program, and what does not
+        finish(tasks[1])
+
+    monkeypatch.setitem(jobs.JOBS, "train", train)
+    asked, orders = [], []
+    for _ in range(2):
+        work = work_of(tmp_path, tasks)
+        orders.append(work.notes.order(3, 1))
+        with contextlib.suppress(KeyboardInterrupt):
+            for i in orders[-1]:
+                work.do(i, *_ready(tasks[i]))
+            work.end()
+        asked.append(run_script(tmp_path, 137 if killed else 1, None))
+    assert orders == [[0, 1, 2], [1, 2]]
+    assert [question for _, question in asked] == ["requeue 9\n", ""]
+    assert asked[1][0] == 0  # b is there to be recorded
+    reasons = {one["work"][0]: one["reason"] for one in Submitted("7_2", "train", (), tmp_path).failures()}
+    assert reasons == {"a": "not a number"} | ({} if killed else {"c": "RuntimeError: torn"})
+
+
+def test_what_is_damaged_is_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(train_job("abc", tmp_path))
+    (tmp_path / "train" / "b" / "heads").write_text("")
+    done: list[str] = []
+    monkeypatch.setitem(jobs.JOBS, "record", lambda points, study_dir: done.extend(point.id for point in points))
+    job = dataclasses.replace(train_job("abcd", tmp_path), stage="record")
+    work = work_of(tmp_path, [job])
+    work.do(0, *_ready(job))
+    assert done == ["a", "c"]  # d is not trained, and its own job says why
+    assert [failure["work"] for failure in work.failures] == [["b-record"]]
+    assert str(work.failures[0]["reason"]).startswith(f"{tmp_path}/train/b/heads has 0 bytes instead of 1; move it ")
+    assert work.notes.order(1, 1) == [0]  # a requeue would do the others
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -228,25 +296,25 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
         done.append(points[0].id)
 
     monkeypatch.setitem(jobs.JOBS, "train", train)
-    both = [Job("train", (cast(Point, SimpleNamespace(id=one, ids={"train": one})),), tmp_path) for one in "ab"]
-    first = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")), is_one_of_many=True)
+    both = [train_job(one, tmp_path) for one in "ab"]
+    first = work_of(tmp_path, both, rank, world_size=2)
     with pytest.raises(SystemExit):
-        first.do(0, both[0])
+        first.do(0, *_ready(both[0]))
     assert (tmp_path / "7_2.why").read_text() == "partly-failed\n"
     for _ in range(3):  # however many failed like that before, for those that are left
         assert run_script(tmp_path, 1, "partly-failed") == (1, "requeue 9\n")
     told = [{"job": 0, "stage": "train", "work": ["a"], "reason": "no room here"}]
     assert Submitted("7_2", "train", ("a", "b"), tmp_path).failures() == told
-    then = _Work(tmp_path, "7_2", Ranks(rank, 2, torch.device("cpu")), is_one_of_many=True)
-    then.failures = then.notes.failed_alone()
+    then = work_of(tmp_path, both, rank, world_size=2)
     assert then.notes.order(2, 1) == [1]
-    then.do(1, both[1])
+    then.do(1, *_ready(both[1]))
     assert done == ["b"]
-    then.write_failures()
+    finish(both[1])
+    then.end()
     assert read_json(tmp_path / "7_2.failures.json") == told
     assert then.notes.order(2, 1) == [0, 1]  # told of once; whoever asks for the job again has it whole
     with pytest.raises(SystemExit):
-        then.do(0, both[0], is_only=True)
+        work_of(tmp_path, both, rank, world_size=2).do(0, *_ready(both[0]))
     assert (tmp_path / "7_2.why").read_text() == "failed\n"  # nothing is left
 
 

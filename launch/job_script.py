@@ -1,0 +1,67 @@
+"""The shell lines around the ranks in a SLURM job's script: they note its starts and ends and requeue it."""
+
+import shlex
+from pathlib import Path
+
+from dynexit.config import Dist
+from launch.notes import CRASHED, IN_NOTED, PARTLY_FAILED, PREEMPTED, TIMED_OUT
+from launch.task import EARLY_SECONDS, STOPPED, ClusterTask
+
+_REQUEUE_TRIES = 120  # every 5 seconds
+_MANY = 1_000_000
+
+
+def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
+    """The shell lines that follow the ranks in a job's script: note how they ended, requeue up to the limits.
+
+    A job that crashed is to avoid the nodes it crashed on (and `exclude`), where it could run without them.
+    """
+    in_time = int(task.time_limit_seconds - task.signal_delay_seconds - EARLY_SECONDS)
+    avoided = shlex.quote(exclude + ",") if exclude else ""
+    return [
+        "status=$?",
+        '[ "$status" -eq 0 ] && exit 0',
+        f"why={CRASHED}",
+        # SIGUSR2 before the program could take it
+        f'[ "$status" -eq 140 ] && {{ [ "$SECONDS" -lt {in_time} ] && why={PREEMPTED} || why={TIMED_OUT}; }}',
+        'why=$(cat "$job.why" 2>/dev/null || echo "$why")',
+        'rm -f "$job.why"',
+        # srun ends the ranks beside one that was killed, and they cannot know it from a preemption
+        f"case $status,$why in {STOPPED},*|140,*|143,*) ;; *,{PREEMPTED}|*,{TIMED_OUT}) why={CRASHED} ;; esac",
+        f'part=; [ -e "$job.now" ] && part="{IN_NOTED}"; [ -s "$job.now" ] && part=" in part $(cat "$job.now")"',
+        f'[ "$why" = {CRASHED} ] || part=',
+        f'tries={dist.max_retries}; [ -z "$part" ] || tries={_MANY}; [ ! -e "$job.last" ] || tries=0',
+        'rm -f "$job.now" "$job.last"',
+        f"case $why in {TIMED_OUT}) most={dist.max_timeouts} ;; {PREEMPTED}) most={dist.max_preemptions} ;;",
+        # each of the task's jobs has its own tries, and the program leaves out one that has used them up
+        f"  {CRASHED}) most=$tries ;;",
+        f"  {PARTLY_FAILED}) most={_MANY} ;; *) most=0 ;; esac  # each time there is a job less to do",
+        # what cannot be noted, as on a full disk, would not be counted either
+        'echo "$why $(date +%FT%T) on ${SLURM_JOB_NODELIST:-?} with exit status $status$part" >> "$job.ends" || most=0',
+        'if [ "$most" -gt 0 ] && [ "$(grep -c "^$why .* status [0-9]*$" "$job.ends")" -le "$most" ]; then',
+        f"  avoided={avoided}$SLURM_JOB_NODELIST",
+        f'  [ "$why" = {CRASHED} ] && sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 || avoided=',
+        "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
+        f"  for try in $(seq {_REQUEUE_TRIES}); do  # the controller may be away for a while",
+        '    if scontrol requeue "$SLURM_JOB_ID"; then',
+        '      [ -z "$avoided" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$avoided"',
+        '      exit "$status"',
+        "    fi",
+        "    sleep 5",
+        "  done",
+        "fi",
+        '[ -e "$job.some" ] && exit 0  # there is something to record, and that waits for this job',
+        'exit "$status"',
+    ]
+
+
+def script_before(folder: Path) -> list[str]:
+    """The shell lines that go before the ranks, after a site's own: where this job notes how it ended."""
+    name = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"
+    return [
+        "set +eu",  # a site's lines may have set it, and the lines that follow the ranks must be come to
+        f'job={shlex.quote(str(folder))}/"{name}"',
+        # submitit refuses to write over what a kill left of its own
+        'rm -f "$job.why" "$job.now" "$job.last" "$job"_*_result.pkl.save_tmp',
+        'echo "$(date +%FT%T) on ${SLURM_JOB_NODELIST:-?}" >> "$job.starts"',
+    ]
