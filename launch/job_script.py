@@ -41,10 +41,11 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         'if [ "$most" -gt 0 ] && [ "$(grep -c "^$why .* status [0-9]*$" "$job.ends")" -le "$most" ]; then',
         f"  avoided={avoided}$SLURM_JOB_NODELIST",
         f'  [ "$why" = {CRASHED} ] && sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 || avoided=',
+        "  this=${job##*/}",  # one task of an array has the array's SLURM_JOB_ID, which would requeue them all
         "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
         f"  for try in $(seq {_REQUEUE_TRIES}); do  # the controller may be away for a while",
-        '    if scontrol requeue "$SLURM_JOB_ID"; then',
-        '      [ -z "$avoided" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$avoided"',
+        '    if scontrol requeue "$this"; then',
+        '      [ -z "$avoided" ] || scontrol update JobId="$this" ExcNodeList="$avoided"',
         '      exit "$status"',
         "    fi",
         "    sleep 5",

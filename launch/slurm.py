@@ -50,9 +50,6 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     arrays = plan_arrays(study, stages, _limits(site), _live(queued))
     if not arrays:
         return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
-    reports = [job.job_id for job, _ in queued if job.stage == "report"]
-    if reports and arrays[-1].stage == "report":
-        cluster.cancel_jobs(reports)  # the new one covers what they would have, and two must not write one page
     submission = Submission(study, site.model_dump(mode="json"))
     lines: list[str] = []
     job_ids: list[str] = []
@@ -66,6 +63,9 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
         submission.add([job.job_id for job in jobs], array.stage, array.work())
         job_ids.append(jobs[0].job_id.partition("_")[0])
         lines.append(f"{describe_array(array)}: job {job_ids[-1]}" + (f" after {after}" if after else ""))
+    reports = [job.job_id for job, _ in queued if job.stage == "report"]
+    if reports and arrays[-1].stage == "report":
+        cluster.cancel_jobs(reports)  # the new one covers what they would have, and two must not write one page
     return [*lines, f"logs: {submission.folder}"]
 
 

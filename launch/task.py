@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dynexit.errors import Failure, Interrupted, UserError
 from dynexit.run_dir import is_done, job_dir, write_json
+from dynexit.state import finished_jobs
 from launch.notes import CRASHED, FAILED_FOR_GOOD, PARTLY_FAILED, PREEMPTED, TIMED_OUT, Notes, heading
 from launch.plan import Job
 
@@ -154,7 +155,8 @@ class _Work:
     def is_anything_left(self, beside: int = -1) -> bool:
         """Whether another try of the task would find something to do, but for the job `beside`."""
         order = self.notes.order(len(self._jobs), self._max_retries)
-        return any(bool(_ready(self._jobs[i])[0].points) for i in reversed(order) if i != beside)
+        jobs = (_ready(self._jobs[i])[0] for i in reversed(order) if i != beside)
+        return any(job.stage not in finished_jobs(point, job.study_dir) for job in jobs for point in job.points)
 
     def end(self) -> None:
         """Leaves the sentences of what failed, if this is the end of the task."""

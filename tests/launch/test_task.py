@@ -46,7 +46,7 @@ def run_script(
     dist = Dist(max_timeouts=2, max_preemptions=3, max_retries=1)
     after = script_after(ClusterTask((), time_limit, 120), dist, exclude)
     lines = [*script_before(folder), note, f"(exit {status})", *after]
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1"}
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     done = subprocess.run(
         ["bash", "-c", "\n".join(lines)], env=environment, capture_output=True, text=True, check=False
@@ -68,7 +68,7 @@ def test_each_kind_of_end_has_a_limit_of_its_own(tmp_path: Path, why: str | None
     for other in {"timed-out", "preempted", None} - {why}:
         run_script(tmp_path, 75, other)
     for _ in range(most):
-        assert run_script(tmp_path, 75, why) == (75, "requeue 9\n")
+        assert run_script(tmp_path, 75, why) == (75, "requeue 7_2\n")
     assert run_script(tmp_path, 75, why) == (75, "")
     lines = [line.split() for line in (tmp_path / "7_2.ends").read_text().splitlines()]
     assert [line[0] for line in lines].count(why or "crashed") == most + 1
@@ -76,18 +76,18 @@ def test_each_kind_of_end_has_a_limit_of_its_own(tmp_path: Path, why: str | None
 
 
 def test_a_job_that_crashed_avoids_its_nodes_where_it_can_run_without_them(tmp_path: Path) -> None:
-    away = "requeue 9\nupdate JobId=9 ExcNodeList="
-    assert run_script(tmp_path, 75, "preempted", elsewhere=True) == (75, "requeue 9\n")
+    away = "requeue 7_2\nupdate JobId=7_2 ExcNodeList="
+    assert run_script(tmp_path, 75, "preempted", elsewhere=True) == (75, "requeue 7_2\n")
     assert run_script(tmp_path, 137, None, elsewhere=True) == (137, f"{away}n1\n")
     (tmp_path / "7_2.ends").unlink()
     assert run_script(tmp_path, 137, None, elsewhere=True, exclude="n[3-4]") == (137, f"{away}n[3-4],n1\n")
     (tmp_path / "7_2.ends").unlink()
-    assert run_script(tmp_path, 137, None, elsewhere=False, exclude="n[3-4]") == (137, "requeue 9\n")
+    assert run_script(tmp_path, 137, None, elsewhere=False, exclude="n[3-4]") == (137, "requeue 7_2\n")
 
 
 @pytest.mark.parametrize(("time_limit", "word"), [(3600, "preempted"), (180, "timed-out")])
 def test_a_signal_before_the_program_could_take_it_is_no_crash(tmp_path: Path, time_limit: float, word: str) -> None:
-    assert run_script(tmp_path, 140, None, time_limit=time_limit) == (140, "requeue 9\n")
+    assert run_script(tmp_path, 140, None, time_limit=time_limit) == (140, "requeue 7_2\n")
     assert (tmp_path / "7_2.ends").read_text().startswith(f"{word} ")
 
 
@@ -95,7 +95,7 @@ def test_a_signal_before_the_program_could_take_it_is_no_crash(tmp_path: Path, t
     ("status", "word"), [(75, "preempted"), (140, "preempted"), (143, "preempted"), (137, "crashed"), (1, "crashed")]
 )
 def test_a_rank_that_is_ended_beside_a_killed_one_was_not_preempted(tmp_path: Path, status: int, word: str) -> None:
-    assert run_script(tmp_path, status, "preempted") == (status, "requeue 9\n")
+    assert run_script(tmp_path, status, "preempted") == (status, "requeue 7_2\n")
     assert (tmp_path / "7_2.ends").read_text().startswith(f"{word} ")
 
 
@@ -124,7 +124,7 @@ def test_an_end_that_cannot_be_noted_is_not_tried_again_for_ever(tmp_path: Path)
 
 def test_a_controller_that_is_away_is_asked_again(tmp_path: Path) -> None:
     (tmp_path / "away").touch()
-    assert run_script(tmp_path, 75, "preempted") == (75, "requeue 9\n" * 2)
+    assert run_script(tmp_path, 75, "preempted") == (75, "requeue 7_2\n" * 2)
 
 
 def test_what_a_site_or_a_kill_left_does_not_stop_the_script(tmp_path: Path) -> None:
@@ -146,12 +146,12 @@ def test_a_task_with_something_to_record_lets_what_waits_for_it_run(tmp_path: Pa
         notes.begin(i)
         notes.through(is_trained=is_trained)
     notes.begin(2)
-    assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")
+    assert run_script(tmp_path, 137, None) == (137, "requeue 7_2\n")
     assert notes.order(4, 1) == [0, 1, 3, 2]  # what it crashed in comes last
     notes.begin(2)
-    assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")
+    assert run_script(tmp_path, 137, None) == (137, "requeue 7_2\n")
     assert notes.order(4, 1) == [0, 1, 3]  # and has used up its tries
-    assert run_script(tmp_path, 137, None) == (137, "requeue 9\n")  # before any began
+    assert run_script(tmp_path, 137, None) == (137, "requeue 7_2\n")  # before any began
     assert run_script(tmp_path, 137, None) == (0, "")
 
 
@@ -214,7 +214,7 @@ def test_what_raises_has_tries_of_its_own_beside_what_is_killed(
                 break
             work.do(i, *_ready(tasks[i]))
         status = 137 if killed_at else int(work.crash is not None)
-        assert run_script(tmp_path, status, None) == (status, "requeue 9\n" if status else "")
+        assert run_script(tmp_path, status, None) == (status, "requeue 7_2\n" if status else "")
     ends = [line.partition(" on ")[2] for line in (tmp_path / "7_2.ends").read_text().splitlines()]
     killed, last = "n1 with exit status 137 in part 2", "n1 with exit status 1 in noted parts"
     assert ends == ["n9 in part 0", killed, "n9 in part 0", "n9 in part 2", last]
@@ -223,7 +223,8 @@ def test_what_raises_has_tries_of_its_own_beside_what_is_killed(
 
 
 def train_job(letters: str, folder: Path) -> Job:
-    ids = [{"train": one, "record": f"{one}-record"} for one in letters]
+    stages = ("prepare", "record", "search")
+    ids = [{"train": one} | {stage: f"{one}-{stage}" for stage in stages} for one in letters]
     return Job("train", tuple(cast(Point, SimpleNamespace(id=one["train"], ids=one)) for one in ids), folder)
 
 
@@ -264,7 +265,7 @@ def test_a_task_whose_last_job_used_up_its_tries_is_not_requeued(
             work.end()
         asked.append(run_script(tmp_path, 137 if killed else 1, None))
     assert orders == [[0, 1, 2], [1, 2]]
-    assert [question for _, question in asked] == ["requeue 9\n", ""]
+    assert [question for _, question in asked] == ["requeue 7_2\n", ""]
     assert asked[1][0] == 0  # b is there to be recorded
     reasons = {one["work"][0]: one["reason"] for one in Submitted("7_2", "train", (), tmp_path).failures()}
     assert reasons == {"a": "not a number"} | ({} if killed else {"c": "RuntimeError: torn"})
@@ -302,7 +303,7 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
         first.do(0, *_ready(both[0]))
     assert (tmp_path / "7_2.why").read_text() == "partly-failed\n"
     for _ in range(3):  # however many failed like that before, for those that are left
-        assert run_script(tmp_path, 1, "partly-failed") == (1, "requeue 9\n")
+        assert run_script(tmp_path, 1, "partly-failed") == (1, "requeue 7_2\n")
     told = [{"job": 0, "stage": "train", "work": ["a"], "reason": "no room here"}]
     assert Submitted("7_2", "train", ("a", "b"), tmp_path).failures() == told
     then = work_of(tmp_path, both, rank, world_size=2)

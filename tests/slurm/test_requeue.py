@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dynexit.config import Dist
+from launch.job_script import script_after, script_before
+from launch.task import ClusterTask
 from tests.command_line import TINY, digests, dynexit
 from tests.slurm.conftest import Cluster, wait_until
 
@@ -99,6 +102,37 @@ def test_a_killed_rank_ends_the_others_and_the_job_is_tried_again(
     cluster.wait_for_the_end()
     assert len(list((long_reference.parent / "killed" / "train").glob("*/DONE"))) == 2
     assert digests(long_reference.parent / "killed") == digests(long_reference.parent / "undisturbed")
+
+
+def test_a_task_that_is_requeued_leaves_the_others_of_its_array_alone(cluster: Cluster, tmp_path: Path) -> None:
+    work = [
+        'until [ -e "$job.go" ]; do sleep 0.2; done',
+        'exit_with=$(cat "$job.go"); rm "$job.go"',
+        "(exit $exit_with)",
+    ]
+    script = tmp_path / "array.sh"
+    after = script_after(ClusterTask((), 3600, 30), Dist())
+    script.write_text("\n".join(["#!/bin/bash", *script_before(tmp_path), *work, *after]) + "\n", encoding="utf-8")
+    options = ("--requeue", "--array=0-2", "--mem=100M", "--output=/dev/null")
+    array = cluster.run("sbatch", "--parsable", *options, str(script)).strip()
+
+    def starts() -> list[int]:
+        files = (tmp_path / f"{array}_{task}.starts" for task in range(3))
+        return [len(file.read_text().splitlines()) if file.is_file() else 0 for file in files]
+
+    wait_until(lambda: starts() == [1, 1, 1], "the start of the tasks")
+    # the one that SLURM knows by the array's id, too
+    assert cluster.squeue("--job", f"{array}_2", "--format=%A").strip() == array
+    cluster.run("scancel", f"{array}_0")
+    wait_until(lambda: f"{array}_0" not in cluster.squeue("--format=%i"), "the end of the cancelled one")
+    (tmp_path / f"{array}_2.go").write_text("137")
+    wait_until(lambda: starts() == [1, 1, 2], "the requeue")
+    for task in (1, 2):
+        (tmp_path / f"{array}_{task}.go").write_text("0")
+    cluster.wait_for_the_end()
+    assert starts() == [1, 1, 2]
+    nodes = [line.split()[-1] for line in (tmp_path / f"{array}_2.starts").read_text().splitlines()]
+    assert nodes[0] != nodes[1]
 
 
 def test_a_silent_rank_ends_its_job_and_status_says_why(cluster: Cluster, long_study: Begin) -> None:
