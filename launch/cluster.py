@@ -86,11 +86,13 @@ def limits(site: Site, in_queue: int) -> Limits:
     """The cluster's limits: those of the profile, else what scontrol and sacctmgr say."""
     config = ask(["scontrol", "show", "config"])
     array_size = site.max_array_size or _number(config, "MaxArraySize") or DEFAULT_ARRAY_SIZE
-    most = site.max_submit_jobs
-    if most is None:
-        known = [_number(config, "MaxJobCount"), *_submit_limits(site)]
-        most = min((limit for limit in known if limit is not None), default=None)
-    return Limits(array_size, None if most is None else most - in_queue)
+    if site.max_submit_jobs is not None:
+        return Limits(array_size, site.max_submit_jobs - in_queue)
+    room = [limit - in_queue for limit in _submit_limits(site)]
+    if (count := _number(config, "MaxJobCount")) is not None:
+        # everybody's jobs, and those that ended minutes ago
+        room.append(count - len(ask(["squeue", "--noheader", "--array", "--states=all", "--format=%i"]).splitlines()))
+    return Limits(array_size, min(room, default=None))
 
 
 def _number(config: str, name: str) -> int | None:

@@ -43,7 +43,8 @@ def test_queue(answers: dict[str, str]) -> None:
 
 def test_limits_of_the_cluster_and_of_the_profile(answers: dict[str, str]) -> None:
     answers["scontrol show config"] = "MaxArraySize            = 11\nMaxJobCount             = 5000\n"
-    assert cluster.limits(Site(), 10) == Limits(11, 4990)  # no accounting
+    answers["squeue --noheader --array --states=all --format=%i"] = "7_0\n" * 30  # of all users
+    assert cluster.limits(Site(), 10) == Limits(11, 4970)  # no accounting
     answers["sacctmgr --noheader --parsable2 show assoc"] = "\n300\n200\n"
     assert cluster.limits(Site(), 10) == Limits(11, 190)
     answers["sacctmgr --noheader --parsable2 show qos"] = "50\n"
