@@ -98,10 +98,13 @@ def _dispatch(options: argparse.Namespace) -> int:
     if "tool" in options:
         options.tool(options)
         return 0
+    from dynexit.errors import UserError
     from launch.checks import checked_study
     from launch.model_check import misfits_finder
 
     runs = "on" in options
+    if runs and options.site is not None and options.on != "slurm":
+        raise UserError(f"--site is for --on slurm, and this is --on {options.on}")
     with misfits_finder(beside=runs and (options.dry_run or options.on != "here")) as misfits:
         study = checked_study(options.study, options.overrides, misfits)
         return _run(study, options, misfits) if runs else _show(study, options)

@@ -1,10 +1,12 @@
 """What is asked of SLURM's commands: its limits, the queue. Works without accounting; one squeue call for all jobs."""
 
+import contextlib
 import dataclasses
 import getpass
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 
 from dynexit.errors import Failure, UserError
@@ -33,7 +35,6 @@ class QueuedJob:
     state: str
     reason: str
     node: str
-    elapsed: str
     study: str = ""  # the folder that dynexit gave it as a comment
 
     @property
@@ -50,6 +51,14 @@ class Limits:
     new_jobs: int | None
 
 
+class _Refusal(Failure):
+    """A command ended with an error, for the reason that it printed."""
+
+    def __init__(self, command: Sequence[str], reason: str) -> None:
+        super().__init__(f"`{' '.join(command)}` failed: {reason}")
+        self.reason = reason
+
+
 def ask(command: Sequence[str]) -> str:
     """What a command printed. Raises Failure where it is missing, fails or does not answer."""
     try:
@@ -60,7 +69,7 @@ def ask(command: Sequence[str]) -> str:
         raise Failure(f"{command[0]} did not answer within {_SECONDS} seconds; try again") from None
     if done.returncode:
         reason = " ".join((done.stderr or done.stdout).split())
-        raise Failure(f"`{' '.join(command)}` failed: {reason or f'exit status {done.returncode}'}")
+        raise _Refusal(command, reason or f"exit status {done.returncode}")
     return done.stdout
 
 
@@ -71,8 +80,8 @@ def is_here() -> bool:
 
 def queue() -> dict[str, QueuedJob]:
     """Every job and array task of this user that SLURM still knows, the ended ones of the last minutes included."""
-    lines = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N|%M|%k"]).splitlines()
-    jobs = (QueuedJob(*line.strip().split("|", 5)) for line in lines if line.count("|") >= 5)
+    lines = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N|%k"]).splitlines()
+    jobs = (QueuedJob(*line.strip().split("|", 4)) for line in lines if line.count("|") >= 4)
     return {job.job_id: job for job in jobs}
 
 
@@ -89,10 +98,30 @@ def limits(site: Site, in_queue: int) -> Limits:
     if site.max_submit_jobs is not None:
         return Limits(array_size, site.max_submit_jobs - in_queue)
     room = [limit - in_queue for limit in _submit_limits(site)]
-    if (count := _number(config, "MaxJobCount")) is not None:
-        # everybody's jobs, and those that ended minutes ago
-        room.append(count - len(ask(["squeue", "--noheader", "--array", "--states=all", "--format=%i"]).splitlines()))
+    with contextlib.suppress(Failure):  # sbatch would say it too
+        if (count := _number(config, "MaxJobCount")) is not None:
+            room.append(count - _num_jobs_of_all())
     return Limits(array_size, min(room, default=None))
+
+
+def _num_jobs_of_all() -> int:
+    """Everybody's jobs, and those that ended minutes ago."""
+    return len(ask(["squeue", "--noheader", "--array", "--states=all", "--format=%i"]).splitlines())
+
+
+def rehearse(script: str) -> str:
+    """Why no node could run the script's job as the cluster is now, or ''. UserError with what sbatch would refuse."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
+        file.write(script)
+        file.flush()
+        try:
+            ask(["sbatch", "--test-only", file.name])
+        except _Refusal as refusal:
+            reason = refusal.reason.removeprefix("allocation failure: ")
+            if "node configuration" in reason:  # it asks for too much, or the nodes that have it are drained
+                return reason
+            raise UserError(reason) from None
+    return ""
 
 
 def _number(config: str, name: str) -> int | None:

@@ -120,11 +120,12 @@ def _cancel(options: argparse.Namespace) -> None:
     for job in live:
         job.note_cancelled()
         others = set(job.work) - chosen  # the ids of trainings are those of points
-        with_others = f", and with it {len(others)} other points of its pack" if others and job.stage == "train" else ""
+        with_others = f", and with it {len(others)} other points of its task" if others and job.stage == "train" else ""
         print(f"cancelled {job.stage} {job.job_id}{with_others}")
 
 
 def _retry(options: argparse.Namespace) -> None:
+    from dynexit.errors import UserError
     from launch.hold import hold
     from launch.plan import check_identity
     from launch.site import Site, load_site
@@ -133,7 +134,9 @@ def _retry(options: argparse.Namespace) -> None:
 
     study, _ = _study_of(options)
     before = last_site(study.directory)
-    site = load_site(options.site) if options.site or before is None else Site.model_validate(before)
+    if options.site is None and before is None:
+        raise UserError(f"{study.directory} was never submitted; `dynexit run {options.study} --on slurm` does that")
+    site = load_site(options.site) if before is None or options.site else Site.model_validate(before)
     with hold(study.directory):
         check_identity(study)
         print("\n".join(submit_study(study, ALL_STAGES, site)))

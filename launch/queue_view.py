@@ -60,8 +60,9 @@ class _Left:
         if not job.is_at_a_part:
             self.now = []
         self.starts = job.starts
-        self.reasons = _by_id(job.failures())
-        self.given_up = _by_id(job.given_up())
+        given_up = job.given_up()
+        self.reasons = _by_id(given_up or job.failures())
+        self.given_up = self.reasons if given_up else {}
         self._ends: dict[str | None, list[tuple[int, str]]] = {}
         for i, end in enumerate(job.ends):
             for part in crashed_parts(end) if self.are_parts else [None]:
@@ -140,7 +141,8 @@ class QueueView:
             told = (left.reasons[one] for one in point.ids.values() if one in left.reasons)
             reason = next(told, "") or _why(job, entry, last_error(logs, number), ends[-1] if ends else "")
         attempts, node = left.tries_of(identity)
-        log = next(iter(logs), job.folder)
+        printed = [path for path in logs if failed and path.suffix == ".err" and path.stat().st_size]
+        log = next(iter([*printed, *logs]), job.folder)  # what failed is told among the errors
         return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
 
     def _logs_of(self, job: Submitted) -> Sequence[Path]:
@@ -170,7 +172,7 @@ def live_state(entry: QueuedJob, missing: str, last: str, *, is_another: bool = 
         return f"{last}, waits to go on"
     if entry.state == "COMPLETING":  # told to end, and not gone yet
         return f"{missing} ending"
-    return f"waiting ({entry.reason})"
+    return "waiting" if entry.reason == "None" else f"waiting ({entry.reason})"
 
 
 def _why(job: Submitted, entry: QueuedJob | None, said: str, end: str) -> str:

@@ -50,8 +50,8 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     arrays = plan_arrays(study, stages, _limits(site), _live(queued))
     if not arrays:
         return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
+    lines = _rehearse(study, site, arrays)
     submission = Submission(study, site.model_dump(mode="json"))
-    lines: list[str] = []
     job_ids: list[str] = []
     for array in arrays:
         after = resolve(array.after, job_ids, lambda i: len(arrays[i].tasks) > 1)
@@ -59,6 +59,7 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
         try:
             jobs = executor.submit_array([_task(study, site, jobs) for jobs in array.tasks])
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+            submission.drop_if_empty()
             raise Failure(f"sbatch refused {describe_array(array)}: {' '.join(str(error).split())}") from error
         submission.add([job.job_id for job in jobs], array.stage, array.work())
         job_ids.append(jobs[0].job_id.partition("_")[0])
@@ -67,6 +68,29 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     if reports and arrays[-1].stage == "report":
         cluster.cancel_jobs(reports)  # the new one covers what they would have, and two must not write one page
     return [*lines, f"logs: {submission.folder}"]
+
+
+def _rehearse(study: Study, site: Site, arrays: Sequence[Array]) -> list[str]:
+    """Asks before the first submission what SLURM will say to the last: sentences on the stages that are to wait.
+
+    Raises UserError with what it would refuse.
+    """
+    waiting: dict[str, list[str]] = {}
+    largest: dict[str, Array] = {}
+    for array in arrays:
+        largest.setdefault(array.stage, array)
+    for array in largest.values():
+        script = _executor(study, site, array, "", study.directory / "slurm" / "NNNN").script(len(array.tasks))
+        try:
+            reason = cluster.rehearse(script)
+        except UserError as refusal:
+            raise UserError(f"sbatch would refuse {describe_array(array)}: {refusal}") from None
+        if reason:
+            waiting.setdefault(reason, []).append(array.stage)
+    return [
+        f"{', '.join(stages)}: will wait, since as the cluster is now no node can run it ({reason})"
+        for reason, stages in waiting.items()
+    ]
 
 
 def _limits(site: Site) -> cluster.Limits:
@@ -88,6 +112,7 @@ def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
         notes.append(f"no cluster answers here ({failure}): its limits and queue are left out")
         limits, live = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs), {}
     arrays = plan_arrays(study, stages, limits, live)
+    notes += [] if notes else _rehearse(study, site, arrays)
     blocks = [*notes, f"queue: {len(arrays)} submissions, {sum(len(array.tasks) for array in arrays)} jobs"]
     blocks.append(_expected_hours(study, site, arrays))
     for i, array in enumerate(arrays):

@@ -61,7 +61,8 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
         state, figures = "done", _last_figures(study.directory, point)
     elif finished or folder is not None:
         progress = _progress(folder) if missing == "train" and folder is not None else {}
-        state = f"{missing} {'running' if held else 'to do'}"
+        begun = missing != "train" or folder is not None
+        state = f"{missing} {'running' if held and begun else 'to do'}"
         step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
         figures = " ".join(_told(progress))
         if "train" in finished:

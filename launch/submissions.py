@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,11 +56,11 @@ class Submitted:
             file.write(f"cancelled {time.strftime('%FT%T')} by the user\n")
 
     def failures(self) -> list[dict[str, Any]]:
-        """What failed of a job that came through, or will not be tried again by it: stage, ids of the work, reason."""
-        return self.given_up() or self._failures("failures")
+        """What failed of a job that came through: stage, ids of the work, reason."""
+        return self._failures("failures")
 
     def given_up(self) -> list[dict[str, Any]]:
-        """What of that a job will not try again that is not over."""
+        """What failed of a job that is not over, and will not be tried again by it."""
         return self._failures("given-up")
 
     def _failures(self, name: str) -> list[dict[str, Any]]:
@@ -94,6 +95,11 @@ class Submission:
         """Notes the tasks of an array that was submitted."""
         self._content["arrays"].append({"stage": stage, "tasks": dict(zip(job_ids, work, strict=True))})
         write_json(self.folder / _LIST, self._content)
+
+    def drop_if_empty(self) -> None:
+        """Removes the folder where nothing was submitted."""
+        if not self._content["arrays"]:
+            shutil.rmtree(self.folder)
 
 
 def all_submitted(study_dir: Path) -> list[Submitted]:

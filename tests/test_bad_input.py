@@ -108,3 +108,10 @@ def test_a_data_folder_is_asked_for_before_anything_starts_and_may_be_on_the_nod
     assert folders_elsewhere(given) == [there]
     Path("scratch").mkdir()
     assert folders_elsewhere(given) == []
+
+
+def test_what_is_for_a_cluster_is_not_passed_over(study: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "run", study, "--site", "mine.yaml")
+    assert said == "dynexit: --site is for --on slurm, and this is --on here\n"
+    said = refused(capsys, "retry", study)
+    assert said == "dynexit: runs/study was never submitted; `dynexit run study.yaml --on slurm` does that\n"

@@ -1,6 +1,7 @@
 """What is read from SLURM's commands, with commands that are faked."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -33,9 +34,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_queue(answers: dict[str, str]) -> None:
-    answers["squeue"] = (
-        "7_0|RUNNING|None|n1|0:10|/a|b\n7_1|PENDING|Dependency||0:00|(null)\n8|COMPLETED|None|n2|3:00|/c\nnoise\n"
-    )
+    answers["squeue"] = "7_0|RUNNING|None|n1|/a|b\n7_1|PENDING|Dependency||(null)\n8|COMPLETED|None|n2|/c\nnoise\n"
     found = cluster.queue()
     assert [(job.job_id, job.is_live) for job in found.values()] == [("7_0", True), ("7_1", True), ("8", False)]
     assert found["7_1"].reason == "Dependency"
@@ -45,6 +44,9 @@ def test_limits_of_the_cluster_and_of_the_profile(answers: dict[str, str]) -> No
     answers["scontrol show config"] = "MaxArraySize            = 11\nMaxJobCount             = 5000\n"
     answers["squeue --noheader --array --states=all --format=%i"] = "7_0\n" * 30  # of all users
     assert cluster.limits(Site(), 10) == Limits(11, 4970)  # no accounting
+    del answers["squeue --noheader --array --states=all --format=%i"]
+    assert cluster.limits(Site(), 10) == Limits(11, None)  # an answer that does not come refuses nothing
+    answers["squeue --noheader --array --states=all --format=%i"] = "7_0\n" * 30
     answers["sacctmgr --noheader --parsable2 show assoc"] = "\n300\n200\n"
     assert cluster.limits(Site(), 10) == Limits(11, 190)
     answers["sacctmgr --noheader --parsable2 show qos"] = "50\n"
@@ -76,6 +78,28 @@ def test_what_some_partition_can_run_is_not(answers: dict[str, str]) -> None:
     answers["scontrol --oneliner show partition"] = PARTITIONS
     cluster.check_request(Site(), 3, 1590)
     cluster.check_request(Site(partition="main,long"), 3, 10**6)
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of that name that says what the script is that it gets, and ends as it."""
+    path = tmp_path / "sbatch"
+    path.write_text('#!/bin/sh\n[ "$1" = --test-only ] && . "$2"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return path
+
+
+def test_a_rehearsal_tells_what_waits_from_what_is_refused(sbatch: Path) -> None:
+    assert cluster.rehearse("echo 'Job 7 to start at noon'") == ""
+    waits = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
+    assert cluster.rehearse(waits) == "Requested node configuration is not available"
+    with pytest.raises(UserError) as error:
+        cluster.rehearse("echo 'allocation failure: Invalid feature specification' >&2; exit 1")
+    assert str(error.value) == "Invalid feature specification"
+    sbatch.unlink()
+    with pytest.raises(Failure, match="there is no sbatch on this machine"):
+        cluster.rehearse("")
 
 
 def test_a_missing_command_and_one_that_fails() -> None:

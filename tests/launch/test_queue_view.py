@@ -47,14 +47,18 @@ def test_the_rank_that_failed_is_told_rather_than_those_that_lost_it(tmp_path: P
     ],
 )
 def test_a_job_that_is_told_to_end_does_not_wait(state: str, last: str, told: str) -> None:
-    entry = QueuedJob("7_1", state, "Dependency", "dev2", "0:12")
+    entry = QueuedJob("7_1", state, "Dependency", "dev2")
     assert entry.is_live
     assert live_state(entry, "train", last) == told
 
 
+def test_what_no_scheduler_has_looked_at_yet_waits() -> None:
+    assert live_state(QueuedJob("7_1", "PENDING", "None", ""), "train", "") == "waiting"
+
+
 def test_what_became_of_the_report_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = load_study(TINY, [f"runs_dir={tmp_path}"])
-    queue = {"9": QueuedJob("9", "PENDING", "Dependency", "", "")}
+    queue = {"9": QueuedJob("9", "PENDING", "Dependency", "")}
     monkeypatch.setattr(cluster, "queue", lambda: queue)
     assert report_state(study, QueueView(study.directory)) == ("to do", True)
     submission = Submission(study, {})
@@ -91,8 +95,11 @@ def test_a_backbone_that_failed_tells_every_point_why(tmp_path: Path, monkeypatc
     submission.add(["7"], "prepare", [[backbone]])
     (submission.folder / "7.starts").write_text("2026-11-21T20:00:00 on dev1\n2026-11-21T20:03:00 on dev2\n")
     write_json(submission.folder / "7.failures.json", [{"stage": "prepare", "work": [backbone], "reason": "no room"}])
+    for kind in ("out", "err"):
+        (submission.folder / f"7_0_log.{kind}").write_text("Traceback\n")
     states = study_status(study)
     assert len(states) == 6
+    assert {Path(one.log).name for one in states} == {"7_0_log.err"}
     assert {(one.state, one.figures, one.attempts, one.node) for one in states} == {("failed", "no room", "2", "dev2")}
 
 
@@ -100,7 +107,7 @@ def test_each_pack_of_a_task_that_does_several_has_its_own_state_tries_and_reaso
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = load_study(TINY, [f"runs_dir={tmp_path}"])
-    queue = {"7": QueuedJob("7", "RUNNING", "", "dev3", "0:12")}
+    queue = {"7": QueuedJob("7", "RUNNING", "", "dev3")}
     monkeypatch.setattr(cluster, "queue", lambda: queue)
     ids = [point.id for point in study.points]
     for point in study.points:

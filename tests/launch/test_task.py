@@ -267,7 +267,8 @@ def test_a_task_whose_last_job_used_up_its_tries_is_not_requeued(
     assert orders == [[0, 1, 2], [1, 2]]
     assert [question for _, question in asked] == ["requeue 7_2\n", ""]
     assert asked[1][0] == 0  # b is there to be recorded
-    reasons = {one["work"][0]: one["reason"] for one in Submitted("7_2", "train", (), tmp_path).failures()}
+    left = Submitted("7_2", "train", (), tmp_path)
+    reasons = {one["work"][0]: one["reason"] for one in left.given_up() or left.failures()}
     assert reasons == {"a": "not a number"} | ({} if killed else {"c": "RuntimeError: torn"})
 
 
@@ -305,7 +306,7 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
     for _ in range(3):  # however many failed like that before, for those that are left
         assert run_script(tmp_path, 1, "partly-failed") == (1, "requeue 7_2\n")
     told = [{"job": 0, "stage": "train", "work": ["a"], "reason": "no room here"}]
-    assert Submitted("7_2", "train", ("a", "b"), tmp_path).failures() == told
+    assert Submitted("7_2", "train", ("a", "b"), tmp_path).given_up() == told
     then = work_of(tmp_path, both, rank, world_size=2)
     assert then.notes.order(2, 1) == [1]
     then.do(1, *_ready(both[1]))

@@ -1,5 +1,6 @@
 """Sweeps on a cluster: the results of one process, whatever the arrays; failures named, retried, cancelled."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command_line import TINY, digests, dynexit
-from tests.slurm.conftest import Cluster, started, wait_until
+from tests.slurm.conftest import SITE, Cluster, started, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 QUICK = ("report.mlflow=false", "dist.checkpoint_seconds=60")
@@ -61,6 +62,15 @@ def test_arrays_split_by_the_limit_give_the_results_of_one_process_while_the_con
     assert len(sweep) > 6
 
 
+def processes_of(study: str) -> list[bytes]:
+    """The commands that name a folder of the study."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended
+            found.append(path.read_bytes())
+    return [command for command in found if f"/runs/{study}/".encode() in command]
+
+
 def is_alive(process: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]
@@ -98,6 +108,12 @@ def metrics(folder: Path) -> Sequence[float]:
 def test_a_failed_point_is_explained_and_retry_runs_only_it(cluster: Cluster, reference: Path) -> None:
     study = ("sweep.seed=[0]", "sweep.jei_dnn.ce_ic_tradeoff=[0.1, 5]", *ALONE, "name=failing", "dist.max_retries=0")
     shutil.copytree(reference / "prepare", reference.parent / "failing" / "prepare")
+    site = cluster.folder / "site.yaml"
+    site.write_text(SITE.read_text() + "constraint: nowhere\n")
+    error = dynexit(cluster.folder, "run", TINY, *study, "--on", "slurm", "--site", site, status=2).stderr
+    assert error == "dynexit: sbatch would refuse train: 2 tasks, 2 packs: Invalid feature specification\n"
+    assert not cluster.squeue()
+    assert not (reference.parent / "failing" / "slurm").exists()
     cluster.submit(*study)
     first = dynexit(cluster.folder, "status", TINY, *study).stdout.splitlines()[1].split()[2]
     in_the_way = reference.parent / "failing" / "train" / first / "heads.safetensors"
@@ -131,6 +147,8 @@ def test_cancel_leaves_nothing_behind(cluster: Cluster, reference: Path) -> None
     wait_until(lambda: "1 cancelled" in cluster.status(*study), "the end of that point's jobs", 60)
     dynexit(cluster.folder, "cancel", TINY, *study)
     wait_until(lambda: not cluster.squeue(), "an empty queue", 60)
+    wait_until(lambda: not processes_of("cancelled"), "the end of its processes", 60)
+    assert not [path for path in (reference.parent / "cancelled").rglob("*") if "tmp" in path.name]
     assert cluster.status(*study).splitlines()[-1] == "6 cancelled"
     assert "nothing of it is in the queue" in dynexit(cluster.folder, "cancel", TINY, *study).stdout
 
