@@ -142,6 +142,7 @@ def test_cancel_leaves_nothing_behind(cluster: Cluster, reference: Path) -> None
     shutil.copytree(reference / "prepare", reference.parent / "cancelled" / "prepare")
     cluster.submit(*study)
     point = cluster.status(*study).splitlines()[1].split()[2]
+    wait_until(lambda: processes_of("cancelled"), "its processes", 60)
     said = dynexit(cluster.folder, "cancel", TINY, point, *study).stdout.splitlines()
     assert [line.split()[1] for line in said] == ["train", "record"]
     wait_until(lambda: "1 cancelled" in cluster.status(*study), "the end of that point's jobs", 60)
