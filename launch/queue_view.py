@@ -90,15 +90,16 @@ def _by_id(failures: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 
 class QueueView:
-    """The newest job of every piece of work of a study, and the queue as one squeue call showed it."""
+    """The jobs of every piece of work of a study, and the queue as one squeue call showed it."""
 
     def __init__(self, study_dir: Path) -> None:
-        self._newest: dict[tuple[str, str], Submitted] = {}
+        self._jobs: dict[tuple[str, str], list[Submitted]] = {}  # of every piece of work, the newest last
         for job in all_submitted(study_dir):
-            self._newest.update({(job.stage, identity): job for identity in job.work or ("",)})  # a report has no ids
+            for identity in job.work or ("",):  # a report has no ids
+                self._jobs.setdefault((job.stage, identity), []).append(job)
         self._queue: dict[str, QueuedJob] | None = None
         self.unanswered = ""  # why there is no queue to look at; the files say what they can
-        if self._newest:
+        if self._jobs:
             try:
                 self._queue = cluster.queue()
             except Failure as failure:
@@ -110,14 +111,15 @@ class QueueView:
     def of(self, point: Point, missing: str) -> ClusterState | None:
         """Of the job that does the point's work `missing`, or the report; None where none was submitted."""
         stage = "record" if missing == "search" else missing
-        job = self._newest.get((stage, "" if stage == "report" else point.ids[ID_OF[stage]]))
-        if job is None:
+        jobs = self._jobs.get((stage, "" if stage == "report" else point.ids[ID_OF[stage]]))
+        if jobs is None:
             return None
-        if (job.job_id, point.id) not in self._states:
-            self._states[job.job_id, point.id] = self._describe(job, point, missing)
-        return self._states[job.job_id, point.id]
+        if (jobs[-1].job_id, point.id) not in self._states:
+            self._states[jobs[-1].job_id, point.id] = self._describe(jobs, point, missing)
+        return self._states[jobs[-1].job_id, point.id]
 
-    def _describe(self, job: Submitted, point: Point, missing: str) -> ClusterState:
+    def _describe(self, jobs: Sequence[Submitted], point: Point, missing: str) -> ClusterState:
+        job = jobs[-1]
         left, identity = self._left_by(job), point.ids.get(missing, "")
         number = left.number.get(identity, "" if left.are_parts else None)
         crashes = left.crashes(number)
@@ -140,7 +142,7 @@ class QueueView:
         if failed:
             told = (left.reasons[one] for one in point.ids.values() if one in left.reasons)
             reason = next(told, "") or _why(job, entry, last_error(logs, number), ends[-1] if ends else "")
-        attempts, node = left.tries_of(identity)
+        attempts, node = self._tries(jobs, identity)
         printed = [path for path in logs if failed and path.suffix == ".err" and path.stat().st_size]
         log = next(iter([*printed, *logs]), job.folder)  # what failed is told among the errors
         return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
@@ -151,9 +153,13 @@ class QueueView:
         return self._logs[job.folder].get(job.job_id, ())
 
     def tries(self, point: Point) -> tuple[int, str] | None:
-        """How often the job that trained the point was started, and where it was last; None where there is none."""
-        job = self._newest.get(("train", point.ids["train"]))
-        return None if job is None else self._left_by(job).tries_of(point.ids["train"])
+        """How often the point's training was started, and where it was last; None where no job did it."""
+        jobs = self._jobs.get(("train", point.ids["train"]))
+        return None if jobs is None else self._tries(jobs, point.ids["train"])
+
+    def _tries(self, jobs: Sequence[Submitted], identity: str) -> tuple[int, str]:
+        tries = [self._left_by(job).tries_of(identity) for job in jobs]
+        return sum(count for count, _ in tries), next((node for _, node in reversed(tries) if node), "")
 
     def _left_by(self, job: Submitted) -> _Left:
         if job.job_id not in self._left:

@@ -101,6 +101,9 @@ def test_a_backbone_that_failed_tells_every_point_why(tmp_path: Path, monkeypatc
     assert len(states) == 6
     assert {Path(one.log).name for one in states} == {"7_0_log.err"}
     assert {(one.state, one.figures, one.attempts, one.node) for one in states} == {("failed", "no room", "2", "dev2")}
+    Submission(study, {}).add(["8"], "prepare", [[backbone]])
+    again = {(one.state, one.figures, one.attempts, one.node) for one in study_status(study)}
+    assert again == {("failed", "prepare job 8 left no word", "2", "dev2")}  # the tries of both submissions
 
 
 def test_each_pack_of_a_task_that_does_several_has_its_own_state_tries_and_reason(
