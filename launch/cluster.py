@@ -109,8 +109,11 @@ def _num_jobs_of_all() -> int:
     return len(ask(["squeue", "--noheader", "--array", "--states=all", "--format=%i"]).splitlines())
 
 
-def rehearse(script: str) -> str:
-    """Why no node could run the script's job as the cluster is now, or ''. UserError with what sbatch would refuse."""
+def rehearse(script: str, partition: str | None) -> str:
+    """Why no node could run the script's job as the cluster is now, or ''.
+
+    Raises UserError with what sbatch would refuse or no node could ever run.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
         file.write(script)
         file.flush()
@@ -118,10 +121,20 @@ def rehearse(script: str) -> str:
             ask(["sbatch", "--test-only", file.name])
         except _Refusal as refusal:
             reason = refusal.reason.removeprefix("allocation failure: ")
-            if "node configuration" in reason:  # it asks for too much, or the nodes that have it are drained
+            if "node configuration" in reason and not _are_all_up(partition):  # those that have it may be drained
                 return reason
             raise UserError(reason) from None
     return ""
+
+
+def _are_all_up(partition: str | None) -> bool:
+    """Whether all nodes can be had, now or when other jobs are over."""
+    try:
+        chosen = ["--partition=" + partition] if partition else []
+        states = ask(["sinfo", "--noheader", *chosen, "--format=%t"]).split()
+    except Failure:
+        return False
+    return all(state in ("idle", "mix", "alloc", "comp") for state in states)
 
 
 def _number(config: str, name: str) -> int | None:

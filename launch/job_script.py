@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from dynexit.config import Dist
-from launch.notes import CRASHED, IN_NOTED, PARTLY_FAILED, PREEMPTED, TIMED_OUT
+from launch.notes import CANCELLED, CRASHED, IN_NOTED, PARTLY_FAILED, PREEMPTED, RUN, TIMED_OUT
 from launch.task import EARLY_SECONDS, STOPPED, ClusterTask
 
 _REQUEUE_TRIES = 120  # every 5 seconds
@@ -21,6 +21,8 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
     return [
         "status=$?",
         '[ "$status" -eq 0 ] && exit 0',
+        # SLURM took this node for dead, and the job runs on another
+        f'[ "$(cat "$job.{RUN}" 2>/dev/null || echo 0)" -gt "$run" ] 2>/dev/null && exit "$status"',
         f"why={CRASHED}",
         # SIGUSR2 before the program could take it
         f'[ "$status" -eq 140 ] && {{ [ "$SECONDS" -lt {in_time} ] && why={PREEMPTED} || why={TIMED_OUT}; }}',
@@ -44,6 +46,7 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         "  this=${job##*/}",  # one task of an array has the array's SLURM_JOB_ID, which would requeue them all
         "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
         f"  for try in $(seq {_REQUEUE_TRIES}); do  # the controller may be away for a while",
+        f'    ! grep -q "^{CANCELLED} " "$job.ends" || break  # a requeue would bring it back',
         '    if scontrol requeue "$this"; then',
         '      [ -z "$avoided" ] || scontrol update JobId="$this" ExcNodeList="$avoided"',
         '      exit "$status"',
@@ -61,8 +64,10 @@ def script_before(folder: Path) -> list[str]:
     name = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"
     return [
         "set +eu",  # a site's lines may have set it, and the lines that follow the ranks must be come to
+        "trap : USR2",  # for the ranks, and sent to this script too by `scancel --full`
         f'job={shlex.quote(str(folder))}/"{name}"',
         # submitit refuses to write over what a kill left of its own
+        f'run=${{SLURM_RESTART_COUNT:-0}}; echo "$run" > "$job.{RUN}"',
         'rm -f "$job.why" "$job.now" "$job.last" "$job"_*_result.pkl.save_tmp',
         'echo "$(date +%FT%T) on ${SLURM_JOB_NODELIST:-?}" >> "$job.starts"',
     ]

@@ -11,6 +11,8 @@ from pathlib import Path
 from dynexit.errors import Failure
 from dynexit.run_dir import read_json, write_json, write_text
 
+_LOST_SECONDS = 600
+
 # why a program ended before it was through
 PREEMPTED, TIMED_OUT, FAILED_FOR_GOOD, CRASHED, CANCELLED = "preempted", "timed-out", "failed", "crashed", "cancelled"
 PARTLY_FAILED = "partly-failed"  # what is left of a task's jobs goes on without the one that failed on one rank alone
@@ -27,6 +29,7 @@ def sections(text: str) -> dict[str, str]:
     return dict(zip(found[::2], found[1::2], strict=True))
 
 
+RUN = "run"  # the note on how often SLURM began the job before
 IN_NOTED = " in noted parts"  # ends the line of a crash of which each of several jobs has its own line before
 
 
@@ -39,12 +42,31 @@ class Notes:
     """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
 
     def __init__(self, folder: Path, job_id: str) -> None:
-        self._folder, self._job_id = folder, job_id
+        self.folder, self._job_id = folder, job_id
         self._has_crashed = False
+        self._is_there = self.file("starts").is_file()
 
     def file(self, name: str) -> Path:
         """Where a note of that name is."""
-        return self._folder / f"{self._job_id}.{name}"
+        return self.folder / f"{self._job_id}.{name}"
+
+    def is_begun_again(self) -> bool:
+        """Whether SLURM has begun the job once more since it began this process."""
+        try:
+            return int(self.file(RUN).read_text(encoding="utf-8")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        except (OSError, ValueError):
+            return False
+
+    def wait_until_there(self) -> bool:
+        """Returns when the folder is there, if it was: a lost file system comes back after a while, or is given up.
+
+        Whether it was lost and is back.
+        """
+        was_lost = self._is_there and not self.file("starts").is_file()
+        deadline = time.monotonic() + _LOST_SECONDS
+        while self._is_there and not self.file("starts").is_file() and time.monotonic() < deadline:
+            time.sleep(1)
+        return was_lost and self.file("starts").is_file()
 
     def given_up(self) -> list[dict[str, object]]:
         """What failed with a sentence in a run of this job before: another try would say the same."""

@@ -60,6 +60,8 @@ class _Left:
         if not job.is_at_a_part:
             self.now = []
         self.starts = job.starts
+        # what killed its script left no word, and the last one is on an end before
+        self.is_ended = not job.starts or not job.ends or _time(job.ends[-1], 1) >= _time(job.starts[-1], 0)
         given_up = job.given_up()
         self.reasons = _by_id(given_up or job.failures())
         self.given_up = self.reasons if given_up else {}
@@ -83,6 +85,10 @@ class _Left:
         """How often the work was begun, and where its job was last."""
         count = self.tries[identity] if self.are_parts else len(self.starts)
         return count, self.starts[-1].rpartition(" ")[2] if self.starts else ""
+
+
+def _time(line: str, place: int) -> str:
+    return [*line.split(), "", ""][place]
 
 
 def _by_id(failures: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -141,7 +147,8 @@ class QueueView:
         reason = ""
         if failed:
             told = (left.reasons[one] for one in point.ids.values() if one in left.reasons)
-            reason = next(told, "") or _why(job, entry, last_error(logs, number), ends[-1] if ends else "")
+            end = ends[-1] if ends and (is_given_up or left.is_ended) else ""
+            reason = next(told, "") or _why(job, entry, last_error(logs, number), end)
         attempts, node = self._tries(jobs, identity)
         printed = [path for path in logs if failed and path.suffix == ".err" and path.stat().st_size]
         log = next(iter([*printed, *logs]), job.folder)  # what failed is told among the errors
@@ -185,6 +192,8 @@ def _why(job: Submitted, entry: QueuedJob | None, said: str, end: str) -> str:
     """Why a job that is over did not do a point's work, by what its program `said` and how it came to its `end`."""
     if entry is not None and not end:
         end = f"{job.stage} job {job.job_id} ended as {entry.state}"
+        if entry.state == "COMPLETED":
+            end = f"{job.stage} job {job.job_id} is through, but what it should have left is not there"
     return "; ".join(part for part in (said, end) if part) or f"{job.stage} job {job.job_id} left no word"
 
 

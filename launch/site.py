@@ -125,4 +125,26 @@ def site_contradictions(site: Site, config: Config) -> list[str]:
             f"dist.tasks_per_node = {config.dist.tasks_per_node}: should be at most the site profile's gpus_per_node, "
             f"{site.gpus_per_node}"
         )
+    own = sorted(name for name in map(_long_name, site.sbatch) if name in OWN_OPTIONS)
+    if own:
+        found.append(f"sbatch = {', '.join(own)}: dynexit sets that itself; take it out of the site profile")
     return found
+
+
+def _long_name(option: str) -> str:
+    return option.lstrip("-").replace("_", "-")
+
+
+# what jobs are chained, found, told and requeued by
+OWN_OPTIONS = (
+    "array",
+    "comment",
+    "dependency",
+    "error",
+    "no-requeue",
+    "output",
+    "parsable",
+    "requeue",
+    "signal",
+    "wait",
+)

@@ -13,7 +13,7 @@ from launch.arrays import Array, Live, plan_arrays, resolve
 from launch.job_script import script_after, script_before
 from launch.plan import Job, done_together
 from launch.site import Site, site_contradictions
-from launch.submissions import Submission, check_strays, live_jobs
+from launch.submissions import Submission, check_strays, live_jobs, settled_jobs
 from launch.task import ClusterTask
 
 ALL_STAGES = ("prepare", "train", "record", "search", "report")
@@ -38,7 +38,7 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     """Submits what is missing and returns at once: a line for every array. The caller holds the study.
 
     Raises UserError where the cluster could never run it, Failure where sbatch refuses; what was submitted before that
-    stays in the queue and is not submitted again by the next try.
+    is cancelled.
     """
     if not cluster.is_here():
         raise UserError("there is no sbatch on this machine; submit from a node of the cluster, or run --on here")
@@ -46,7 +46,7 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     dist = study.config.dist
     cluster.check_request(site, dist.nodes, site.minutes(dist))
     check_strays(study.directory)
-    queued = live_jobs(study.directory)
+    queued = settled_jobs(study.directory)
     arrays = plan_arrays(study, stages, _limits(site), _live(queued))
     if not arrays:
         return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
@@ -59,8 +59,8 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
         try:
             jobs = executor.submit_array([_task(study, site, jobs) for jobs in array.tasks])
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            submission.drop_if_empty()
-            raise Failure(f"sbatch refused {describe_array(array)}: {' '.join(str(error).split())}") from error
+            words = " ".join(str(error).split())
+            raise Failure(f"sbatch refused {describe_array(array)}: {words}{submission.take_back()}") from error
         submission.add([job.job_id for job in jobs], array.stage, array.work())
         job_ids.append(jobs[0].job_id.partition("_")[0])
         lines.append(f"{describe_array(array)}: job {job_ids[-1]}" + (f" after {after}" if after else ""))
@@ -82,9 +82,9 @@ def _rehearse(study: Study, site: Site, arrays: Sequence[Array]) -> list[str]:
     for array in largest.values():
         script = _executor(study, site, array, "", study.directory / "slurm" / "NNNN").script(len(array.tasks))
         try:
-            reason = cluster.rehearse(script)
+            reason = cluster.rehearse(script, site.partition)
         except UserError as refusal:
-            raise UserError(f"sbatch would refuse {describe_array(array)}: {refusal}") from None
+            raise UserError(f"the cluster would not take {describe_array(array)}: {refusal}") from None
         if reason:
             waiting.setdefault(reason, []).append(array.stage)
     return [

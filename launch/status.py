@@ -83,12 +83,12 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
 
 def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:
     """What there is to say of the report, and whether it is over: no job that waits or runs will make it."""
+    on_cluster = jobs.of(study.points[0], "report")
     try:
-        if report_is_done(study):
+        if (on_cluster is None or not on_cluster.is_live) and report_is_done(study):
             return f"done, {study.directory / 'report' / 'report.html'}", True
     except Failure as damage:
         return f"damaged: {damage}", True
-    on_cluster = jobs.of(study.points[0], "report")
     if on_cluster is None:
         return "to do", True
     if on_cluster.is_failed:

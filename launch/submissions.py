@@ -1,5 +1,6 @@
 """What was submitted for a study: one folder per submission, with the jobs' logs and the list of who does what."""
 
+import contextlib
 import dataclasses
 import itertools
 import shutil
@@ -8,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynexit.errors import UserError
+from dynexit.errors import Failure, UserError
 from dynexit.run_dir import folders_in_place, read_json, write_json
 from dynexit.sweep import Study
 from launch import cluster
 from launch.cluster import QueuedJob
 
 _LIST = "jobs.json"
+_SETTLE_SECONDS, _SETTLE_TRIES = 10, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +98,21 @@ class Submission:
         self._content["arrays"].append({"stage": stage, "tasks": dict(zip(job_ids, work, strict=True))})
         write_json(self.folder / _LIST, self._content)
 
-    def drop_if_empty(self) -> None:
-        """Removes the folder where nothing was submitted."""
+    def take_back(self) -> str:
+        """Cancels what was submitted, and says what became of it; '' where nothing was."""
         if not self._content["arrays"]:
             shutil.rmtree(self.folder)
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()  # the first submission's
+            return ""
+        jobs = list(_jobs(self.folder / _LIST))
+        try:
+            cluster.cancel_jobs([job.job_id for job in jobs])
+        except Failure as failure:
+            return f"; what was submitted before it stays in the queue ({failure})"
+        for job in jobs:
+            job.note_cancelled()
+        return "; what was submitted before it is cancelled"
 
 
 def all_submitted(study_dir: Path) -> list[Submitted]:
@@ -134,6 +147,25 @@ def live_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
     return [(job, entry) for job, entry in pairs if entry is not None and entry.is_live]
 
 
+def settled_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
+    """As `live_jobs`, when none is ending: whether that one goes on by a requeue is not known before it has ended.
+
+    Raises UserError where that takes minutes.
+    """
+    for _ in range(_SETTLE_TRIES):
+        live = live_jobs(study_dir)
+        ending = [job.job_id for job, entry in live if entry.state == "COMPLETING"]
+        if not ending:
+            return live
+        print(f"waiting until {_first(ending)} of {study_dir} have ended", flush=True)
+        time.sleep(_SETTLE_SECONDS)
+    raise UserError(f"jobs of {study_dir} are ending ({_first(ending)}); run it again when squeue shows them no more")
+
+
+def _first(job_ids: Sequence[str]) -> str:
+    return " ".join(job_ids[:5]) + (" ..." if len(job_ids) > 5 else "")
+
+
 def check_strays(study_dir: Path) -> None:
     """Raises UserError where the queue has jobs of the study that no list knows: their launcher was killed over it."""
     known = {job.job_id for job in all_submitted(study_dir)}
@@ -153,7 +185,7 @@ def check_queue(study: Study) -> None:
         check_strays(study.directory)
     live = live_jobs(study.directory)
     if live:
-        names = " ".join(job.job_id for job, _ in live[:5]) + (" ..." if len(live) > 5 else "")
+        names = _first([job.job_id for job, _ in live])
         raise UserError(
             f"{len(live)} jobs of {study.directory} are in the cluster's queue ({names}); wait for them, "
             "or take them out with `dynexit cancel`"

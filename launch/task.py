@@ -9,6 +9,7 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dynexit.sweep import Point
 
 EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
+_FENCE_SECONDS = 10
 STOPPED, _FAILED = 75, 1  # exit statuses
 _ALONE = ("search", "report")  # what the main rank does when the others have left
 _IDS = {"report": "train"}  # of points, where the work has none of its own
@@ -45,7 +47,7 @@ class ClusterTask:
         started = time.monotonic()
         folder, job_id = _join_ranks()
         try:
-            with _interruptible():
+            with _fenced(Notes(folder, job_id)), _interruptible():
                 failures = self._run_all(folder, job_id)
         except Interrupted as stop:
             left = self.time_limit_seconds - (time.monotonic() - started)
@@ -103,6 +105,7 @@ class _Work:
         Raises what crashes one of several ranks, and SystemExit where one failed alone: the others wait for that one,
         so the program ends; it is tried again for the jobs that are left.
         """
+        self.notes.wait_until_there()
         for identity, reason in damage.items():
             self._fail(i, job, [identity], reason, is_told=self.ranks.is_main)
         if not job.points:
@@ -117,6 +120,8 @@ class _Work:
         stop, num_failures = None, len(self.failures)
         try:
             stop = _run(job)
+            while stop is not None and self._was_lost(stop, others_wait):
+                stop = _run(job)
         except Exception as error:
             if others_wait:
                 raise
@@ -134,6 +139,15 @@ class _Work:
             with contextlib.suppress(Failure):  # on a full disk another try says it again
                 self.notes.give_up(self._given_up)
             self.notes.through(is_trained=job.stage == "train" and len(self.failures) == num_failures)
+
+    def _was_lost(self, stop: Failure | UserError, others_wait: bool) -> bool:
+        """Whether a job failed since the file system was lost, and that is back."""
+        was_lost = self.notes.wait_until_there()
+        if others_wait:
+            was_lost = stop.on_all_ranks and self.ranks.agree(was_lost)
+        if was_lost and self.ranks.is_main:
+            print(f"{stop}; {self.notes.folder} was gone and is back: again", file=sys.stderr, flush=True)
+        return was_lost
 
     def _fail(self, i: int, job: Job, work: Sequence[str], reason: str, *, is_told: bool) -> dict[str, object]:
         if is_told:
@@ -216,6 +230,27 @@ def _join_ranks() -> tuple[Path, str]:
         os.environ["MASTER_PORT"] = str(20000 + number % 12000)  # below the ports that Linux gives to others
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     return environment.paths.folder, environment.job_id
+
+
+@contextlib.contextmanager
+def _fenced(notes: Notes) -> Iterator[None]:
+    """Ends this process as soon as SLURM, which took its node for dead, has begun the job on another.
+
+    Two must not write one folder for long; what is being written is dropped whole.
+    """
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(_FENCE_SECONDS):
+            if notes.is_begun_again():
+                print("SLURM has begun this job again elsewhere; this one ends", file=sys.stderr, flush=True)
+                os._exit(_FAILED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 @contextlib.contextmanager

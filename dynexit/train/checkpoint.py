@@ -66,7 +66,7 @@ class Checkpoints:
         digest = save_tensors(path, tensors)
         write_json(path.with_suffix(".json"), {"sha256": digest, "step": step, "facts": facts})
         for old in self._complete()[_KEPT:]:
-            old.unlink()
+            old.unlink(missing_ok=True)
             old.with_suffix(".safetensors").unlink(missing_ok=True)
         self._last_saved = time.monotonic()
         self._took.append(time.perf_counter() - began)

@@ -85,21 +85,28 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program of that name that says what the script is that it gets, and ends as it."""
     path = tmp_path / "sbatch"
     path.write_text('#!/bin/sh\n[ "$1" = --test-only ] && . "$2"\n')
-    path.chmod(0o755)
+    sinfo = tmp_path / "sinfo"
+    sinfo.write_text('#!/bin/sh\necho idle; echo mix\n[ "$2" = --partition=old ] && echo drain || :\n')
+    for program in (path, sinfo):
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     return path
 
 
 def test_a_rehearsal_tells_what_waits_from_what_is_refused(sbatch: Path) -> None:
-    assert cluster.rehearse("echo 'Job 7 to start at noon'") == ""
-    waits = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
-    assert cluster.rehearse(waits) == "Requested node configuration is not available"
-    with pytest.raises(UserError) as error:
-        cluster.rehearse("echo 'allocation failure: Invalid feature specification' >&2; exit 1")
-    assert str(error.value) == "Invalid feature specification"
+    assert cluster.rehearse("echo 'Job 7 to start at noon'", None) == ""
+    too_much, unknown = "Requested node configuration is not available", "Invalid feature specification"
+    refusal = "echo 'allocation failure: {}' >&2; exit 1"
+    assert cluster.rehearse(refusal.format(too_much), "old") == too_much  # the node that is drained may have it
+    for reason, partition in ((too_much, None), (too_much, "new"), (unknown, "old")):
+        with pytest.raises(UserError) as error:
+            cluster.rehearse(refusal.format(reason), partition)
+        assert str(error.value) == reason
+    (sbatch.parent / "sinfo").unlink()
+    assert cluster.rehearse(refusal.format(too_much), "new") == too_much
     sbatch.unlink()
     with pytest.raises(Failure, match="there is no sbatch on this machine"):
-        cluster.rehearse("")
+        cluster.rehearse("", None)
 
 
 def test_a_missing_command_and_one_that_fails() -> None:

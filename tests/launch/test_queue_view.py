@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from dynexit.config_io import load_study
+from dynexit.errors import UserError
 from dynexit.run_dir import write_json
-from launch import cluster
+from launch import cluster, submissions
 from launch.cluster import QueuedJob
 from launch.queue_view import QueueView, last_error, live_state
 from launch.status import report_state, study_status
-from launch.submissions import Submission, Submitted
+from launch.submissions import Submission, Submitted, all_submitted, settled_jobs
 from tests.command_line import TINY
 
 CLOSED = "[rank{}]: RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.1.1]:15771."
@@ -67,10 +68,17 @@ def test_what_became_of_the_report_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert report_state(study, QueueView(study.directory)) == ("waiting (Dependency)", False)
     queue.clear()
     assert report_state(study, QueueView(study.directory)) == ("failed: report job 9 left no word", True)
+    queue["9"] = QueuedJob("9", "COMPLETED", "None", "")
+    lost = "failed: report job 9 is through, but what it should have left is not there"
+    assert report_state(study, QueueView(study.directory)) == (lost, True)
+    queue.clear()
     told = [{"stage": "report", "work": [study.points[0].id], "reason": "no space"}]
     write_json(submission.folder / "9.failures.json", told)
     assert report_state(study, QueueView(study.directory)) == ("failed: no space", True)
     write_json(study.directory / "report" / "DONE", {})
+    queue["9"] = QueuedJob("9", "PENDING", "Dependency", "")
+    assert report_state(study, QueueView(study.directory)) == ("waiting (Dependency)", False)  # it will make another
+    queue.clear()
     damaged, is_over = report_state(study, QueueView(study.directory))
     assert damaged.startswith(f"damaged: {study.directory}/report/DONE is damaged; move it aside with `mv ")
     assert is_over
@@ -148,3 +156,48 @@ def test_each_pack_of_a_task_that_does_several_has_its_own_state_tries_and_reaso
     write_json(submission.folder / "7.failures.json", given_up)
     told_of = [one.figures for one in study_status(study)]
     assert told_of[:3] == [over, "NaN", "OSError: torn; " + end.format(1, 2).strip()]
+
+
+def test_the_end_of_a_try_before_is_not_why_a_job_that_left_no_word_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(TINY, [f"runs_dir={tmp_path}"])
+    monkeypatch.setattr(cluster, "queue", lambda: {"7": QueuedJob("7", "FAILED", "", "dev1")})
+    for point in study.points:
+        write_json(study.directory / "prepare" / point.ids["prepare"] / "DONE", {"id": point.ids["prepare"]})
+    submission = Submission(study, {})
+    submission.add(["7"], "train", [[point.id for point in study.points]])
+    end = "crashed 2026-11-22T07:00:05 on dev1 with exit status 137"
+    (submission.folder / "7.ends").write_text(end + "\n")
+    for start, told in (("2026-11-22T07:00:00", end), ("2026-11-22T07:00:10", "train job 7 ended as FAILED")):
+        (submission.folder / "7.starts").write_text(f"{start} on dev1\n")
+        assert {one.figures for one in study_status(study)} == {told}
+
+
+def test_what_is_ending_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(TINY, [f"runs_dir={tmp_path}"])
+    Submission(study, {}).add(["7", "8"], "train", [["a"], ["b"]])
+    states = ["COMPLETING", "COMPLETING", "PENDING"]
+    waited = []
+    monkeypatch.setattr(cluster, "is_here", lambda: True)
+    monkeypatch.setattr(cluster, "queue", lambda: {"7": QueuedJob("7", states[min(len(waited), 2)], "", "")})
+    monkeypatch.setattr(submissions.time, "sleep", waited.append)
+    assert [(job.job_id, entry.state) for job, entry in settled_jobs(study.directory)] == [("7", "PENDING")]
+    assert waited == [10, 10]
+    states[2] = "COMPLETING"
+    with pytest.raises(UserError, match=r"are ending \(7\); run it again when squeue shows them no more"):
+        settled_jobs(study.directory)
+
+
+def test_a_submission_that_is_refused_on_its_way_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(TINY, [f"runs_dir={tmp_path}"])
+    cancelled: list[str] = []
+    monkeypatch.setattr(cluster, "cancel_jobs", cancelled.extend)
+    assert Submission(study, {}).take_back() == ""
+    assert not (study.directory / "slurm").exists()
+    submission = Submission(study, {})
+    submission.add(["7"], "prepare", [["p"]])
+    submission.add(["8_0", "8_1"], "train", [["a"], ["b"]])
+    assert submission.take_back() == "; what was submitted before it is cancelled"
+    assert cancelled == ["7", "8_0", "8_1"]
+    assert [job.ends[0].split()[0] for job in all_submitted(study.directory)] == ["cancelled"] * 3

@@ -42,6 +42,12 @@ def test_all_mistakes_come_together(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
+def test_options_that_jobs_are_chained_and_requeued_by_are_not_a_sites() -> None:
+    site = Site(sbatch={"array": "0-3", "no_requeue": True, "mail-type": "END"})
+    said = "sbatch = array, no-requeue: dynexit sets that itself; take it out of the site profile"
+    assert site_contradictions(site, Config()) == [said]
+
+
 def test_a_missing_profile_and_none() -> None:
     with pytest.raises(UserError, match=r"there is no site profile nowhere\.yaml; slurm/sites/example\.yaml"):
         load_site(Path("nowhere.yaml"))

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,15 +20,23 @@ from dynexit.dist import Ranks
 from dynexit.errors import Failure, Interrupted
 from dynexit.run_dir import mark_done, read_json, write_text
 from dynexit.sweep import Point
+from launch import notes, task
 from launch.job_script import script_after, script_before
 from launch.notes import Notes
 from launch.plan import Job
 from launch.submissions import Submitted
-from launch.task import ClusterTask, _interruptible, _ready, _Work
+from launch.task import ClusterTask, _fenced, _interruptible, _ready, _Work
 
 
 def run_script(
-    folder: Path, status: int, why: str | None, *, elsewhere: bool = False, time_limit: float = 3600, exclude: str = ""
+    folder: Path,
+    status: int,
+    why: str | None,
+    *,
+    elsewhere: bool = False,
+    time_limit: float = 3600,
+    exclude: str = "",
+    meanwhile: str = "true",
 ) -> tuple[int, str]:
     """Exit status of a job whose ranks ended with `status` after noting `why`, and what scontrol was asked."""
     programs = folder / "bin"
@@ -45,7 +54,7 @@ def run_script(
     note += "" if why is None else f'; echo {why} > "$job.why"'
     dist = Dist(max_timeouts=2, max_preemptions=3, max_retries=1)
     after = script_after(ClusterTask((), time_limit, 120), dist, exclude)
-    lines = [*script_before(folder), note, f"(exit {status})", *after]
+    lines = [*script_before(folder), note, f"({meanwhile}; exit {status})", *after]
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     done = subprocess.run(
@@ -120,6 +129,74 @@ def test_an_end_that_cannot_be_noted_is_not_tried_again_for_ever(tmp_path: Path)
     (tmp_path / "7_2.ends").symlink_to("/dev/full")
     status, asked = run_script(tmp_path, 137, None)
     assert (status, asked) == (137, "")
+
+
+def test_a_signal_that_reaches_the_script_too_is_the_ranks_to_take(tmp_path: Path) -> None:
+    assert run_script(tmp_path, 75, "preempted", meanwhile="kill -USR2 $$") == (75, "requeue 7_2\n")
+    assert run_script(tmp_path, 0, None, meanwhile="kill -USR2 $$") == (0, "")
+
+
+def test_a_script_whose_job_was_begun_elsewhere_leaves_it_alone(tmp_path: Path) -> None:
+    assert run_script(tmp_path, 137, None, meanwhile='echo 1 > "$job.run"') == (137, "")
+    assert not (tmp_path / "7_2.ends").exists()
+    assert run_script(tmp_path, 137, None, meanwhile=': > "$job.run"') == (137, "requeue 7_2\n")  # on a full disk
+
+
+def test_a_cancelled_job_is_not_brought_back(tmp_path: Path) -> None:
+    (tmp_path / "away").touch()
+    cancel = 'echo "cancelled 2026-11-22T07:00:00 by the user" >> "$job.ends"'
+    assert run_script(tmp_path, 75, "preempted", meanwhile=cancel) == (75, "")
+
+
+def test_a_process_whose_job_was_begun_elsewhere_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def end(status: int) -> None:
+        assert status == 1
+        ended.set()
+
+    monkeypatch.setattr(task.os, "_exit", end)
+    monkeypatch.setattr(task, "_FENCE_SECONDS", 0.01)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with _fenced(Notes(tmp_path, "7_2")):
+        for text in ("1\n", "", "0\n"):
+            (tmp_path / "7_2.run").write_text(text)
+            assert not ended.wait(0.1)
+        (tmp_path / "7_2.run").write_text("2\n")
+        assert ended.wait(10)
+
+
+def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, away = tmp_path / "logs", tmp_path / "away"
+    folder.mkdir()
+    (folder / "7_2.starts").touch()
+    one = train_job("a", tmp_path)
+    tries = []
+
+    def train(points: Sequence[Point], study_dir: Path) -> None:
+        tries.append(folder.is_dir())
+        if len(tries) == 1:
+            folder.rename(away)
+            raise Failure("the backbone is gone")
+        raise Failure("not a number")
+
+    monkeypatch.setitem(jobs.JOBS, "train", train)
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            away.rename(folder)
+
+    monkeypatch.setattr(notes.time, "sleep", sleep)
+    work = work_of(folder, [one])
+    work.do(0, *_ready(one))
+    work.end()
+    assert (len(slept), tries) == (3, [True, True])
+    assert [failure["reason"] for failure in work.failures] == ["not a number"]
+    assert read_json(folder / "7_2.failures.json") == work.failures
 
 
 def test_a_controller_that_is_away_is_asked_again(tmp_path: Path) -> None:

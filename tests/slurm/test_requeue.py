@@ -169,16 +169,16 @@ def test_a_dead_node_is_left_and_the_job_runs_elsewhere(
     job = cluster.job("dead-node-train")
     node = cluster.squeue("--job", job, "--format=%N").strip()
     os.kill(int((running / "pid" / f"{node}.pid").read_text()), signal.SIGKILL)
-    for process in processes_of(job):
-        os.kill(process, signal.SIGKILL)
-    for folder in Path("/proc").glob("[0-9]*"):  # the node is dead, not just its slurmd
-        try:
-            if f"[{job}" in (folder / "cmdline").read_text() and "slurmstepd" in (folder / "comm").read_text():
-                os.kill(int(folder.name), signal.SIGKILL)
-        except OSError:
-            continue
+    (left,) = processes_of(job)
+    os.kill(left, signal.SIGSTOP)  # a node that hangs: it comes to itself when SLURM has given it up
+    notes = next((long_reference.parent / "dead-node" / "slurm" / "0001").glob(f"{job}*.starts"))
     try:
+        wait_until(lambda: len(notes.read_text().splitlines()) == 2, "the start elsewhere")
+        os.kill(left, signal.SIGCONT)
+        wait_until(lambda: not Path(f"/proc/{left}").exists(), "the end of what is left", 60)
         cluster.wait_for_the_end()
+        assert len(notes.read_text().splitlines()) == 2
+        assert cluster.ends("dead-node") == []
     finally:
         subprocess.run(["unshare", "--uts", "sh", "-c", f"hostname {node} && exec slurmd -N {node}"], check=True)
     assert digests(long_reference.parent / "dead-node") == digests(long_reference)

@@ -111,7 +111,7 @@ def test_a_failed_point_is_explained_and_retry_runs_only_it(cluster: Cluster, re
     site = cluster.folder / "site.yaml"
     site.write_text(SITE.read_text() + "constraint: nowhere\n")
     error = dynexit(cluster.folder, "run", TINY, *study, "--on", "slurm", "--site", site, status=2).stderr
-    assert error == "dynexit: sbatch would refuse train: 2 tasks, 2 packs: Invalid feature specification\n"
+    assert error == "dynexit: the cluster would not take train: 2 tasks, 2 packs: Invalid feature specification\n"
     assert not cluster.squeue()
     assert not (reference.parent / "failing" / "slurm").exists()
     cluster.submit(*study)
@@ -146,6 +146,8 @@ def test_cancel_leaves_nothing_behind(cluster: Cluster, reference: Path) -> None
     said = dynexit(cluster.folder, "cancel", TINY, point, *study).stdout.splitlines()
     assert [line.split()[1] for line in said] == ["train", "record"]
     wait_until(lambda: "1 cancelled" in cluster.status(*study), "the end of that point's jobs", 60)
+    dynexit(cluster.folder, "cancel", TINY, *study)
+    assert "train: 5 tasks, 5 packs" in dynexit(cluster.folder, "retry", TINY, *study).stdout  # what was ending, too
     dynexit(cluster.folder, "cancel", TINY, *study)
     wait_until(lambda: not cluster.squeue(), "an empty queue", 60)
     wait_until(lambda: not processes_of("cancelled"), "the end of its processes", 60)
