@@ -73,11 +73,11 @@ class ClusterTask:
         order = ranks.agree(work.notes.order(len(self.jobs), dist.max_retries) if ranks.is_main else [])
         alone = [i for i in order if self.jobs[i].stage in _ALONE]
         for i in (i for i in order if i not in alone):
-            job, damage = ranks.agree(_ready(self.jobs[i]) if ranks.is_main else (self.jobs[i], {}))
+            job, damage = ranks.agree(work.ready(i) if ranks.is_main else (self.jobs[i], {}))
             work.do(i, job, damage)
         stop_ranks()  # however long the main rank searches, nobody waits for it
         for i in alone if ranks.is_main else []:
-            work.do(i, *_ready(self.jobs[i]))
+            work.do(i, *work.ready(i))
         if ranks.is_main:
             work.end()
         if work.crash is not None:
@@ -99,13 +99,17 @@ class _Work:
         """Goes on where the last run of the task gave these up."""
         self.failures, self._given_up = [*given_up], given_up
 
+    def ready(self, i: int) -> tuple[Job, dict[str, str]]:
+        """What `_ready` says of a task's job `i` when the file system is there."""
+        self.notes.wait_until_there()
+        return _ready(self._jobs[i])
+
     def do(self, i: int, job: Job, damage: dict[str, str]) -> None:
         """Does a task's job `i`, but for what is damaged: by the id of the work a sentence on it.
 
         Raises what crashes one of several ranks, and SystemExit where one failed alone: the others wait for that one,
         so the program ends; it is tried again for the jobs that are left.
         """
-        self.notes.wait_until_there()
         for identity, reason in damage.items():
             self._fail(i, job, [identity], reason, is_told=self.ranks.is_main)
         if not job.points:
