@@ -197,6 +197,10 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
     assert (len(slept), tries) == (3, [True, True])
     assert [failure["reason"] for failure in work.failures] == ["not a number"]
     assert read_json(folder / "7_2.failures.json") == work.failures
+    slept.clear()
+    folder.rename(away)  # with the trainings that a job of what is to be recorded looks for
+    assert work.ready(0) == (one, {})
+    assert len(slept) == 3
 
 
 def test_a_controller_that_is_away_is_asked_again(tmp_path: Path) -> None:
