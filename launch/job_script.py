@@ -9,6 +9,7 @@ from launch.task import EARLY_SECONDS, STOPPED, ClusterTask
 
 _REQUEUE_TRIES = 120  # every 5 seconds
 _MANY = 1_000_000
+_NOTED_RUN = f'"$(grep -ox "[0-9]*" "$job.{RUN}" 2>/dev/null || echo 0)"'  # empty on a full disk
 
 
 def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
@@ -20,9 +21,11 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
     avoided = shlex.quote(exclude + ",") if exclude else ""
     return [
         "status=$?",
+        # a lost file system comes back after a while, and nothing can be noted before
+        f'for try in $(seq {_REQUEUE_TRIES}); do [ -z "$mark" ] || [ -e "$mark" ] && break; sleep 5; done',
         '[ "$status" -eq 0 ] && exit 0',
         # SLURM took this node for dead, and the job runs on another
-        f'[ "$(cat "$job.{RUN}" 2>/dev/null || echo 0)" -gt "$run" ] 2>/dev/null && exit "$status"',
+        f'[ {_NOTED_RUN} -gt "$run" ] && exit "$status"',
         f"why={CRASHED}",
         # SIGUSR2 before the program could take it
         f'[ "$status" -eq 140 ] && {{ [ "$SECONDS" -lt {in_time} ] && why={PREEMPTED} || why={TIMED_OUT}; }}',
@@ -67,7 +70,8 @@ def script_before(folder: Path) -> list[str]:
         "trap : USR2",  # for the ranks, and sent to this script too by `scancel --full`
         f'job={shlex.quote(str(folder))}/"{name}"',
         # submitit refuses to write over what a kill left of its own
-        f'run=${{SLURM_RESTART_COUNT:-0}}; echo "$run" > "$job.{RUN}"',
+        'mark="${job}_submitted.pkl"; [ -e "$mark" ] || mark=',  # there as long as the file system is
+        f'run=${{SLURM_RESTART_COUNT:-0}}; [ {_NOTED_RUN} -gt "$run" ] || echo "$run" > "$job.{RUN}"',
         'rm -f "$job.why" "$job.now" "$job.last" "$job"_*_result.pkl.save_tmp',
         'echo "$(date +%FT%T) on ${SLURM_JOB_NODELIST:-?}" >> "$job.starts"',
     ]

@@ -41,10 +41,11 @@ def crashed_parts(end: str) -> list[str]:
 class Notes:
     """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
 
-    def __init__(self, folder: Path, job_id: str) -> None:
+    def __init__(self, folder: Path, job_id: str, mark: Path | None = None) -> None:
+        """`mark` is a file that is there as long as the file system is."""
         self.folder, self._job_id = folder, job_id
         self._has_crashed = False
-        self._is_there = self.file("starts").is_file()
+        self._mark = mark
 
     def file(self, name: str) -> Path:
         """Where a note of that name is."""
@@ -58,15 +59,16 @@ class Notes:
             return False
 
     def wait_until_there(self) -> bool:
-        """Returns when the folder is there, if it was: a lost file system comes back after a while, or is given up.
+        """Returns when the mark is there, if there is one: a lost file system comes back after a while, or is given up.
 
         Whether it was lost and is back.
         """
-        was_lost = self._is_there and not self.file("starts").is_file()
+        if self._mark is None or self._mark.is_file():
+            return False
         deadline = time.monotonic() + _LOST_SECONDS
-        while self._is_there and not self.file("starts").is_file() and time.monotonic() < deadline:
+        while not self._mark.is_file() and time.monotonic() < deadline:
             time.sleep(1)
-        return was_lost and self.file("starts").is_file()
+        return self._mark.is_file()
 
     def given_up(self) -> list[dict[str, object]]:
         """What failed with a sentence in a run of this job before: another try would say the same."""

@@ -141,6 +141,7 @@ OWN_OPTIONS = (
     "comment",
     "dependency",
     "error",
+    "kill-on-invalid-dep",
     "no-requeue",
     "output",
     "parsable",

@@ -148,13 +148,16 @@ def live_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
 
 
 def settled_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
-    """As `live_jobs`, when none is ending: whether that one goes on by a requeue is not known before it has ended.
+    """As `live_jobs`, when those have ended that are ending now: whether one goes on by a requeue is not known before.
 
     Raises UserError where that takes minutes.
     """
+    first: set[str] | None = None  # of a large sweep there is always one that ends
     for _ in range(_SETTLE_TRIES):
         live = live_jobs(study_dir)
-        ending = [job.job_id for job, entry in live if entry.state == "COMPLETING"]
+        found = {job.job_id for job, entry in live if entry.state == "COMPLETING"}
+        first = found if first is None else first & found
+        ending = sorted(first)
         if not ending:
             return live
         print(f"waiting until {_first(ending)} of {study_dir} have ended", flush=True)

@@ -68,9 +68,13 @@ class ClusterTask:
 
         dist = self.jobs[0].points[0].config.dist
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
-        work = _Work(Notes(folder, job_id), ranks, self.jobs, dist.max_retries)
-        work.take_up(ranks.agree(work.notes.given_up() if ranks.is_main else []))
-        order = ranks.agree(work.notes.order(len(self.jobs), dist.max_retries) if ranks.is_main else [])
+        # submitit loaded this task from that file
+        notes = Notes(folder, job_id, mark=folder / f"{job_id}_submitted.pkl")
+        if ranks.is_main:
+            notes.wait_until_there()
+        work = _Work(notes, ranks, self.jobs, dist.max_retries)
+        work.take_up(ranks.agree(notes.given_up() if ranks.is_main else []))
+        order = ranks.agree(notes.order(len(self.jobs), dist.max_retries) if ranks.is_main else [])
         alone = [i for i in order if self.jobs[i].stage in _ALONE]
         for i in (i for i in order if i not in alone):
             job, damage = ranks.agree(work.ready(i) if ranks.is_main else (self.jobs[i], {}))

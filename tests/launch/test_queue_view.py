@@ -184,7 +184,10 @@ def test_what_is_ending_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(submissions.time, "sleep", waited.append)
     assert [(job.job_id, entry.state) for job, entry in settled_jobs(study.directory)] == [("7", "PENDING")]
     assert waited == [10, 10]
-    states[2] = "COMPLETING"
+    monkeypatch.setattr(cluster, "queue", lambda: {str(7 + len(waited) % 2): QueuedJob("", "COMPLETING", "", "")})
+    assert settled_jobs(study.directory)  # of a large sweep there is always one that ends
+    assert len(waited) == 3
+    monkeypatch.setattr(cluster, "queue", lambda: {"7": QueuedJob("7", "COMPLETING", "", "")})
     with pytest.raises(UserError, match=r"are ending \(7\); run it again when squeue shows them no more"):
         settled_jobs(study.directory)
 

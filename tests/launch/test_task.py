@@ -37,6 +37,7 @@ def run_script(
     time_limit: float = 3600,
     exclude: str = "",
     meanwhile: str = "true",
+    naps: str = "exit 0",
 ) -> tuple[int, str]:
     """Exit status of a job whose ranks ended with `status` after noting `why`, and what scontrol was asked."""
     programs = folder / "bin"
@@ -44,7 +45,7 @@ def run_script(
     for name, text in (
         ("scontrol", f'echo "$@" >> {folder}/asked; ! rm {folder}/away 2>/dev/null'),  # away: for one question
         ("sbatch", f"exit {int(not elsewhere)}"),
-        ("sleep", "exit 0"),
+        ("sleep", naps),
     ):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
@@ -171,7 +172,7 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
 ) -> None:
     folder, away = tmp_path / "logs", tmp_path / "away"
     folder.mkdir()
-    (folder / "7_2.starts").touch()
+    (folder / "7_2_submitted.pkl").touch()
     one = train_job("a", tmp_path)
     tries = []
 
@@ -191,7 +192,8 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
             away.rename(folder)
 
     monkeypatch.setattr(notes.time, "sleep", sleep)
-    work = work_of(folder, [one])
+    mark = folder / "7_2_submitted.pkl"
+    work = _Work(Notes(folder, "7_2", mark), Ranks(0, 1, torch.device("cpu")), [one], 1)
     work.do(0, *_ready(one))
     work.end()
     assert (len(slept), tries) == (3, [True, True])
@@ -201,6 +203,25 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
     folder.rename(away)  # with the trainings that a job of what is to be recorded looks for
     assert work.ready(0) == (one, {})
     assert len(slept) == 3
+    slept.clear()
+    folder.rename(away)
+    assert Notes(folder, "7_2", mark).wait_until_there()  # lost while the program starts, too
+    assert len(slept) == 3
+    assert not Notes(folder, "7_2", mark).wait_until_there()
+
+
+def test_a_script_waits_for_a_lost_file_system_before_it_notes_an_end(tmp_path: Path) -> None:
+    (tmp_path / "7_2_submitted.pkl").touch()
+    lost = f"mv {tmp_path}/7_2_submitted.pkl {tmp_path}/away.pkl; (/bin/sleep 1; mv {tmp_path}/away.pkl"
+    lost += f" {tmp_path}/7_2_submitted.pkl) >/dev/null 2>&1 & true"
+    assert run_script(tmp_path, 1, None, meanwhile=lost, naps="/bin/sleep 0.1") == (1, "requeue 7_2\n")
+    assert (tmp_path / "7_2_submitted.pkl").is_file()
+
+
+def test_a_start_that_comes_late_does_not_take_the_job_back(tmp_path: Path) -> None:
+    (tmp_path / "7_2.run").write_text("1\n")
+    assert run_script(tmp_path, 137, None) == (137, "")
+    assert (tmp_path / "7_2.run").read_text() == "1\n"
 
 
 def test_a_controller_that_is_away_is_asked_again(tmp_path: Path) -> None:
