@@ -128,7 +128,7 @@ class _Work:
         stop, num_failures = None, len(self.failures)
         try:
             stop = _run(job)
-            while stop is not None and self._was_lost(stop, others_wait):
+            while self._was_lost(job, stop, others_wait):
                 stop = _run(job)
         except Exception as error:
             if others_wait:
@@ -148,13 +148,23 @@ class _Work:
                 self.notes.give_up(self._given_up)
             self.notes.through(is_trained=job.stage == "train" and len(self.failures) == num_failures)
 
-    def _was_lost(self, stop: Failure | UserError, others_wait: bool) -> bool:
-        """Whether a job failed since the file system was lost, and that is back."""
+    def _was_lost(self, job: Job, stop: Failure | UserError | None, others_wait: bool) -> bool:
+        """Whether a job did not come through since the file system was lost, and that is back.
+
+        Raises the failure of one rank alone, as a crash: the others wait for it, and another try finds its files.
+        """
         was_lost = self.notes.wait_until_there()
+        if others_wait and stop is not None and not stop.on_all_ranks:
+            if was_lost:
+                raise stop
+            return False
         if others_wait:
-            was_lost = stop.on_all_ranks and self.ranks.agree(was_lost)
+            was_lost = self.ranks.any([was_lost])[0]
+        if was_lost and stop is None:  # what it wrote may lie beneath what is back
+            was_lost = self.ranks.agree(_is_left(job)) if others_wait else _is_left(job)
         if was_lost and self.ranks.is_main:
-            print(f"{stop}; {self.notes.folder} was gone and is back: again", file=sys.stderr, flush=True)
+            said = "" if stop is None else f"{stop}; "
+            print(f"{said}{self.notes.folder} was gone and is back: again", file=sys.stderr, flush=True)
         return was_lost
 
     def _fail(self, i: int, job: Job, work: Sequence[str], reason: str, *, is_told: bool) -> dict[str, object]:
@@ -178,7 +188,7 @@ class _Work:
         """Whether another try of the task would find something to do, but for the job `beside`."""
         order = self.notes.order(len(self._jobs), self._max_retries)
         jobs = (_ready(self._jobs[i])[0] for i in reversed(order) if i != beside)
-        return any(job.stage not in finished_jobs(point, job.study_dir) for job in jobs for point in job.points)
+        return any(map(_is_left, jobs))
 
     def end(self) -> None:
         """Leaves the sentences of what failed, if this is the end of the task."""
@@ -191,6 +201,11 @@ class _Work:
     def _write_failures(self) -> None:
         write_json(self.notes.file("failures.json"), self.failures)
         self.notes.file("given-up.json").unlink(missing_ok=True)
+
+
+def _is_left(job: Job) -> bool:
+    """Whether a job of points has not left all its results."""
+    return any(job.stage not in finished_jobs(point, job.study_dir) for point in job.points)
 
 
 def _run(job: Job) -> Failure | UserError | None:

@@ -204,10 +204,41 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
     assert work.ready(0) == (one, {})
     assert len(slept) == 3
     slept.clear()
+    tries.clear()
+
+    def seem_to_train(points: Sequence[Point], study_dir: Path) -> None:
+        tries.append(folder.is_dir())
+        if len(tries) == 1:
+            folder.rename(away)  # and what is written now lies where nobody looks
+        else:
+            finish(one)
+
+    monkeypatch.setitem(jobs.JOBS, "train", seem_to_train)
+    again = _Work(Notes(folder, "7_2", mark), Ranks(0, 1, torch.device("cpu")), [one], 1)
+    again.do(0, *_ready(one))
+    assert (len(slept), tries, again.failures) == (3, [True, True], [])
+    slept.clear()
     folder.rename(away)
     assert Notes(folder, "7_2", mark).wait_until_there()  # lost while the program starts, too
     assert len(slept) == 3
     assert not Notes(folder, "7_2", mark).wait_until_there()
+
+
+def test_one_rank_that_lost_its_file_system_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "7_2_submitted.pkl"
+    mark.touch()
+    one = train_job("a", tmp_path)
+
+    def train(points: Sequence[Point], study_dir: Path) -> None:
+        mark.unlink()
+        raise Failure("its file is gone")
+
+    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr(notes.time, "sleep", lambda seconds: mark.touch())
+    work = _Work(Notes(tmp_path, "7_2", mark), Ranks(1, 2, torch.device("cpu")), [one], 1)
+    with pytest.raises(Failure, match="its file is gone"):
+        work.do(0, *_ready(one))
+    assert not (tmp_path / "7_2.why").exists()
 
 
 def test_a_script_waits_for_a_lost_file_system_before_it_notes_an_end(tmp_path: Path) -> None:
@@ -400,6 +431,7 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
         done.append(points[0].id)
 
     monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr(Ranks, "any", lambda self, flags: flags)  # as the other rank would say
     both = [train_job(one, tmp_path) for one in "ab"]
     first = work_of(tmp_path, both, rank, world_size=2)
     with pytest.raises(SystemExit):
