@@ -69,9 +69,9 @@ def script_before(folder: Path) -> list[str]:
         "set +eu",  # a site's lines may have set it, and the lines that follow the ranks must be come to
         "trap : USR2",  # for the ranks, and sent to this script too by `scancel --full`
         f'job={shlex.quote(str(folder))}/"{name}"',
-        # submitit refuses to write over what a kill left of its own
         'mark="${job}_submitted.pkl"; [ -e "$mark" ] || mark=',  # there as long as the file system is
         f'run=${{SLURM_RESTART_COUNT:-0}}; [ {_NOTED_RUN} -gt "$run" ] || echo "$run" > "$job.{RUN}"',
+        # submitit refuses to write over what a kill left of its own
         'rm -f "$job.why" "$job.now" "$job.last" "$job"_*_result.pkl.save_tmp',
         'echo "$(date +%FT%T) on ${SLURM_JOB_NODELIST:-?}" >> "$job.starts"',
     ]
