@@ -105,8 +105,7 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _cancel(options: argparse.Namespace) -> None:
-    from launch.cluster import cancel_jobs
-    from launch.submissions import live_jobs
+    from launch.submissions import cancel, live_jobs
 
     study, points = _study_of(options)
     named = any("=" not in word for word in options.words)
@@ -115,10 +114,9 @@ def _cancel(options: argparse.Namespace) -> None:
     if not live:
         print("nothing of it is in the queue")
         return
-    cancel_jobs([job.job_id for job in live])
+    cancel(live)
     chosen = {point.id for point in points}
     for job in live:
-        job.note_cancelled()
         others = set(job.work) - chosen  # the ids of trainings are those of points
         with_others = f", and with it {len(others)} other points of its task" if others and job.stage == "train" else ""
         print(f"cancelled {job.stage} {job.job_id}{with_others}")

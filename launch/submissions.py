@@ -14,6 +14,7 @@ from dynexit.run_dir import folders_in_place, read_json, write_json
 from dynexit.sweep import Study
 from launch import cluster
 from launch.cluster import QueuedJob
+from launch.notes import CANCELLED
 
 _LIST = "jobs.json"
 _SETTLE_SECONDS, _SETTLE_TRIES = 10, 12
@@ -51,11 +52,6 @@ class Submitted:
     def is_at_a_part(self) -> bool:
         """Whether one of several jobs is being done."""
         return (self.folder / f"{self.job_id}.now").is_file()
-
-    def note_cancelled(self) -> None:
-        """Notes that the user took the job out of the queue."""
-        with (self.folder / f"{self.job_id}.ends").open("a", encoding="utf-8") as file:
-            file.write(f"cancelled {time.strftime('%FT%T')} by the user\n")
 
     def failures(self) -> list[dict[str, Any]]:
         """What failed of a job that came through: stage, ids of the work, reason."""
@@ -105,13 +101,10 @@ class Submission:
             with contextlib.suppress(OSError):
                 self.folder.parent.rmdir()  # the first submission's
             return ""
-        jobs = list(_jobs(self.folder / _LIST))
         try:
-            cluster.cancel_jobs([job.job_id for job in jobs])
+            cancel(list(_jobs(self.folder / _LIST)))
         except Failure as failure:
             return f"; what was submitted before it stays in the queue ({failure})"
-        for job in jobs:
-            job.note_cancelled()
         return "; what was submitted before it is cancelled"
 
 
@@ -145,6 +138,14 @@ def live_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
     queued = cluster.queue()
     pairs = ((job, queued.get(job.job_id)) for job in submitted)
     return [(job, entry) for job, entry in pairs if entry is not None and entry.is_live]
+
+
+def cancel(jobs: Sequence[Submitted]) -> None:
+    """Takes jobs out of the queue, and notes that the user did."""
+    cluster.cancel_jobs([job.job_id for job in jobs])
+    for job in jobs:
+        with (job.folder / f"{job.job_id}.ends").open("a", encoding="utf-8") as file:
+            file.write(f"{CANCELLED} {time.strftime('%FT%T')} by the user\n")
 
 
 def settled_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 Begin = Callable[..., tuple[str, ...]]
 
 
-def processes_of(job_id: str) -> list[int]:
+def ranks_of(job_id: str) -> list[int]:
     """The ranks of a job, by rank."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -90,7 +90,7 @@ def test_a_killed_rank_ends_the_others_and_the_job_is_tried_again(
     study = long_study("killed", "dist.checkpoint_seconds=1", "dist.nodes=2", "train.num_epochs=12")
     cluster.submit(*study, jobs="train")
     cluster.wait_for_step("killed", 150)
-    ranks = processes_of(cluster.job("killed-train"))
+    ranks = ranks_of(cluster.job("killed-train"))
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
@@ -144,8 +144,8 @@ def test_a_silent_rank_ends_its_job_and_status_says_why(cluster: Cluster, long_s
         cluster.wait_for_step("silent", 50)
         job = cluster.job("silent-train")
         nodes.append(cluster.squeue("--job", job, "--format=%N").strip())
-        wait_until(lambda job=job: len(processes_of(job)) == 2, "the ranks")
-        os.kill(processes_of(job)[1], signal.SIGSTOP)
+        wait_until(lambda job=job: len(ranks_of(job)) == 2, "the ranks")
+        os.kill(ranks_of(job)[1], signal.SIGSTOP)
         stopped = time.monotonic()
         wait_until(lambda n=attempt: cluster.ends("silent") == ["crashed"] * n, "the end of the job", 100)
         assert time.monotonic() - stopped < 60 + 10
@@ -169,7 +169,7 @@ def test_a_dead_node_is_left_and_the_job_runs_elsewhere(
     job = cluster.job("dead-node-train")
     node = cluster.squeue("--job", job, "--format=%N").strip()
     os.kill(int((running / "pid" / f"{node}.pid").read_text()), signal.SIGKILL)
-    (left,) = processes_of(job)
+    (left,) = ranks_of(job)
     os.kill(left, signal.SIGSTOP)  # a node that hangs: it comes to itself when SLURM has given it up
     notes = next((long_reference.parent / "dead-node" / "slurm" / "0001").glob(f"{job}*.starts"))
     try:
