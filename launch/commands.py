@@ -64,28 +64,40 @@ def _study_of(options: argparse.Namespace) -> "tuple[Study, list[Point]]":
 
 
 def _status(options: argparse.Namespace) -> None:
-    from launch.queue_view import QueueView
-    from launch.status import OVER, report_state, study_status, table
-
     study, _ = _study_of(options)
-    while True:
-        jobs = QueueView(study.directory)
-        if jobs.unanswered:
-            print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
-        states = study_status(study, jobs)
-        report, is_over = report_state(study, jobs)
-        print(table(states, report), flush=True)
-        if not options.watch or (is_over and all(one.state in OVER for one in states)):
-            return
+    while _print_status(study, options.watch):
         time.sleep(_WATCH_SECONDS)
         print("\n" + time.strftime("%H:%M:%S"))
 
 
+def _print_status(study: "Study", watch: bool) -> bool:
+    """Whether there is more to watch. Raises UserError where the study's folder is away, and nobody watches."""
+    from dynexit.errors import UserError
+    from launch.queue_view import QueueView
+    from launch.status import OVER, report_state, study_status, table
+
+    jobs = QueueView(study.directory)
+    if jobs.away and not watch:
+        raise UserError(jobs.away)
+    if jobs.away:
+        print(f"dynexit: {jobs.away}", flush=True)
+        return True
+    if jobs.unanswered:
+        print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
+    if not study.directory.is_dir():
+        print(f"dynexit: {study.directory} is not there: nothing of this study was run yet, or not with this folder")
+    states = study_status(study, jobs)
+    report, is_over = report_state(study, jobs)
+    print(table(states, report), flush=True)
+    return watch and not (is_over and all(one.state in OVER for one in states))
+
+
 def _logs(options: argparse.Namespace) -> None:
     from dynexit.errors import UserError
-    from launch.submissions import all_submitted
+    from launch.submissions import all_submitted, check_is_there
 
     study, points = _study_of(options)
+    check_is_there(study.directory)
     printed = False
     ids = {identity for point in points for identity in point.ids.values()}
     newest: dict[str, Submitted] = {}
@@ -105,9 +117,10 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _cancel(options: argparse.Namespace) -> None:
-    from launch.submissions import cancel, live_jobs
+    from launch.submissions import cancel, check_is_there, live_jobs
 
     study, points = _study_of(options)
+    check_is_there(study.directory)
     named = any("=" not in word for word in options.words)
     ids = {identity for point in points for stage, identity in point.ids.items() if stage != "prepare"}
     live = [job for job, _ in live_jobs(study.directory) if not named or ids & set(job.work)]
@@ -128,9 +141,10 @@ def _retry(options: argparse.Namespace) -> None:
     from launch.plan import check_identity
     from launch.site import Site, load_site
     from launch.slurm import ALL_STAGES, submit_study
-    from launch.submissions import last_site
+    from launch.submissions import check_is_there, last_site
 
     study, _ = _study_of(options)
+    check_is_there(study.directory)
     before = last_site(study.directory)
     if options.site is None and before is None:
         raise UserError(f"{study.directory} was never submitted; `dynexit run {options.study} --on slurm` does that")

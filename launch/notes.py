@@ -44,7 +44,7 @@ class Notes:
     def __init__(self, folder: Path, job_id: str, mark: Path | None = None) -> None:
         """`mark` is a file that is there as long as the file system is."""
         self.folder, self._job_id = folder, job_id
-        self._has_crashed = False
+        self._has_crashed = self._was_lost = False
         self._mark = mark
 
     def file(self, name: str) -> Path:
@@ -58,17 +58,27 @@ class Notes:
         except (OSError, ValueError):
             return False
 
+    def look(self) -> None:
+        """Remembers for `wait_until_there` where the mark is not there now."""
+        self._was_lost = self._was_lost or not self._is_there()
+
     def wait_until_there(self) -> bool:
         """Returns when the mark is there, if there is one: a lost file system comes back after a while, or is given up.
 
-        Whether it was lost and is back.
+        Whether it is back after it was lost: now, or when anybody looked since the last call.
         """
-        if self._mark is None or self._mark.is_file():
-            return False
         deadline = time.monotonic() + _LOST_SECONDS
-        while not self._mark.is_file() and time.monotonic() < deadline:
+        self.look()
+        while not self._is_there() and time.monotonic() < deadline:
             time.sleep(1)
-        return self._mark.is_file()
+        was_lost, self._was_lost = self._was_lost, False
+        return was_lost and self._is_there()
+
+    def _is_there(self) -> bool:
+        try:
+            return self._mark is None or self._mark.is_file()
+        except OSError:  # as of a stale handle
+            return False
 
     def given_up(self) -> list[dict[str, object]]:
         """What failed with a sentence in a run of this job before: another try would say the same."""

@@ -23,7 +23,7 @@ from launch.notes import (
     crashed_parts,
     sections,
 )
-from launch.submissions import Submitted, all_submitted, logs_by_job
+from launch.submissions import Submitted, all_submitted, away, logs_by_job
 
 _AGAIN = (PREEMPTED, TIMED_OUT, CRASHED, PARTLY_FAILED)
 
@@ -105,11 +105,12 @@ class QueueView:
                 self._jobs.setdefault((job.stage, identity), []).append(job)
         self._queue: dict[str, QueuedJob] | None = None
         self.unanswered = ""  # why there is no queue to look at; the files say what they can
-        if self._jobs:
+        if self._jobs or cluster.is_here():
             try:
                 self._queue = cluster.queue()
             except Failure as failure:
-                self.unanswered = str(failure)
+                self.unanswered = str(failure) if self._jobs else ""
+        self.away = away(study_dir, self._queue or {})
         self._states: dict[tuple[str, str], ClusterState] = {}
         self._logs: dict[Path, dict[str, list[Path]]] = {}
         self._left: dict[str, _Left] = {}

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,37 @@ def _first(job_ids: Sequence[str]) -> str:
     return " ".join(job_ids[:5]) + (" ..." if len(job_ids) > 5 else "")
 
 
+def away(study_dir: Path, queue: Mapping[str, QueuedJob]) -> str:
+    """A sentence where the queue has jobs of the study and its folder nothing of their submission, or ''."""
+    if folders_in_place(study_dir / "slurm"):
+        return ""
+    found = sorted({job.job_id.partition("_")[0] for job in queue.values() if _is_live_of(study_dir, job)})
+    if not found:
+        return ""
+    return (
+        f"jobs of {study_dir} are in the queue ({_first(found)}), but nothing of their submission is in that folder: "
+        "its file system is away, and the jobs wait for it; bring it back and run this again (only if the folder was "
+        f"deleted: `scancel {' '.join(found)}`)"
+    )
+
+
+def check_is_there(study_dir: Path) -> None:
+    """Raises UserError where the study's jobs are in the queue and its folder is not there, as of a lost mount."""
+    if cluster.is_here() and not folders_in_place(study_dir / "slurm"):
+        with contextlib.suppress(Failure):  # with no queue to ask there is nothing to say
+            sentence = away(study_dir, cluster.queue())
+            if sentence:
+                raise UserError(sentence)
+
+
+def _is_live_of(study_dir: Path, job: QueuedJob) -> bool:
+    return job.is_live and job.study == str(study_dir.absolute())
+
+
 def check_strays(study_dir: Path) -> None:
     """Raises UserError where the queue has jobs of the study that no list knows: their launcher was killed over it."""
     known = {job.job_id for job in all_submitted(study_dir)}
-    place = str(study_dir.absolute())
-    strays = [job.job_id for job in cluster.queue().values() if job.is_live and job.study == place]
+    strays = [job.job_id for job in cluster.queue().values() if _is_live_of(study_dir, job)]
     strays = sorted({job_id.partition("_")[0] for job_id in strays if job_id not in known})
     if strays:
         raise UserError(

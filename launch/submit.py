@@ -211,7 +211,7 @@ def _outcome(job: Job, submitted: Any) -> tuple[str, bool]:
     except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
         logs = sorted(submitted.task(0).paths.folder.glob(f"{submitted.job_id}_*_log.err"))
         last = [line for line in str(error).strip().splitlines() if line.strip()][-1:]
-        said = last_error(logs) or " ".join(last).strip()
+        said = last_error(logs) or " ".join(line for line in last if " INFO " not in line) or "it ended without a word"
         return f"{job.name} failed: {said} (log {', '.join(map(str, logs))})", True
     for text in texts:
         if isinstance(text, UserError):

@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from dynexit.sweep import Point
 
 EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
-_FENCE_SECONDS = 10
+_WATCH_SECONDS = 5
 STOPPED, _FAILED = 75, 1  # exit statuses
 _ALONE = ("search", "report")  # what the main rank does when the others have left
 _IDS = {"report": "train"}  # of points, where the work has none of its own
@@ -45,31 +44,29 @@ class ClusterTask:
     def __call__(self) -> list[str]:
         """Does the jobs; the sentences of what failed. SystemExit where the job was stopped or failed for good."""
         started = time.monotonic()
-        folder, job_id = _join_ranks()
+        notes = _join_ranks()
         try:
-            with _fenced(Notes(folder, job_id)), _interruptible():
-                failures = self._run_all(folder, job_id)
+            with _watched(notes), _interruptible():
+                failures = self._run_all(notes)
         except Interrupted as stop:
             left = self.time_limit_seconds - (time.monotonic() - started)
             word = TIMED_OUT if left <= self.signal_delay_seconds + EARLY_SECONDS else PREEMPTED
             print(f"{stop} ({word})", flush=True)
-            Notes(folder, job_id).end(word)
+            notes.end(word)
             sys.exit(STOPPED)
         except Exception:
-            Notes(folder, job_id).end(CRASHED)
+            notes.end(CRASHED)
             raise
         if failures and self.jobs[0].stage == "prepare":  # nothing that waits for it can run
-            Notes(folder, job_id).end(FAILED_FOR_GOOD)
+            notes.end(FAILED_FOR_GOOD)
             sys.exit(_FAILED)
         return failures
 
-    def _run_all(self, folder: Path, job_id: str) -> list[str]:
+    def _run_all(self, notes: Notes) -> list[str]:
         from dynexit.dist import start_ranks, stop_ranks
 
         dist = self.jobs[0].points[0].config.dist
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
-        # submitit loaded this task from that file
-        notes = Notes(folder, job_id, mark=folder / f"{job_id}_submitted.pkl")
         if ranks.is_main:
             notes.wait_until_there()
         work = _Work(notes, ranks, self.jobs, dist.max_retries)
@@ -242,8 +239,8 @@ def _ready(job: Job) -> tuple[Job, dict[str, str]]:
     return dataclasses.replace(job, points=tuple(points)), damage if needed else {}
 
 
-def _join_ranks() -> tuple[Path, str]:
-    """Announces this rank to torch; the folder of the job's logs, and the job's id."""
+def _join_ranks() -> Notes:
+    """Announces this rank to torch; what the job leaves beside its logs."""
     import submitit
 
     environment = submitit.JobEnvironment()
@@ -252,19 +249,20 @@ def _join_ranks() -> tuple[Path, str]:
         number = int(environment.raw_job_id) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         os.environ["MASTER_PORT"] = str(20000 + number % 12000)  # below the ports that Linux gives to others
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    return environment.paths.folder, environment.job_id
+    folder, job_id = environment.paths.folder, environment.job_id
+    return Notes(folder, job_id, mark=folder / f"{job_id}_submitted.pkl")  # from which submitit loaded this task
 
 
 @contextlib.contextmanager
-def _fenced(notes: Notes) -> Iterator[None]:
-    """Ends this process as soon as SLURM, which took its node for dead, has begun the job on another.
-
-    Two must not write one folder for long; what is being written is dropped whole.
+def _watched(notes: Notes) -> Iterator[None]:
+    """Notices a file system that is lost; ends this process soon after SLURM, which took its node for dead, has begun
+    the job on another: two must not write one folder for long, and what is being written is dropped whole.
     """
     is_over = threading.Event()
 
     def watch() -> None:
-        while not is_over.wait(_FENCE_SECONDS):
+        while not is_over.wait(_WATCH_SECONDS):
+            notes.look()
             if notes.is_begun_again():
                 print("SLURM has begun this job again elsewhere; this one ends", file=sys.stderr, flush=True)
                 os._exit(_FAILED)

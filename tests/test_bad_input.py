@@ -8,8 +8,10 @@ import yaml
 
 from dynexit.config_io import load_study
 from dynexit.models.backbones import build_backbone
+from launch import cluster
 from launch.__main__ import main
 from launch.checks import folders_elsewhere
+from launch.cluster import QueuedJob
 from tests.data.on_disk import write_folders
 
 NARROW = {"layers": [1, 1, 1, 1], "channels": [6, 8, 10, 12]}
@@ -115,3 +117,27 @@ def test_what_is_for_a_cluster_is_not_passed_over(study: str, capsys: pytest.Cap
     assert said == "dynexit: --site is for --on slurm, and this is --on here\n"
     said = refused(capsys, "retry", study)
     assert said == "dynexit: runs/study was never submitted; `dynexit run study.yaml --on slurm` does that\n"
+
+
+@pytest.mark.parametrize(
+    "command", [("status",), ("logs",), ("cancel",), ("retry",), ("run",), ("train", "--on", "slurm")]
+)
+def test_a_study_whose_file_system_is_away_is_not_taken_for_new(
+    command: tuple[str, ...], study: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(Path("runs/study").absolute())
+    jobs = [QueuedJob("7_0", "RUNNING", "", "n1", place), QueuedJob("8_0", "PENDING", "", "", place)]
+    jobs += [QueuedJob("5", "COMPLETED", "", "n1", place), QueuedJob("9", "RUNNING", "", "n1", place + "2")]
+    monkeypatch.setattr(cluster, "is_here", lambda: True)
+    monkeypatch.setattr(cluster, "queue", lambda: {job.job_id: job for job in jobs})
+    said = refused(capsys, command[0], study, *command[1:])
+    assert said == (
+        "dynexit: jobs of runs/study are in the queue (7 8), but nothing of their submission is in that folder: its "
+        "file system is away, and the jobs wait for it; bring it back and run this again (only if the folder was "
+        "deleted: `scancel 7 8`)\n"
+    )
+    assert not Path("runs").exists()  # where it would be in the way of what comes back
+    jobs.clear()
+    assert main(["status", study]) == 0
+    there = "dynexit: runs/study is not there: nothing of this study was run yet, or not with this folder"
+    assert capsys.readouterr().out.splitlines()[0] == there

@@ -25,7 +25,7 @@ from launch.job_script import script_after, script_before
 from launch.notes import Notes
 from launch.plan import Job
 from launch.submissions import Submitted
-from launch.task import ClusterTask, _fenced, _interruptible, _ready, _Work
+from launch.task import ClusterTask, _interruptible, _ready, _watched, _Work
 
 
 def run_script(
@@ -157,9 +157,9 @@ def test_a_process_whose_job_was_begun_elsewhere_ends(tmp_path: Path, monkeypatc
         ended.set()
 
     monkeypatch.setattr(task.os, "_exit", end)
-    monkeypatch.setattr(task, "_FENCE_SECONDS", 0.01)
+    monkeypatch.setattr(task, "_WATCH_SECONDS", 0.01)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with _fenced(Notes(tmp_path, "7_2")):
+    with _watched(Notes(tmp_path, "7_2")):
         for text in ("1\n", "", "0\n"):
             (tmp_path / "7_2.run").write_text(text)
             assert not ended.wait(0.1)
@@ -222,6 +222,41 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
     assert Notes(folder, "7_2", mark).wait_until_there()  # lost while the program starts, too
     assert len(slept) == 3
     assert not Notes(folder, "7_2", mark).wait_until_there()
+
+
+def test_what_a_job_began_beneath_a_lost_file_system_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came back before the job failed by it, as where an earlier loss left there what the job began with."""
+    mark = tmp_path / "7_2_submitted.pkl"
+    mark.touch()
+    one = train_job("a", tmp_path)
+    notes_of_it = Notes(tmp_path, "7_2", mark)
+    looked = threading.Event()
+    tries = []
+
+    def look() -> None:
+        Notes.look(notes_of_it)
+        looked.set()
+
+    def train(points: Sequence[Point], study_dir: Path) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            mark.unlink()
+            looked.clear()
+            assert looked.wait(10)
+            mark.touch()
+            raise Failure("is no longer the folder that the job began in")
+        raise Failure("not a number")
+
+    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr(task, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(notes_of_it, "look", look)
+    work = _Work(notes_of_it, Ranks(0, 1, torch.device("cpu")), [one], 1)
+    with _watched(notes_of_it):
+        work.do(0, *_ready(one))
+    assert [failure["reason"] for failure in work.failures] == ["not a number"]
+    assert len(tries) == 2  # and it is not lost twice
 
 
 def test_one_rank_that_lost_its_file_system_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
