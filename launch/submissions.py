@@ -179,8 +179,8 @@ def away(study_dir: Path, queue: Mapping[str, QueuedJob]) -> str:
         return ""
     return (
         f"jobs of {study_dir} are in the queue ({_first(found)}), but nothing of their submission is in that folder: "
-        "its file system is away, and the jobs wait for it; bring it back and run this again (only if the folder was "
-        f"deleted: `scancel {' '.join(found)}`)"
+        "its file system is away, and the jobs wait some minutes for it; bring it back and run this again "
+        f"(only if the folder was deleted: `scancel {' '.join(found)}`)"
     )
 
 

@@ -133,8 +133,8 @@ def test_a_study_whose_file_system_is_away_is_not_taken_for_new(
     said = refused(capsys, command[0], study, *command[1:])
     assert said == (
         "dynexit: jobs of runs/study are in the queue (7 8), but nothing of their submission is in that folder: its "
-        "file system is away, and the jobs wait for it; bring it back and run this again (only if the folder was "
-        "deleted: `scancel 7 8`)\n"
+        "file system is away, and the jobs wait some minutes for it; bring it back and run this again "
+        "(only if the folder was deleted: `scancel 7 8`)\n"
     )
     assert not Path("runs").exists()  # where it would be in the way of what comes back
     jobs.clear()
