@@ -46,7 +46,6 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         'if [ "$most" -gt 0 ] && [ "$(grep -c "^$why .* status [0-9]*$" "$job.ends")" -le "$most" ]; then',
         f"  avoided={avoided}$SLURM_JOB_NODELIST",
         f'  [ "$why" = {CRASHED} ] && sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 || avoided=',
-        "  this=${job##*/}",  # one task of an array has the array's SLURM_JOB_ID, which would requeue them all
         "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
         f"  for try in $(seq {_REQUEUE_TRIES}); do  # the controller may be away for a while",
         f'    ! grep -q "^{CANCELLED} " "$job.ends" || break  # a requeue would bring it back',
@@ -64,11 +63,14 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
 
 def script_before(folder: Path) -> list[str]:
     """The shell lines that go before the ranks, after a site's own: where this job notes how it ended."""
-    name = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"
     return [
         "set +eu",  # a site's lines may have set it, and the lines that follow the ranks must be come to
         "trap : USR2",  # for the ranks, and sent to this script too by `scancel --full`
-        f'job={shlex.quote(str(folder))}/"{name}"',
+        # one task of an array has the array's SLURM_JOB_ID, which would requeue them all
+        'this="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"',
+        # the end of its time, too, where no signal told of it, as from a controller that was away
+        """trap 'scontrol show job "$this" | grep -q "Reason=TimeLimit " || exit 143' TERM""",
+        f'job={shlex.quote(str(folder))}/"$this"',
         'mark="${job}_submitted.pkl"; [ -e "$mark" ] || mark=',  # there as long as the file system is
         f'run=${{SLURM_RESTART_COUNT:-0}}; [ {_NOTED_RUN} -gt "$run" ] || echo "$run" > "$job.{RUN}"',
         # submitit refuses to write over what a kill left of its own

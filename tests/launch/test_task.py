@@ -38,12 +38,17 @@ def run_script(
     exclude: str = "",
     meanwhile: str = "true",
     naps: str = "exit 0",
+    reason: str = "None",
 ) -> tuple[int, str]:
     """Exit status of a job whose ranks ended with `status` after noting `why`, and what scontrol was asked."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
     for name, text in (
-        ("scontrol", f'echo "$@" >> {folder}/asked; ! rm {folder}/away 2>/dev/null'),  # away: for one question
+        (
+            "scontrol",  # away: for one question
+            f'[ "$1" = show ] && echo "JobState=COMPLETING Reason={reason} Dependency=(null)" && exit\n'
+            f'echo "$@" >> {folder}/asked; ! rm {folder}/away 2>/dev/null',
+        ),
         ("sbatch", f"exit {int(not elsewhere)}"),
         ("sleep", naps),
     ):
@@ -135,6 +140,17 @@ def test_an_end_that_cannot_be_noted_is_not_tried_again_for_ever(tmp_path: Path)
 def test_a_signal_that_reaches_the_script_too_is_the_ranks_to_take(tmp_path: Path) -> None:
     assert run_script(tmp_path, 75, "preempted", meanwhile="kill -USR2 $$") == (75, "requeue 7_2\n")
     assert run_script(tmp_path, 0, None, meanwhile="kill -USR2 $$") == (0, "")
+
+
+def test_an_end_of_its_time_that_no_signal_told_of_is_a_time_out(tmp_path: Path) -> None:
+    ended = run_script(tmp_path, 75, "timed-out", meanwhile="kill -TERM $$", reason="TimeLimit")
+    assert ended == (75, "requeue 7_2\n")
+    assert (tmp_path / "7_2.ends").read_text().startswith("timed-out ")
+
+
+def test_what_a_user_or_slurm_itself_ends_is_not_requeued_by_its_script(tmp_path: Path) -> None:
+    assert run_script(tmp_path, 75, "preempted", meanwhile="kill -TERM $$") == (143, "")
+    assert not (tmp_path / "7_2.ends").exists()
 
 
 def test_a_script_whose_job_was_begun_elsewhere_leaves_it_alone(tmp_path: Path) -> None:
