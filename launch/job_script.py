@@ -8,6 +8,7 @@ from launch.notes import CANCELLED, CRASHED, IN_NOTED, PARTLY_FAILED, PREEMPTED,
 from launch.task import EARLY_SECONDS, STOPPED, ClusterTask
 
 _REQUEUE_TRIES = 120  # every 5 seconds
+_LATE_SECONDS = 10  # by which SLURM's clock of a job may be ahead of its script's
 _MANY = 1_000_000
 _NOTED_RUN = f'"$(grep -ox "[0-9]*" "$job.{RUN}" 2>/dev/null || echo 0)"'  # empty on a full disk
 
@@ -23,16 +24,17 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         "status=$?",
         # a lost file system comes back after a while, and nothing can be noted before
         f'for try in $(seq {_REQUEUE_TRIES}); do [ -z "$mark" ] || [ -e "$mark" ] && break; sleep 5; done',
-        '[ "$status" -eq 0 ] && exit 0',
+        # SLURM takes one that ends well after its time for timed out, and with that ends what waits for it
+        f'[ "$status" -eq 0 ] && [ "$SECONDS" -lt {int(task.time_limit_seconds) - _LATE_SECONDS} ] && exit 0',
         # SLURM took this node for dead, and the job runs on another
         f'[ {_NOTED_RUN} -gt "$run" ] && exit "$status"',
-        f"why={CRASHED}",
+        f'[ "$status" -eq 0 ] && why={TIMED_OUT} || why={CRASHED}',
         # SIGUSR2 before the program could take it
         f'[ "$status" -eq 140 ] && {{ [ "$SECONDS" -lt {in_time} ] && why={PREEMPTED} || why={TIMED_OUT}; }}',
         'why=$(cat "$job.why" 2>/dev/null || echo "$why")',
         'rm -f "$job.why"',
         # srun ends the ranks beside one that was killed, and they cannot know it from a preemption
-        f"case $status,$why in {STOPPED},*|140,*|143,*) ;; *,{PREEMPTED}|*,{TIMED_OUT}) why={CRASHED} ;; esac",
+        f"case $status,$why in 0,*|{STOPPED},*|140,*|143,*) ;; *,{PREEMPTED}|*,{TIMED_OUT}) why={CRASHED} ;; esac",
         f'part=; [ -e "$job.now" ] && part="{IN_NOTED}"; [ -s "$job.now" ] && part=" in part $(cat "$job.now")"',
         f'[ "$why" = {CRASHED} ] || part=',
         f'tries={dist.max_retries}; [ -z "$part" ] || tries={_MANY}; [ ! -e "$job.last" ] || tries=0',
@@ -69,7 +71,8 @@ def script_before(folder: Path) -> list[str]:
         # one task of an array has the array's SLURM_JOB_ID, which would requeue them all
         'this="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"',
         # the end of its time, too, where no signal told of it, as from a controller that was away
-        """trap 'scontrol show job "$this" | grep -q "Reason=TimeLimit " || exit 143' TERM""",
+        'ended_by() { for try in $(seq 30); do scontrol show job "$this" 2>/dev/null && break; sleep 1; done; }',
+        """trap 'ended_by | grep -q "Reason=TimeLimit " || exit 143' TERM""",
         f'job={shlex.quote(str(folder))}/"$this"',
         'mark="${job}_submitted.pkl"; [ -e "$mark" ] || mark=',  # there as long as the file system is
         f'run=${{SLURM_RESTART_COUNT:-0}}; [ {_NOTED_RUN} -gt "$run" ] || echo "$run" > "$job.{RUN}"',

@@ -46,8 +46,8 @@ def run_script(
     for name, text in (
         (
             "scontrol",  # away: for one question
-            f'[ "$1" = show ] && echo "JobState=COMPLETING Reason={reason} Dependency=(null)" && exit\n'
-            f'echo "$@" >> {folder}/asked; ! rm {folder}/away 2>/dev/null',
+            f'[ "$1" = show ] || echo "$@" >> {folder}/asked; rm {folder}/away 2>/dev/null && exit 1\n'
+            f'[ "$1" != show ] || echo "JobState=COMPLETING Reason={reason} Dependency=(null)"',
         ),
         ("sbatch", f"exit {int(not elsewhere)}"),
         ("sleep", naps),
@@ -143,9 +143,22 @@ def test_a_signal_that_reaches_the_script_too_is_the_ranks_to_take(tmp_path: Pat
 
 
 def test_an_end_of_its_time_that_no_signal_told_of_is_a_time_out(tmp_path: Path) -> None:
+    (tmp_path / "away").touch()  # a controller that is asked again
     ended = run_script(tmp_path, 75, "timed-out", meanwhile="kill -TERM $$", reason="TimeLimit")
     assert ended == (75, "requeue 7_2\n")
     assert (tmp_path / "7_2.ends").read_text().startswith("timed-out ")
+    assert not (tmp_path / "away").exists()
+
+
+@pytest.mark.parametrize("why", [None, "timed-out"])
+def test_an_end_of_the_work_after_its_time_is_a_time_out_to_slurm_and_is_done_again(
+    tmp_path: Path, why: str | None
+) -> None:
+    ended = [run_script(tmp_path, 0, why, time_limit=10 - i) for i in range(3)]
+    assert ended == [(0, "requeue 7_2\n"), (0, "requeue 7_2\n"), (0, "")]  # max_timeouts: 2
+    assert (tmp_path / "7_2.ends").read_text().count("timed-out ") == 3
+    assert run_script(tmp_path, 0, why, time_limit=60) == (0, "")
+    assert (tmp_path / "7_2.ends").read_text().count("\n") == 3
 
 
 def test_what_a_user_or_slurm_itself_ends_is_not_requeued_by_its_script(tmp_path: Path) -> None:
