@@ -7,7 +7,8 @@ from dynexit.config import Dist
 from launch.notes import CANCELLED, CRASHED, IN_NOTED, PARTLY_FAILED, PREEMPTED, RUN, TIMED_OUT
 from launch.task import EARLY_SECONDS, STOPPED, ClusterTask
 
-_REQUEUE_TRIES = 120  # every 5 seconds
+_LOST_TRIES = 120  # of a file system, every 5 seconds
+_AWAY_TRIES = 720  # of a controller
 _LATE_SECONDS = 10  # by which SLURM's clock of a job may be ahead of its script's
 _MANY = 1_000_000
 _NOTED_RUN = f'"$(grep -ox "[0-9]*" "$job.{RUN}" 2>/dev/null || echo 0)"'  # empty on a full disk
@@ -23,8 +24,9 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
     return [
         "status=$?",
         # a lost file system comes back after a while, and nothing can be noted before
-        f'for try in $(seq {_REQUEUE_TRIES}); do [ -z "$mark" ] || [ -e "$mark" ] && break; sleep 5; done',
-        # SLURM takes one that ends well after its time for timed out, and with that ends what waits for it
+        f'for try in $(seq {_LOST_TRIES}); do [ -z "$mark" ] || [ -e "$mark" ] && break; sleep 5; done',
+        # SLURM takes one whose end it hears of after its time for timed out, and with that ends what waits for it
+        '[ "$status" -ne 0 ] || answer >/dev/null',
         f'[ "$status" -eq 0 ] && [ "$SECONDS" -lt {int(task.time_limit_seconds) - _LATE_SECONDS} ] && exit 0',
         # SLURM took this node for dead, and the job runs on another
         f'[ {_NOTED_RUN} -gt "$run" ] && exit "$status"',
@@ -49,7 +51,7 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         f"  avoided={avoided}$SLURM_JOB_NODELIST",
         f'  [ "$why" = {CRASHED} ] && sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 || avoided=',
         "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
-        f"  for try in $(seq {_REQUEUE_TRIES}); do  # the controller may be away for a while",
+        f"  for try in $(seq {_AWAY_TRIES}); do  # the controller may be away for a while",
         f'    ! grep -q "^{CANCELLED} " "$job.ends" || break  # a requeue would bring it back',
         '    if scontrol requeue "$this"; then',
         '      [ -z "$avoided" ] || scontrol update JobId="$this" ExcNodeList="$avoided"',
@@ -70,9 +72,12 @@ def script_before(folder: Path) -> list[str]:
         "trap : USR2",  # for the ranks, and sent to this script too by `scancel --full`
         # one task of an array has the array's SLURM_JOB_ID, which would requeue them all
         'this="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"',
+        "answer() {",
+        "  command -v scontrol >/dev/null || return",
+        f'  for try in $(seq {_AWAY_TRIES}); do scontrol show job "$this" 2>/dev/null && break; sleep 5; done',
+        "}",
         # the end of its time, too, where no signal told of it, as from a controller that was away
-        'ended_by() { for try in $(seq 30); do scontrol show job "$this" 2>/dev/null && break; sleep 1; done; }',
-        """trap 'ended_by | grep -q "Reason=TimeLimit " || exit 143' TERM""",
+        """trap 'answer | grep -q "Reason=TimeLimit " || exit 143' TERM""",
         f'job={shlex.quote(str(folder))}/"$this"',
         'mark="${job}_submitted.pkl"; [ -e "$mark" ] || mark=',  # there as long as the file system is
         f'run=${{SLURM_RESTART_COUNT:-0}}; [ {_NOTED_RUN} -gt "$run" ] || echo "$run" > "$job.{RUN}"',

@@ -128,12 +128,24 @@ def site_contradictions(site: Site, config: Config) -> list[str]:
     own = sorted(name for name in map(_long_name, site.sbatch) if name in OWN_OPTIONS)
     if own:
         found.append(f"sbatch = {', '.join(own)}: dynexit sets that itself; take it out of the site profile")
+    for name in sorted(site.sbatch):
+        if _long_name(name) in _OF_OTHER_KEYS:
+            found.append(f"sbatch = {name}: that is {_OF_OTHER_KEYS[_long_name(name)]}")
     return found
 
 
 def _long_name(option: str) -> str:
     return option.lstrip("-").replace("_", "-")
 
+
+# what dynexit reckons with, and would not know of
+_OF_OTHER_KEYS = {
+    "time": SBATCH_NAMES["time"],
+    "nodes": SBATCH_NAMES["nodes"],
+    "ntasks": SBATCH_NAMES["tasks_per_node"],
+    "ntasks-per-node": SBATCH_NAMES["tasks_per_node"],
+    "cpus-per-task": "cpus_per_task",
+}
 
 # what jobs are chained, found, told and requeued by
 OWN_OPTIONS = (

@@ -1,6 +1,8 @@
 """Submitting a study to SLURM through submitit: everything at once, chained by dependencies."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from launch.submissions import Submission, check_strays, live_jobs, settled_jobs
 from launch.task import ClusterTask
 
 ALL_STAGES = ("prepare", "train", "record", "search", "report")
+_OF_USERS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and as whom
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -57,7 +60,8 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
         after = resolve(array.after, job_ids, lambda i: len(arrays[i].tasks) > 1)
         executor = _executor(study, site, array, after, submission.folder)
         try:
-            jobs = executor.submit_array([_task(study, site, jobs) for jobs in array.tasks])
+            with _outside_of_jobs():
+                jobs = executor.submit_array([_task(study, site, jobs) for jobs in array.tasks])
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             words = " ".join(str(error).split())
             raise Failure(f"sbatch refused {describe_array(array)}: {words}{submission.take_back()}") from error
@@ -68,6 +72,15 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     if reports and arrays[-1].stage == "report":
         cluster.cancel_jobs(reports)  # the new one covers what they would have, and two must not write one page
     return [*lines, f"logs: {submission.folder}"]
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Hides what SLURM told this process, where it runs in a job: jobs would take its array's number for their own."""
+    kept = {name: os.environ[name] for name in os.environ if name in _OF_USERS or name.startswith("SBATCH_")}
+    with submitit.helpers.clean_env():
+        os.environ.update(kept)
+        yield
 
 
 def _rehearse(study: Study, site: Site, arrays: Sequence[Array]) -> list[str]:

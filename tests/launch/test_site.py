@@ -48,6 +48,14 @@ def test_options_that_jobs_are_chained_and_requeued_by_are_not_a_sites() -> None
     assert site_contradictions(site, Config()) == [said]
 
 
+def test_options_that_are_other_keys_are_named() -> None:
+    site = Site(sbatch={"time": 1, "ntasks_per_node": 2, "gres": "gpu:a100:2"})
+    assert site_contradictions(site, Config()) == [
+        "sbatch = ntasks_per_node: that is dist.tasks_per_node of the study",
+        "sbatch = time: that is time_minutes",
+    ]
+
+
 def test_a_missing_profile_and_none() -> None:
     with pytest.raises(UserError, match=r"there is no site profile nowhere\.yaml; slurm/sites/example\.yaml"):
         load_site(Path("nowhere.yaml"))

@@ -157,8 +157,16 @@ def test_an_end_of_the_work_after_its_time_is_a_time_out_to_slurm_and_is_done_ag
     ended = [run_script(tmp_path, 0, why, time_limit=10 - i) for i in range(3)]
     assert ended == [(0, "requeue 7_2\n"), (0, "requeue 7_2\n"), (0, "")]  # max_timeouts: 2
     assert (tmp_path / "7_2.ends").read_text().count("timed-out ") == 3
+    (tmp_path / "away").touch()  # an end that SLURM hears of in time
     assert run_script(tmp_path, 0, why, time_limit=60) == (0, "")
+    assert not (tmp_path / "away").exists()
     assert (tmp_path / "7_2.ends").read_text().count("\n") == 3
+
+
+def test_an_end_in_time_that_slurm_hears_of_after_it_is_done_again(tmp_path: Path) -> None:
+    (tmp_path / "away").touch()
+    assert run_script(tmp_path, 0, None, time_limit=12, naps="exec /bin/sleep 2.1") == (0, "requeue 7_2\n")
+    assert (tmp_path / "7_2.ends").read_text().startswith("timed-out ")
 
 
 def test_what_a_user_or_slurm_itself_ends_is_not_requeued_by_its_script(tmp_path: Path) -> None:

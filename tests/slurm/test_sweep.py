@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command_line import TINY, digests, dynexit
+from tests.command_line import ENVIRONMENT, TINY, digests, dynexit
 from tests.slurm.conftest import SITE, Cluster, started, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -156,12 +156,18 @@ def test_cancel_leaves_nothing_behind(cluster: Cluster, reference: Path) -> None
     assert "nothing of it is in the queue" in dynexit(cluster.folder, "cancel", TINY, *study).stdout
 
 
-def test_with_accounting_on_a_users_limit_is_asked_for_and_held(cluster: Cluster, reference: Path) -> None:
+def test_with_accounting_on_a_users_limit_is_asked_for_and_held_also_from_within_a_job(
+    cluster: Cluster, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = (*ALONE, "name=accounted")
     shutil.copytree(reference / "prepare", reference.parent / "accounted" / "prepare")
+    told = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_MEM_PER_CPU": "100"}
     with started(8, ACCOUNTING="1"):
         cluster.run("sacctmgr", "--immediate", "modify", "user", "root", "set", "MaxSubmitJobs=6")
-        said = cluster.submit(*study)
+        with monkeypatch.context() as within:
+            for name, value in told.items():  # in a task of an array; srun refuses that memory beside the site's
+                within.setitem(ENVIRONMENT, name, value)
+            said = cluster.submit(*study)
         assert "train: 2 tasks, 6 packs" in said  # and as many that record, and the report
         assert "record: 2 tasks, 6 packs" in said
         cluster.wait_for_the_end()
@@ -169,3 +175,4 @@ def test_with_accounting_on_a_users_limit_is_asked_for_and_held(cluster: Cluster
         assert cluster.status(*study).splitlines()[-1] == "6 done"
         seen = cluster.run("sacct", "--allocations", "--noheader", "--parsable2", "--format=State").split()
         assert seen == ["COMPLETED"] * 5
+        assert not list((reference.parent / "accounted").glob("slurm/*/7_3.*"))
