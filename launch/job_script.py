@@ -9,7 +9,8 @@ from launch.task import EARLY_SECONDS, STOPPED, ClusterTask
 
 _LOST_TRIES = 120  # of a file system, every 5 seconds
 _AWAY_TRIES = 720  # of a controller
-_LATE_SECONDS = 10  # by which SLURM's clock of a job may be ahead of its script's
+_REFUSALS = 12  # by a controller that is there
+_LATE_SECONDS = 5  # from a script's end to SLURM's word of it
 _MANY = 1_000_000
 _NOTED_RUN = f'"$(grep -ox "[0-9]*" "$job.{RUN}" 2>/dev/null || echo 0)"'  # empty on a full disk
 
@@ -26,8 +27,7 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         # a lost file system comes back after a while, and nothing can be noted before
         f'for try in $(seq {_LOST_TRIES}); do [ -z "$mark" ] || [ -e "$mark" ] && break; sleep 5; done',
         # SLURM takes one whose end it hears of after its time for timed out, and with that ends what waits for it
-        '[ "$status" -ne 0 ] || answer >/dev/null',
-        f'[ "$status" -eq 0 ] && [ "$SECONDS" -lt {int(task.time_limit_seconds) - _LATE_SECONDS} ] && exit 0',
+        '[ "$status" -eq 0 ] && ! is_over && exit 0',
         # SLURM took this node for dead, and the job runs on another
         f'[ {_NOTED_RUN} -gt "$run" ] && exit "$status"',
         f'[ "$status" -eq 0 ] && why={TIMED_OUT} || why={CRASHED}',
@@ -51,12 +51,14 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         f"  avoided={avoided}$SLURM_JOB_NODELIST",
         f'  [ "$why" = {CRASHED} ] && sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 || avoided=',
         "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
+        "  refused=0",
         f"  for try in $(seq {_AWAY_TRIES}); do  # the controller may be away for a while",
         f'    ! grep -q "^{CANCELLED} " "$job.ends" || break  # a requeue would bring it back',
         '    if scontrol requeue "$this"; then',
         '      [ -z "$avoided" ] || scontrol update JobId="$this" ExcNodeList="$avoided"',
         '      exit "$status"',
         "    fi",
+        f'    scontrol show job "$this" >/dev/null 2>&1 && [ $((refused += 1)) -ge {_REFUSALS} ] && break',
         "    sleep 5",
         "  done",
         "fi",
@@ -75,6 +77,10 @@ def script_before(folder: Path) -> list[str]:
         "answer() {",
         "  command -v scontrol >/dev/null || return",
         f'  for try in $(seq {_AWAY_TRIES}); do scontrol show job "$this" 2>/dev/null && break; sleep 5; done',
+        "}",
+        "is_over() {",
+        "  end=$(answer | sed -n 's/.* EndTime=\\(20[^ ]*\\).*/\\1/p')",
+        f'  [ -n "$end" ] && [ "$(date +%s)" -ge $(($(date -d "$end" +%s) - {_LATE_SECONDS})) ]',
         "}",
         # the end of its time, too, where no signal told of it, as from a controller that was away
         """trap 'answer | grep -q "Reason=TimeLimit " || exit 143' TERM""",

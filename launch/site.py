@@ -141,6 +141,7 @@ def _long_name(option: str) -> str:
 # what dynexit reckons with, and would not know of
 _OF_OTHER_KEYS = {
     "time": SBATCH_NAMES["time"],
+    "time-min": SBATCH_NAMES["time"],
     "nodes": SBATCH_NAMES["nodes"],
     "ntasks": SBATCH_NAMES["tasks_per_node"],
     "ntasks-per-node": SBATCH_NAMES["tasks_per_node"],

@@ -19,7 +19,6 @@ from launch.submissions import Submission, check_strays, live_jobs, settled_jobs
 from launch.task import ClusterTask
 
 ALL_STAGES = ("prepare", "train", "record", "search", "report")
-_OF_USERS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and as whom
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -76,8 +75,8 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
 
 @contextlib.contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Hides what SLURM told this process, where it runs in a job: jobs would take its array's number for their own."""
-    kept = {name: os.environ[name] for name in os.environ if name in _OF_USERS or name.startswith("SBATCH_")}
+    """Hides what SLURM told the job that this process runs in, and options of sbatch that go before a script's."""
+    kept = {name: os.environ[name] for name in os.environ if name in cluster.OF_USERS}
     with submitit.helpers.clean_env():
         os.environ.update(kept)
         yield

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ def run_script(
     meanwhile: str = "true",
     naps: str = "exit 0",
     reason: str = "None",
+    end: str = "2099-01-01T00:00:00",
 ) -> tuple[int, str]:
     """Exit status of a job whose ranks ended with `status` after noting `why`, and what scontrol was asked."""
     programs = folder / "bin"
@@ -47,7 +49,8 @@ def run_script(
         (
             "scontrol",  # away: for one question
             f'[ "$1" = show ] || echo "$@" >> {folder}/asked; rm {folder}/away 2>/dev/null && exit 1\n'
-            f'[ "$1" != show ] || echo "JobState=COMPLETING Reason={reason} Dependency=(null)"',
+            f'[ "$1" = requeue ] && [ -e {folder}/refuses ] && exit 1\n'
+            f'[ "$1" != show ] || echo "JobState=COMPLETING Reason={reason} EndTime={end} Deadline=N/A"',
         ),
         ("sbatch", f"exit {int(not elsewhere)}"),
         ("sleep", naps),
@@ -151,27 +154,28 @@ def test_an_end_of_its_time_that_no_signal_told_of_is_a_time_out(tmp_path: Path)
 
 
 @pytest.mark.parametrize("why", [None, "timed-out"])
-def test_an_end_of_the_work_after_its_time_is_a_time_out_to_slurm_and_is_done_again(
+def test_an_end_of_the_work_that_slurm_hears_of_after_its_time_is_a_time_out_to_it_and_is_done_again(
     tmp_path: Path, why: str | None
 ) -> None:
-    ended = [run_script(tmp_path, 0, why, time_limit=10 - i) for i in range(3)]
+    over, left = (f"{datetime.datetime.now() + datetime.timedelta(seconds=s):%FT%T}" for s in (2, 60))
+    ended = [run_script(tmp_path, 0, why, end=over) for _ in range(3)]
     assert ended == [(0, "requeue 7_2\n"), (0, "requeue 7_2\n"), (0, "")]  # max_timeouts: 2
     assert (tmp_path / "7_2.ends").read_text().count("timed-out ") == 3
-    (tmp_path / "away").touch()  # an end that SLURM hears of in time
-    assert run_script(tmp_path, 0, why, time_limit=60) == (0, "")
-    assert not (tmp_path / "away").exists()
+    for end in (left, "Unknown", "None"):  # those of no limit
+        (tmp_path / "away").touch()
+        assert run_script(tmp_path, 0, why, end=end) == (0, "")
+        assert not (tmp_path / "away").exists()
     assert (tmp_path / "7_2.ends").read_text().count("\n") == 3
-
-
-def test_an_end_in_time_that_slurm_hears_of_after_it_is_done_again(tmp_path: Path) -> None:
-    (tmp_path / "away").touch()
-    assert run_script(tmp_path, 0, None, time_limit=12, naps="exec /bin/sleep 2.1") == (0, "requeue 7_2\n")
-    assert (tmp_path / "7_2.ends").read_text().startswith("timed-out ")
 
 
 def test_what_a_user_or_slurm_itself_ends_is_not_requeued_by_its_script(tmp_path: Path) -> None:
     assert run_script(tmp_path, 75, "preempted", meanwhile="kill -TERM $$") == (143, "")
     assert not (tmp_path / "7_2.ends").exists()
+
+
+def test_a_controller_that_refuses_a_requeue_is_not_asked_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "refuses").touch()
+    assert run_script(tmp_path, 137, None) == (137, "requeue 7_2\n" * 12)
 
 
 def test_a_script_whose_job_was_begun_elsewhere_leaves_it_alone(tmp_path: Path) -> None:

@@ -162,12 +162,14 @@ def test_with_accounting_on_a_users_limit_is_asked_for_and_held_also_from_within
     study = (*ALONE, "name=accounted")
     shutil.copytree(reference / "prepare", reference.parent / "accounted" / "prepare")
     told = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_MEM_PER_CPU": "100"}
+    told |= {"SBATCH_NO_REQUEUE": "1", "SQUEUE_PARTITION": "urgent"}
     with started(8, ACCOUNTING="1"):
         cluster.run("sacctmgr", "--immediate", "modify", "user", "root", "set", "MaxSubmitJobs=6")
         with monkeypatch.context() as within:
             for name, value in told.items():  # in a task of an array; srun refuses that memory beside the site's
                 within.setitem(ENVIRONMENT, name, value)
             said = cluster.submit(*study)
+            assert "failed" not in cluster.status(*study)
         assert "train: 2 tasks, 6 packs" in said  # and as many that record, and the report
         assert "record: 2 tasks, 6 packs" in said
         cluster.wait_for_the_end()
