@@ -14,6 +14,19 @@ _LATE_SECONDS = 5  # from a script's end to SLURM's word of it
 _MANY = 1_000_000
 _NOTED_RUN = f'"$(grep -ox "[0-9]*" "$job.{RUN}" 2>/dev/null || echo 0)"'  # empty on a full disk
 
+# sbatch also refuses a trial where the queue is as full as a user's limit allows. Then: enough nodes like this job's
+_ARE_OTHERS = r"""are_others() {
+  sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 && return
+  sinfo -hNp "$SLURM_JOB_PARTITION" -o "%N %t %c %m %f %G" 2>/dev/null |
+    awk -v mine="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)" -v least="${SLURM_JOB_NUM_NODES:-1}" \
+      -v out="$(scontrol show hostnames "$avoided" | xargs)" '
+      BEGIN { split(mine, a); for (i in a) own[a[i]]; split(out, b); for (i in b) avoided[b[i]] }
+      { kind = $3 " " $4 " " $5 " " $6 }
+      $1 in own { kinds[kind] }
+      !($1 in avoided) && $2 ~ /^(idle|mix|alloc|comp)~?$/ { up[$1] = kind }
+      END { for (name in up) others += up[name] in kinds; exit others < least }'
+}"""
+
 
 def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
     """The shell lines that follow the ranks in a job's script: note how they ended, requeue up to the limits.
@@ -24,6 +37,7 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
     avoided = shlex.quote(exclude + ",") if exclude else ""
     return [
         "status=$?",
+        _ARE_OTHERS,
         # a lost file system comes back after a while, and nothing can be noted before
         f'for try in $(seq {_LOST_TRIES}); do [ -z "$mark" ] || [ -e "$mark" ] && break; sleep 5; done',
         # SLURM takes one whose end it hears of after its time for timed out, and with that ends what waits for it
@@ -49,7 +63,7 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         'echo "$why $(date +%FT%T) on ${SLURM_JOB_NODELIST:-?} with exit status $status$part" >> "$job.ends" || most=0',
         'if [ "$most" -gt 0 ] && [ "$(grep -c "^$why .* status [0-9]*$" "$job.ends")" -le "$most" ]; then',
         f"  avoided={avoided}$SLURM_JOB_NODELIST",
-        f'  [ "$why" = {CRASHED} ] && sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 || avoided=',
+        f'  [ "$why" = {CRASHED} ] && are_others || avoided=',
         "  trap '' TERM  # a requeue ends this script, and a job can be told what to avoid only after it",
         "  refused=0",
         f"  for try in $(seq {_AWAY_TRIES}); do  # the controller may be away for a while",

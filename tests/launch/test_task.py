@@ -41,6 +41,7 @@ def run_script(
     naps: str = "exit 0",
     reason: str = "None",
     end: str = "2099-01-01T00:00:00",
+    nodes: Sequence[str] = (),
 ) -> tuple[int, str]:
     """Exit status of a job whose ranks ended with `status` after noting `why`, and what scontrol was asked."""
     programs = folder / "bin"
@@ -48,11 +49,13 @@ def run_script(
     for name, text in (
         (
             "scontrol",  # away: for one question
+            '[ "$2" = hostnames ] && echo "$3" | tr , "\\n" && exit\n'
             f'[ "$1" = show ] || echo "$@" >> {folder}/asked; rm {folder}/away 2>/dev/null && exit 1\n'
             f'[ "$1" = requeue ] && [ -e {folder}/refuses ] && exit 1\n'
             f'[ "$1" != show ] || echo "JobState=COMPLETING Reason={reason} EndTime={end} Deadline=N/A"',
         ),
         ("sbatch", f"exit {int(not elsewhere)}"),
+        ("sinfo", "\n".join(f"echo '{node}'" for node in nodes)),
         ("sleep", naps),
     ):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -101,6 +104,23 @@ def test_a_job_that_crashed_avoids_its_nodes_where_it_can_run_without_them(tmp_p
     assert run_script(tmp_path, 137, None, elsewhere=True, exclude="n[3-4]") == (137, f"{away}n[3-4],n1\n")
     (tmp_path / "7_2.ends").unlink()
     assert run_script(tmp_path, 137, None, elsewhere=False, exclude="n[3-4]") == (137, "requeue 7_2\n")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "are_others"),
+    [
+        (["n1 mix 4 8000 (null) gpu:2", "n2 idle 4 8000 (null) gpu:2"], True),
+        (["n1 drain 4 8000 (null) gpu:2", "n2 alloc 4 8000 (null) gpu:2"], True),
+        (["n1 mix 4 8000 (null) gpu:2", "n2 idle 4 8000 (null) (null)"], False),
+        (["n1 mix 4 8000 (null) gpu:2", "n2 idle* 4 8000 (null) gpu:2", "n3 drng 4 8000 (null) gpu:2"], False),
+        (["n1 mix 4 8000 (null) gpu:2", "n9 idle 4 8000 (null) gpu:2"], False),
+    ],
+)
+def test_where_sbatch_refuses_a_trial_for_a_full_queue_nodes_of_the_same_kind_are_looked_for(
+    tmp_path: Path, nodes: list[str], are_others: bool
+) -> None:
+    away = "update JobId=7_2 ExcNodeList=n9,n1\n" * are_others
+    assert run_script(tmp_path, 137, None, exclude="n9", nodes=nodes) == (137, f"requeue 7_2\n{away}")
 
 
 @pytest.mark.parametrize(("time_limit", "word"), [(3600, "preempted"), (180, "timed-out")])
