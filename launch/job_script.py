@@ -14,16 +14,19 @@ _LATE_SECONDS = 5  # from a script's end to SLURM's word of it
 _MANY = 1_000_000
 _NOTED_RUN = f'"$(grep -ox "[0-9]*" "$job.{RUN}" 2>/dev/null || echo 0)"'  # empty on a full disk
 
-# sbatch also refuses a trial where the queue is as full as a user's limit allows. Then: enough nodes like this job's
+# sbatch also refuses a trial where the queue is as full as a user's limit allows. Then: enough nodes like this job's,
+# unless it may use some nodes only, of which sinfo says nothing
 _ARE_OTHERS = r"""are_others() {
-  sbatch --test-only --exclude="$avoided" "$0" >/dev/null 2>&1 && return
+  refusal=$(sbatch --test-only --exclude="$avoided" "$0" 2>&1) && return
+  [[ $refusal == *"accounting/QOS policy"* ]] && [ -z "$SLURM_JOB_RESERVATION" ] || return
+  answer | grep -q "ReqNodeList=(null)" || return
   sinfo -hNp "$SLURM_JOB_PARTITION" -o "%N %t %c %m %f %G" 2>/dev/null |
     awk -v mine="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)" -v least="${SLURM_JOB_NUM_NODES:-1}" \
       -v out="$(scontrol show hostnames "$avoided" | xargs)" '
       BEGIN { split(mine, a); for (i in a) own[a[i]]; split(out, b); for (i in b) avoided[b[i]] }
       { kind = $3 " " $4 " " $5 " " $6 }
       $1 in own { kinds[kind] }
-      !($1 in avoided) && $2 ~ /^(idle|mix|alloc|comp)~?$/ { up[$1] = kind }
+      !($1 in avoided) && $2 ~ /^(idle|mix|alloc|comp|plnd)[-~#]?$/ { up[$1] = kind }
       END { for (name in up) others += up[name] in kinds; exit others < least }'
 }"""
 

@@ -42,6 +42,8 @@ def run_script(
     reason: str = "None",
     end: str = "2099-01-01T00:00:00",
     nodes: Sequence[str] = (),
+    refusal: str = "",
+    asked_for: str = "(null)",
 ) -> tuple[int, str]:
     """Exit status of a job whose ranks ended with `status` after noting `why`, and what scontrol was asked."""
     programs = folder / "bin"
@@ -52,9 +54,9 @@ def run_script(
             '[ "$2" = hostnames ] && echo "$3" | tr , "\\n" && exit\n'
             f'[ "$1" = show ] || echo "$@" >> {folder}/asked; rm {folder}/away 2>/dev/null && exit 1\n'
             f'[ "$1" = requeue ] && [ -e {folder}/refuses ] && exit 1\n'
-            f'[ "$1" != show ] || echo "JobState=COMPLETING Reason={reason} EndTime={end} Deadline=N/A"',
+            f'[ "$1" != show ] || echo "JobState=COMPLETING Reason={reason} EndTime={end} ReqNodeList={asked_for}"',
         ),
-        ("sbatch", f"exit {int(not elsewhere)}"),
+        ("sbatch", f"echo 'allocation failure: {refusal}' >&2; exit {int(not elsewhere)}"),
         ("sinfo", "\n".join(f"echo '{node}'" for node in nodes)),
         ("sleep", naps),
     ):
@@ -120,7 +122,20 @@ def test_where_sbatch_refuses_a_trial_for_a_full_queue_nodes_of_the_same_kind_ar
     tmp_path: Path, nodes: list[str], are_others: bool
 ) -> None:
     away = "update JobId=7_2 ExcNodeList=n9,n1\n" * are_others
-    assert run_script(tmp_path, 137, None, exclude="n9", nodes=nodes) == (137, f"requeue 7_2\n{away}")
+    full = "Job violates accounting/QOS policy (job submit limit)"
+    assert run_script(tmp_path, 137, None, exclude="n9", nodes=nodes, refusal=full) == (137, f"requeue 7_2\n{away}")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "asked_for"),
+    [("Requested node configuration is not available", "(null)"), ("Job violates accounting/QOS policy", "n[1-2]")],
+)
+def test_a_job_that_may_use_some_nodes_only_is_not_to_avoid_its_own(
+    tmp_path: Path, refusal: str, asked_for: str
+) -> None:
+    nodes = ["n1 mix 4 8000 (null) gpu:2", "n3 idle 4 8000 (null) gpu:2"]
+    said = run_script(tmp_path, 137, None, nodes=nodes, refusal=refusal, asked_for=asked_for)
+    assert said == (137, "requeue 7_2\n")
 
 
 @pytest.mark.parametrize(("time_limit", "word"), [(3600, "preempted"), (180, "timed-out")])
