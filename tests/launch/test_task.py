@@ -44,6 +44,7 @@ def run_script(
     nodes: Sequence[str] = (),
     refusal: str = "",
     asked_for: str = "(null)",
+    reservation: str = "",
 ) -> tuple[int, str]:
     """Exit status of a job whose ranks ended with `status` after noting `why`, and what scontrol was asked."""
     programs = folder / "bin"
@@ -70,7 +71,7 @@ def run_script(
     after = script_after(ClusterTask((), time_limit, 120), dist, exclude)
     lines = [*script_before(folder), note, f"({meanwhile}; exit {status})", *after]
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
-    environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_RESERVATION": reservation}
     done = subprocess.run(
         ["bash", "-c", "\n".join(lines)], env=environment, capture_output=True, text=True, check=False
     )
@@ -127,14 +128,18 @@ def test_where_sbatch_refuses_a_trial_for_a_full_queue_nodes_of_the_same_kind_ar
 
 
 @pytest.mark.parametrize(
-    ("refusal", "asked_for"),
-    [("Requested node configuration is not available", "(null)"), ("Job violates accounting/QOS policy", "n[1-2]")],
+    ("refusal", "asked_for", "reservation"),
+    [
+        ("Requested node configuration is not available", "(null)", ""),
+        ("Job violates accounting/QOS policy", "n[1-2]", ""),
+        ("Job violates accounting/QOS policy", "(null)", "r1"),
+    ],
 )
 def test_a_job_that_may_use_some_nodes_only_is_not_to_avoid_its_own(
-    tmp_path: Path, refusal: str, asked_for: str
+    tmp_path: Path, refusal: str, asked_for: str, reservation: str
 ) -> None:
     nodes = ["n1 mix 4 8000 (null) gpu:2", "n3 idle 4 8000 (null) gpu:2"]
-    said = run_script(tmp_path, 137, None, nodes=nodes, refusal=refusal, asked_for=asked_for)
+    said = run_script(tmp_path, 137, None, nodes=nodes, refusal=refusal, asked_for=asked_for, reservation=reservation)
     assert said == (137, "requeue 7_2\n")
 
 
