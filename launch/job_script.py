@@ -19,7 +19,7 @@ _NOTED_RUN = f'"$(grep -ox "[0-9]*" "$job.{RUN}" 2>/dev/null || echo 0)"'  # emp
 _ARE_OTHERS = r"""are_others() {
   refusal=$(sbatch --test-only --exclude="$avoided" "$0" 2>&1) && return
   [[ $refusal == *"accounting/QOS policy"* ]] && [ -z "$SLURM_JOB_RESERVATION" ] || return
-  answer | grep -q "ReqNodeList=(null)" || return
+  answer | grep "ReqNodeList=(null)" >/dev/null || return
   sinfo -hNp "$SLURM_JOB_PARTITION" -o "%N %t %c %m %f %G" 2>/dev/null |
     awk -v mine="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)" -v least="${SLURM_JOB_NUM_NODES:-1}" \
       -v out="$(scontrol show hostnames "$avoided" | xargs)" '
@@ -87,7 +87,7 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
 def script_before(folder: Path) -> list[str]:
     """The shell lines that go before the ranks, after a site's own: where this job notes how it ended."""
     return [
-        "set +eu",  # a site's lines may have set it, and the lines that follow the ranks must be come to
+        "set +eu +o pipefail",  # a site's lines may have set these; what follows the ranks must be come to
         "trap : USR2",  # for the ranks, and sent to this script too by `scancel --full`
         # one task of an array has the array's SLURM_JOB_ID, which would requeue them all
         'this="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"',
@@ -100,7 +100,8 @@ def script_before(folder: Path) -> list[str]:
         f'  [ -n "$end" ] && [ "$(date +%s)" -ge $(($(date -d "$end" +%s) - {_LATE_SECONDS})) ]',
         "}",
         # the end of its time, too, where no signal told of it, as from a controller that was away
-        """trap 'answer | grep -q "Reason=TimeLimit " || exit 143' TERM""",
+        # (not grep -q, which leaves before it has read all, and scontrol would fail and be asked again)
+        """trap 'answer | grep "Reason=TimeLimit " >/dev/null || exit 143' TERM""",
         f'job={shlex.quote(str(folder))}/"$this"',
         'mark="${job}_submitted.pkl"; [ -e "$mark" ] || mark=',  # there as long as the file system is
         f'run=${{SLURM_RESTART_COUNT:-0}}; [ {_NOTED_RUN} -gt "$run" ] || echo "$run" > "$job.{RUN}"',

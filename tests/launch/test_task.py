@@ -381,10 +381,10 @@ def test_what_a_site_or_a_kill_left_does_not_stop_the_script(tmp_path: Path) -> 
     for path in left:
         path.touch()
     (tmp_path / "7_20_0_result.pkl.save_tmp").touch()
-    script = "\n".join(["set -eu", *script_before(tmp_path), "(exit 3)", "echo came here"])
+    script = "\n".join(["set -euo pipefail", *script_before(tmp_path), "(exit 3) | cat", "echo came here with $?"])
     environment = {**os.environ, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "came here\n"
+    assert done.stdout == "came here with 0\n"
     assert [path.name for path in tmp_path.glob("*.save_tmp")] == ["7_20_0_result.pkl.save_tmp"]
 
 
