@@ -1,5 +1,8 @@
 """The ways a command can end early. The command line turns them into one sentence and an exit status."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class Told(Exception):  # noqa: N818  what a user reads is its text alone
     """What is told in one sentence. With several ranks `on_all_ranks` says that the others raised it too."""
@@ -23,3 +26,17 @@ class Failure(Told):
 
 class Interrupted(BaseException):
     """A signal asked the job to stop; its state was saved at the step boundary. Exit status 130."""
+
+
+@contextlib.contextmanager
+def unmasked_interrupts() -> Iterator[None]:
+    """Raises the interrupt itself where it came while a compiled module was loaded: such make an ImportError of it."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, (KeyboardInterrupt, Interrupted)):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise

@@ -74,10 +74,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
-    from dynexit.errors import Failure, Interrupted, UserError
+    from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 
     try:
-        return _dispatch(_parse(arguments))
+        with unmasked_interrupts():
+            return _dispatch(_parse(arguments))
     except UserError as error:
         print(f"dynexit: {error}", file=sys.stderr)
         return 2

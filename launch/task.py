@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dynexit.errors import Failure, Interrupted, UserError
+from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.run_dir import is_done, job_dir, write_json
 from dynexit.state import finished_jobs
 from launch.notes import CRASHED, FAILED_FOR_GOOD, PARTLY_FAILED, PREEMPTED, TIMED_OUT, Notes, heading
@@ -46,7 +46,7 @@ class ClusterTask:
         started = time.monotonic()
         notes = _join_ranks()
         try:
-            with _watched(notes), _interruptible():
+            with _watched(notes), _interruptible(), unmasked_interrupts():
                 failures = self._run_all(notes)
         except Interrupted as stop:
             left = self.time_limit_seconds - (time.monotonic() - started)
@@ -210,7 +210,8 @@ def _run(job: Job) -> Failure | UserError | None:
     from dynexit import jobs
 
     try:
-        jobs.JOBS[job.stage](job.points, job.study_dir)
+        with unmasked_interrupts():
+            jobs.JOBS[job.stage](job.points, job.study_dir)
     except (Failure, UserError) as failure:
         return failure
     return None

@@ -521,6 +521,20 @@ def test_a_task_whose_last_job_used_up_its_tries_is_not_requeued(
     assert reasons == {"a": "not a number"} | ({} if killed else {"c": "RuntimeError: torn"})
 
 
+def test_a_signal_of_which_a_compiled_module_made_an_error_is_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(points: Sequence[Point], study_dir: Path) -> None:
+        raise ImportError("initialization failed") from Interrupted("stopped by SIGUSR2")
+
+    monkeypatch.setitem(jobs.JOBS, "train", train)
+    job = train_job("a", tmp_path)
+    work = work_of(tmp_path, [job])
+    with pytest.raises(Interrupted, match="stopped by SIGUSR2"):
+        work.do(0, *_ready(job))
+    assert not work.failures
+
+
 def test_what_is_damaged_is_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish(train_job("abc", tmp_path))
     (tmp_path / "train" / "b" / "heads").write_text("")
