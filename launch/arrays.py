@@ -93,7 +93,7 @@ def _unrecorded(study: Study, chains: Sequence[tuple[Job, ...]], live: Live) -> 
 
 def _is_searched(point: Point, study: Study) -> bool:
     searched = job_dir(study.directory, "search", point.ids["search"])
-    return is_done(searched, point.ids["search"]) and is_recorded(point, study.directory)
+    return is_done(searched, point.ids["search"]) and is_recorded(point, study.directory, check_sizes=True)
 
 
 def _recording(points: Sequence[Point], study: Study) -> tuple[Job, ...]:

@@ -43,6 +43,7 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         _ARE_OTHERS,
         # a lost file system comes back after a while, and nothing can be noted before
         f'for try in $(seq {_LOST_TRIES}); do [ -z "$mark" ] || [ -e "$mark" ] && break; sleep 5; done',
+        'cd "$PWD" 2>/dev/null',  # which may be of the mount before
         # SLURM takes one whose end it hears of after its time for timed out, and with that ends what waits for it
         '[ "$status" -eq 0 ] && ! is_over && exit 0',
         # SLURM took this node for dead, and the job runs on another

@@ -42,10 +42,11 @@ class Notes:
     """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
 
     def __init__(self, folder: Path, job_id: str, mark: Path | None = None) -> None:
-        """`mark` is a file that is there as long as the file system is."""
+        """`mark` is a file that is there as long as the file system is, which may be that of the working directory."""
         self.folder, self._job_id = folder, job_id
         self._has_crashed = self._was_lost = False
         self._mark = mark
+        self._place = "" if mark is None else os.getcwd()
 
     def file(self, name: str) -> Path:
         """Where a note of that name is."""
@@ -59,26 +60,37 @@ class Notes:
             return False
 
     def look(self) -> None:
-        """Remembers for `wait_until_there` where the mark is not there now."""
-        self._was_lost = self._was_lost or not self._is_there()
+        """Remembers for `wait_until_there` where the mark is not there now, or the working directory is not."""
+        self._was_lost = self._was_lost or not self._is_here()
 
     def wait_until_there(self) -> bool:
         """Returns when the mark is there, if there is one: a lost file system comes back after a while, or is given up.
 
-        Whether it is back after it was lost: now, or when anybody looked since the last call.
+        The working directory is then the one of its path again, not that of a mount before. Whether the file system is
+        back after it was lost: now, or when anybody looked since the last call.
         """
         deadline = time.monotonic() + _LOST_SECONDS
         self.look()
-        while not self._is_there() and time.monotonic() < deadline:
+        while not (is_back := self._is_back()) and time.monotonic() < deadline:
             time.sleep(1)
         was_lost, self._was_lost = self._was_lost, False
-        return was_lost and self._is_there()
+        return was_lost and is_back
 
-    def _is_there(self) -> bool:
+    def _is_here(self) -> bool:
         try:
-            return self._mark is None or self._mark.is_file()
-        except OSError:  # as of a stale handle
+            return self._mark is None or (self._mark.is_file() and os.getcwd() == self._place)
+        except OSError:  # as of a stale handle, or of the directory of a mount that is gone
             return False
+
+    def _is_back(self) -> bool:
+        """Whether the mark is there, and with it the working directory, which is entered anew."""
+        if self._mark is None:
+            return True
+        with contextlib.suppress(OSError):
+            self._mark.stat()
+            os.chdir(self._place)
+            return True
+        return False
 
     def given_up(self) -> list[dict[str, object]]:
         """What failed with a sentence in a run of this job before: another try would say the same."""

@@ -223,6 +223,8 @@ def test_damage_is_refused_by_name_and_mended_by_the_command_it_names(
     assert expected in error
     assert str(relative) in error
     assert len(error.strip().splitlines()) == 1
+    if harm != "alter":  # of which a submission, which reads no whole records, leaves it to the jobs to tell
+        assert dynexit(copy, "run", TINY, "--on", "slurm", "--dry-run", status=1).stderr == error
     command = error.split("`")[1]
     assert command.startswith("mv runs/tiny_study/")
     subprocess.run(command.split(), cwd=copy, check=True)

@@ -24,12 +24,12 @@ def default_topk(num_classes: int) -> int:
     return num_classes if num_classes <= _MOST_FULL_CLASSES else 1
 
 
-def is_recorded(point: Point, study_dir: Path, *, check_bytes: bool = False) -> bool:
+def is_recorded(point: Point, study_dir: Path, *, check_sizes: bool = False, check_bytes: bool = False) -> bool:
     """Whether `point` has a finished record of every split.
 
-    A split that was moved aside is not there and will be recorded again, alone. Raises Failure, naming the shard, where
-    one is missing or of another size, and with `check_bytes` where one of a small record (up to 64 MiB a split) was
-    altered; of a larger one that is found when the shard is first read.
+    A split that was moved aside is not there and will be recorded again, alone. Raises Failure, naming the shard, with
+    `check_sizes` where one is missing or of another size, and with `check_bytes` also where one of a small record (up
+    to 64 MiB a split) was altered; of a larger one that is found when the shard is first read.
     """
     identity = point.ids["record"]
     directory = job_dir(study_dir, "record", identity)
@@ -38,9 +38,9 @@ def is_recorded(point: Point, study_dir: Path, *, check_bytes: bool = False) -> 
     folders = [directory / split for split in recorded_splits(point.config.record)]
     if not all((folder / MANIFEST).is_file() for folder in folders):
         return False
-    for folder in folders if check_bytes else ():
+    for folder in folders if check_sizes or check_bytes else ():
         record = Record.open(folder)
-        if sum(path.stat().st_size for path in folder.iterdir()) <= _MOST_CHECKED_BYTES:
+        if check_bytes and sum(path.stat().st_size for path in folder.iterdir()) <= _MOST_CHECKED_BYTES:
             for _ in record.parts():
                 pass  # reading a part checks its bytes
     return True

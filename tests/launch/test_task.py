@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -303,6 +304,33 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
     assert Notes(folder, "7_2", mark).wait_until_there()  # lost while the program starts, too
     assert len(slept) == 3
     assert not Notes(folder, "7_2", mark).wait_until_there()
+
+
+def test_a_job_whose_working_directory_was_lost_is_done_again_in_the_one_that_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount, away = tmp_path / "mount", tmp_path / "away"
+    mark = mount / "logs" / "7_2_submitted.pkl"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    monkeypatch.chdir(mount)
+    one = train_job("a", Path("runs/study"))
+    tries = []
+
+    def train(points: Sequence[Point], study_dir: Path) -> None:
+        tries.append(1)
+        if len(tries) == 1:  # for less time than anybody takes to look
+            mount.rename(away)
+            shutil.copytree(away, mount)
+            raise Failure("no such folder")
+        finish(one)
+
+    monkeypatch.setitem(jobs.JOBS, "train", train)
+    work = _Work(Notes(mark.parent, "7_2", mark), Ranks(0, 1, torch.device("cpu")), [one], 1)
+    work.do(0, *_ready(one))
+    assert (len(tries), work.failures) == (2, [])
+    assert (mount / "runs" / "study" / "train" / "a" / "heads").is_file()
+    assert not (away / "runs").exists()
 
 
 def test_what_a_job_began_beneath_a_lost_file_system_is_begun_again(
