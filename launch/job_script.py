@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from dynexit.config import Dist
-from launch.notes import CANCELLED, CRASHED, IN_NOTED, PARTLY_FAILED, PREEMPTED, RUN, TIMED_OUT
+from launch.notes import CANCELLED, CRASHED, IN_NOTED, OR_CRASHED, PARTLY_FAILED, PREEMPTED, RUN, TIMED_OUT
 from launch.task import EARLY_SECONDS, STOPPED, ClusterTask
 
 _LOST_TRIES = 120  # of a file system, every 5 seconds
@@ -54,7 +54,8 @@ def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
         'why=$(cat "$job.why" 2>/dev/null || echo "$why")',
         'rm -f "$job.why"',
         # srun ends the ranks beside one that was killed, and they cannot know it from a preemption
-        f"case $status,$why in 0,*|{STOPPED},*|140,*|143,*) ;; *,{PREEMPTED}|*,{TIMED_OUT}) why={CRASHED} ;; esac",
+        f"case $status,$why in 0,*|{STOPPED},*|140,*|143,*) ;; *[{OR_CRASHED}]) why={CRASHED} ;; esac",
+        f'why="${{why%[{OR_CRASHED}]}}"',
         f'part=; [ -e "$job.now" ] && part="{IN_NOTED}"; [ -s "$job.now" ] && part=" in part $(cat "$job.now")"',
         f'[ "$why" = {CRASHED} ] || part=',
         f'tries={dist.max_retries}; [ -z "$part" ] || tries={_MANY}; [ ! -e "$job.last" ] || tries=0',

@@ -15,6 +15,7 @@ _LOST_SECONDS = 600
 
 # why a program ended before it was through
 PREEMPTED, TIMED_OUT, FAILED_FOR_GOOD, CRASHED, CANCELLED = "preempted", "timed-out", "failed", "crashed", "cancelled"
+OR_CRASHED = "?"  # after one of the words, where what told of that may have been the end of another rank
 PARTLY_FAILED = "partly-failed"  # what is left of a task's jobs goes on without the one that failed on one rank alone
 
 
@@ -46,7 +47,7 @@ class Notes:
         self.folder, self._job_id = folder, job_id
         self._has_crashed = self._was_lost = False
         self._mark = mark
-        self._place = "" if mark is None else os.getcwd()
+        self._place = _place_above(mark)
 
     def file(self, name: str) -> Path:
         """Where a note of that name is."""
@@ -78,7 +79,8 @@ class Notes:
 
     def _is_here(self) -> bool:
         try:
-            return self._mark is None or (self._mark.is_file() and os.getcwd() == self._place)
+            is_there = self._mark is None or self._mark.is_file()
+            return is_there and (not self._place or os.getcwd() == self._place)
         except OSError:  # as of a stale handle, or of the directory of a mount that is gone
             return False
 
@@ -88,7 +90,9 @@ class Notes:
             return True
         with contextlib.suppress(OSError):
             self._mark.stat()
-            os.chdir(self._place)
+            if self._place:
+                os.chdir(self._place)
+                self._place = os.getcwd()
             return True
         return False
 
@@ -161,3 +165,12 @@ class Notes:
         """Why the program ends before it is through: the first rank's word, since its end may be the others' reason."""
         with contextlib.suppress(FileExistsError), self.file("why").open("x", encoding="utf-8") as file:
             file.write(word + "\n")
+
+
+def _place_above(mark: Path | None) -> str:
+    """The working directory, where the mark lies in it, or ''."""
+    try:
+        place = os.getcwd()
+    except OSError:  # that of a mount that is gone already
+        place = os.environ.get("PWD", "")
+    return place if mark is not None and mark.is_relative_to(place) else ""

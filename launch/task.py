@@ -7,19 +7,17 @@ requeue: no rank can, since one that is killed decides nothing.
 import contextlib
 import dataclasses
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.run_dir import is_done, job_dir, write_json
 from dynexit.state import finished_jobs
-from launch.notes import CRASHED, FAILED_FOR_GOOD, PARTLY_FAILED, PREEMPTED, TIMED_OUT, Notes, heading
+from launch.interruptions import Terminated, interruptible, watched
+from launch.notes import CRASHED, FAILED_FOR_GOOD, OR_CRASHED, PARTLY_FAILED, PREEMPTED, TIMED_OUT, Notes, heading
 from launch.plan import Job
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from dynexit.sweep import Point
 
 EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
-_WATCH_SECONDS = 5
 STOPPED, _FAILED = 75, 1  # exit statuses
 _ALONE = ("search", "report")  # what the main rank does when the others have left
 _IDS = {"report": "train"}  # of points, where the work has none of its own
@@ -46,13 +43,13 @@ class ClusterTask:
         started = time.monotonic()
         notes = _join_ranks()
         try:
-            with _watched(notes), _interruptible(), unmasked_interrupts():
+            with watched(notes), interruptible(), unmasked_interrupts():
                 failures = self._run_all(notes)
         except Interrupted as stop:
             left = self.time_limit_seconds - (time.monotonic() - started)
             word = TIMED_OUT if left <= self.signal_delay_seconds + EARLY_SECONDS else PREEMPTED
             print(f"{stop} ({word})", flush=True)
-            notes.end(word)
+            notes.end(word + OR_CRASHED * isinstance(stop, Terminated))
             sys.exit(STOPPED)
         except Exception:
             notes.end(CRASHED)
@@ -252,47 +249,3 @@ def _join_ranks() -> Notes:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     folder, job_id = environment.paths.folder, environment.job_id
     return Notes(folder, job_id, mark=folder / f"{job_id}_submitted.pkl")  # from which submitit loaded this task
-
-
-@contextlib.contextmanager
-def _watched(notes: Notes) -> Iterator[None]:
-    """Notices a file system that is lost; ends this process soon after SLURM, which took its node for dead, has begun
-    the job on another: two must not write one folder for long, and what is being written is dropped whole.
-    """
-    is_over = threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(_WATCH_SECONDS):
-            notes.look()
-            if notes.is_begun_again():
-                print("SLURM has begun this job again elsewhere; this one ends", file=sys.stderr, flush=True)
-                os._exit(_FAILED)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        is_over.set()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGUSR2 (time-out, preemption) and SIGTERM (requeue, cancel) end the work at once; a training saves first.
-
-    Whatever is being written is dropped whole. Training has handlers of its own, which let it end its step and save.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        _ignore()
-        raise Interrupted(f"stopped by {signal.Signals(number).name}")
-
-    def _ignore() -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
-
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        _ignore()

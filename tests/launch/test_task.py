@@ -22,12 +22,13 @@ from dynexit.dist import Ranks
 from dynexit.errors import Failure, Interrupted
 from dynexit.run_dir import mark_done, read_json, write_text
 from dynexit.sweep import Point
-from launch import notes, task
+from launch import interruptions, notes
+from launch.interruptions import Terminated, interruptible, watched
 from launch.job_script import script_after, script_before
 from launch.notes import Notes
 from launch.plan import Job
 from launch.submissions import Submitted
-from launch.task import ClusterTask, _interruptible, _ready, _watched, _Work
+from launch.task import ClusterTask, _ready, _Work
 
 
 def run_script(
@@ -154,8 +155,14 @@ def test_a_signal_before_the_program_could_take_it_is_no_crash(tmp_path: Path, t
     ("status", "word"), [(75, "preempted"), (140, "preempted"), (143, "preempted"), (137, "crashed"), (1, "crashed")]
 )
 def test_a_rank_that_is_ended_beside_a_killed_one_was_not_preempted(tmp_path: Path, status: int, word: str) -> None:
-    assert run_script(tmp_path, status, "preempted") == (status, "requeue 7_2\n")
+    assert run_script(tmp_path, status, "preempted?") == (status, "requeue 7_2\n")
     assert (tmp_path / "7_2.ends").read_text().startswith(f"{word} ")
+
+
+@pytest.mark.parametrize("status", [134, 137])  # of another rank that did not come to its end by itself
+def test_a_signal_that_only_a_preemption_sends_tells_of_one(tmp_path: Path, status: int) -> None:
+    assert run_script(tmp_path, status, "preempted", elsewhere=True) == (status, "requeue 7_2\n")
+    assert (tmp_path / "7_2.ends").read_text().startswith("preempted ")
 
 
 def test_the_first_word_on_an_end_counts(tmp_path: Path) -> None:
@@ -238,10 +245,10 @@ def test_a_process_whose_job_was_begun_elsewhere_ends(tmp_path: Path, monkeypatc
         assert status == 1
         ended.set()
 
-    monkeypatch.setattr(task.os, "_exit", end)
-    monkeypatch.setattr(task, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(interruptions.os, "_exit", end)
+    monkeypatch.setattr(interruptions, "_WATCH_SECONDS", 0.01)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with _watched(Notes(tmp_path, "7_2")):
+    with watched(Notes(tmp_path, "7_2")):
         for text in ("1\n", "", "0\n"):
             (tmp_path / "7_2.run").write_text(text)
             assert not ended.wait(0.1)
@@ -333,6 +340,37 @@ def test_a_job_whose_working_directory_was_lost_is_done_again_in_the_one_that_is
     assert not (away / "runs").exists()
 
 
+def test_a_working_directory_that_is_gone_as_a_job_begins_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount, away = tmp_path / "mount", tmp_path / "away"
+    mark = mount / "logs" / "7_2_submitted.pkl"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    monkeypatch.chdir(mount)
+    monkeypatch.setenv("PWD", str(mount))
+    shutil.copytree(mount, away)
+    shutil.rmtree(mount)
+    monkeypatch.setattr(notes.time, "sleep", lambda seconds: away.rename(mount))
+    here = Notes(mark.parent, "7_2", mark)
+    assert here.wait_until_there()
+    assert os.getcwd() == str(mount)
+    assert not here.wait_until_there()
+
+
+def test_a_working_directory_that_a_job_does_not_need_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "7_2_submitted.pkl"
+    mark.touch()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(notes.time, "sleep", lambda seconds: pytest.fail("waited"))
+    here = Notes(tmp_path, "7_2", mark)
+    (tmp_path / "elsewhere").rmdir()
+    assert not here.wait_until_there()
+
+
 def test_what_a_job_began_beneath_a_lost_file_system_is_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,10 +397,10 @@ def test_what_a_job_began_beneath_a_lost_file_system_is_begun_again(
         raise Failure("not a number")
 
     monkeypatch.setitem(jobs.JOBS, "train", train)
-    monkeypatch.setattr(task, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(interruptions, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(notes_of_it, "look", look)
     work = _Work(notes_of_it, Ranks(0, 1, torch.device("cpu")), [one], 1)
-    with _watched(notes_of_it):
+    with watched(notes_of_it):
         work.do(0, *_ready(one))
     assert [failure["reason"] for failure in work.failures] == ["not a number"]
     assert len(tries) == 2  # and it is not lost twice
@@ -626,8 +664,9 @@ def test_a_note_of_the_run_before_does_not_count(tmp_path: Path) -> None:
 def test_a_signal_outside_training_ends_the_work_once(number: signal.Signals) -> None:
     before = {one: signal.getsignal(one) for one in (signal.SIGUSR2, signal.SIGTERM)}
     try:
-        with pytest.raises(Interrupted, match=number.name):
+        with pytest.raises(Interrupted, match=number.name) as stop:
             work_until(number)
+        assert isinstance(stop.value, Terminated) == (number == signal.SIGTERM)
         os.kill(os.getpid(), number)  # a second one finds nobody
     finally:
         for one, handler in before.items():
@@ -635,6 +674,6 @@ def test_a_signal_outside_training_ends_the_work_once(number: signal.Signals) ->
 
 
 def work_until(number: signal.Signals) -> None:
-    with _interruptible():
+    with interruptible():
         os.kill(os.getpid(), number)
         raise AssertionError("went on")
