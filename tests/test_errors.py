@@ -35,7 +35,7 @@ def test_ctrl_c_while_a_compiled_module_is_loaded() -> None:
     assert done.returncode == 130
 
 
-def test_other_errors_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_left_as_they_are() -> None:
     broken = ImportError("no such symbol")
     with pytest.raises(UserError, match="timm") as caught, unmasked_interrupts():
         raise UserError("timm is broken") from broken

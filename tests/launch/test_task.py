@@ -317,10 +317,7 @@ def test_a_job_whose_working_directory_was_lost_is_done_again_in_the_one_that_is
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mount, away = tmp_path / "mount", tmp_path / "away"
-    mark = mount / "logs" / "7_2_submitted.pkl"
-    mark.parent.mkdir(parents=True)
-    mark.touch()
-    monkeypatch.chdir(mount)
+    mark = begin_in(mount, monkeypatch)
     one = train_job("a", Path("runs/study"))
     tries = []
 
@@ -344,10 +341,7 @@ def test_a_working_directory_that_is_gone_as_a_job_begins_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mount, away = tmp_path / "mount", tmp_path / "away"
-    mark = mount / "logs" / "7_2_submitted.pkl"
-    mark.parent.mkdir(parents=True)
-    mark.touch()
-    monkeypatch.chdir(mount)
+    mark = begin_in(mount, monkeypatch)
     monkeypatch.setenv("PWD", str(mount))
     shutil.copytree(mount, away)
     shutil.rmtree(mount)
@@ -356,6 +350,15 @@ def test_a_working_directory_that_is_gone_as_a_job_begins_is_waited_for(
     assert here.wait_until_there()
     assert os.getcwd() == str(mount)
     assert not here.wait_until_there()
+
+
+def begin_in(mount: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The mark of a job whose working directory is `mount`."""
+    mark = mount / "logs" / "7_2_submitted.pkl"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    monkeypatch.chdir(mount)
+    return mark
 
 
 def test_a_working_directory_that_a_job_does_not_need_is_not_waited_for(
