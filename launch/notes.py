@@ -43,11 +43,11 @@ class Notes:
     """What a job's program leaves for its script, and for itself when it is tried again: files beside its logs."""
 
     def __init__(self, folder: Path, job_id: str, mark: Path | None = None) -> None:
-        """`mark` is a file that is there as long as the file system is, which may be that of the working directory."""
+        """`mark` is a file that is there as long as the file system is."""
         self.folder, self._job_id = folder, job_id
         self._has_crashed = self._was_lost = False
         self._mark = mark
-        self._place = _place_above(mark)
+        self._place = _working_directory() or os.environ.get("PWD", "")
 
     def file(self, name: str) -> Path:
         """Where a note of that name is."""
@@ -61,38 +61,38 @@ class Notes:
             return False
 
     def look(self) -> None:
-        """Remembers for `wait_until_there` where the mark is not there now, or the working directory is not."""
-        self._was_lost = self._was_lost or not self._is_here()
+        """Remembers for `wait_until_there` where the mark is not there now."""
+        self._was_lost = self._was_lost or not self._is_there()
 
     def wait_until_there(self) -> bool:
         """Returns when the mark is there, if there is one: a lost file system comes back after a while, or is given up.
 
-        The working directory is then the one of its path again, not that of a mount before. Whether the file system is
-        back after it was lost: now, or when anybody looked since the last call.
+        The working directory is then the one of its path again, not that of a mount before. Whether either is back
+        after it was lost: now, or when anybody looked since the last call.
         """
         deadline = time.monotonic() + _LOST_SECONDS
         self.look()
-        while not (is_back := self._is_back()) and time.monotonic() < deadline:
+        while not self._is_there() and time.monotonic() < deadline:
             time.sleep(1)
         was_lost, self._was_lost = self._was_lost, False
-        return was_lost and is_back
+        return self._is_there() and (self._enter_again() or was_lost)
 
-    def _is_here(self) -> bool:
+    def _is_there(self) -> bool:
         try:
-            is_there = self._mark is None or self._mark.is_file()
-            return is_there and (not self._place or os.getcwd() == self._place)
-        except OSError:  # as of a stale handle, or of the directory of a mount that is gone
+            return self._mark is None or self._mark.is_file()
+        except OSError:  # as of a stale handle
             return False
 
-    def _is_back(self) -> bool:
-        """Whether the mark is there, and with it the working directory, which is entered anew."""
-        if self._mark is None:
-            return True
+    def _enter_again(self) -> bool:
+        """Enters the working directory anew where the one of its path is another, as after a mount; whether it was.
+
+        One that was deleted is left to those who need it.
+        """
+        if self._mark is None or _working_directory() == self._place:
+            return False
         with contextlib.suppress(OSError):
-            self._mark.stat()
-            if self._place:
-                os.chdir(self._place)
-                self._place = os.getcwd()
+            os.chdir(self._place)
+            self._place = os.getcwd()
             return True
         return False
 
@@ -167,10 +167,9 @@ class Notes:
             file.write(word + "\n")
 
 
-def _place_above(mark: Path | None) -> str:
-    """The working directory, where the mark lies in it, or ''."""
+def _working_directory() -> str:
+    """Its path, or '' where it was deleted or is that of a mount that is gone."""
     try:
-        place = os.getcwd()
-    except OSError:  # that of a mount that is gone already
-        place = os.environ.get("PWD", "")
-    return place if mark is not None and mark.is_relative_to(place) else ""
+        return os.getcwd()
+    except OSError:
+        return ""

@@ -64,8 +64,7 @@ class ClusterTask:
 
         dist = self.jobs[0].points[0].config.dist
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
-        if ranks.is_main:
-            notes.wait_until_there()
+        notes.wait_until_there()
         work = _Work(notes, ranks, self.jobs, dist.max_retries)
         work.take_up(ranks.agree(notes.given_up() if ranks.is_main else []))
         order = ranks.agree(notes.order(len(self.jobs), dist.max_retries) if ranks.is_main else [])

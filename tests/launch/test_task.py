@@ -361,6 +361,23 @@ def begin_in(mount: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mark
 
 
+def test_a_working_directory_beside_the_study_in_a_lost_mount_is_entered_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount, away, link = (tmp_path / name for name in ("mount", "away", "link"))
+    mark = begin_in(mount, monkeypatch)
+    (mount / "code" / "data").mkdir(parents=True)
+    monkeypatch.chdir(mount / "code")
+    link.symlink_to(mount)
+    here = Notes(link / "logs", "7_2", link / "logs" / mark.name)
+    shutil.copytree(mount, away)
+    shutil.rmtree(mount)
+    monkeypatch.setattr(notes.time, "sleep", lambda seconds: away.rename(mount))
+    assert here.wait_until_there()
+    assert Path("data").is_dir()
+    assert not here.wait_until_there()
+
+
 def test_a_working_directory_that_a_job_does_not_need_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
