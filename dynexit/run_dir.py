@@ -5,20 +5,34 @@ SHA-256 of every file that was promised. The existence of any other file says no
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynexit.errors import Failure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DONE = "DONE"
 FAILED = "FAILED.json"
 PROGRESS = "progress.json"
+BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
+    "backbone.safetensors",
+    "heads.safetensors",
+    "costs.json",
+    "metrics.jsonl",
+    "config.json",
+)
+BUDGETS = "budgets.json"
+MEMBERS, BEGUN = "members.json", ".begun"  # of a pack: its points; and there from its beginning until it is through
+JOBS_OF_A_POINT = ("prepare", "train", "record", "search")
 
 
 @contextlib.contextmanager
@@ -146,3 +160,27 @@ def done_digest(directory: Path, name: str) -> str:
 def job_dir(study_dir: Path, job: str, identity: str) -> Path:
     """Where the job `job` (prepare, train, pack, record, search, infer) with that id keeps what it makes."""
     return study_dir / job / identity
+
+
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
+    """Writes the tensors atomically and returns the file's SHA-256. Raises Failure, naming it, on a full disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_write(path) as temporary:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:  # how safetensors tells of a full disk
+            raise OSError(errno.EIO, str(error)) from error
+        return sha256_file(temporary)
+
+
+def load_tensors(path: Path) -> "dict[str, Tensor]":
+    """The tensors in a file of `save_tensors`; Failure, naming it, where it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise Failure(f"{path} cannot be read ({error}); {move_aside(path.parent)}") from error

@@ -13,7 +13,7 @@ from launch.commands import add_commands
 from launch.tools import add_tools
 
 if TYPE_CHECKING:
-    from dynexit.sweep import Study
+    from dynexit.study.grid import Study
     from launch.plan import Job
 
 STAGES = ("prepare", "train", "record", "search", "report")
@@ -112,7 +112,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _show(study: "Study", options: argparse.Namespace) -> int:
-    from dynexit.config_io import resolved_yaml
+    from dynexit.study.read import resolved_yaml
 
     if options.command == "ui":
         return _open_ui(study)
@@ -122,10 +122,10 @@ def _show(study: "Study", options: argparse.Namespace) -> int:
 
 def _run(study: "Study", options: argparse.Namespace, misfits: Callable[..., list[str]]) -> int:
     from launch.checks import check_models
-    from launch.hold import hold
+    from launch.lock import hold
     from launch.plan import check_identity
     from launch.ranks import num_ranks
-    from launch.submissions import check_is_there, check_queue
+    from launch.slurm.submissions import check_is_there, check_queue
 
     stages = STAGES if options.command in ("run", "infer") else STAGES[: STAGES.index(options.command) + 1]
     if options.dry_run:
@@ -143,14 +143,14 @@ def _run(study: "Study", options: argparse.Namespace, misfits: Callable[..., lis
 
 
 def _submit(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
-    from dynexit.config_io import resolved_yaml
     from dynexit.errors import UserError
     from dynexit.run_dir import write_text
+    from dynexit.study.read import resolved_yaml
     from launch.checks import folders_elsewhere
-    from launch.hold import hold
+    from launch.lock import hold
     from launch.plan import check_identity
-    from launch.site import load_site
-    from launch.slurm import submit_study
+    from launch.slurm.site import load_site
+    from launch.slurm.submit import submit_study
 
     if options.command == "infer":
         raise UserError("infer runs --on here or --on local; run it where the study's folder is")
@@ -167,9 +167,9 @@ def _run_with_ranks(study: "Study", stages: Sequence[str], options: argparse.Nam
     """One of the processes of `torchrun -m launch` or `accelerate launch -m launch`."""
     from dynexit.errors import UserError
     from launch.checks import check_models
-    from launch.hold import hold
+    from launch.lock import hold
     from launch.ranks import is_main, prepare_alone, run_together
-    from launch.submissions import check_is_there
+    from launch.slurm.submissions import check_is_there
 
     if options.on != "here" or options.command == "infer":
         what = "infer" if options.command == "infer" else f"--on {options.on}"
@@ -189,9 +189,9 @@ def _run_with_ranks(study: "Study", stages: Sequence[str], options: argparse.Nam
 
 
 def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespace) -> int:
-    from dynexit.config_io import resolved_yaml
+    from dynexit.jobs.finished import check_budgets
     from dynexit.run_dir import write_text
-    from dynexit.state import check_budgets
+    from dynexit.study.read import resolved_yaml
     from launch.plan import Job, missing_jobs, report_is_done
 
     failures: list[str] = []
@@ -232,13 +232,13 @@ def _tell(sentences: Sequence[str]) -> None:
 
 
 def _finished(study: "Study", stage: str) -> tuple:  # type: ignore[type-arg]
-    from dynexit.state import finished_jobs
+    from dynexit.jobs.finished import finished_jobs
 
     return tuple(point for point in study.points if stage in finished_jobs(point, study.directory))
 
 
 def _run_jobs(jobs: "Sequence[Job]", where: str, study: "Study") -> list[str]:
-    from launch.submit import run_here, run_local
+    from launch.local import run_here, run_local
 
     return run_here(jobs) if where == "here" else run_local(jobs, study.directory / "submitted")
 
@@ -251,8 +251,8 @@ def _print_plan(
 
     plan = [describe_plan(study, stages, options.on)]
     if options.on == "slurm":
-        from launch.site import load_site
-        from launch.slurm import describe_submission
+        from launch.slurm.site import load_site
+        from launch.slurm.submit import describe_submission
 
         plan.append(describe_submission(study, stages, load_site(options.site)))
     check_models(study, dry_run=True, misfits=misfits)
@@ -261,7 +261,7 @@ def _print_plan(
 
 
 def _print_result(study: "Study") -> None:
-    from dynexit.report.aggregate import read_csv
+    from dynexit.report.table import read_csv
     from dynexit.report.terminal import short_table
 
     directory = study.directory / "report"

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynexit.config import Config
-    from dynexit.sweep import Study
+    from dynexit.study.grid import Study
+    from dynexit.study.schema import Config
 
 
 def find_misfits(kinds: "Iterable[tuple[Config, bool]]", *, with_data: bool = False) -> list[str]:
@@ -16,9 +16,9 @@ def find_misfits(kinds: "Iterable[tuple[Config, bool]]", *, with_data: bool = Fa
     """
     mistakes: list[str] = []
     for config, weights in kinds:
-        from dynexit.assemble import check_model
         from dynexit.data import check_dir
         from dynexit.errors import UserError
+        from dynexit.jobs.load import check_model
 
         try:
             check_model(config, weights=weights)
@@ -31,8 +31,8 @@ def find_misfits(kinds: "Iterable[tuple[Config, bool]]", *, with_data: bool = Fa
 
 def checked_study(path: Path, overrides: Sequence[str], misfits: Callable[..., list[str]] = find_misfits) -> "Study":
     """The study, its points' keys checked. UserError with every mistake, those of the model's among them."""
-    from dynexit.config_io import StudyError, load_study
     from dynexit.errors import UserError
+    from dynexit.study.read import StudyError, load_study
 
     try:
         return load_study(path, overrides)

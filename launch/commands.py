@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynexit.sweep import Point, Study
-    from launch.submissions import Submitted
+    from dynexit.study.grid import Point, Study
+    from launch.slurm.submissions import Submitted
 
 _WATCH_SECONDS = 30
 _LOG_LINES = 40
@@ -48,8 +48,8 @@ def _command(
 
 def _study_of(options: argparse.Namespace) -> "tuple[Study, list[Point]]":
     """The study, and the points that were named (all where none was)."""
-    from dynexit.config_io import load_study
     from dynexit.errors import UserError
+    from dynexit.study.read import load_study
 
     study = load_study(options.study, [word for word in options.words if "=" in word])
     names = [word for word in options.words if "=" not in word]
@@ -73,7 +73,7 @@ def _status(options: argparse.Namespace) -> None:
 def _print_status(study: "Study", watch: bool) -> bool:
     """Whether there is more to watch. Raises UserError where the study's folder is away, and nobody watches."""
     from dynexit.errors import UserError
-    from launch.queue_view import QueueView
+    from launch.slurm.queue_view import QueueView
     from launch.status import OVER, report_state, study_status, table
 
     jobs = QueueView(study.directory)
@@ -94,7 +94,7 @@ def _print_status(study: "Study", watch: bool) -> bool:
 
 def _logs(options: argparse.Namespace) -> None:
     from dynexit.errors import UserError
-    from launch.submissions import all_submitted, check_is_there
+    from launch.slurm.submissions import all_submitted, check_is_there
 
     study, points = _study_of(options)
     check_is_there(study.directory)
@@ -117,7 +117,7 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _cancel(options: argparse.Namespace) -> None:
-    from launch.submissions import cancel, check_is_there, live_jobs
+    from launch.slurm.submissions import cancel, check_is_there, live_jobs
 
     study, points = _study_of(options)
     check_is_there(study.directory)
@@ -137,11 +137,11 @@ def _cancel(options: argparse.Namespace) -> None:
 
 def _retry(options: argparse.Namespace) -> None:
     from dynexit.errors import UserError
-    from launch.hold import hold
+    from launch.lock import hold
     from launch.plan import check_identity
-    from launch.site import Site, load_site
-    from launch.slurm import ALL_STAGES, submit_study
-    from launch.submissions import check_is_there, last_site
+    from launch.slurm.site import Site, load_site
+    from launch.slurm.submissions import check_is_there, last_site
+    from launch.slurm.submit import ALL_STAGES, submit_study
 
     study, _ = _study_of(options)
     check_is_there(study.directory)
@@ -157,7 +157,7 @@ def _retry(options: argparse.Namespace) -> None:
 def _aggregate(options: argparse.Namespace) -> None:
     """Operating points of all finished points of any number of studies, also while others still run, as CSV."""
     from dynexit.errors import Failure
-    from dynexit.report.many_studies import aggregate
+    from dynexit.jobs.aggregate import aggregate
 
     text, left_out = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
     if options.output is None:

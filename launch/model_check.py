@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launch.checks import find_misfits
 
 if TYPE_CHECKING:
-    from dynexit.config import Config
+    from dynexit.study.schema import Config
 
 
 @contextlib.contextmanager
@@ -67,8 +67,8 @@ def main() -> None:
     """Answers one question of `_ask`: from standard input to standard output."""
     gc.disable()  # what is imported stays
     _without_compiler()
-    importlib.import_module("dynexit.assemble")
-    from dynexit.config import Config
+    importlib.import_module("dynexit.jobs.load")
+    from dynexit.study.schema import Config
 
     text = sys.stdin.read()
     if not text:

@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynexit.config import Dist
 from dynexit.errors import UserError
-from dynexit.record.finished import is_recorded
-from dynexit.run_dir import DONE, folders_in_place, is_done, job_dir, read_json, write_json
-from dynexit.state import BEGUN, JOBS_OF_A_POINT, MEMBERS, report_identity
-from dynexit.sweep import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values, method_settings
+from dynexit.jobs.finished import is_recorded, report_identity
+from dynexit.run_dir import (
+    BEGUN,
+    DONE,
+    JOBS_OF_A_POINT,
+    MEMBERS,
+    folders_in_place,
+    is_done,
+    job_dir,
+    read_json,
+    write_json,
+)
+from dynexit.study.grid import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values, method_settings
+from dynexit.study.schema import Dist
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dynexit.state import finished_jobs
-from dynexit.sweep import Study
-from launch.hold import hold
+from dynexit.jobs.finished import finished_jobs
+from dynexit.study.grid import Study
+from launch.local import run_here
+from launch.lock import hold
 from launch.plan import check_identity, done_together, missing_jobs
-from launch.submissions import check_queue
-from launch.submit import run_here
+from launch.slurm.submissions import check_queue
 
 _POLL_SECONDS = 0.5
 # what tells a process that it is one of several

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure
-from dynexit.run_dir import PROGRESS, folders_in_place, job_dir, read_json
-from dynexit.state import JOBS_OF_A_POINT, MEMBERS, METRICS, failure_reason, finished_jobs
-from dynexit.sweep import Point, Study
-from launch.hold import is_held
+from dynexit.jobs.finished import failure_reason, finished_jobs
+from dynexit.run_dir import JOBS_OF_A_POINT, MEMBERS, METRICS, PROGRESS, folders_in_place, job_dir, read_json
+from dynexit.study.grid import Point, Study
+from launch.lock import is_held
 from launch.plan import report_is_done
-from launch.queue_view import QueueView
+from launch.slurm.queue_view import QueueView
 
 OVER = ("done", "failed", "cancelled")  # what only a new submission changes
 

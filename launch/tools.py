@@ -48,7 +48,7 @@ def _search_records(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from dynexit.record.dyce_npz import convert
+    from dynexit.dyce.npz import convert
 
     convert(options.source, options.destination)
     print(f"{options.source} -> {options.destination}")

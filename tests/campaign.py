@@ -248,11 +248,11 @@ def small_disk(megabytes: int) -> Iterator[Path]:
 def campaign(num_faults: int, seed: int, faults_per_run: int) -> int:
     """Prints what was done and what was lost; the exit status."""
     # the forks find them there
-    import dynexit.prepare_job
-    import dynexit.record_job
-    import dynexit.train_job  # noqa: F401
+    import dynexit.jobs.prepare
+    import dynexit.jobs.record
+    import dynexit.jobs.train  # noqa: F401
     import launch.__main__
-    import launch.submit  # noqa: F401
+    import launch.local  # noqa: F401
 
     counts: collections.Counter[str] = collections.Counter()
     num_runs = num_same = num_remedies = 0

@@ -31,7 +31,7 @@ def start(folder: Path, *arguments: str | Path) -> "subprocess.Popen[str]":
 
 # These processes come from one that has imported everything, which saves the greater part of a short command.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["launch.__main__", "dynexit.prepare_job", "dynexit.train_job", "dynexit.record_job"])
+SERVER.set_forkserver_preload(["launch.__main__", "dynexit.jobs.prepare", "dynexit.jobs.train", "dynexit.jobs.record"])
 
 
 def _run(folder: Path, arguments: Sequence[str], environment: dict[str, str], printed: Path) -> None:

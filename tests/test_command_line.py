@@ -14,7 +14,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from dynexit.config_io import load_study
+from dynexit.study.read import load_study
 from tests.command_line import TINY, digests, dynexit, start
 
 pytestmark = pytest.mark.slow

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynexit.config import Data
 from dynexit.data.splits import DataSets, Split, Workers
 from dynexit.errors import UserError
+from dynexit.study.schema import Data
 
 NUM_DIGITS = 1797
 _DIGITS_MEAN, _DIGITS_STD = 0.13, 0.27  # of the views at the default settings

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dynexit.config import Data
 from dynexit.data.images import NOT_AN_IMAGE, FileSource, Sources, decode
 from dynexit.errors import UserError
+from dynexit.study.schema import Data
 
 IMAGENET_CLASSES = 1000
 _NUM_NAMED = 5  # of many faults, as many are named

@@ -7,7 +7,6 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from dynexit.config import Data
 from dynexit.data.digits import load_digits, num_train_digits
 from dynexit.data.folders import IMAGENET_CLASSES, class_folders, read_folders
 from dynexit.data.images import Source, Sources, TransformedImages
@@ -16,6 +15,7 @@ from dynexit.data.timm_sets import TORCH_CLASSES, read_timm
 from dynexit.data.torchvision_sets import read_cifar, read_svhn
 from dynexit.data.transforms import test_transform, train_transform
 from dynexit.errors import UserError
+from dynexit.study.schema import Data
 
 
 @dataclasses.dataclass(frozen=True)

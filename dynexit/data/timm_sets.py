@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dynexit.config import Data
 from dynexit.data.images import Source, Sources, decode
 from dynexit.errors import UserError
+from dynexit.study.schema import Data
 
 TORCH_CLASSES = dict.fromkeys(
     ("torch/cifar10", "torch/mnist", "torch/qmnist", "torch/kmnist", "torch/fashion_mnist"), 10

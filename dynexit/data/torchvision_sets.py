@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dynexit.config import Data
 from dynexit.data.folders import existing_dir
 from dynexit.data.images import ArraySource, Sources
 from dynexit.errors import Failure, UserError
+from dynexit.study.schema import Data
 
 
 def read_cifar(data: Data) -> Sources:

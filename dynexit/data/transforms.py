@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image
 
-from dynexit.config import Data
 from dynexit.data.images import Transform, kept_random_state
 from dynexit.errors import UserError
+from dynexit.study.schema import Data
 
 _CROP_PADDING = 1 / 8  # of the image size: 28 of 224 pixels, and 4 of 32
 

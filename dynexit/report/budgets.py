@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dynexit.report.aggregate import FrontPoint, Row, backbone_accuracy, front_of, percent, within_budgets
+from dynexit.report.table import FrontPoint, Row, backbone_accuracy, front_of, percent, within_budgets
 from dynexit.search.budgets import KINDS, Budget
 
 _BUDGETS = (0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
-from dynexit.report.aggregate import Row, by_seed, front_of, within_budgets
 from dynexit.report.published import PublishedPoint
+from dynexit.report.table import Row, by_seed, front_of, within_budgets
 from dynexit.run_dir import atomic_write
 
 DOTS_PER_INCH = 160

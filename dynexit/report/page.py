@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from dynexit.report.aggregate import (
+from dynexit.report.table import (
     FrontPoint,
     Hypervolume,
     Row,

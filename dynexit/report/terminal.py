@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from dynexit.report.aggregate import Row, at_tenths, percent, summary
+from dynexit.report.table import Row, at_tenths, percent, summary
 
 
 def short_table(rows: Iterable[Row]) -> str:

@@ -26,14 +26,13 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.record.shards import Record
-from dynexit.report.aggregate import FrontPoint, front_of, within_budgets
-from dynexit.report.aggregate import Row as PointRow
 from dynexit.report.figures import HUNDREDTHS
-from dynexit.run_dir import atomic_write, job_dir, read_json
+from dynexit.report.table import FrontPoint, front_of, within_budgets
+from dynexit.report.table import Row as PointRow
+from dynexit.run_dir import COSTS, atomic_write, job_dir, read_json
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.problem import Problem
-from dynexit.state import COSTS
-from dynexit.sweep import Point
+from dynexit.study.grid import Point
 
 ALPHA = 0.05
 """Miscoverage level that the page shows and exits are told apart at; the table has all of ALPHAS for whole points."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynexit.report.aggregate import at_tenths, percent
 from dynexit.report.figures import uncertainty_figure
 from dynexit.report.page import Figure, Section
+from dynexit.report.table import at_tenths, percent
 from dynexit.report.uncertainty import ALPHA, Uncertainty
 
 _HEADING = "Calibration and prediction sets"

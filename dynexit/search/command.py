@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.core.tradeoff import Configuration
+from dynexit.dyce.inputs import parse_costs, read_json_file, read_problems
 from dynexit.errors import UserError
-from dynexit.keys import parse_weights
 from dynexit.run_dir import write_json
 from dynexit.search.bound import Bound
 from dynexit.search.budgets import KINDS, Budget, latency_costs, within
 from dynexit.search.exact import Front, SearchResult, results
-from dynexit.search.inputs import parse_costs, read_json_file, read_problems
 from dynexit.search.methods import METHODS
 from dynexit.search.outputs import JUDGED, SEARCHED, Answer, Judge, table, write_points
 from dynexit.search.problem import Problem, objective_of, with_gates
 from dynexit.search.risk import certify
+from dynexit.study.keys import parse_weights
 
 # a bound takes a while, and says something only where positions are few
 _BOUND_UP_TO_SAMPLES, _BOUND_UP_TO_POSITIONS, _BOUNDED_WEIGHTS = 2000, 4, 8

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dynexit.config import Data
+from dynexit.study.schema import Data
 
 
 def calibration_samples(data: Data, share: float, num_samples: int) -> np.ndarray:

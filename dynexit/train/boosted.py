@@ -5,7 +5,7 @@ so training, recording and inference see the same sums. With a frozen backbone t
 nothing to act on. Source: Yu et al., Boosted Dynamic Neural Networks (arXiv 2211.16726), section 3.
 """
 
-from dynexit.method_config import Boosted
+from dynexit.study.methods import Boosted
 from dynexit.train.independent import IndependentTask
 from dynexit.train.pack import Pack
 

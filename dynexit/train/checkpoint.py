@@ -16,9 +16,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from dynexit.errors import Failure
-from dynexit.run_dir import read_json, write_json, write_text
-from dynexit.state import BEGUN
-from dynexit.tensor_files import save_tensors
+from dynexit.run_dir import BEGUN, read_json, save_tensors, write_json, write_text
 
 _KEPT = 2
 _MOST_SHARE = 0.01  # of the time goes into saving, also where checkpoints are large,

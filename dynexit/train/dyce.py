@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dynexit.core.losses import divergences, first_exit_weights, soft_cross_entropies
 from dynexit.data import Batch
-from dynexit.method_config import Dyce
+from dynexit.study.methods import Dyce
 from dynexit.train.independent import IndependentTask
 from dynexit.train.members import MemberAdam, Stack, stack_of
 from dynexit.train.pack import Pack

@@ -17,8 +17,8 @@ from torch.func import functional_call
 from dynexit.core.confidence import gate_features
 from dynexit.core.losses import gate_loss, gate_targets, head_loss, positive_weights, prediction_errors, warm_up_loss
 from dynexit.data import Batch
-from dynexit.method_config import JeiDnn
 from dynexit.models.heads import StackedGates
+from dynexit.study.methods import JeiDnn
 from dynexit.train.evaluate import Evaluation, evaluate
 from dynexit.train.members import Stack, copy_members, leaves, pick
 from dynexit.train.pack import Pack, PackTask

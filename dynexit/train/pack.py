@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynexit.config import Train
 from dynexit.core.cost import ExitCosts
 from dynexit.core.losses import divergences
 from dynexit.data import Batch, Split
 from dynexit.dist import Ranks
 from dynexit.models.heads import StackedHeads
 from dynexit.models.multi_exit import MultiExit
+from dynexit.study.schema import Train
 from dynexit.train.members import (
     MemberAdam,
     MemberSGD,

@@ -8,8 +8,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from dynexit.config import Train
-from dynexit.method_config import JeiDnn
+from dynexit.study.methods import JeiDnn
+from dynexit.study.schema import Train
 
 WARM_UP, JOINT = "warm-up", "joint"
 TERMS = ("warm-up loss", "gate loss", "head loss")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynexit.config import Prepare
 from dynexit.data import Batch, Split, load_batches
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
+from dynexit.study.schema import Prepare
 from dynexit.train.schedule import cosine_rate
 from dynexit.train.updates import Updates, WholeModel, freeze, parameter_groups
 from dynexit.train.zero import ZeroModel

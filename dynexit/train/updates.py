@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynexit.config import Prepare
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
+from dynexit.study.schema import Prepare
 
 Groups = list[dict[str, Any]]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

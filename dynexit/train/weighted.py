@@ -16,8 +16,8 @@ from torch.func import functional_call
 from dynexit.core.confidence import max_probability
 from dynexit.core.losses import cross_entropies
 from dynexit.data import Batch
-from dynexit.method_config import Weighted
 from dynexit.models.heads import StackedHeads
+from dynexit.study.methods import Weighted
 from dynexit.train.independent import IndependentTask
 from dynexit.train.members import MemberAdam, MemberSGD, Stack, leaves
 from dynexit.train.pack import Pack

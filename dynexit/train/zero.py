@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynexit.config import Prepare
 from dynexit.dist import Ranks
 from dynexit.errors import UserError
+from dynexit.study.schema import Prepare
 from dynexit.train.updates import Groups, make_optimizer, set_rate, weigh_statistics
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from dynexit.config import Train
 from dynexit.data import Split
 from dynexit.dist import start_ranks
-from dynexit.method_config import JeiDnn
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
+from dynexit.study.methods import JeiDnn
+from dynexit.study.schema import Train
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.pack import Member, Pack

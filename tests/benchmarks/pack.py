@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from dynexit import jobs
-from dynexit.config import Train
-from dynexit.config_io import load_study
 from dynexit.core.cost import ExitCosts
 from dynexit.data import Split
 from dynexit.dist import start_ranks
-from dynexit.method_config import JeiDnn
+from dynexit.jobs import stages as jobs
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
+from dynexit.study.methods import JeiDnn
+from dynexit.study.read import load_study
+from dynexit.study.schema import Train
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.pack import Member, Pack
 from dynexit.train.schedule import JOINT

@@ -15,11 +15,11 @@ STAGES = ("prepare", "train", "record", "search", "report")
 
 def main(num_points: int) -> None:
     sys.path.insert(0, str(ROOT))
-    from dynexit.config_io import load_study
-    from launch.arrays import plan_arrays
-    from launch.cluster import Limits
-    from launch.site import Site
-    from launch.slurm import describe_submission
+    from dynexit.study.read import load_study
+    from launch.slurm.arrays import plan_arrays
+    from launch.slurm.cluster import Limits
+    from launch.slurm.site import Site
+    from launch.slurm.submit import describe_submission
 
     seeds = list(range(num_points // 100))
     grid = [f"sweep.seed={seeds}", f"sweep.jei_dnn.ce_ic_tradeoff={[i / 10 for i in range(100)]}"]
@@ -32,7 +32,7 @@ def main(num_points: int) -> None:
             describe_submission(study, STAGES, Site())
         study_and_grid = ["tests/tiny_study.yaml", *grid, f"runs_dir={folder}"]
         command = [sys.executable, "-m", "launch", "run", *study_and_grid, "--on", "slurm", "--dry-run"]
-        imports = [sys.executable, "-c", "import dynexit.assemble"]
+        imports = [sys.executable, "-c", "import dynexit.jobs.load"]
         pairs = [_side_by_side(imports, command) for _ in range(5)]
         alone, whole = (sorted(seconds) for seconds in zip(*pairs, strict=True))
     print(f"{alone[2]:6.2f} s (median of {alone}): importing torch and timm, in a process")

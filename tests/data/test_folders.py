@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dynexit.config import Data
 from dynexit.data import describe_data, load_batches, load_data
 from dynexit.errors import UserError
+from dynexit.study.schema import Data
 from tests.data.on_disk import write_folders
 
 PETS = {"cat": 4, "dog": 5, "emu": 3}

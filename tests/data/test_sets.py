@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dynexit.config import Data
 from dynexit.data import describe_data, load_data
 from dynexit.errors import UserError
-from dynexit.keys import DATA_SETS
+from dynexit.study.keys import DATA_SETS
+from dynexit.study.schema import Data
 
 
 def test_known_sets_are_described_without_a_folder() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynexit.config import Data, Dist
 from dynexit.data import DataSets, Split, Workers, epoch_batches, load_batches, load_data, workers_of
 from dynexit.errors import UserError
+from dynexit.study.schema import Data, Dist
 from tests.data.on_disk import write_folders
 
 TWO = Workers(2)

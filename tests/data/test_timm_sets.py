@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset, IterableImageDataset
 
-from dynexit.config import Data
 from dynexit.data import describe_data, load_batches, load_data
 from dynexit.data.timm_sets import _offline
 from dynexit.errors import UserError
+from dynexit.study.schema import Data
 from tests.data.on_disk import random_pixels, write_fashion_mnist
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torchvision import datasets
 
-from dynexit.config import Data
 from dynexit.data import DataSets, load_batches, load_data
 from dynexit.data.torchvision_sets import long_tail
 from dynexit.errors import Failure, UserError
+from dynexit.study.schema import Data
 from tests.data.on_disk import cyclic_labels, md5, write_cifar, write_svhn
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dynexit.config import Data
 from dynexit.data import describe_data, transforms
 from dynexit.data.images import kept_random_state
 from dynexit.data.transforms import NORMALISATIONS, RECIPES, check_colours, train_transform
 from dynexit.errors import UserError
-from dynexit.keys import DATA_SETS
+from dynexit.study.keys import DATA_SETS
+from dynexit.study.schema import Data
 from tests.data.on_disk import random_pixels
 
 PIXELS = random_pixels(1, seed=5)[0]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dynexit.config import Config
-from dynexit.config_io import load_study
+from dynexit.study.read import load_study
+from dynexit.study.schema import Config
 from launch import model_check
 from launch.checks import find_misfits
 from tests.command_line import ROOT, TINY, start

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dynexit.config_io import load_study
 from dynexit.errors import Failure, UserError
+from dynexit.study.read import load_study
 from launch.plan import check_identity, unfinished_packs
 from launch.status import study_status
 from tests.command_line import ENVIRONMENT, ROOT, TINY, dynexit

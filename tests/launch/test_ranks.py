@@ -15,10 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dynexit.config import Dist
 from dynexit.errors import UserError
+from dynexit.study.schema import Dist
 from launch.__main__ import main
-from launch.submit import _places
+from launch.local import _places
 from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
 from tests.conftest import require
 

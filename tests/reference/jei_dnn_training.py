@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from dynexit.config import Train
 from dynexit.data import Split, epoch_batches
-from dynexit.method_config import JeiDnn
 from dynexit.models.multi_exit import MultiExit
+from dynexit.study.methods import JeiDnn
+from dynexit.study.schema import Train
 from tests.reference.deep_supervision_training import divergence
 
 

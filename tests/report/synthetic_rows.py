@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dynexit.report.aggregate import Row, mark_front
+from dynexit.report.table import Row, mark_front
 
 POSITIONS = (0, 1, 2, 3, 4, 5, 6)
 RELATIVE_COST = np.array([0.193, 0.289, 0.337, 0.386, 0.483, 0.580, 0.781, 1.0])

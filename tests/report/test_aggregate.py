@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynexit.errors import Failure
-from dynexit.report.aggregate import (
+from dynexit.report.table import (
     Row,
     at_tenths,
     backbone_accuracy,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dynexit.config_io import load_study
 from dynexit.record.shards import Record
-from dynexit.report.aggregate import read_csv
+from dynexit.report.table import read_csv
+from dynexit.study.read import load_study
 from launch.__main__ import main as run
 from tests.command_line import TINY
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from dynexit.report import figures
-from dynexit.report.aggregate import by_seed, front_of
 from dynexit.report.published import PublishedPoint
+from dynexit.report.table import by_seed, front_of
 from tests.report.synthetic_rows import synthetic_rows
 
 ROWS = synthetic_rows(tradeoffs=(0.1, 1.0, 5.0), accuracy_weights=(0.5, 0.7, 0.8, 0.9, 0.95))
@@ -137,7 +137,7 @@ def test_points_with_fewer_exits_still_end_with_the_backbone(drawn):
 
 def test_neither_mlflow_nor_a_global_figure_is_loaded():
     program = (
-        "import sys; from dynexit.report import aggregate, figures, page, published, terminal, tracking;"
+        "import sys; from dynexit.report import figures, page, published, table, terminal, tracking;"
         "sys.exit(bool({'mlflow', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dynexit.report.aggregate import Row
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.page import Figure, Section, describe_configuration, write_page
+from dynexit.report.table import Row
 from tests.report.synthetic_rows import POSITIONS, synthetic_rows
 
 ROWS = synthetic_rows(tradeoffs=(0.1, 1.0), accuracy_weights=(0.5, 0.8, 0.95))

@@ -13,7 +13,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration
 from dynexit.record.recorder import Recorder
 from dynexit.record.shards import Record
-from dynexit.report.aggregate import FrontPoint, Row
+from dynexit.report.table import FrontPoint, Row
 from dynexit.report.uncertainty import ALPHA, Measure, Uncertainty, measure, read_outputs, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
 

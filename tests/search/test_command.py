@@ -11,11 +11,11 @@ import pytest
 
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration
+from dynexit.dyce.inputs import parse_costs
 from dynexit.errors import UserError
 from dynexit.search.arguments import add_arguments, options_of
 from dynexit.search.command import search_records
 from dynexit.search.exact import sweep
-from dynexit.search.inputs import parse_costs
 from dynexit.search.problem import Problem
 from tests.reference import exit_search
 from tests.reference.exit_problems import random_problem

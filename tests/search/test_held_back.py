@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from dynexit.config import Data
 from dynexit.search.held_back import calibration_samples
+from dynexit.study.schema import Data
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

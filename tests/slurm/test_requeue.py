@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dynexit.config import Dist
-from launch.job_script import script_after, script_before
-from launch.task import ClusterTask
+from dynexit.study.schema import Dist
+from launch.slurm.job_script import script_after, script_before
+from launch.slurm.worker import ClusterTask
 from tests.command_line import TINY, digests, dynexit
 from tests.slurm.conftest import Cluster, wait_until
 

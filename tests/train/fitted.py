@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from dynexit.config import Prepare
 from dynexit.dist import Ranks
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.progress import Progress
+from dynexit.study.schema import Prepare
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.loop import fit
 from dynexit.train.transfer import TransferTask

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
-from dynexit.config import Train
 from dynexit.dist import start_ranks, stop_ranks
 from dynexit.errors import Failure, Interrupted
-from dynexit.method_config import JeiDnn
 from dynexit.progress import Progress
+from dynexit.study.methods import JeiDnn
+from dynexit.study.schema import Train
 from dynexit.train import checkpoint
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynexit.config import Train
 from dynexit.core.tradeoff import Configuration
-from dynexit.infer import Engine
-from dynexit.method_config import Boosted
+from dynexit.deploy.engine import Engine
 from dynexit.models.heads import StackedHeads
+from dynexit.study.methods import Boosted
+from dynexit.study.schema import Train
 from dynexit.train.boosted import BoostedTask
 from tests.reference.deep_supervision_training import added_up, build_heads, cosine, logits_of, state_of, train_heads
 from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split

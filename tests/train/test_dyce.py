@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynexit.config import Train
-from dynexit.method_config import Dyce
+from dynexit.study.methods import Dyce
+from dynexit.study.schema import Train
 from dynexit.train.dyce import DyceTask
 from tests.reference.deep_supervision_training import build_heads, cosine, divergence, state_of, train_heads
 from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from dynexit.config import Train
 from dynexit.data import Split
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
+from dynexit.study.schema import Train
 from dynexit.train.independent import IndependentTask
 from dynexit.train.pack import Member, Pack
 from tests.models.tiny import TINY, build_tiny

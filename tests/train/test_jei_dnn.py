@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynexit.config import Train
 from dynexit.data import epoch_batches
-from dynexit.method_config import JeiDnn
+from dynexit.study.methods import JeiDnn
+from dynexit.study.schema import Train
 from tests.reference.jei_dnn_training import train_alone
 from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_split, tiny_task
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dynexit.config import Prepare
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
+from dynexit.study.schema import Prepare
 from dynexit.train.transfer import TransferTask
 from dynexit.train.updates import WholeModel, parameter_groups
 from tests.models.tiny import TINY, build_tiny

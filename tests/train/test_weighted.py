@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynexit.config import Train
 from dynexit.data import epoch_batches
-from dynexit.method_config import Weighted
 from dynexit.models.multi_exit import MultiExit
+from dynexit.study.methods import Weighted
+from dynexit.study.schema import Train
 from dynexit.train.weighted import WeightedTask, allotment
 from tests.reference.deep_supervision_training import build_heads, cosine, state_of
 from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split

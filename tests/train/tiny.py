@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynexit.config import Train
 from dynexit.core.cost import ExitCosts
 from dynexit.data import Batch, Split
 from dynexit.dist import Ranks
-from dynexit.method_config import JeiDnn
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
+from dynexit.study.methods import JeiDnn
+from dynexit.study.schema import Train
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.loop import fit

@@ -1,0 +1,64 @@
+"""Operating points of any number of studies as one table, from whatever of them is finished by now."""
+
+import csv
+import io
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dynexit.errors import Failure, UserError
+from dynexit.jobs.finished import finished_jobs
+from dynexit.jobs.report import collect_rows
+from dynexit.report.table import write_csv
+from dynexit.run_dir import is_done, job_dir
+from dynexit.study.read import load_study
+
+_STUDY = "study.yaml"
+
+
+def study_folders(directories: Sequence[Path]) -> list[Path]:
+    """The folders of studies that `directories` are or hold, each once. Raises UserError for one without any."""
+    found: dict[Path, Path] = {}
+    for directory in directories:
+        folders = sorted(path.parent for path in directory.rglob(_STUDY))
+        if not folders:
+            raise UserError(f"there is no study in {directory}; give a folder that holds a {_STUDY}, or runs/")
+        found |= {folder.resolve(): folder for folder in folders}
+    return list(found.values())
+
+
+def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[str, list[Path]]:
+    """CSV: a row per operating point and split of every finished point, the study's folder first; and who is not in it.
+
+    `on_front` is within the study. Columns that a study has not stay empty. `say` is told how much of a study is in it,
+    and why one is left out.
+    """
+    rows: list[dict[str, str]] = []
+    left_out = []
+    for folder in study_folders(directories):
+        try:
+            rows += _rows(folder, say)
+        except (Failure, UserError, OSError) as fault:
+            say(f"{folder}: left out, since {fault}")
+            left_out.append(folder)
+    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue(), left_out
+
+
+def _rows(folder: Path, say: Callable[[str], None]) -> list[dict[str, str]]:
+    points = load_study(folder / _STUDY).points
+    ready = [point for point in points if "search" in finished_jobs(point, folder)]
+    say(f"{folder}: {len(ready)} of {len(points)} points are finished")
+    for point, stage in itertools.product(ready, ("record", "search")):
+        is_done(job_dir(folder, stage, point.ids[stage]), point.ids[stage])  # raises where a file is missing
+    if not ready:
+        return []
+    with tempfile.TemporaryDirectory() as scratch:
+        write_csv(Path(scratch) / "rows.csv", collect_rows(ready, folder))
+        with (Path(scratch) / "rows.csv").open(encoding="utf-8", newline="") as file:
+            return [{"study": str(folder), **row} for row in csv.DictReader(file)]

@@ -1,0 +1,136 @@
+"""What is done of a point, read from the files that its jobs left: no model, no tensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynexit.errors import Failure, UserError
+from dynexit.record.manifest import MANIFEST
+from dynexit.record.shards import Record
+from dynexit.run_dir import BUDGETS, DONE, FAILED, JOBS_OF_A_POINT, is_done, job_dir, read_json
+from dynexit.study.grid import Point, digest
+from dynexit.study.schema import Record as RecordSettings
+
+SPLITS = ("validation", "test")
+_MOST_CHECKED_BYTES = 64 << 20
+_MOST_FULL_CLASSES = 10
+
+
+def recorded_splits(settings: RecordSettings) -> tuple[str, ...]:
+    """The splits that are recorded."""
+    return (*SPLITS, "train") if settings.train else SPLITS
+
+
+def default_topk(num_classes: int) -> int:
+    """How many classes are recorded where record.topk is null: all of few, else the prediction alone."""
+    return num_classes if num_classes <= _MOST_FULL_CLASSES else 1
+
+
+def is_recorded(point: Point, study_dir: Path, *, check_sizes: bool = False, check_bytes: bool = False) -> bool:
+    """Whether `point` has a finished record of every split.
+
+    A split that was moved aside is not there and will be recorded again, alone. Raises Failure, naming the shard, with
+    `check_sizes` where one is missing or of another size, and with `check_bytes` also where one of a small record (up
+    to 64 MiB a split) was altered; of a larger one that is found when the shard is first read.
+    """
+    identity = point.ids["record"]
+    directory = job_dir(study_dir, "record", identity)
+    if not is_done(directory, identity, check_bytes=check_bytes):
+        return False
+    folders = [directory / split for split in recorded_splits(point.config.record)]
+    if not all((folder / MANIFEST).is_file() for folder in folders):
+        return False
+    for folder in folders if check_sizes or check_bytes else ():
+        record = Record.open(folder)
+        if check_bytes and sum(path.stat().st_size for path in folder.iterdir()) <= _MOST_CHECKED_BYTES:
+            for _ in record.parts():
+                pass  # reading a part checks its bytes
+    return True
+
+
+def set_aside_stale(point: Point, study_dir: Path, checkpoint_sha256: str) -> list[Path]:
+    """Moves what was recorded and searched of other weights of `point` aside, so that it is made again; the new names.
+
+    A point that was trained again, alone after damage, has last bits of its own, and all of its outputs must be of the
+    same weights. A record that is not finished cannot tell and goes too.
+    """
+    record = job_dir(study_dir, "record", point.ids["record"])
+    if not record.is_dir() or all(_is_of(record / split, checkpoint_sha256) for split in SPLITS):
+        return []
+    moved = []
+    for directory in (record, job_dir(study_dir, "search", point.ids["search"])):
+        if directory.is_dir():
+            number = sum(1 for _ in directory.parent.glob(f"{directory.name}.stale*"))
+            moved.append(directory.rename(f"{directory}.stale{number or ''}"))
+    return moved
+
+
+def _is_of(folder: Path, checkpoint_sha256: str) -> bool:
+    try:
+        Record.open(folder, checkpoint_sha256)
+    except (Failure, UserError, OSError):
+        return False
+    return True
+
+
+def finished_jobs(point: Point, study_dir: Path) -> list[str]:
+    """The jobs of the point that left DONE, in order."""
+    return [job for job in JOBS_OF_A_POINT if (job_dir(study_dir, job, point.ids[job]) / DONE).is_file()]
+
+
+def failure_reason(point: Point, study_dir: Path) -> str | None:
+    """Why the point's training failed, or None."""
+    try:
+        reason: str = read_json(job_dir(study_dir, "train", point.id) / FAILED)["reason"]
+    except FileNotFoundError:
+        return None
+    return reason
+
+
+def missing_reason(point: Point, study_dir: Path) -> str:
+    """Why a point is not in the report, as a sentence."""
+    finished = finished_jobs(point, study_dir)
+    missing = next((job for job in JOBS_OF_A_POINT if job not in finished), "report")
+    return failure_reason(point, study_dir) or f"{point.label}: {missing} is not done"
+
+
+def check_budgets(points: Sequence[Point], study_dir: Path) -> None:
+    """Raises UserError for a budget that none of a study's searched points attains, with the nearest that one does.
+
+    A budget that some attain is met by the best of them.
+    """
+    attained: set[tuple[str, float]] = set()
+    refused: dict[tuple[str, float], dict[float, str]] = {}
+    for point in points:
+        settings = point.config.search
+        if not (
+            settings.relative_macs or settings.relative_latency or settings.min_accuracy or settings.max_accuracy_drop
+        ):
+            continue
+        for entry in read_json(job_dir(study_dir, "search", point.ids["search"]) / BUDGETS):
+            ((kind, value), *_) = entry["budget"].items()
+            if "unattainable" in entry:
+                told = f"{entry['unattainable']} ({point.label})"
+                refused.setdefault((kind, value), {}).setdefault(entry["nearest"], told)
+            else:
+                attained.add((kind, value))
+    texts = [
+        told[max(told) if kind == "min_accuracy" else min(told)]
+        for (kind, value), told in refused.items()
+        if (kind, value) not in attained
+    ]
+    if texts:
+        raise UserError("; ".join(texts))
+
+
+def _searched(point: Point, study_dir: Path) -> Any:
+    try:
+        return read_json(job_dir(study_dir, "search", point.ids["search"]) / DONE)
+    except FileNotFoundError:
+        return None
+
+
+def report_identity(points: Sequence[Point], study_dir: Path) -> str:
+    """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
+    found = [[point.ids["search"], _searched(point, study_dir)] for point in points]
+    return digest([found, points[0].config.report.model_dump(mode="json")])

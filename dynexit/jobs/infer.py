@@ -1,0 +1,181 @@
+"""The infer job: chooses an operating point within the budget, runs it, and holds the result against the record."""
+
+import csv
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynexit.core.cost import ExitCosts
+from dynexit.core.exit_policy import exit_index_from_gates
+from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
+from dynexit.data import Split, load_batches
+from dynexit.deploy.engine import Answers, Engine
+from dynexit.dist import Ranks
+from dynexit.errors import Failure, UserError
+from dynexit.jobs.load import begin, load_heads
+from dynexit.record.shards import Record
+from dynexit.report.table import Row, read_csv
+from dynexit.run_dir import HEADS, atomic_write, done_digest, job_dir, mark_done, write_json
+from dynexit.search.problem import Problem
+from dynexit.study.grid import Point, digest
+
+
+def run_infer(points: Sequence[Point], study_dir: Path) -> None:
+    """See jobs.infer."""
+    settings = points[0].config.infer
+    rows = read_csv(study_dir / "report" / "operating_points.csv")
+    chosen = choose(rows, settings.relative_macs, settings.source)
+    point = next(point for point in points if chosen.point_id in (point.id, point.ids["search"]))
+    config = point.config
+    ranks, data, model, costs = begin(point, study_dir)
+    heads, gates = load_heads([point], study_dir, model, costs, ranks)
+    engine = Engine(model, costs.head_types, heads, gates)
+    configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
+    engine.configure(configuration, config.search.confidence)
+    samples = data.split(settings.split)
+    answers, seconds, whole_seconds = _classify(engine, samples, settings.batch_size, ranks)
+    checkpoint = done_digest(job_dir(study_dir, "train", point.id), HEADS)
+    record = Record.open(job_dir(study_dir, "record", point.ids["record"]) / settings.split, checkpoint)
+    expected = _expected(record, costs, configuration, config.search.confidence)
+    summary = _compare(answers, samples, record, expected, costs)
+    summary |= {
+        "point": point.label,
+        "source": chosen.source,
+        "accuracy_weight": chosen.accuracy_weight,
+        "configuration": configuration.to_json() if configuration else None,
+        "split": settings.split,
+        "seconds": seconds,
+        "backbone_seconds": whole_seconds,
+        "images_per_second": len(samples) / seconds,
+        "speed_up": whole_seconds / seconds,
+    }
+    identity = digest([chosen.point_id, chosen.configuration, settings.model_dump(mode="json")])
+    directory = job_dir(study_dir, "infer", identity)
+    _write_predictions(directory / "predictions.csv", answers, samples)
+    write_json(directory / "summary.json", summary)
+    mark_done(directory, identity, ["predictions.csv", "summary.json"])
+    _print(summary, directory)
+    if summary["unexplained_differences"]:
+        raise Failure(
+            f"{summary['unexplained_differences']} samples left elsewhere than the record says without being near a "
+            f"threshold; the record in {record.source} is of another machine or model: record again"
+        )
+
+
+def choose(rows: Sequence[Row], relative_macs: float | None, source: str) -> Row:
+    """The validation row of the best operating point within the budget: highest accuracy, then fewest MACs.
+
+    Raises UserError where there is none, naming the nearest that can be had.
+    """
+    candidates = [r for r in rows if r.split == "validation" and r.source != "backbone" and source in ("any", r.source)]
+    if not candidates:
+        raise UserError(f"infer.source = {source}: the study has no such operating point")
+    within = [row for row in candidates if relative_macs is None or row.relative_macs <= relative_macs]
+    if not within:
+        least = min(candidates, key=lambda row: row.relative_macs)
+        raise UserError(
+            f"infer.relative_macs = {relative_macs}: no operating point is within it; the cheapest takes "
+            f"{least.relative_macs:.4f} of the backbone's MACs (validation accuracy {least.accuracy:.4f})"
+        )
+    return min(within, key=lambda row: (-row.accuracy, row.macs))
+
+
+def _expected(
+    record: Record, costs: ExitCosts, configuration: Configuration | None, confidence: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the record says each sample leaves (N,), and for each exit (L,) its MACs and its row of the record."""
+    num_types, last = len(costs.head_types), len(record.rows) - 1
+    if configuration is None:
+        assert record.gate is not None
+        exit_N = exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy()
+        return exit_N, costs.macs_L(), np.array([*range(0, last, num_types), last])
+    rows_L = np.array([p * num_types + max(head, 0) for p, (head, _) in enumerate(configuration.exits)] + [last])
+    problem = Problem.from_record(record, costs, confidence)
+    exit_N, _ = apply_configuration(configuration, problem.confidence_PHN, problem.correct_PHN, problem.base_correct_N)
+    return exit_N, configuration_macs_L(configuration, problem.costs), rows_L
+
+
+@torch.no_grad()
+def _classify(engine: Engine, samples: Split, batch_size: int, ranks: Ranks) -> tuple[Answers, float, float]:
+    """The engine's answers, and the seconds that it and the whole backbone took on the same batches, in turn."""
+    order = list(range(len(samples)))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    parts: list[Answers] = []
+    seconds, whole_seconds = 0.0, 0.0
+    for _, images, _ in load_batches(samples, batches):
+        images = images.to(ranks.device)
+        if not parts:  # the first pass of each pays for what is set up once
+            engine.classify(images), engine.model.backbone(images)
+        start = _now(ranks)
+        parts.append(engine.classify(images))
+        between = _now(ranks)
+        engine.model.backbone(images)
+        seconds, whole_seconds = seconds + between - start, whole_seconds + _now(ranks) - between
+    fields = ("prediction_B", "exit_B", "near_B")
+    answers = Answers(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in fields))
+    return answers, seconds, whole_seconds
+
+
+def _now(ranks: Ranks) -> float:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _compare(
+    answers: Answers,
+    samples: Split,
+    record: Record,
+    expected: tuple[np.ndarray, np.ndarray, np.ndarray],
+    costs: ExitCosts,
+) -> dict[str, Any]:
+    exit_N, prediction_N = answers.exit_B.numpy(), answers.prediction_B.numpy()
+    expected_N, macs_L, rows_L = expected
+    correct_N = prediction_N == samples.labels.numpy()
+    measured = operating_point(exit_N, np.broadcast_to(correct_N, (len(macs_L), len(exit_N))), macs_L, costs.full_macs)
+    recorded_N = record.prediction()[rows_L[expected_N], np.arange(len(exit_N))]
+    differs_N = (exit_N != expected_N) | (prediction_N != recorded_N)
+    near_N = answers.near_B.numpy()
+    return {
+        "accuracy": measured.accuracy,
+        "macs": measured.macs,
+        "relative_macs": measured.relative_macs,
+        "exit_counts": np.bincount(exit_N, minlength=len(macs_L)).tolist(),
+        "num_samples": len(exit_N),
+        "near_a_threshold": int(near_N.sum()),
+        "differences_near_a_threshold": int((differs_N & near_N).sum()),
+        "unexplained_differences": int((differs_N & ~near_N).sum()),
+    }
+
+
+def _write_predictions(path: Path, answers: Answers, samples: Split) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["index", "label", "prediction", "exit"])
+        writer.writerows(
+            zip(
+                range(len(samples)),
+                samples.labels.tolist(),
+                answers.prediction_B.tolist(),
+                answers.exit_B.tolist(),
+                strict=True,
+            )
+        )
+
+
+def _print(summary: dict[str, Any], directory: Path) -> None:
+    print(f"{summary['point']} ({summary['source']}), {summary['num_samples']} {summary['split']} images")
+    print(f"accuracy {summary['accuracy']:.4f} at {summary['relative_macs']:.4f} of the backbone's MACs")
+    print(f"left at each exit: {summary['exit_counts']} (the last is the backbone's own classifier)")
+    print(
+        f"{summary['images_per_second']:.0f} images/s, {summary['speed_up']:.2f} times the whole backbone's rate; "
+        f"{summary['near_a_threshold']} samples within 1e-5 of a threshold, "
+        f"{summary['differences_near_a_threshold']} of them decided otherwise than in the record, "
+        f"{summary['unexplained_differences']} other differences"
+    )
+    print(f"predictions: {directory / 'predictions.csv'}")

@@ -1,0 +1,115 @@
+"""Models put together from configurations and run directories."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynexit.core.cost import ExitCosts
+from dynexit.data import DataSets, check_colours, describe_data, load_data, workers_of
+from dynexit.dist import Ranks, start_ranks
+from dynexit.errors import UserError
+from dynexit.models.backbones import Backbone, build_backbone
+from dynexit.models.heads import StackedGates, StackedHeads
+from dynexit.models.macs import exit_costs
+from dynexit.models.multi_exit import MultiExit
+from dynexit.run_dir import BACKBONE, HEADS, is_done, job_dir, load_tensors, write_text
+from dynexit.study.grid import Point
+from dynexit.study.methods import METHODS_WITH_GATES
+from dynexit.study.schema import Config
+
+
+def check_model(config: Config, *, weights: bool) -> None:
+    """Raises UserError where backbone, head types, exit positions and record.topk do not fit; builds the model to see.
+
+    With `weights` the file of backbone.weights must fit too; what is on a hub is not fetched for that.
+    """
+    backbone = build_model(config, weights=weights and config.backbone.weights != "pretrained")
+    if config.backbone.weights == "pretrained" and config.prepare.num_epochs == 0:
+        check_colours(config.data, vars(backbone.model)["default_cfg"])
+    MultiExit(backbone, _positions(config, backbone))
+    if (config.record.topk or 1) > backbone.num_classes:
+        raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
+
+
+def build_model(config: Config, *, weights: bool) -> Backbone:
+    """The backbone that the configuration names, at the data set's classes and size; with its own weights or random."""
+    num_classes, channels = describe_data(config.data)
+    return build_backbone(
+        config.backbone.name,
+        arguments=config.backbone.arguments,
+        num_classes=num_classes,
+        image_size=config.data.image_size,
+        in_channels=channels,
+        weights=config.backbone.weights if weights else None,
+        classifier_is_trained=config.prepare.num_epochs > 0,
+    )
+
+
+def _positions(config: Config, backbone: Backbone) -> Sequence[int]:
+    return range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
+
+
+def ranks_of(config: Config) -> Ranks:
+    """The ranks that do a job together, joined as the section `dist` says."""
+    return start_ranks(config.dist.device, config.dist.num_threads)
+
+
+def begin(point: Point, study_dir: Path) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
+    """What every job on a prepared backbone begins with: its ranks, the data that is there, and load_model's two."""
+    config = point.config
+    ranks = ranks_of(config)
+    with ranks.failing_together():
+        data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
+        model, costs = load_model(point, study_dir, ranks)
+    return ranks, data, model, costs
+
+
+def load_model(point: Point, study_dir: Path, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
+    """The prepared backbone with the point's exit positions, frozen, and what everything costs."""
+    config, identity = point.config, point.ids["prepare"]
+    directory = job_dir(study_dir, "prepare", identity)
+    if not is_done(directory, identity, check_bytes=True):
+        raise UserError(f"the backbone {identity} is not prepared; run `dynexit prepare` on the study first")
+    backbone = build_model(config, weights=False)
+    backbone.model.load_state_dict(load_tensors(directory / BACKBONE))
+    costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types)
+    if config.train.method not in METHODS_WITH_GATES:
+        costs = dataclasses.replace(costs, gate_macs=(0,) * len(costs.positions))
+    return MultiExit(backbone, costs.positions, costs.head_types).to(ranks.device), costs
+
+
+def load_heads(
+    points: Sequence[Point], study_dir: Path, model: MultiExit, costs: ExitCosts, ranks: Ranks
+) -> tuple[StackedHeads, StackedGates | None]:
+    """The trained heads and gates of `points`, stacked in that order; no gates where the method has none."""
+    seeds, config = [point.config.seed for point in points], points[0].config
+    dtype = {"float32": torch.float32, "float64": torch.float64}[config.train.precision]
+    heads = StackedHeads(
+        model.feature_dims,
+        costs.positions,
+        costs.head_types,
+        model.backbone.num_classes,
+        seeds,
+        shrinkage=config.boosted.shrinkage if config.train.method == "boosted" else 0.0,
+    )
+    gates = StackedGates(len(costs.positions), seeds) if config.train.method in METHODS_WITH_GATES else None
+    modules = [heads] if gates is None else [heads, gates]
+    for module in modules:
+        module.to(device=ranks.device, dtype=dtype).requires_grad_(False)
+    for i, point in enumerate(points):
+        directory = job_dir(study_dir, "train", point.id)
+        if not is_done(directory, point.id, check_bytes=True):
+            raise UserError(f"the point {point.label} is not trained; run `dynexit train` on the study first")
+        state = load_tensors(directory / HEADS)
+        for module in modules:
+            module.load_member(i, state)
+    return heads, gates
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes JSON lines, atomically."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))

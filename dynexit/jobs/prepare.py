@@ -1,0 +1,76 @@
+"""The prepare job: fits the backbone to the data set."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from dynexit.data import load_data, workers_of
+from dynexit.dist import Ranks
+from dynexit.jobs.load import build_model, ranks_of, write_lines
+from dynexit.models.macs import exit_costs
+from dynexit.progress import Progress
+from dynexit.run_dir import BACKBONE, COSTS, METRICS, is_done, job_dir, mark_done, save_tensors, write_json
+from dynexit.study.grid import Point
+from dynexit.study.schema import Config
+from dynexit.train.checkpoint import Checkpoints
+from dynexit.train.loop import fit
+from dynexit.train.transfer import TransferTask, refuse_single_images
+from dynexit.train.zero import check_installed
+
+
+def _remarks(config: Config, ranks: Ranks) -> Iterator[str]:
+    """What may well be a mistake, and may be meant."""
+    stage = config.dist.deepspeed_stage
+    if stage is not None and ranks.world_size == 1:
+        yield f"dist.deepspeed_stage = {stage} divides nothing: this is the only rank; several do it together"
+    if config.prepare.num_epochs == 0 and config.backbone.weights is None:
+        yield "the backbone is random: prepare.num_epochs is 0 and backbone.weights is not set"
+
+
+def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
+    """See jobs.prepare."""
+    config, identity = points[0].config, points[0].ids["prepare"]
+    directory = job_dir(study_dir, "prepare", identity)
+    ranks = ranks_of(config)
+    if ranks.agree(is_done(directory, identity)):
+        return
+    stage = config.dist.deepspeed_stage
+    if stage is not None:
+        check_installed(stage)
+    settings = config.prepare
+    with ranks.failing_together():
+        data = load_data(config.data, workers_of(config.dist, ranks.device))
+        torch.manual_seed(config.data.seed)
+        backbone = build_model(config, weights=True)
+    costs = exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types)
+    if stage is None or ranks.world_size == 1:  # DeepSpeed brings to a rank's device what is to lie there
+        backbone.to(ranks.device)
+    steps_per_epoch = -(-len(data.train) // settings.global_batch_size)
+    refuse_single_images(backbone, settings, len(data.train), ranks)
+    task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
+    checkpoints = Checkpoints(directory, config.dist.checkpoint_seconds)
+    progress = Progress("prepare", directory, config.dist.log_seconds, quiet=not ranks.is_main)
+    for remark in _remarks(config, ranks):
+        progress.say(remark)
+    fit(
+        task,
+        data.train,
+        num_epochs=settings.num_epochs,
+        global_batch_size=settings.global_batch_size,
+        seed=config.data.seed,
+        ranks=ranks,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+    weights = task.weights()
+    with ranks.failing_together():
+        if not ranks.is_main:
+            return
+        save_tensors(directory / BACKBONE, weights)
+        write_json(directory / COSTS, costs.to_json())
+        write_lines(directory / METRICS, task.rows)
+        if task.rows:
+            progress.say(f"the backbone is right on {task.rows[-1]['validation_accuracy']:.4f} of the validation split")
+        mark_done(directory, identity, [BACKBONE, COSTS, METRICS])
+        checkpoints.clear()

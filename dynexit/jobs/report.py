@@ -1,0 +1,268 @@
+"""The report of a study: every point's records and configurations -> one table, figures, a page.
+
+Nothing here needs a model or a data set: records and configurations say all.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynexit.core.cost import ExitCosts
+from dynexit.core.exit_policy import exit_index_from_gates
+from dynexit.core.tradeoff import OperatingPoint, operating_point
+from dynexit.jobs.finished import SPLITS
+from dynexit.record.shards import Record
+from dynexit.report.budgets import budget_cells, budget_text
+from dynexit.report.figures import exit_share_figure, pareto_figure
+from dynexit.report.page import Figure, Section, describe_configuration, write_page
+from dynexit.report.published import ORIGIN, PublishedPoint, published_points
+from dynexit.report.table import Row, mark_front, write_csv
+from dynexit.report.uncertainty import uncertainties, write_uncertainty
+from dynexit.report.uncertainty_section import uncertainty_section
+from dynexit.run_dir import COSTS, METRICS, job_dir, read_json
+from dynexit.search.held_back import calibration_samples
+from dynexit.study.grid import Point
+
+
+def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
+    """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds."""
+    rows: list[Row] = []
+    seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
+    for point in points:
+        source = job_dir(study_dir, "record", point.ids["record"])
+        costs = ExitCosts.from_json(read_json(source / COSTS))
+        for split in SPLITS:
+            record = Record.open(source / split)
+            samples = choosing_samples(point, split, record.num_samples)
+            if (point.ids["prepare"], split) not in seen:
+                rows.append(_backbone_row(point, split, record, costs, samples))
+            if record.gate is not None and (point.id, split) not in seen:
+                rows.append(_gates_row(point, split, record, costs, samples))
+            seen |= {(point.ids["prepare"], split), (point.id, split)}
+        for source_name, file in (
+            ("search", "configurations.json"),
+            ("search", "budgets.json"),
+            ("fixed", "fixed.json"),
+        ):
+            rows += _configuration_rows(point, source_name, _entries(point, file, study_dir))
+    return mark_front(rows)
+
+
+def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more: object) -> Row:
+    own = {
+        "method": point.method,
+        "seed": point.config.seed,
+        "ce_ic_tradeoff": point.config.jei_dnn.ce_ic_tradeoff if point.config.train.method == "jei_dnn" else None,
+        "accuracy_weight": None,
+        "point_id": point.id,
+        **more,
+    }
+    return Row(
+        source=source,
+        split=split,
+        accuracy=measured.accuracy,
+        macs=measured.macs,
+        relative_macs=measured.relative_macs,
+        exit_fractions=measured.exit_fractions,
+        **own,  # type: ignore[arg-type]
+    )
+
+
+def choosing_samples(point: Point, split: str, num_samples: int) -> np.ndarray:
+    """Mask (N,) of a split's samples that its rows are made of: what is held back of validation chooses nothing."""
+    if split != "validation":
+        return np.ones(num_samples, dtype=bool)
+    return ~calibration_samples(point.config.data, point.config.search.calibration_share, num_samples)
+
+
+def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> Row:
+    """The bare backbone: everybody goes to the end and no head is computed."""
+    correct_LN = record.correct_RN[_one_head_rows(costs)][:, samples_N]
+    macs_L = np.array([*costs.backbone_macs, costs.full_macs], dtype=np.int64)
+    last_N = np.full(correct_LN.shape[1], len(macs_L) - 1, dtype=np.int64)
+    measured = operating_point(last_N, correct_LN, macs_L, costs.full_macs)
+    anonymous = {"method": "backbone", "seed": None, "ce_ic_tradeoff": None, "point_id": point.ids["prepare"]}
+    return _row(point, "backbone", split, measured, **anonymous)
+
+
+def _gates_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> Row:
+    exit_N = exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy()[samples_N]
+    correct_LN = record.correct_RN[_one_head_rows(costs)][:, samples_N]
+    measured = operating_point(exit_N, correct_LN, costs.macs_L(), costs.full_macs)
+    return _row(point, "gates", split, measured)
+
+
+def _one_head_rows(costs: ExitCosts) -> list[int]:
+    """The rows of the first head type at every position, then the backbone's."""
+    num_types = len(costs.head_types)
+    return [p * num_types for p in range(len(costs.positions))] + [-1]
+
+
+def _entries(point: Point, file: str, study_dir: Path) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = read_json(job_dir(study_dir, "search", point.ids["search"]) / file)
+    return entries
+
+
+def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    for entry in entries:
+        if "exits" not in entry:
+            continue  # a budget that this point cannot attain
+        for split in SPLITS:
+            figures = entry[split]
+            measured = OperatingPoint(
+                accuracy=figures["accuracy"],
+                macs=figures["macs"],
+                relative_macs=figures["relative_macs"],
+                exit_fractions=tuple(figures["exit_fractions"]),
+                num_samples=0,
+            )
+            yield _row(
+                point,
+                source,
+                split,
+                measured,
+                accuracy_weight=entry.get("accuracy_weight"),
+                point_id=point.ids["search"],
+                configuration=json.dumps(entry["exits"], separators=(",", ":")),
+                budget=budget_text(entry["budget"]) if "budget" in entry else "",
+            )
+
+
+def write_report(
+    points: Sequence[Point],
+    failed: Sequence[str],
+    study_dir: Path,
+) -> list[Row]:
+    """Writes report/ in `study_dir`: tables, figures and report.html; returns the rows of operating_points.csv.
+
+    `points` are recorded and searched; `failed` says in a sentence each what is missing and why.
+    """
+    rows = collect_rows(points, study_dir)
+    directory = study_dir / "report"
+    settings = points[0].config.report
+    study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
+    write_csv(directory / "operating_points.csv", rows)
+    figures = []
+    costs = ExitCosts.from_json(read_json(job_dir(study_dir, "record", points[0].ids["record"]) / COSTS))
+    describe = partial(_describe, costs=costs)
+    entries = {point.ids["search"]: _entries(point, "budgets.json", study_dir) for point in points}
+    published = published_beside(points[0])
+    names = [f"block {position}" for position in costs.positions] + ["backbone"]
+    for name, draw, alt, caption in (
+        ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
+        ("exit_shares", partial(exit_share_figure, exit_names=names), "Share leaving at each exit", _SHARES_CAPTION),
+    ):
+        paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
+        for theme, path in paths.items():
+            draw(rows, path, theme=theme)
+        figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
+    write_page(
+        directory / "report.html",
+        settings.title or study_dir.name,
+        rows,
+        figures,
+        study_text,
+        [_point_summary(point) for point in points],
+        [*_NOTES, *_beyond(points), *([ORIGIN] if published else []), *failed],
+        budgets=budget_cells(rows, entries, describe),
+        sections=[_uncertainty(points, rows, study_dir)],
+        describe=describe,
+    )
+    return rows
+
+
+def _uncertainty(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> Section:
+    """Writes uncertainty.csv and uncertainty.png, and gives the page's part on them."""
+    directory = study_dir / "report"
+    found = uncertainties(points, rows, study_dir)
+    write_uncertainty(directory / "uncertainty.csv", found)
+    record = Record.open(job_dir(study_dir, "record", points[0].ids["record"]) / "test")
+    classes = (record.layout.topk, int(record.header["num_classes"]))
+    share = points[0].config.search.calibration_share
+    return uncertainty_section(found, share, classes, directory / "uncertainty.png")
+
+
+_PARETO_CAPTION = (
+    "Test accuracy against mean MACs relative to the bare backbone. The front was chosen on validation and is drawn "
+    "with its test values."
+)
+_SHARES_CAPTION = "Where test samples leave, along the front."
+_NOTES = (
+    "gates: the exit rule that JEI-DNN's gates learned at each ce_ic_tradeoff. search: exact thresholds on the exits' "
+    "confidence, for each accuracy weight. fixed: thresholds set on validation by MSDNet's rule, a given share of the "
+    "samples for each exit.",
+)
+
+
+def _beyond(points: Sequence[Point]) -> list[str]:
+    """What of the training goes beyond the methods as published."""
+    weights = sorted({point.config.train.distillation for point in points} - {0.0})
+    if not weights:
+        return []
+    return [
+        f"Exits also learned from the backbone's own classifier (train.distillation = {', '.join(map(str, weights))}), "
+        "which goes beyond the methods as published; 0 trains them as published."
+    ]
+
+
+def published_beside(point: Point) -> list[PublishedPoint]:
+    """What a paper's authors recorded for the point's data set and backbone; nothing where it is not wanted."""
+    data, backbone = point.config.data, point.config.backbone
+    if point.config.report.published == "none":
+        return []
+    return published_points(data.name, backbone.name, data.image_size, thin_test=data.thin_test)
+
+
+def _point_summary(point: Point) -> dict[str, Any]:
+    return {**{name.rpartition(".")[2]: value for name, value in point.swept.items()}, "id": point.id}
+
+
+def _describe(row: Row, costs: ExitCosts) -> str:
+    if row.source == "backbone":
+        return "everything runs to the end"
+    if row.source == "gates":
+        return f"the gates of ce_ic_tradeoff {row.ce_ic_tradeoff:g}, seed {row.seed}"
+    return describe_configuration(row.configuration, costs.positions, costs.head_types)
+
+
+def track(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> None:
+    """Writes the study and its points to MLflow; reporting again changes nothing there."""
+    from dynexit.report.tracking import default_tracking_uri, flatten, log_study
+
+    config = points[0].config
+    uri = config.report.tracking_uri or default_tracking_uri(Path(config.runs_dir))
+    own: dict[str, dict[str, float]] = {point.id: {} for point in points}
+    for row in rows:
+        if row.source == "gates":
+            own[row.point_id][f"{row.split}_accuracy"] = row.accuracy
+            own[row.point_id][f"{row.split}_relative_macs"] = row.relative_macs
+    tracked = [
+        {
+            "id": point.id,
+            "name": point.label,
+            "params": flatten(point.config.model_dump(mode="json", exclude={"dist", "report", "infer"})),
+            "metrics": own[point.id],
+            "history": _history(job_dir(study_dir, "train", point.id) / METRICS),
+            "tags": {"dynexit.method": point.config.train.method},
+        }
+        for point in points
+    ]
+    base = next(row for row in rows if row.source == "backbone" and row.split == "test")
+    metrics = {"backbone_test_accuracy": base.accuracy, "num_points": float(len(points))}
+    log_study(uri, config.name, config.name, tracked, study_dir / "report", {}, metrics)  # type: ignore[arg-type]
+
+
+def _history(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The per-epoch figures of a training, as (epoch, value) by name."""
+    history: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if isinstance(value, float):
+                history.setdefault(name, []).append((row["epoch"], value))
+    return history

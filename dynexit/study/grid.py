@@ -1,0 +1,218 @@
+"""The grid of a study: its points and their ids.
+
+An id is a point's, never a pack's or a grid's, and covers just the sections that a job's result depends on.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dynexit.study.keys import Section
+from dynexit.study.methods import METHODS_WITH_SETTINGS
+from dynexit.study.schema import Config
+from dynexit.study.validation import all_keys, contradictions, sentences, unknown_key
+
+# What each job's result depends on; a job's id covers these sections (and `seed` from training on) and nothing else,
+# and of the methods' sections only that of the point's own method.
+_PREPARE = ("data", "backbone", "prepare")
+_TRAIN = (*_PREPARE, "seed", "exits", "train", *METHODS_WITH_SETTINGS)
+JOB_SECTIONS = {
+    "prepare": _PREPARE,
+    "train": _TRAIN,
+    "record": (*_TRAIN, "record"),
+    "search": (*_TRAIN, "record", "search"),
+}
+SWEEPABLE = JOB_SECTIONS["search"]
+PACK_KEYS = ("seed", "jei_dnn.ce_ic_tradeoff")  # what members of one pack may differ in
+_FORMAT = 1  # of what the jobs write; a change of meaning raises it and with it every id
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One setting of the swept keys, and the ids of its four jobs."""
+
+    config: Config
+    swept: dict[str, Any]
+    ids: dict[str, str]
+
+    @property
+    def id(self) -> str:
+        """The point's id, which is that of its training."""
+        return self.ids["train"]
+
+    @property
+    def method(self) -> str:
+        """The method's name for tables, with what the sweep varies of it: `jei_dnn (distilled 0.02, gate)`."""
+        config, variants = self.config, list[str]()
+        if config.train.distillation and "train.distillation" in self.swept:
+            variants.append(f"distilled {config.train.distillation:g}")
+        if "search.confidence" in self.swept and config.search.confidence != "max_probability":
+            variants.append(config.search.confidence)
+        return config.train.method + (f" ({', '.join(variants)})" if variants else "")
+
+    @property
+    def label(self) -> str:
+        """The swept values in words, as `ce_ic_tradeoff=0.5 seed=1`."""
+        last = [name.rpartition(".")[2] for name in self.swept]
+        words = [
+            f"{short if last.count(short) == 1 else name}={value}"
+            for short, (name, value) in zip(last, self.swept.items(), strict=True)
+        ]
+        return " ".join(words) or "the only point"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study as read: the file, its base configuration, the sweep, and its points in the order of the sweep."""
+
+    path: Path
+    config: Config
+    sweep: dict[str, list[Any]]
+    points: tuple[Point, ...]
+    zipped: tuple[str, ...] = ()  # keys of the sweep whose values go together
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.runs_dir) / self.config.name
+
+
+def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str] = ()) -> Iterator[str]:
+    """What is wrong with the sweep, value by value, as sentences. In a list of `zipped` a value may come again."""
+    lengths = {name: len(sweep[name]) for name in zipped if isinstance(sweep[name], list)}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        yield f"sweep.zip: its lists go together and should be equally long, but {told}"
+    for name, values in sweep.items():
+        if name not in all_keys():
+            yield f"sweep.{unknown_key(str(name))}"
+        elif name.partition(".")[0] not in SWEEPABLE:
+            yield f"sweep.{name}: the sections that can be swept are {', '.join(SWEEPABLE)}"
+        elif not isinstance(values, list):
+            yield f"sweep.{name} = {values!r}: should be a list of values"
+        elif not values:
+            yield f"sweep.{name} = []: the grid is empty; give at least one value or remove the key"
+        elif name not in zipped and any(value in values[:i] for i, value in enumerate(values)):
+            yield f"sweep.{name} = {values!r}: a value stands in it twice"
+        else:
+            for value in values:
+                try:
+                    changed = _with_value(base or Config(), name, value)
+                except ValidationError as error:
+                    yield from ("sweep." + text for text in sentences(error, f"{name.rpartition('.')[0]}.".lstrip(".")))
+                else:
+                    yield from (f"sweep.{name} = {value!r}: {text}" for text in contradictions(changed) if base)
+
+
+def _with_value(config: Config, dotted: str, value: Any) -> Config:
+    """`config` with one key changed, validated."""
+    name, _, last = dotted.partition(".")
+    if not last:
+        return config.model_copy(update={name: getattr(Config.model_validate({name: value}), name)})
+    section = getattr(config, name)
+    return config.model_copy(update={name: type(section).model_validate({**section.model_dump(), last: value})})
+
+
+def expand(base: Config, sweep: dict[str, list[Any]], zipped: Sequence[str] = ()) -> Iterator[Point]:
+    """Every point of a checked grid, the first swept key varying slowest, the `zipped` keys together and fastest.
+
+    A section is made once per value it takes. Settings that differ only in keys of methods they do not use are one
+    point.
+    """
+    sections: dict[str, tuple[Any, str]] = {}
+    hashes: dict[tuple[str, ...], str] = {}
+    seen: set[str] = set()
+    for setting in _settings(sweep, zipped):
+        parts = {name: _section(name, base, setting, sections) for name in SWEEPABLE}
+        config = base.model_copy(update={name: value for name, (value, _) in parts.items()})
+        ids = {
+            job: _identity(job, [parts[name][1] for name in names if is_used(name, config)], hashes)
+            for job, names in JOB_SECTIONS.items()
+        }
+        if ids["search"] not in seen:
+            seen.add(ids["search"])
+            swept = {name: _value(config, name) for name in sweep if is_used(name.partition(".")[0], config)}
+            yield Point(config, swept, ids)
+
+
+def _settings(sweep: dict[str, list[Any]], zipped: Sequence[str]) -> Iterator[dict[str, Any]]:
+    axes = [[{name: value} for value in values] for name, values in sweep.items() if name not in zipped]
+    if zipped:
+        together = zip(*(sweep[name] for name in zipped), strict=True)
+        axes.append([dict(zip(zipped, values, strict=True)) for values in together])
+    for parts in itertools.product(*axes):
+        yield {name: value for part in parts for name, value in part.items()}
+
+
+def is_used(section: str, config: Config) -> bool:
+    """Whether results can depend on the section: those of other methods than the configuration's own cannot."""
+    return section not in METHODS_WITH_SETTINGS or section == config.train.method
+
+
+def method_settings(config: Config) -> Any:
+    """The section of the configuration's method, None where it has none."""
+    return getattr(config, config.train.method, None)
+
+
+def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, tuple[Any, str]]) -> tuple[Any, str]:
+    """A section (or `seed`) with the swept values in it, and the JSON of what of it changes results."""
+    mine = {dotted: value for dotted, value in setting.items() if dotted.partition(".")[0] == name}
+    cache_key = f"{name} {mine!r}"
+    if cache_key not in cache:
+        config = base
+        for dotted, value in mine.items():
+            config = _with_value(config, dotted, value)
+        cache[cache_key] = (getattr(config, name), canonical_json(getattr(config, name)))
+    return cache[cache_key]
+
+
+def _value(config: Config, dotted: str) -> Any:
+    section, _, last = dotted.partition(".")
+    value = getattr(config, section)
+    return getattr(value, last) if last else value
+
+
+def canonical_json(value: Any) -> str:
+    """JSON of what in a section changes results: keys sorted, no spaces."""
+    if isinstance(value, Section):
+        dumped = value.model_dump(mode="json")
+        for name, field in type(value).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and not extra["changes_results"]:
+                del dumped[name]
+        value = dumped
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _identity(job: str, parts: Sequence[str], hashes: dict[tuple[str, ...], str]) -> str:
+    cache_key = (job, *parts)
+    if cache_key not in hashes:
+        hashes[cache_key] = digest([_FORMAT, job, *parts])
+    return hashes[cache_key]
+
+
+def digest(content: Any) -> str:
+    """Twelve hex digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fixed_values(study: Study) -> dict[str, Any]:
+    """By dotted key the values that all results of the study share: neither swept nor without effect on results."""
+    values: dict[str, Any] = {}
+    used = {point.config.train.method: point.config for point in study.points}.values()
+    for section in SWEEPABLE[: SWEEPABLE.index("search")]:
+        if not any(is_used(section, config) for config in used):
+            continue
+        content = json.loads(canonical_json(getattr(study.config, section)))
+        flat = (
+            {f"{section}.{name}": value for name, value in content.items()}
+            if isinstance(content, dict)
+            else {section: content}
+        )
+        values.update({name: value for name, value in flat.items() if name not in study.sweep})
+    return values

@@ -1,0 +1,218 @@
+"""A study: YAML and key=value in, points with ids out. All mistakes are found before any of them is reported."""
+
+import copy
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dynexit.errors import UserError
+from dynexit.study.grid import Study, check_sweep, expand
+from dynexit.study.schema import SECTIONS, Config
+from dynexit.study.validation import contradictions, sentences
+
+
+class StudyError(UserError):
+    """What is wrong with a study's keys, a line each; `config` is what is right of it, None where too little is."""
+
+    def __init__(self, mistakes: Sequence[str], config: Config | None) -> None:
+        super().__init__("\n".join(mistakes))
+        self.config = config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (1e-3 is one; 0:1:0.01 is none, which YAML 1.1 reads as minutes) and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in keys:
+            if keys.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^([-+]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][-+]?\d+|\.\d+[eE][-+]?\d+)|[-+]?\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """The study in the YAML file `path` after `key.path=value` overrides, every point of it validated.
+
+    A swept key that is overridden is no longer swept, or, where the value is a list, swept over that list.
+    Raises UserError with one line for every mistake.
+    """
+    raw = _read_yaml(path)
+    mistakes: list[str] = []
+    sweep = raw.pop("sweep", None)
+    sweep = {} if sweep is None else sweep
+    if not isinstance(sweep, dict):
+        mistakes.append(f"sweep = {sweep!r}: should map keys to lists, as `seed: [0, 1]`")
+        sweep = {}
+    zipped = sweep.pop("zip", None) or {}
+    if not isinstance(zipped, dict) or set(zipped) & set(sweep):
+        mistakes.append(f"sweep.zip = {zipped!r}: should map keys that are swept nowhere else to lists of equal length")
+        zipped = {}
+    sweep |= zipped
+    for name in [name for name in sweep if _lookup(raw, name) is not None]:
+        mistakes.append(f"{name} is both set and swept; keep one of the two")
+    for override in overrides:
+        _apply_override(raw, sweep, override, mistakes)
+    raw.setdefault("name", path.stem)
+    base = _validate(raw, mistakes)
+    together = tuple(name for name in zipped if name in sweep)
+    mistakes += check_sweep(sweep, base, together)
+    if mistakes or base is None:
+        raise StudyError(list(dict.fromkeys(mistakes)), base or _what_is_right(raw))
+    points = tuple(expand(base, sweep, together))
+    swept = {
+        name: list({repr(p.swept[name]): p.swept[name] for p in points if name in p.swept}.values()) or values
+        for name, values in sweep.items()
+    }
+    return Study(path, base, {**swept, **{name: sweep[name] for name in together}}, points, together)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"there is no study {path}; give the path of a YAML file, as configs/digits.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the study {path} could not be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the study {path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise UserError(f"the study {path} should hold sections, as `train:`, not {type(raw).__name__}")
+    return raw
+
+
+def _lookup(raw: dict[str, Any], dotted: str) -> Any:
+    value: Any = raw
+    for part in str(dotted).split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _apply_override(raw: dict[str, Any], sweep: dict[str, Any], override: str, mistakes: list[str]) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        mistakes.append(f"{override!r} should be key.path=value, as train.num_epochs=5")
+        return
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        mistakes.append(f"{name}: {text!r} is not a YAML value")
+        return
+    if name == "sweep":
+        mistakes.append(f"sweep = {value!r}: name the key that varies, as sweep.seed=[0, 1]")
+        return
+    if name.startswith("sweep."):
+        _remove(raw, name.removeprefix("sweep."))
+        sweep[name.removeprefix("sweep.")] = value
+        return
+    if isinstance(value, list) and not _takes_lists(name):
+        _remove(raw, name)
+        sweep[name] = value
+        return
+    sweep.pop(name, None)
+    *parents, last = name.split(".")
+    section = raw
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            mistakes.append(f"{name}: {parent} is a value and has no keys")
+            return
+    section[last] = value
+
+
+def _remove(raw: dict[str, Any], dotted: str) -> None:
+    parent, _, last = dotted.rpartition(".")
+    section = _lookup(raw, parent) if parent else raw
+    if isinstance(section, dict):
+        section.pop(last, None)
+
+
+def _takes_lists(dotted: str) -> bool:
+    section, _, last = dotted.partition(".")
+    field = SECTIONS[section].model_fields.get(last) if section in SECTIONS else None
+    return section in SECTIONS and (field is None or "list[" in str(field.annotation) or "." in last)
+
+
+def _validate(raw: dict[str, Any], mistakes: list[str]) -> Config | None:
+    """The configuration, or None after adding what is wrong with it to `mistakes`."""
+    before = len(mistakes)
+    try:
+        config = _config(raw)
+    except ValidationError as error:
+        mistakes.extend(sentences(error))
+        return None
+    mistakes.extend(contradictions(config))
+    return config if len(mistakes) == before else None
+
+
+def _config(raw: dict[str, Any]) -> Config:
+    return Config.model_validate(
+        {name: {} if value is None and name in SECTIONS else value for name, value in raw.items()}
+    )
+
+
+def _what_is_right(raw: dict[str, Any]) -> Config | None:
+    """The configuration without its wrong keys; None where what decides on the model has a wrong value."""
+    rest = copy.deepcopy(raw)
+    try:
+        return _config(rest)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            dotted = ".".join(str(part) for part in item["loc"][:2])
+            if item["type"] != "extra_forbidden" and item["loc"][0] in ("data", "backbone", "exits"):
+                return None
+            _remove(rest, dotted)
+    try:
+        return _config(rest)
+    except ValidationError:
+        return None
+
+
+def resolved_yaml(study: Study, *, with_meanings: bool = True) -> str:
+    """The study with every key written out, as YAML that reads as the same study; meanings and defaults as comments."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        value = getattr(study.config, name)
+        if name not in SECTIONS:
+            lines.extend(_key_lines(name, value, field, "", with_meanings, name in study.sweep))
+            continue
+        lines.append(f"{name}:")
+        for last, inner in SECTIONS[name].model_fields.items():
+            lines.extend(
+                _key_lines(last, getattr(value, last), inner, "  ", with_meanings, f"{name}.{last}" in study.sweep)
+            )
+    lines.append("sweep:" if study.sweep else "sweep: {}")
+    lines.extend(f"  {name}: {json.dumps(v)}" for name, v in study.sweep.items() if name not in study.zipped)
+    if study.zipped:
+        lines += ["  zip:", *(f"    {name}: {json.dumps(study.sweep[name])}" for name in study.zipped)]
+    return "\n".join(lines) + "\n"
+
+
+def _key_lines(name: str, value: Any, field: Any, indent: str, with_meanings: bool, swept: bool) -> list[str]:
+    line = f"{indent}{name}: {json.dumps(value)}"
+    if swept:
+        line = f"{indent}# {name}: see sweep"
+    if not with_meanings:
+        return [] if swept else [line]
+    extra = field.json_schema_extra or {}
+    unit = f" [{extra['unit']}]" if extra.get("unit") else ""
+    default = json.dumps(field.get_default(call_default_factory=True))
+    return [f"{indent}# {field.description}{unit}; default {default}", line]

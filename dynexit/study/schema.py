@@ -1,0 +1,274 @@
+"""The schema of a study: every key with its default, its unit and its meaning in one line.
+
+A key marked `changes_results=False` says where or how fast something is done, never what comes out, so it is no part
+of an id. Everything else is: two studies with the same values of the sections a job depends on share that job's work.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from dynexit.study.keys import (
+    DATA_SETS,
+    Budgeted,
+    DataSetName,
+    HeadType,
+    Position,
+    Section,
+    Weight,
+    key,
+    known_weights,
+    no_duplicates,
+)
+from dynexit.study.methods import Boosted, Dyce, JeiDnn, Weighted
+
+CONFIDENCE_NAMES = ("max_probability", "margin", "entropy", "gate")
+
+
+class Data(Section):
+    name: DataSetName = key("digits", f"data set: {', '.join(DATA_SETS)}, or timm's, as torch/fashion_mnist")
+    dir: str | None = key(None, "folder that holds the data set's files", changes_results=False)
+    download: bool = key(False, "whether a missing data set is fetched and put into dir", changes_results=False)
+    seed: int = key(0, "split, views, augmentation, batch order, and the backbone's initialisation", ge=0, lt=2**31)
+    num_classes: int | None = key(
+        None, "classes, where the data set's name or its folders do not say it (timm's), or a part of ImageNet", ge=2
+    )
+    image_size: int = key(32, "height and width of the images the backbone sees", "pixels", ge=8)
+    transform: Literal["pad_crop", "timm", "none"] | None = key(
+        None, "augmentation: random crop of the padded image and flip, timm's, or none; null takes the data set's own"
+    )
+    train_transform: dict[str, Any] = key(
+        dict, "arguments of timm.data.create_transform for training images, as auto_augment, scale, re_prob"
+    )
+    test_transform: dict[str, Any] = key(
+        dict, "arguments of timm.data.create_transform for validation and test images, as crop_pct, interpolation"
+    )
+    normalisation: Literal["none", "cifar10", "cifar100", "imagenet", "half", "clip"] | None = key(
+        None, "mean and standard deviation that colours are brought to 0 and 1 by; null takes the data set's own"
+    )
+    num_train_views: int = key(8, "fixed random views made of each training image (digits)", ge=1)
+    num_evaluation_views: int = key(3, "fixed random views made of each validation and test image (digits)", ge=1)
+    num_validation: int = key(
+        300, "original images held out of training for validation (folders with val and test have theirs)", ge=1
+    )
+    num_test: int = key(
+        400, "original images held out for the test (data sets with a test split of their own have theirs)", ge=1
+    )
+    imbalance_factor: float = key(
+        0.01, "images of the rarest class (cifar100_lt)", "of the commonest class", ge=0.002, le=1
+    )
+    thin_test: bool = key(False, "whether the test images are thinned by the same law (cifar100_lt)")
+    train_split: str = key("train", "name of the split trained on (timm's)", min_length=1)
+    test_split: str | None = key(
+        "validation", "name of the split tested on (timm's); null holds num_test images out of the other", min_length=1
+    )
+    check_images: Literal["none", "headers", "pixels"] | None = key(
+        None,
+        "what is read of every image, once, before the backbone is fitted; null: pixels of an image_folder, else none",
+        changes_results=False,
+    )
+    noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
+
+
+class Backbone(Section):
+    name: str = key("resnet18", "model: a timm name of a supported family, or t2t_vit_7 and its like")
+    arguments: dict[str, Any] = key(dict, "arguments of the model's constructor, as timm names them")
+    weights: str | None = key(
+        None, "weights to start from: a .safetensors or .pth file, 'pretrained' (timm's hub), or null"
+    )
+
+
+class Prepare(Section):
+    num_epochs: int = key(20, "epochs of fitting the backbone to the data set; 0 takes it as it is", "epochs", ge=0)
+    optimizer: Literal["sgd", "adamw"] = key("sgd", "optimizer of the backbone")
+    learning_rate: float = key(0.1, "peak learning rate of its head, reached after the warm-up, then a cosine", gt=0)
+    min_learning_rate: float = key(0.0, "where the head's cosine ends", ge=0)
+    stem_rate: float = key(1.0, "learning rate of the stem, all before the first block", "of the head's", ge=0)
+    block_rate: float = key(1.0, "learning rate of the blocks", "of the head's", ge=0)
+    layer_decay: float = key(
+        1.0, "factor on the rate from the head to the last block, from block to block, and to the stem", gt=0, le=1
+    )
+    frozen: list[str] = key(list, "weights and modules of the model that stay as they are, as norm or cls_token")
+    momentum: float = key(0.9, "momentum of sgd", ge=0, lt=1)
+    weight_decay: float = key(5e-4, "weight decay", ge=0)
+    decay_all: bool = key(False, "whether weight decay acts on biases and norms too")
+    clip_norm: float | None = key(None, "norm that the whole batch's gradient is clipped to; null clips none", gt=0)
+    num_warm_up_epochs: int = key(1, "epochs over which the learning rate rises", "epochs", ge=0)
+    label_smoothing: float = key(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
+    global_batch_size: int = key(64, "images per step over all ranks", "images", ge=1)
+    micro_batch_size: int | None = key(
+        None, "images that pass through the model of a rank at once, gradients adding up; null: all", "images", ge=1
+    )
+    precision: Literal["float32", "bf16", "fp16"] = key(
+        "float32", "arithmetic of the model's products; weights and losses are float32, fp16's gradients scaled"
+    )
+    channels_last: bool = key(False, "whether images lie channels last in memory", changes_results=False)
+    compile: bool = key(False, "whether torch.compile makes the training's passes faster", changes_results=False)
+
+
+class Exits(Section):
+    positions: Literal["all"] | Annotated[list[Position], Field(min_length=1), AfterValidator(no_duplicates)] = key(
+        "all", "indices of the blocks after which an exit sits; all = every block but the last"
+    )
+    head_types: Annotated[list[HeadType], Field(min_length=1), AfterValidator(no_duplicates)] = key(
+        lambda: ["linear"], "exit heads at every position: linear, or mlp{n}x{w} (n linear layers, hidden width w)"
+    )
+
+
+class Train(Section):
+    method: Literal["jei_dnn", "independent", "boosted", "weighted", "dyce"] = key(
+        "jei_dnn", "how exits are trained; a method's own keys stand in the section of its name, if it has any"
+    )
+    num_epochs: int = key(15, "epochs, the warm-up's included", "epochs", ge=1)
+    global_batch_size: int = key(64, "images per step over all ranks", "images", ge=1)
+    learning_rate: float = key(
+        0.01, "peak learning rate of heads and gates (dyce has its own), then a cosine after any warm-up", gt=0
+    )
+    min_learning_rate: float = key(2e-4, "where the cosine ends", ge=0)
+    momentum: float = key(0.9, "momentum of the stochastic gradient descent", ge=0, lt=1)
+    weight_decay: float = key(5e-4, "weight decay of heads and gates", ge=0)
+    keep: Literal["last", "best"] = key(
+        "best",
+        "weights kept: the last, or those with the lowest validation cross-entropy + tradeoff x cost of the exit taken "
+        "(without gates: with the lowest mean cross-entropy of the exits)",
+    )
+    distillation: float = key(
+        0.0, "weight of the exits' divergence from the backbone's own classifier, added to their cross-entropy", ge=0
+    )
+    precision: Literal["float32", "float64"] = key("float32", "arithmetic of heads and gates")
+
+
+class Record(Section):
+    topk: int | None = key(
+        None, "most probable classes kept per exit; null: all of at most 10, else 1", "classes", ge=1
+    )
+    batch_size: int = key(256, "images per forward pass", "images", ge=1)
+    samples_per_shard: int = key(65536, "most samples in one shard", "samples", ge=1)
+    train: bool = key(False, "whether the training split is recorded too, its images not augmented (for search.risk)")
+
+
+class Search(Section):
+    accuracy_weights: Annotated[str | list[Weight], AfterValidator(known_weights)] = key(
+        "0.4:1:0.01", "preferences searched: weights of accuracy against MACs, as LO:HI:STEP (HI included) or a list"
+    )
+    confidence: Literal["max_probability", "margin", "entropy", "gate"] = key(
+        "max_probability", "what is compared with an exit's threshold"
+    )
+    method: Literal["exact", "onepass", "circular", "samethres"] = key(
+        "exact", "how an accuracy weight's configuration is found: exactly, or one of DyCE's ways with exact thresholds"
+    )
+    normalize: bool = key(False, "whether accuracy and MACs are mapped to [0, 1] first, as DyCE does")
+    refine: bool = key(True, "whether thresholds lie between any two samples, or between bins of samples alone")
+    num_random_starts: int = key(4, "random starts of the search beside the neighbours' answers", "starts", ge=0)
+    relative_macs: list[Budgeted] = key(
+        list, "budgets: best accuracy within this share of the backbone's MACs; each adds a configuration"
+    )
+    relative_latency: list[Budgeted] = key(list, "budgets: the same of the backbone's time; needs search.latency")
+    min_accuracy: list[Weight] = key(list, "budgets: least cost with at least this accuracy on validation")
+    max_accuracy_drop: list[Weight] = key(list, "budgets: least cost that loses at most this accuracy on validation")
+    latency: dict[str, Any] | None = key(
+        None, "measured times that are searched instead of MACs: stage_seconds, head_seconds and maybe gate_seconds"
+    )
+    risk: float | None = key(
+        None,
+        "certified: least cost where the backbone is right and the exits wrong for at most this share; needs "
+        "record.train",
+        "of all samples",
+        gt=0,
+        lt=1,
+    )
+    risk_confidence: float = key(0.95, "confidence of that certificate", gt=0, lt=1)
+    calibration_share: float = key(0.0, "share of validation kept from the search to calibrate on", ge=0, lt=1)
+    workers: int = key(1, "processes that search points at the same time", changes_results=False, ge=1)
+
+
+class Report(Section):
+    title: str | None = key(None, "heading of the report; null takes the study's name")
+    published: Literal["auto", "none"] = key("auto", "auto draws what a paper's authors recorded for it beside")
+    mlflow: bool = key(True, "whether the results are written to MLflow too")
+    tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")
+
+
+class Infer(Section):
+    relative_macs: float | None = key(
+        None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0
+    )
+    source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
+    split: Literal["validation", "test"] = key("test", "samples to classify")
+    batch_size: int = key(256, "images that enter together", "images", ge=1)
+
+
+class Dist(Section):
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", "where tensors live; auto takes a GPU if there is one", changes_results=False
+    )
+    num_threads: int | None = key(
+        None, "CPU threads of a process; null takes the machine's", changes_results=False, ge=1
+    )
+    num_workers: int = key(0, "processes of each rank that load images", changes_results=False, ge=0)
+    persistent_workers: bool = key(
+        True, "whether loading processes live on from one epoch to the next", changes_results=False
+    )
+    pin_memory: bool = key(
+        True, "whether loading processes' images are pinned, for a faster way to a GPU", changes_results=False
+    )
+    prefetch_batches: int = key(2, "batches that each loading process prepares ahead", changes_results=False, ge=1)
+    members_per_pack: int = key(64, "most points trained in one job", changes_results=False, ge=1)
+    checkpoint_seconds: float = key(
+        60.0,
+        "time between checkpoints; up to half an hour where saving would take over 1 % of it",
+        "s",
+        changes_results=False,
+        ge=0,
+    )
+    log_seconds: float = key(10.0, "time between lines in the log", "s", changes_results=False, ge=0)
+    timeout_minutes: int = key(24 * 60, "time limit of one submitted job", "min", changes_results=False, ge=1)
+    nodes: int = key(1, "machines that train or record one pack together (slurm)", changes_results=False, ge=1)
+    prepare_on_all_ranks: bool = key(
+        False,
+        "whether all ranks fit the backbone together, a batch norm seeing one rank's images; else one process does",
+        changes_results=False,
+    )
+    tasks_per_node: int = key(1, "ranks on each of them, one per GPU where there are GPUs", changes_results=False, ge=1)
+    deepspeed_stage: Literal[1, 2, 3] | None = key(
+        None,
+        "what all ranks, fitting it together, divide by ZeRO: 1 optimizer states, 2 gradients too, 3 weights too",
+        changes_results=False,
+    )
+    timeout_seconds: float = key(600.0, "longest wait of a rank for the others", "s", changes_results=False, gt=0)
+    max_timeouts: int = key(100, "requeues of a job whose time was up", changes_results=False, ge=0)
+    max_preemptions: int = key(1000, "requeues of a job that was preempted", changes_results=False, ge=0)
+    max_retries: int = key(2, "requeues of a job that crashed", changes_results=False, ge=0)
+
+
+class Config(Section):
+    """One setting of everything: a study's base, or a point of it."""
+
+    name: str = Field(
+        "study",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="folder of the study in runs_dir; default: the file's name",
+    )
+    runs_dir: str = key("runs", "folder for the results, relative to the working directory", changes_results=False)
+    seed: int = key(0, "initialisation of exit heads and gates", ge=0, lt=2**31)
+    data: Data = Field(default_factory=Data)
+    backbone: Backbone = Field(default_factory=Backbone)
+    prepare: Prepare = Field(default_factory=Prepare)
+    exits: Exits = Field(default_factory=Exits)
+    train: Train = Field(default_factory=Train)
+    jei_dnn: JeiDnn = Field(default_factory=JeiDnn)
+    boosted: Boosted = Field(default_factory=Boosted)
+    weighted: Weighted = Field(default_factory=Weighted)
+    dyce: Dyce = Field(default_factory=Dyce)
+    record: Record = Field(default_factory=Record)
+    search: Search = Field(default_factory=Search)
+    report: Report = Field(default_factory=Report)
+    infer: Infer = Field(default_factory=Infer)
+    dist: Dist = Field(default_factory=Dist)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}

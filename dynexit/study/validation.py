@@ -1,0 +1,106 @@
+"""What is wrong with a study, in sentences: the dotted key, the value, what is allowed, the nearest known key."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from dynexit.study.methods import METHODS_WITH_GATES, METHODS_WITH_ONE_HEAD_TYPE
+from dynexit.study.schema import SECTIONS, Config
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the schema, in its order."""
+    top = [name for name in Config.model_fields if name not in SECTIONS]
+    return top + [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
+
+
+def unknown_key(dotted: str) -> str:
+    """That there is no such key, and which one may be meant."""
+    known = all_keys()
+    same_end = [name for name in known if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    near = same_end or difflib.get_close_matches(dotted, [*known, *SECTIONS, "sweep"], n=1, cutoff=0.6)
+    if not near:
+        by_end = {name.rpartition(".")[2]: name for name in known}
+        near = [by_end[end] for end in difflib.get_close_matches(dotted.rpartition(".")[2], by_end, n=1)]
+    hint = f"did you mean {near[0]}?" if near else "`dynexit config STUDY.yaml` lists all keys"
+    return f"{dotted} is not a key; {hint}"
+
+
+def sentences(error: ValidationError, prefix: str = "") -> list[str]:
+    """One sentence per key that pydantic found wrong; `prefix` goes before the keys."""
+    found: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        # a union's branches (str, list[...], literal[...]) stand in the location too: they are no keys
+        location = [part for part in item["loc"] if not re.search(r"[\[(]|^(str|int|float|none)$", str(part))]
+        dotted = prefix + ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            found.setdefault(dotted, unknown_key(dotted))
+            continue
+        text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        text = text[0].lower() + text[1:]
+        if dotted in found:
+            found[dotted] += f", or {text}" if text not in found[dotted] else ""
+        else:
+            found[dotted] = f"{dotted} = {item['input']!r}: {text}"
+    # of a list with a wrong element, the branch that takes no list says nothing
+    return [text for dotted, text in found.items() if not any(one.startswith(f"{dotted}.") for one in found)]
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Mistakes that only several keys together make."""
+    method, num_epochs = config.train.method, config.train.num_epochs
+    rates = "dyce" if method == "dyce" else "train"
+    low, high = (getattr(getattr(config, rates), f"{name}learning_rate") for name in ("min_", ""))
+    if low > high:
+        yield f"{rates}.min_learning_rate = {low}: should be at most {rates}.learning_rate, {high}"
+    if method == "jei_dnn" and config.jei_dnn.max_warm_up_epochs >= num_epochs:
+        yield (
+            f"jei_dnn.max_warm_up_epochs = {config.jei_dnn.max_warm_up_epochs}: should be less than train.num_epochs, "
+            f"{num_epochs}, or the gates are never trained"
+        )
+    if method == "dyce" and config.dyce.num_warm_up_epochs >= num_epochs:
+        yield (
+            f"dyce.num_warm_up_epochs = {config.dyce.num_warm_up_epochs}: should be less than train.num_epochs, "
+            f"{num_epochs}"
+        )
+    if method in METHODS_WITH_ONE_HEAD_TYPE and len(config.exits.head_types) > 1:
+        yield (
+            f"exits.head_types = {config.exits.head_types}: should be one head type where train.method is {method}; "
+            "dyce and independent take several"
+        )
+    if method not in METHODS_WITH_GATES and config.search.confidence == "gate":
+        yield f"search.confidence = 'gate': should be another where train.method is {method}, which trains no gates"
+    search = config.search
+    if search.risk is not None and not config.record.train:
+        yield (
+            f"search.risk = {search.risk}: needs record.train = true, since what is certified on validation must be "
+            "chosen on other samples"
+        )
+    if search.relative_latency and search.latency is None:
+        yield f"search.relative_latency = {search.relative_latency}: needs the measured times in search.latency"
+    if search.relative_macs and search.latency is not None:
+        yield (
+            f"search.relative_macs = {search.relative_macs}: the cost is time where search.latency is given; use "
+            "search.relative_latency"
+        )
+    yield from _contradictions_of_prepare(config)
+    if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
+        yield (
+            f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
+            f"{config.prepare.num_epochs}"
+        )
+
+
+def _contradictions_of_prepare(config: Config) -> Iterator[str]:
+    prepare, stage = config.prepare, config.dist.deepspeed_stage
+    if prepare.min_learning_rate > prepare.learning_rate:
+        yield (
+            f"prepare.min_learning_rate = {prepare.min_learning_rate}: should be at most prepare.learning_rate, "
+            f"{prepare.learning_rate}"
+        )
+    if stage is not None and prepare.precision == "fp16":
+        yield f"dist.deepspeed_stage = {stage}: should be null where prepare.precision is fp16; bf16 needs no scaling"
+    if stage is not None and prepare.compile:
+        yield f"dist.deepspeed_stage = {stage}: should be null where prepare.compile is true"

@@ -1,0 +1,149 @@
+"""All training methods through the jobs: what points without gates record, cost and report; gates as confidence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynexit.core.cost import ExitCosts
+from dynexit.data import load_data
+from dynexit.dist import start_ranks
+from dynexit.jobs import stages as jobs
+from dynexit.jobs.infer import run_infer
+from dynexit.jobs.load import load_heads, load_model
+from dynexit.record.shards import Record
+from dynexit.report.table import Row, read_csv
+from dynexit.run_dir import job_dir, read_json
+from dynexit.study.grid import Study
+from dynexit.study.read import load_study
+from launch.plan import make_packs, missing_jobs
+from tests.command_line import TINY
+
+pytestmark = pytest.mark.slow
+
+METHODS = ("jei_dnn", "independent", "boosted", "weighted", "dyce")
+
+
+def done(folder: Path, *overrides: str) -> tuple[Study, list[Row]]:
+    """The tiny study after all of its jobs, called as functions, and the rows of its report."""
+    quick = ("report.mlflow=false", "dist.checkpoint_seconds=1000", "dyce.num_warm_up_epochs=1")
+    study = load_study(TINY, [f"runs_dir={folder}", *quick, *overrides])
+    study.directory.mkdir(parents=True, exist_ok=True)
+    (study.directory / "study.yaml").write_text("")
+    for stage in ("prepare", "train", "record", "search"):
+        for job in missing_jobs(study, stage):
+            jobs.JOBS[stage](job.points, study.directory)
+    jobs.report(study.points, study.directory)
+    return study, read_csv(study.directory / "report" / "operating_points.csv")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Row]]:
+    folder = tmp_path_factory.mktemp("methods")
+    overrides = (f"train.method=[{', '.join(METHODS)}]", "jei_dnn.ce_ic_tradeoff=[0.1, 1]", "seed=[0, 3]")
+    return done(folder, *overrides)
+
+
+def test_one_pack_a_method_and_no_point_twice(finished: tuple[Study, list[Row]]) -> None:
+    study, _ = finished
+    assert len(study.points) == 2 * 2 + 4 * 2
+    sizes = {pack[0].config.train.method: len(pack) for pack in make_packs(study.points, 64)}
+    assert sizes == {"jei_dnn": 4, "independent": 2, "boosted": 2, "weighted": 2, "dyce": 2}
+
+
+def test_only_jei_dnn_has_gates(finished: tuple[Study, list[Row]]) -> None:
+    study, rows = finished
+    for point in study.points:
+        gated = point.config.train.method == "jei_dnn"
+        source = job_dir(study.directory, "record", point.ids["record"])
+        record = Record.open(source / "test")
+        costs = ExitCosts.from_json(read_json(source / "costs.json"))
+        assert (record.gate is not None) == gated
+        assert all(macs > 0 for macs in costs.gate_macs) == gated
+        assert any(costs.gate_macs) == gated
+        sources = {row.source for row in rows if row.point_id in (point.id, point.ids["search"])}
+        assert sources == ({"gates", "search", "fixed"} if gated else {"search", "fixed"})
+        assert {row.ce_ic_tradeoff is None for row in rows if row.point_id in (point.id, point.ids["search"])} == {
+            not gated
+        }
+
+
+def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Study, list[Row]]) -> None:
+    study, _ = finished
+    point = next(point for point in study.points if point.config.train.method == "boosted")
+    ranks = start_ranks("cpu")
+    model, costs = load_model(point, study.directory, ranks)
+    heads, gates = load_heads([point], study.directory, model, costs, ranks)
+    assert gates is None
+    images = load_data(point.config.data).test.images
+    features, _ = model.features(images)
+    summed = None
+    record = Record.open(job_dir(study.directory, "record", point.ids["record"]) / "test")
+    for p, (name, feature) in enumerate(zip(heads.row_names, features, strict=True)):
+        own = heads.head(name, feature)[0]
+        summed = own if summed is None else own + 0.5 * summed
+        confidence = summed.softmax(-1).amax(-1).numpy()
+        np.testing.assert_allclose(record.confidence("max_probability")[p], confidence, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["search", "fixed"])
+@pytest.mark.parametrize("method", ["boosted", "dyce"])
+def test_infer_leaves_where_the_record_says(
+    finished: tuple[Study, list[Row]], method: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, _ = finished
+    (tmp_path / "tiny_study").symlink_to(study.directory)
+    same = load_study(
+        TINY,
+        [
+            f"runs_dir={tmp_path}",
+            "report.mlflow=false",
+            "dyce.num_warm_up_epochs=1",
+            f"train.method={method}",
+            "seed=[0, 3]",
+            f"infer.source={source}",
+            "infer.batch_size=37",
+        ],
+    )
+    directory = same.directory
+    jobs.report(same.points, directory)  # this method's rows alone
+    run_infer(same.points, directory)
+    assert "0 other differences" in capsys.readouterr().out
+    jobs.report(study.points, study.directory)
+
+
+def test_search_over_gate_outputs_end_to_end(
+    finished: tuple[Study, list[Row]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, before = finished
+    overrides = ("jei_dnn.ce_ic_tradeoff=[0.1, 1]", "seed=[0, 3]", "infer.source=search", "infer.batch_size=37")
+    (tmp_path / "tiny_study").symlink_to(study.directory)
+    gated, rows = done(tmp_path, *overrides, "search.confidence=gate")
+    trained = {point.id for point in study.points if point.config.train.method == "jei_dnn"}
+    assert {point.id for point in gated.points} == trained  # searched again, not trained again
+    point = gated.points[1]
+    record = Record.open(job_dir(gated.directory, "record", point.ids["record"]) / "validation")
+    costs = ExitCosts.from_json(read_json(job_dir(gated.directory, "record", point.ids["record"]) / "costs.json"))
+    assert record.gate is not None
+    entries = read_json(job_dir(gated.directory, "search", point.ids["search"]) / "configurations.json")
+    for entry in entries:
+        exit_N = np.full(record.num_samples, len(costs.positions))
+        macs_N = np.full(record.num_samples, float(costs.full_macs))
+        passed = 0
+        inside = np.ones(record.num_samples, bool)
+        for p, (head, threshold) in enumerate(entry["exits"]):
+            if head < 0:
+                continue
+            passed += costs.head_macs[p][0] + costs.gate_macs[p]
+            leaves = inside & (record.gate[p] > np.float32(threshold))
+            exit_N[leaves], macs_N[leaves] = p, costs.backbone_macs[p] + passed
+            inside &= ~leaves
+        macs_N[inside] += passed
+        assert entry["validation"]["macs"] == pytest.approx(macs_N.mean())
+        assert entry["validation"]["accuracy"] == pytest.approx(
+            record.correct_RN[exit_N, np.arange(len(exit_N))].mean()
+        )
+    run_infer(gated.points, gated.directory)
+    assert "0 other differences" in capsys.readouterr().out
+    changed = {row.configuration for row in rows if row.source == "search"}
+    assert changed != {row.configuration for row in before if row.source == "search" and row.method == "jei_dnn"}

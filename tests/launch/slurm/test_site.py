@@ -1,0 +1,92 @@
+"""Site profiles: every key checked, wrong ones named with the right ones."""
+
+from pathlib import Path
+
+import pytest
+
+from dynexit.errors import UserError
+from dynexit.study.schema import Config, Dist
+from launch.slurm.site import Site, load_site, site_contradictions
+
+SITES = Path(__file__).parents[3] / "slurm" / "sites"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "site.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("partitoin: gpu", "partitoin is not a key; did you mean partition?"),
+        ("time: 60", "time is not a key; did you mean time_minutes?"),
+        ("zebra: 1", "zebra is not a key; the keys are partition, account, qos"),
+        ("gpus_per_node: two", "gpus_per_node = 'two': should be a valid integer"),
+        ("time_minutes: 0", "time_minutes = 0: should be greater than or equal to 1"),
+        ("- partition", "should hold keys, as `partition: gpu`, not list"),
+        ("a: [", "could not be read"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_site(write(tmp_path, text))
+    assert expected in str(error.value)
+    assert "site.yaml" in str(error.value)
+
+
+def test_all_mistakes_come_together(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_site(write(tmp_path, "gpu: 1\nmem_gb: -1\nqos: 3\n"))
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_options_that_jobs_are_chained_and_requeued_by_are_not_a_sites() -> None:
+    site = Site(sbatch={"array": "0-3", "no_requeue": True, "mail-type": "END"})
+    said = "sbatch = array, no-requeue: dynexit sets that itself; take it out of the site profile"
+    assert site_contradictions(site, Config()) == [said]
+
+
+def test_options_that_are_other_keys_are_named() -> None:
+    site = Site(sbatch={"time": 1, "ntasks_per_node": 2, "gres": "gpu:a100:2"})
+    assert site_contradictions(site, Config()) == [
+        "sbatch = ntasks_per_node: that is dist.tasks_per_node of the study",
+        "sbatch = time: that is time_minutes",
+    ]
+
+
+def test_a_missing_profile_and_none() -> None:
+    with pytest.raises(UserError, match=r"there is no site profile nowhere\.yaml; slurm/sites/example\.yaml"):
+        load_site(Path("nowhere.yaml"))
+    assert load_site(None) == Site()
+
+
+def test_the_profiles_in_the_repository_are_valid_and_the_example_shows_every_key() -> None:
+    assert load_site(SITES / "devcluster.yaml").partition == "main"
+    text = (SITES / "example.yaml").read_text()
+    assert load_site(SITES / "example.yaml").partition == "gpu"
+    assert [name for name in Site.model_fields if f"{name}:" not in text] == []
+
+
+def test_what_follows_from_profile_and_study() -> None:
+    dist = Dist(timeout_minutes=90, num_threads=3, num_workers=2)
+    assert (Site().minutes(dist), Site(time_minutes=4).minutes(dist)) == (90, 4)
+    assert (Site().delay_seconds(dist), Site(time_minutes=1).delay_seconds(dist)) == (120, 15)
+    assert (Site().cpus(dist), Site(cpus_per_task=7).cpus(dist)) == (5, 7)
+    lines = Site(modules=["a b"], setup=["true"], scratch_dir="/s/$USER", network_interface="ib0").shell_lines(dist)
+    assert lines == [
+        "module load 'a b'",
+        "true",
+        'export TMPDIR="/s/$USER"',
+        'mkdir -p "$TMPDIR"',
+        "export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0",
+        "export OMP_NUM_THREADS=3",
+    ]
+
+
+def test_contradictions_with_the_study() -> None:
+    cuda = Config(dist=Dist(device="cuda", tasks_per_node=4))
+    assert "asks for no GPUs" in site_contradictions(Site(), cuda)[0]
+    assert "dist.tasks_per_node = 4: should be at most" in site_contradictions(Site(gpus_per_node=2), cuda)[0]
+    assert site_contradictions(Site(gpus_per_node=4), cuda) == []

@@ -1,0 +1,237 @@
+# ruff: noqa: E501  the sentences that a user reads, whole
+"""What a study means: points, ids, and every mistake in one go."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynexit.errors import UserError
+from dynexit.study.grid import Study, fixed_values
+from dynexit.study.keys import parse_weights
+from dynexit.study.read import load_study, resolved_yaml
+from dynexit.study.schema import SECTIONS, Config
+from dynexit.study.validation import all_keys
+
+SMALL = "sweep: {seed: [0, 1], jei_dnn.ce_ic_tradeoff: [0.1, 1]}\n"
+
+
+def study(tmp_path: Path, text: str = SMALL, *overrides: str) -> Study:
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return load_study(path, overrides)
+
+
+def mistakes(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        study(tmp_path, text, *overrides)
+    return str(caught.value).splitlines()
+
+
+def test_points_stand_in_the_order_of_the_sweep(tmp_path: Path) -> None:
+    points = study(tmp_path).points
+    assert [point.label for point in points] == [
+        "seed=0 ce_ic_tradeoff=0.1",
+        "seed=0 ce_ic_tradeoff=1.0",
+        "seed=1 ce_ic_tradeoff=0.1",
+        "seed=1 ce_ic_tradeoff=1.0",
+    ]
+    assert len({point.id for point in points}) == 4
+    assert len({point.ids["prepare"] for point in points}) == 1
+
+
+def test_an_id_is_a_points_and_not_the_grids(tmp_path: Path) -> None:
+    before = {point.label: point.ids for point in study(tmp_path).points}
+    more = study(tmp_path, "sweep: {jei_dnn.ce_ic_tradeoff: [0.7, 1, 0.1], seed: [1, 0]}\n").points
+    after = {f"seed={p.config.seed} ce_ic_tradeoff={p.config.jei_dnn.ce_ic_tradeoff}": p.ids for p in more}
+    assert all(after[label] == ids for label, ids in before.items())
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("data.noise=0.2", {"prepare", "train", "record", "search"}),
+        ("train.num_epochs=9", {"train", "record", "search"}),
+        ("jei_dnn.head_loss=reference", {"train", "record", "search"}),
+        ("record.topk=3", {"record", "search"}),
+        ("search.accuracy_weights=0.5:1:0.1", {"search"}),
+        ("report.title=x", set()),
+        ("dist.num_threads=1", set()),
+        ("data.dir=/somewhere", set()),
+        ("name=other", set()),
+    ],
+)
+def test_an_id_covers_what_its_job_depends_on(tmp_path: Path, override: str, changed: set[str]) -> None:
+    old, new = study(tmp_path).points[1].ids, study(tmp_path, SMALL, override).points[1].ids
+    assert {job for job in old if old[job] != new[job]} == changed
+
+
+def test_the_same_value_written_otherwise_has_the_same_id(tmp_path: Path) -> None:
+    a = study(tmp_path, "train: {learning_rate: 1e-2, weight_decay: 0.0005}\njei_dnn: {ce_ic_tradeoff: 1}\n")
+    b = study(tmp_path, "jei_dnn: {ce_ic_tradeoff: 1.0}\ntrain: {weight_decay: 5.0e-4, learning_rate: 0.01}\n")
+    assert a.points[0].ids == b.points[0].ids
+
+
+def test_the_resolved_study_reads_as_the_same_study(tmp_path: Path) -> None:
+    first = study(tmp_path, SMALL, "train.num_epochs=9", "backbone.arguments.depth=3")
+    for with_meanings in (True, False):
+        text = resolved_yaml(first, with_meanings=with_meanings)
+        again = study(tmp_path, text)
+        assert again.points == first.points
+        assert again.sweep == first.sweep
+    parsed = yaml.safe_load(resolved_yaml(study(tmp_path, "")))
+    assert set(parsed) == set(Config.model_fields) | {"sweep"}
+
+
+def test_every_key_has_a_meaning() -> None:
+    for model in (Config, *SECTIONS.values()):
+        for name, field in model.model_fields.items():
+            assert name in SECTIONS or field.description, name
+    assert {"backbone.name", "backbone.arguments", "train.num_epochs", "jei_dnn.ce_ic_tradeoff"} <= set(all_keys())
+
+
+def test_overrides_narrow_or_set_the_sweep(tmp_path: Path) -> None:
+    assert len(study(tmp_path, SMALL, "seed=5").points) == 2
+    assert [p.config.seed for p in study(tmp_path, SMALL, "seed=[3, 4, 5]").points[::2]] == [3, 4, 5]
+    assert len(study(tmp_path, SMALL, "sweep.jei_dnn.ce_ic_tradeoff=[1, 2, 3]").points) == 6
+    assert study(tmp_path, SMALL, "exits.positions=[1, 2]").config.exits.positions == [1, 2]
+    assert study(tmp_path, SMALL, "search.accuracy_weights=[0.5, 1]").config.search.accuracy_weights == [0.5, 1]
+
+
+def test_all_mistakes_are_told_together(tmp_path: Path) -> None:
+    text = """
+train: {num_epoch: 5, learning_rate: fast, keep: first}
+data: {name: digit, noise: -1}
+recrod: {topk: 1}
+jei_dnn: {ce_ic_tradeoff: .nan}
+sweep: {seed: [], train.batch_size: [1], jei_dnn.head_loss: [paper, papers], seeds: [1]}
+"""
+    assert mistakes(tmp_path, text) == [
+        "data.name = 'digit': no data set of this name; known are digits, cifar10, cifar100, "
+        "cifar100_lt, svhn, imagenet, image_folder, and of timm torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME",
+        "data.noise = -1: should be greater than or equal to 0",
+        "train.learning_rate = 'fast': should be a valid number",
+        "train.keep = 'first': should be 'last' or 'best'",
+        "train.num_epoch is not a key; did you mean train.num_epochs?",
+        "jei_dnn.ce_ic_tradeoff = nan: should be a finite number",
+        "recrod is not a key; did you mean record?",
+        "sweep.seed = []: the grid is empty; give at least one value or remove the key",
+        "sweep.train.batch_size is not a key; did you mean record.batch_size?",
+        "sweep.jei_dnn.head_loss = 'papers': should be 'reference', 'paper' or 'single'",
+        "sweep.seeds is not a key; did you mean seed?",
+    ]
+
+
+def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
+    text = "sweep: {jei_dnn.ce_ic_tradeoff: [1, -2], seed: [0, one]}"
+    assert mistakes(tmp_path, text) == [
+        "sweep.jei_dnn.ce_ic_tradeoff = -2: should be greater than or equal to 0",
+        "sweep.seed = 'one': should be a valid integer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("train: {num_epochs: 3}", (), "jei_dnn.max_warm_up_epochs = 6: should be less than train.num_epochs, 3, or the gates are never trained"),
+        ("train: {method: dyce, num_epochs: 3}", (), "dyce.num_warm_up_epochs = 5: should be less than train.num_epochs, 3"),
+        ("train: {method: dyce}", ("dyce.min_learning_rate=0.1",), "dyce.min_learning_rate = 0.1: should be at most dyce.learning_rate, 0.000625"),
+        ("train: {method: boosted}", ("exits.head_types=[linear, mlp2x9]",), "exits.head_types = ['linear', 'mlp2x9']: should be one head type where train.method is boosted; dyce and independent take several"),
+        ("sweep: {train.method: [jei_dnn, dyce]}", ("search.confidence=gate",), "sweep.train.method = 'dyce': search.confidence = 'gate': should be another where train.method is dyce, which trains no gates"),
+        ("seed: 1\nsweep: {seed: [0]}", (), "seed is both set and swept; keep one of the two"),
+        ("sweep: {seed: 3}", (), "sweep.seed = 3: should be a list of values"),
+        ("sweep: {seed: [1, 1]}", (), "sweep.seed = [1, 1]: a value stands in it twice"),
+        ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, dyce, record, search"),
+        ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=5"),
+        ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
+        ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all', or should be a valid list"),
+        ("", ("exits.positions=[-1]",), "exits.positions.0 = -1: should be greater than or equal to 0"),
+        ("", ("exits.head_types=[mlp]",), "exits.head_types.0 = 'mlp': should be linear, or mlpNxW of N layers and width W, as mlp3x500"),
+        ("", ("sweep=[1]",), "sweep = [1]: name the key that varies, as sweep.seed=[0, 1]"),
+        ("", ("search.accuracy_weights=0.5-1",), "search.accuracy_weights = '0.5-1': should be LO:HI:STEP, as 0.4:1:0.01, or a list of numbers"),
+    ],
+)  # fmt: skip
+def test_what_a_mistake_is_called(tmp_path: Path, text: str, overrides: tuple[str, ...], expected: str) -> None:
+    assert mistakes(tmp_path, text, *overrides) == [expected]
+
+
+def test_files_that_are_no_study(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no study .*missing\.yaml; give the path of a YAML file"):
+        load_study(tmp_path / "missing.yaml")
+    assert mistakes(tmp_path, "train: [")[0].startswith(f"the study {tmp_path / 'small.yaml'} is not YAML: ")
+    assert mistakes(tmp_path, "- a")[0].endswith("should hold sections, as `train:`, not list")
+    assert "the key 'seed' stands twice" in mistakes(tmp_path, "seed: 1\nseed: 2")[0]
+
+
+METHODS = (
+    "train: {num_epochs: 9}\nsweep: {train.method: [jei_dnn, dyce, independent], jei_dnn.ce_ic_tradeoff: [0.1, 1]}\n"
+)
+
+
+def test_a_methods_section_counts_only_for_its_own_points(tmp_path: Path) -> None:
+    before = study(tmp_path, METHODS)
+    assert [point.label for point in before.points] == [
+        "method=jei_dnn ce_ic_tradeoff=0.1",
+        "method=jei_dnn ce_ic_tradeoff=1.0",
+        "method=dyce",
+        "method=independent",
+    ]
+    after = study(tmp_path, METHODS, "dyce.mixup=0.0", "boosted.shrinkage=0.1").points
+    changed = [old.id != new.id for old, new in zip(before.points, after, strict=True)]
+    assert changed == [False, False, True, False]
+    values = fixed_values(before)
+    assert {name.partition(".")[0] for name in values} >= {"jei_dnn", "dyce", "train"}
+    assert not {name for name in values if name.startswith(("boosted.", "weighted."))}
+    again = study(tmp_path, resolved_yaml(before))
+    assert (again.points, again.sweep) == (before.points, before.sweep)
+
+
+def test_zipped_keys_take_their_values_together(tmp_path: Path) -> None:
+    text = "sweep: {exits.head_types: [[linear], [mlp2x7]], zip: {seed: [0, 1, 1], data.seed: [4, 5, 6]}}"
+    first = study(tmp_path, text)
+    assert [(p.config.exits.head_types[0], p.config.seed, p.config.data.seed) for p in first.points] == [
+        (head, *seeds) for head in ("linear", "mlp2x7") for seeds in ((0, 4), (1, 5), (1, 6))
+    ]
+    assert first.points[0].label == "head_types=['linear'] seed=0 data.seed=4"
+    again = study(tmp_path, resolved_yaml(first))
+    assert (again.points, again.sweep, again.zipped) == (first.points, first.sweep, first.zipped)
+    assert [p.config.seed for p in study(tmp_path, text, "data.seed=9").points] == [0, 1, 0, 1]
+    uneven = "sweep: {zip: {seed: [0, 1], data.seed: [4]}}"
+    told = "sweep.zip: its lists go together and should be equally long, but seed has 2, data.seed has 1"
+    assert mistakes(tmp_path, uneven) == [told]
+    assert mistakes(tmp_path, "sweep: {zip: {sed: [1]}}") == ["sweep.sed is not a key; did you mean seed?"]
+    assert mistakes(tmp_path, "sweep: {zip: 3}")[0].startswith("sweep.zip = 3: should map keys that are swept nowhere")
+
+
+def test_a_methods_name_says_what_of_it_is_swept(tmp_path: Path) -> None:
+    plain = study(tmp_path, SMALL, "train.distillation=0.02", "search.confidence=gate")
+    assert {point.method for point in plain.points} == {"jei_dnn"}
+    text = "sweep: {train.distillation: [0, 0.02], search.confidence: [max_probability, gate]}\n"
+    names = [point.method for point in study(tmp_path, text).points]
+    assert names == ["jei_dnn", "jei_dnn (gate)", "jei_dnn (distilled 0.02)", "jei_dnn (distilled 0.02, gate)"]
+
+
+def test_weights_do_not_drift() -> None:
+    weights = parse_weights("0.4:1:0.01")
+    assert len(weights) == 61
+    assert weights[30] == 0.7
+    assert weights[-1] == 1.0
+    assert parse_weights("0.5:0.95:0.2") == [0.5, 0.7, 0.9]
+
+
+def test_fixed_values_leave_out_what_is_swept_or_only_searched(tmp_path: Path) -> None:
+    values = fixed_values(study(tmp_path))
+    assert values["train.num_epochs"] == 15
+    assert not {"seed", "jei_dnn.ce_ic_tradeoff", "search.confidence", "data.dir", "dist.device"} & set(values)
+
+
+def test_ten_thousand_points_are_planned_quickly(tmp_path: Path) -> None:
+    tradeoffs = [i / 10 for i in range(100)]
+    text = f"sweep: {{seed: {list(range(100))}, jei_dnn.ce_ic_tradeoff: {tradeoffs}}}"
+    assert len({point.id for point in study(tmp_path, text).points}) == 10_000
+
+
+def test_a_range_of_weights_is_no_number_of_minutes(tmp_path: Path) -> None:
+    for text in ("search: {accuracy_weights: 0:1:0.25}", ""):
+        found = study(tmp_path, text, "search.accuracy_weights=0:1:0.25")
+        assert found.config.search.accuracy_weights == "0:1:0.25"
