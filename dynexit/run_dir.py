@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynexit.errors import Failure
+from dynexit.study.grid import Point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,6 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
 )
 BUDGETS = "budgets.json"
 MEMBERS, BEGUN = "members.json", ".begun"  # of a pack: its points; and there from its beginning until it is through
-JOBS_OF_A_POINT = ("prepare", "train", "record", "search")
 
 
 @contextlib.contextmanager
@@ -151,15 +151,60 @@ def _check_file(directory: Path, name: str, promised: dict[str, Any], check_byte
         raise Failure(f"{path} was altered (its SHA-256 is not the one in DONE); {remedy}")
 
 
-def done_digest(directory: Path, name: str) -> str:
-    """The SHA-256 that DONE promises for the file `name`."""
-    digest: str = read_json(directory / DONE)["files"][name]["sha256"]
-    return digest
+class RunDir:
+    """The folder of one stage's work for a point: its paths, its files, and whether the work is done.
 
+    Everything that jobs leave is written whole or not at all. Points with the same id of a stage share the folder.
+    """
 
-def job_dir(study_dir: Path, job: str, identity: str) -> Path:
-    """Where the job `job` (prepare, train, pack, record, search, infer) with that id keeps what it makes."""
-    return study_dir / job / identity
+    def __init__(self, point: Point, stage: str, identity: str | None = None) -> None:
+        """`identity` is the id of work that is not a point's own, as of a pack."""
+        self.identity = point.ids[stage] if identity is None else identity
+        self.path = point.study_dir / stage / self.identity
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether DONE is there; nothing else is looked at."""
+        return (self.path / DONE).is_file()
+
+    def is_done(self, *, check_bytes: bool = False) -> bool:
+        """Returns whether the work is finished and whole; see `is_done`. Raises Failure where it is damaged."""
+        return is_done(self.path, self.identity, check_bytes=check_bytes)
+
+    def mark_done(self, files: Sequence[str]) -> None:
+        """Writes DONE, which promises `files`."""
+        mark_done(self.path, self.identity, files)
+
+    def digest(self, name: str) -> str:
+        """Returns the SHA-256 that DONE promises for the file `name`."""
+        digest: str = self.read_json(DONE)["files"][name]["sha256"]
+        return digest
+
+    def read_json(self, name: str) -> Any:
+        """Returns the JSON in `name`. Raises Failure for a damaged file, FileNotFoundError for a missing one."""
+        return read_json(self.path / name)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes JSON atomically."""
+        write_json(self.path / name, content)
+
+    def write_lines(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes JSON lines atomically."""
+        write_text(self.path / name, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+    def save_tensors(self, name: str, tensors: "Mapping[str, Tensor]") -> str:
+        """Writes tensors atomically and returns the file's SHA-256."""
+        return save_tensors(self.path / name, tensors)
+
+    def load_tensors(self, name: str) -> "dict[str, Tensor]":
+        """Returns the tensors in the file `name`. Raises Failure where it cannot be read."""
+        return load_tensors(self.path / name)
 
 
 def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:

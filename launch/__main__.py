@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynexit.study.stages import INFER, STAGES, stages_until
 from launch.commands import add_commands
 from launch.tools import add_tools
 
@@ -16,15 +17,9 @@ if TYPE_CHECKING:
     from dynexit.study.grid import Study
     from launch.plan import Job
 
-STAGES = ("prepare", "train", "record", "search", "report")
 JOB_HELP = {
     "run": "do all jobs that are missing, in order, up to the report",
-    "prepare": "fit the backbone to the data set",
-    "train": "train exit heads and gates of every point",
-    "record": "record what every exit says of validation and test",
-    "search": "find the best exit configuration for every preference",
-    "report": "put all points side by side: table, figures, page, MLflow",
-    "infer": "classify with the best configuration within infer.relative_macs",
+    **{stage.name: stage.help for stage in (*STAGES.values(), INFER)},
 }
 
 
@@ -127,7 +122,7 @@ def _run(study: "Study", options: argparse.Namespace, misfits: Callable[..., lis
     from launch.ranks import num_ranks
     from launch.slurm.submissions import check_is_there, check_queue
 
-    stages = STAGES if options.command in ("run", "infer") else STAGES[: STAGES.index(options.command) + 1]
+    stages = stages_until("report" if options.command == "run" else options.command)
     if options.dry_run:
         return _print_plan(study, stages, options, misfits)
     if num_ranks() > 1:
@@ -197,12 +192,12 @@ def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespa
     failures: list[str] = []
     write_text(study.directory / "study.yaml", resolved_yaml(study, with_meanings=False))
     did_something = False
-    left = study if stages[0] == STAGES[0] else dataclasses.replace(study, points=_finished(study, "record"))
+    left = study if stages[0] == next(iter(STAGES)) else dataclasses.replace(study, points=_finished(study, "record"))
     for stage in stages:
         if not left.points:
             break
         if stage == "report":
-            jobs = [] if report_is_done(study) else [Job("report", study.points, study.directory)]
+            jobs = [] if report_is_done(study) else [Job("report", study.points)]
         else:
             jobs = missing_jobs(left, stage, check_bytes=True)
         if jobs:
@@ -211,13 +206,13 @@ def _run_stages(study: "Study", stages: Sequence[str], options: argparse.Namespa
         if stage != "report":
             left = dataclasses.replace(left, points=_finished(left, stage))
         if stage == "search":
-            check_budgets(left.points, study.directory)
+            check_budgets(left.points)
     if not did_something and options.command != "infer":
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
     if "report" in stages and report_is_done(study):
         _print_result(study)
     if options.command == "infer" and not failures:
-        failures += _run_jobs([Job("infer", left.points, study.directory)], options.on, study)
+        failures += _run_jobs([Job("infer", left.points)], options.on, study)
     return _told(failures)
 
 
@@ -234,7 +229,7 @@ def _tell(sentences: Sequence[str]) -> None:
 def _finished(study: "Study", stage: str) -> tuple:  # type: ignore[type-arg]
     from dynexit.jobs.finished import finished_jobs
 
-    return tuple(point for point in study.points if stage in finished_jobs(point, study.directory))
+    return tuple(point for point in study.points if stage in finished_jobs(point))
 
 
 def _run_jobs(jobs: "Sequence[Job]", where: str, study: "Study") -> list[str]:

@@ -137,11 +137,12 @@ def _cancel(options: argparse.Namespace) -> None:
 
 def _retry(options: argparse.Namespace) -> None:
     from dynexit.errors import UserError
+    from dynexit.study.stages import STAGES
     from launch.lock import hold
     from launch.plan import check_identity
     from launch.slurm.site import Site, load_site
     from launch.slurm.submissions import check_is_there, last_site
-    from launch.slurm.submit import ALL_STAGES, submit_study
+    from launch.slurm.submit import submit_study
 
     study, _ = _study_of(options)
     check_is_there(study.directory)
@@ -151,7 +152,7 @@ def _retry(options: argparse.Namespace) -> None:
     site = load_site(options.site) if before is None or options.site else Site.model_validate(before)
     with hold(study.directory):
         check_identity(study)
-        print("\n".join(submit_study(study, ALL_STAGES, site)))
+        print("\n".join(submit_study(study, tuple(STAGES), site)))
 
 
 def _aggregate(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dynexit.errors import Failure, Interrupted, UserError
 from dynexit.study.schema import Dist
+from dynexit.study.stages import stage_of
 from launch.lock import work_for
 from launch.plan import Job, done_together
 from launch.slurm.queue_view import last_error
@@ -72,10 +73,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def run_job(job: Job) -> str:
     """Runs a job in this process; returns the sentence of a failure (of the run, not of the request), or ''."""
-    from dynexit.jobs import stages as jobs
-
     try:
-        jobs.JOBS[job.stage](job.points, job.study_dir)
+        stage_of(job.stage).runner()(job.points)
     except Failure as failure:
         return str(failure)
     return ""

@@ -10,19 +10,11 @@ from typing import Any
 
 from dynexit.errors import UserError
 from dynexit.jobs.finished import is_recorded, report_identity
-from dynexit.run_dir import (
-    BEGUN,
-    DONE,
-    JOBS_OF_A_POINT,
-    MEMBERS,
-    folders_in_place,
-    is_done,
-    job_dir,
-    read_json,
-    write_json,
-)
-from dynexit.study.grid import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values, method_settings
-from dynexit.study.schema import Dist
+from dynexit.run_dir import BEGUN, DONE, MEMBERS, RunDir, folders_in_place, is_done, read_json, write_json
+from dynexit.study.grid import Point, Study, canonical_json, digest, fixed_values
+from dynexit.study.methods import METHODS
+from dynexit.study.schema import Dist, method_settings
+from dynexit.study.stages import POINT_STAGES, stage_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +23,11 @@ class Job:
 
     stage: str
     points: tuple[Point, ...]
-    study_dir: Path
+
+    @property
+    def study_dir(self) -> Path:
+        """The folder of the points' study."""
+        return self.points[0].study_dir
 
     @property
     def name(self) -> str:
@@ -44,8 +40,8 @@ class Job:
 
 def done_together(stage: str, dist: Dist) -> bool:
     """Whether all ranks that the study asks for do a job of this stage; what is not is work for one process."""
-    fits = dist.prepare_on_all_ranks or dist.deepspeed_stage is not None
-    return stage in ("train", "record") or (stage == "prepare" and fits)
+    ranks = stage_of(stage).ranks
+    return ranks == "all" or (ranks == "study" and (dist.prepare_on_all_ranks or dist.deepspeed_stage is not None))
 
 
 def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list[Job]:
@@ -56,9 +52,8 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
 
     def is_finished(point: Point) -> bool:
         if stage == "record":
-            return is_recorded(point, study.directory, check_bytes=check_bytes)
-        identity = point.ids[stage]
-        return is_done(job_dir(study.directory, stage, identity), identity, check_bytes=check_bytes)
+            return is_recorded(point, check_bytes=check_bytes)
+        return RunDir(point, stage).is_done(check_bytes=check_bytes)
 
     begun = (study.directory / stage).is_dir()  # of a new sweep of thousands of points not each is asked for
     points = [point for point in study.points if not begun or not is_finished(point)]
@@ -69,7 +64,7 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
     else:
         everyone = study.points if stage == "train" else points
         groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study), everyone)
-    return [Job(stage, tuple(group), study.directory) for group in groups]
+    return [Job(stage, tuple(group)) for group in groups]
 
 
 def make_packs(
@@ -78,7 +73,7 @@ def make_packs(
     unfinished: Sequence[Sequence[str]] = (),
     everyone: Sequence[Point] = (),
 ) -> list[list[Point]]:
-    """Points that differ only in PACK_KEYS, together, at most `members_per_pack` in one.
+    """Puts points that differ only in seed and in their method's pack_keys together, at most `members_per_pack` in one.
 
     Packs that were begun before (`unfinished`: lists of ids) stay as they were, so that their checkpoints serve and the
     bits do not change: with those of `everyone` that a pack had finished when it was killed.
@@ -106,11 +101,11 @@ def make_packs(
 
 def _pack_key(point: Point) -> str:
     config = point.config
-    method = json.loads(canonical_json(method_settings(config))) or {}
-    for name in PACK_KEYS:
-        method.pop(name.rpartition(".")[2], None)
+    settings = json.loads(canonical_json(method_settings(config))) or {}
+    for name in METHODS[config.train.method].pack_keys:
+        del settings[name]
     sections = (config.exits, config.train, config.record)
-    return digest([point.ids["prepare"], method, *(canonical_json(section) for section in sections)])
+    return digest([point.ids["prepare"], settings, *(canonical_json(section) for section in sections)])
 
 
 def unfinished_packs(study: Study) -> list[list[str]]:
@@ -129,7 +124,7 @@ def check_identity(study: Study) -> None:
     path = study.directory / "study.json"
     values = fixed_values(study)
     before = values
-    if any((study.directory / name).exists() for name in (*JOBS_OF_A_POINT, "submitted")):
+    if any((study.directory / name).exists() for name in (*POINT_STAGES, "submitted")):
         with contextlib.suppress(FileNotFoundError):
             before = read_json(path)
     for name, value in values.items():
@@ -149,7 +144,7 @@ def report_is_done(study: Study) -> bool:
         found = read_json(directory / DONE)
     except FileNotFoundError:
         return False
-    identity = report_identity(study.points, study.directory)
+    identity = report_identity(study.points)
     if isinstance(found, dict) and found.get("id", identity) != identity:
         return False  # of other points, or of fewer
     return is_done(directory, identity, check_bytes=True)

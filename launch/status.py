@@ -8,8 +8,9 @@ from typing import Any
 
 from dynexit.errors import Failure
 from dynexit.jobs.finished import failure_reason, finished_jobs
-from dynexit.run_dir import JOBS_OF_A_POINT, MEMBERS, METRICS, PROGRESS, folders_in_place, job_dir, read_json
+from dynexit.run_dir import MEMBERS, METRICS, PROGRESS, RunDir, folders_in_place, read_json
 from dynexit.study.grid import Point, Study
+from dynexit.study.stages import POINT_STAGES
 from launch.lock import is_held
 from launch.plan import report_is_done
 from launch.slurm.queue_view import QueueView
@@ -40,16 +41,12 @@ def study_status(study: Study, jobs: QueueView | None = None) -> list[PointStatu
 
 
 def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path], jobs: QueueView) -> PointStatus:
-    finished = finished_jobs(point, study.directory)
+    finished = finished_jobs(point)
     folder = packs.get(point.id)
-    log = (
-        folder / "log.txt"
-        if folder is not None
-        else job_dir(study.directory, "prepare", point.ids["prepare"]) / "log.txt"
-    )
-    reason = failure_reason(point, study.directory)
+    log = folder / "log.txt" if folder is not None else RunDir(point, "prepare") / "log.txt"
+    reason = failure_reason(point)
     state, step, figures = "waiting", "", ""
-    missing = next((job for job in JOBS_OF_A_POINT if job not in finished), None)
+    missing = next((job for job in POINT_STAGES if job not in finished), None)
     on_cluster = jobs.of(point, missing) if missing is not None else None
     if on_cluster is not None and on_cluster.is_failed:
         reason = reason or on_cluster.reason
@@ -57,8 +54,8 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
         reason = None  # it is being tried again
     if reason is not None:
         state, figures = "failed", reason
-    elif len(finished) == len(JOBS_OF_A_POINT):
-        state, figures = "done", _last_figures(study.directory, point)
+    elif len(finished) == len(POINT_STAGES):
+        state, figures = "done", _last_figures(point)
     elif finished or folder is not None:
         progress = _progress(folder) if missing == "train" and folder is not None else {}
         begun = missing != "train" or folder is not None
@@ -66,7 +63,7 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
         step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
         figures = " ".join(_told(progress))
         if "train" in finished:
-            figures = _last_figures(study.directory, point)
+            figures = _last_figures(point)
     elif held:
         state = "waiting (prepare running)"
     attempts = node = ""
@@ -102,9 +99,9 @@ def _told(progress: dict[str, Any]) -> Iterator[str]:
         yield f"{progress['images_per_second']:.0f} images/s {progress['seconds_left']:.0f} s left"
 
 
-def _last_figures(study_dir: Path, point: Point) -> str:
+def _last_figures(point: Point) -> str:
     """Accuracy and cost on validation at the end of the training."""
-    lines = (job_dir(study_dir, "train", point.id) / METRICS).read_text(encoding="utf-8").splitlines()
+    lines = (RunDir(point, "train") / METRICS).read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1]) if lines else {}
     if "validation_accuracy" not in last:
         return ""

@@ -10,6 +10,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from dynexit.study.grid import Point
+from dynexit.study.stages import stage_of
+
 ROOT = Path(__file__).parent.parent
 TINY = Path(__file__).parent / "tiny_study.yaml"
 os.environ["PYTHONPATH"] = str(ROOT)
@@ -57,6 +60,11 @@ def dynexit(folder: Path, *arguments: str | Path, status: int = 0) -> "subproces
         out, err = ((Path(printed) / name).read_text() for name in ("out", "err"))
     assert process.exitcode == status, f"exit status {process.exitcode}\n{out}\n{err}"
     return subprocess.CompletedProcess(words, status, out, err)
+
+
+def run_stage(stage: str, points: Sequence[Point]) -> None:
+    """Calls the function of a stage's job in this process."""
+    stage_of(stage).runner()(points)
 
 
 def digests(study_dir: Path) -> dict[str, str]:

@@ -1,13 +1,16 @@
 """What is written is whole or not there; what is finished is checked."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
 from dynexit.errors import Failure
 from dynexit.run_dir import (
+    RunDir,
     atomic_write,
-    done_digest,
     is_done,
     mark_done,
     read_json,
@@ -15,6 +18,7 @@ from dynexit.run_dir import (
     write_json,
     write_text,
 )
+from dynexit.study.grid import Point
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -59,7 +63,6 @@ def test_done_is_checked(tmp_path: Path) -> None:
     assert not is_done(tmp_path, "id1")
     folder = finished(tmp_path)
     assert is_done(folder, "id1", check_bytes=True)
-    assert done_digest(folder, "sub/weights") == sha256_file(folder / "sub" / "weights")
     with pytest.raises(Failure, match=r"holds the work of another configuration \(id id1, expected id2\)"):
         is_done(folder, "id2")
 
@@ -81,3 +84,20 @@ def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(Failure, match="is missing although its job is finished"):
         is_done(folder, "id1")
+
+
+def test_run_dir_gives_paths_files_and_done(tmp_path: Path) -> None:
+    point = cast(Point, SimpleNamespace(study_dir=tmp_path, ids={"train": "abc"}))
+    directory = RunDir(point, "train")
+    assert directory.path == tmp_path / "train" / "abc"
+    assert str(RunDir(point, "pack", "p1") / "log.txt") == f"{tmp_path}/pack/p1/log.txt"
+    assert not directory.is_done()
+    digest = directory.save_tensors("heads.safetensors", {"w": torch.arange(3.0)})
+    directory.write_lines("rows.jsonl", [{"a": 1}, {"a": 2}])
+    assert not directory.is_marked
+    directory.mark_done(["heads.safetensors", "rows.jsonl"])
+    assert directory.is_marked
+    assert directory.is_done(check_bytes=True)
+    assert directory.digest("heads.safetensors") == digest == sha256_file(directory / "heads.safetensors")
+    assert directory.load_tensors("heads.safetensors")["w"].tolist() == [0, 1, 2]
+    assert (directory / "rows.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'

@@ -11,7 +11,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import finished_jobs
 from dynexit.jobs.report import collect_rows
 from dynexit.report.table import write_csv
-from dynexit.run_dir import is_done, job_dir
+from dynexit.run_dir import RunDir
 from dynexit.study.read import load_study
 
 _STUDY = "study.yaml"
@@ -51,14 +51,14 @@ def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[
 
 
 def _rows(folder: Path, say: Callable[[str], None]) -> list[dict[str, str]]:
-    points = load_study(folder / _STUDY).points
-    ready = [point for point in points if "search" in finished_jobs(point, folder)]
+    points = load_study(folder / _STUDY).at(folder).points
+    ready = [point for point in points if "search" in finished_jobs(point)]
     say(f"{folder}: {len(ready)} of {len(points)} points are finished")
     for point, stage in itertools.product(ready, ("record", "search")):
-        is_done(job_dir(folder, stage, point.ids[stage]), point.ids[stage])  # raises where a file is missing
+        RunDir(point, stage).is_done()  # raises where a file is missing
     if not ready:
         return []
     with tempfile.TemporaryDirectory() as scratch:
-        write_csv(Path(scratch) / "rows.csv", collect_rows(ready, folder))
+        write_csv(Path(scratch) / "rows.csv", collect_rows(ready))
         with (Path(scratch) / "rows.csv").open(encoding="utf-8", newline="") as file:
             return [{"study": str(folder), **row} for row in csv.DictReader(file)]

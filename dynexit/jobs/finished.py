@@ -7,9 +7,10 @@ from typing import Any
 from dynexit.errors import Failure, UserError
 from dynexit.record.manifest import MANIFEST
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, DONE, FAILED, JOBS_OF_A_POINT, is_done, job_dir, read_json
+from dynexit.run_dir import BUDGETS, DONE, FAILED, RunDir
 from dynexit.study.grid import Point, digest
 from dynexit.study.schema import Record as RecordSettings
+from dynexit.study.stages import POINT_STAGES
 
 SPLITS = ("validation", "test")
 _MOST_CHECKED_BYTES = 64 << 20
@@ -26,16 +27,15 @@ def default_topk(num_classes: int) -> int:
     return num_classes if num_classes <= _MOST_FULL_CLASSES else 1
 
 
-def is_recorded(point: Point, study_dir: Path, *, check_sizes: bool = False, check_bytes: bool = False) -> bool:
+def is_recorded(point: Point, *, check_sizes: bool = False, check_bytes: bool = False) -> bool:
     """Whether `point` has a finished record of every split.
 
     A split that was moved aside is not there and will be recorded again, alone. Raises Failure, naming the shard, with
     `check_sizes` where one is missing or of another size, and with `check_bytes` also where one of a small record (up
     to 64 MiB a split) was altered; of a larger one that is found when the shard is first read.
     """
-    identity = point.ids["record"]
-    directory = job_dir(study_dir, "record", identity)
-    if not is_done(directory, identity, check_bytes=check_bytes):
+    directory = RunDir(point, "record")
+    if not directory.is_done(check_bytes=check_bytes):
         return False
     folders = [directory / split for split in recorded_splits(point.config.record)]
     if not all((folder / MANIFEST).is_file() for folder in folders):
@@ -48,17 +48,17 @@ def is_recorded(point: Point, study_dir: Path, *, check_sizes: bool = False, che
     return True
 
 
-def set_aside_stale(point: Point, study_dir: Path, checkpoint_sha256: str) -> list[Path]:
+def set_aside_stale(point: Point, checkpoint_sha256: str) -> list[Path]:
     """Moves what was recorded and searched of other weights of `point` aside, so that it is made again; the new names.
 
     A point that was trained again, alone after damage, has last bits of its own, and all of its outputs must be of the
     same weights. A record that is not finished cannot tell and goes too.
     """
-    record = job_dir(study_dir, "record", point.ids["record"])
+    record = RunDir(point, "record").path
     if not record.is_dir() or all(_is_of(record / split, checkpoint_sha256) for split in SPLITS):
         return []
     moved = []
-    for directory in (record, job_dir(study_dir, "search", point.ids["search"])):
+    for directory in (record, RunDir(point, "search").path):
         if directory.is_dir():
             number = sum(1 for _ in directory.parent.glob(f"{directory.name}.stale*"))
             moved.append(directory.rename(f"{directory}.stale{number or ''}"))
@@ -73,28 +73,28 @@ def _is_of(folder: Path, checkpoint_sha256: str) -> bool:
     return True
 
 
-def finished_jobs(point: Point, study_dir: Path) -> list[str]:
+def finished_jobs(point: Point) -> list[str]:
     """The jobs of the point that left DONE, in order."""
-    return [job for job in JOBS_OF_A_POINT if (job_dir(study_dir, job, point.ids[job]) / DONE).is_file()]
+    return [stage for stage in POINT_STAGES if RunDir(point, stage).is_marked]
 
 
-def failure_reason(point: Point, study_dir: Path) -> str | None:
+def failure_reason(point: Point) -> str | None:
     """Why the point's training failed, or None."""
     try:
-        reason: str = read_json(job_dir(study_dir, "train", point.id) / FAILED)["reason"]
+        reason: str = RunDir(point, "train").read_json(FAILED)["reason"]
     except FileNotFoundError:
         return None
     return reason
 
 
-def missing_reason(point: Point, study_dir: Path) -> str:
+def missing_reason(point: Point) -> str:
     """Why a point is not in the report, as a sentence."""
-    finished = finished_jobs(point, study_dir)
-    missing = next((job for job in JOBS_OF_A_POINT if job not in finished), "report")
-    return failure_reason(point, study_dir) or f"{point.label}: {missing} is not done"
+    finished = finished_jobs(point)
+    missing = next((stage for stage in POINT_STAGES if stage not in finished), "report")
+    return failure_reason(point) or f"{point.label}: {missing} is not done"
 
 
-def check_budgets(points: Sequence[Point], study_dir: Path) -> None:
+def check_budgets(points: Sequence[Point]) -> None:
     """Raises UserError for a budget that none of a study's searched points attains, with the nearest that one does.
 
     A budget that some attain is met by the best of them.
@@ -107,7 +107,7 @@ def check_budgets(points: Sequence[Point], study_dir: Path) -> None:
             settings.relative_macs or settings.relative_latency or settings.min_accuracy or settings.max_accuracy_drop
         ):
             continue
-        for entry in read_json(job_dir(study_dir, "search", point.ids["search"]) / BUDGETS):
+        for entry in RunDir(point, "search").read_json(BUDGETS):
             ((kind, value), *_) = entry["budget"].items()
             if "unattainable" in entry:
                 told = f"{entry['unattainable']} ({point.label})"
@@ -123,14 +123,14 @@ def check_budgets(points: Sequence[Point], study_dir: Path) -> None:
         raise UserError("; ".join(texts))
 
 
-def _searched(point: Point, study_dir: Path) -> Any:
+def _searched(point: Point) -> Any:
     try:
-        return read_json(job_dir(study_dir, "search", point.ids["search"]) / DONE)
+        return RunDir(point, "search").read_json(DONE)
     except FileNotFoundError:
         return None
 
 
-def report_identity(points: Sequence[Point], study_dir: Path) -> str:
+def report_identity(points: Sequence[Point]) -> str:
     """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
-    found = [[point.ids["search"], _searched(point, study_dir)] for point in points]
+    found = [[point.ids["search"], _searched(point)] for point in points]
     return digest([found, points[0].config.report.model_dump(mode="json")])

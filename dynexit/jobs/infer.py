@@ -20,27 +20,31 @@ from dynexit.errors import Failure, UserError
 from dynexit.jobs.load import begin, load_heads
 from dynexit.record.shards import Record
 from dynexit.report.table import Row, read_csv
-from dynexit.run_dir import HEADS, atomic_write, done_digest, job_dir, mark_done, write_json
+from dynexit.run_dir import HEADS, RunDir, atomic_write
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Point, digest
 
 
-def run_infer(points: Sequence[Point], study_dir: Path) -> None:
-    """See jobs.infer."""
+def run_infer(points: Sequence[Point]) -> None:
+    """Classifies a split with the best configuration within infer.relative_macs, really leaving early.
+
+    Leaves predictions.csv and summary.json in infer/<id> and prints the summary. Raises UserError where no operating
+    point is within the budget, Failure where the predictions differ from the record by more than near-ties.
+    """
     settings = points[0].config.infer
-    rows = read_csv(study_dir / "report" / "operating_points.csv")
+    rows = read_csv(points[0].study_dir / "report" / "operating_points.csv")
     chosen = choose(rows, settings.relative_macs, settings.source)
     point = next(point for point in points if chosen.point_id in (point.id, point.ids["search"]))
     config = point.config
-    ranks, data, model, costs = begin(point, study_dir)
-    heads, gates = load_heads([point], study_dir, model, costs, ranks)
+    ranks, data, model, costs = begin(point)
+    heads, gates = load_heads([point], model, costs, ranks)
     engine = Engine(model, costs.head_types, heads, gates)
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     engine.configure(configuration, config.search.confidence)
     samples = data.split(settings.split)
     answers, seconds, whole_seconds = _classify(engine, samples, settings.batch_size, ranks)
-    checkpoint = done_digest(job_dir(study_dir, "train", point.id), HEADS)
-    record = Record.open(job_dir(study_dir, "record", point.ids["record"]) / settings.split, checkpoint)
+    checkpoint = RunDir(point, "train").digest(HEADS)
+    record = Record.open(RunDir(point, "record") / settings.split, checkpoint)
     expected = _expected(record, costs, configuration, config.search.confidence)
     summary = _compare(answers, samples, record, expected, costs)
     summary |= {
@@ -55,11 +59,11 @@ def run_infer(points: Sequence[Point], study_dir: Path) -> None:
         "speed_up": whole_seconds / seconds,
     }
     identity = digest([chosen.point_id, chosen.configuration, settings.model_dump(mode="json")])
-    directory = job_dir(study_dir, "infer", identity)
+    directory = RunDir(point, "infer", identity)
     _write_predictions(directory / "predictions.csv", answers, samples)
-    write_json(directory / "summary.json", summary)
-    mark_done(directory, identity, ["predictions.csv", "summary.json"])
-    _print(summary, directory)
+    directory.write_json("summary.json", summary)
+    directory.mark_done(["predictions.csv", "summary.json"])
+    _print(summary, directory / "predictions.csv")
     if summary["unexplained_differences"]:
         raise Failure(
             f"{summary['unexplained_differences']} samples left elsewhere than the record says without being near a "
@@ -168,7 +172,7 @@ def _write_predictions(path: Path, answers: Answers, samples: Split) -> None:
         )
 
 
-def _print(summary: dict[str, Any], directory: Path) -> None:
+def _print(summary: dict[str, Any], predictions: Path) -> None:
     print(f"{summary['point']} ({summary['source']}), {summary['num_samples']} {summary['split']} images")
     print(f"accuracy {summary['accuracy']:.4f} at {summary['relative_macs']:.4f} of the backbone's MACs")
     print(f"left at each exit: {summary['exit_counts']} (the last is the backbone's own classifier)")
@@ -178,4 +182,4 @@ def _print(summary: dict[str, Any], directory: Path) -> None:
         f"{summary['differences_near_a_threshold']} of them decided otherwise than in the record, "
         f"{summary['unexplained_differences']} other differences"
     )
-    print(f"predictions: {directory / 'predictions.csv'}")
+    print(f"predictions: {predictions}")

@@ -1,10 +1,7 @@
 """Models put together from configurations and run directories."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -16,10 +13,10 @@ from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
-from dynexit.run_dir import BACKBONE, HEADS, is_done, job_dir, load_tensors, write_text
+from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
-from dynexit.study.methods import METHODS_WITH_GATES
-from dynexit.study.schema import Config
+from dynexit.study.methods import METHODS
+from dynexit.study.schema import Config, method_settings
 
 
 def check_model(config: Config, *, weights: bool) -> None:
@@ -58,35 +55,35 @@ def ranks_of(config: Config) -> Ranks:
     return start_ranks(config.dist.device, config.dist.num_threads)
 
 
-def begin(point: Point, study_dir: Path) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
+def begin(point: Point) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
     """What every job on a prepared backbone begins with: its ranks, the data that is there, and load_model's two."""
     config = point.config
     ranks = ranks_of(config)
     with ranks.failing_together():
         data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
-        model, costs = load_model(point, study_dir, ranks)
+        model, costs = load_model(point, ranks)
     return ranks, data, model, costs
 
 
-def load_model(point: Point, study_dir: Path, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
+def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
     """The prepared backbone with the point's exit positions, frozen, and what everything costs."""
-    config, identity = point.config, point.ids["prepare"]
-    directory = job_dir(study_dir, "prepare", identity)
-    if not is_done(directory, identity, check_bytes=True):
-        raise UserError(f"the backbone {identity} is not prepared; run `dynexit prepare` on the study first")
+    config, directory = point.config, RunDir(point, "prepare")
+    if not directory.is_done(check_bytes=True):
+        raise UserError(f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first")
     backbone = build_model(config, weights=False)
-    backbone.model.load_state_dict(load_tensors(directory / BACKBONE))
+    backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
     costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types)
-    if config.train.method not in METHODS_WITH_GATES:
+    if not METHODS[config.train.method].has_gates:
         costs = dataclasses.replace(costs, gate_macs=(0,) * len(costs.positions))
     return MultiExit(backbone, costs.positions, costs.head_types).to(ranks.device), costs
 
 
 def load_heads(
-    points: Sequence[Point], study_dir: Path, model: MultiExit, costs: ExitCosts, ranks: Ranks
+    points: Sequence[Point], model: MultiExit, costs: ExitCosts, ranks: Ranks
 ) -> tuple[StackedHeads, StackedGates | None]:
     """The trained heads and gates of `points`, stacked in that order; no gates where the method has none."""
     seeds, config = [point.config.seed for point in points], points[0].config
+    method = METHODS[config.train.method]
     dtype = {"float32": torch.float32, "float64": torch.float64}[config.train.precision]
     heads = StackedHeads(
         model.feature_dims,
@@ -94,22 +91,17 @@ def load_heads(
         costs.head_types,
         model.backbone.num_classes,
         seeds,
-        shrinkage=config.boosted.shrinkage if config.train.method == "boosted" else 0.0,
+        shrinkage=method_settings(config).shrinkage if method.is_additive else 0.0,
     )
-    gates = StackedGates(len(costs.positions), seeds) if config.train.method in METHODS_WITH_GATES else None
+    gates = StackedGates(len(costs.positions), seeds) if method.has_gates else None
     modules = [heads] if gates is None else [heads, gates]
     for module in modules:
         module.to(device=ranks.device, dtype=dtype).requires_grad_(False)
     for i, point in enumerate(points):
-        directory = job_dir(study_dir, "train", point.id)
-        if not is_done(directory, point.id, check_bytes=True):
+        directory = RunDir(point, "train")
+        if not directory.is_done(check_bytes=True):
             raise UserError(f"the point {point.label} is not trained; run `dynexit train` on the study first")
-        state = load_tensors(directory / HEADS)
+        state = directory.load_tensors(HEADS)
         for module in modules:
             module.load_member(i, state)
     return heads, gates
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes JSON lines, atomically."""
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))

@@ -1,16 +1,15 @@
 """The prepare job: fits the backbone to the data set."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
 from dynexit.data import load_data, workers_of
 from dynexit.dist import Ranks
-from dynexit.jobs.load import build_model, ranks_of, write_lines
+from dynexit.jobs.load import build_model, ranks_of
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
-from dynexit.run_dir import BACKBONE, COSTS, METRICS, is_done, job_dir, mark_done, save_tensors, write_json
+from dynexit.run_dir import BACKBONE, COSTS, METRICS, RunDir
 from dynexit.study.grid import Point
 from dynexit.study.schema import Config
 from dynexit.train.checkpoint import Checkpoints
@@ -28,12 +27,11 @@ def _remarks(config: Config, ranks: Ranks) -> Iterator[str]:
         yield "the backbone is random: prepare.num_epochs is 0 and backbone.weights is not set"
 
 
-def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
-    """See jobs.prepare."""
-    config, identity = points[0].config, points[0].ids["prepare"]
-    directory = job_dir(study_dir, "prepare", identity)
+def run_prepare(points: Sequence[Point]) -> None:
+    """Fits the backbone that the points share to the data set: backbone.safetensors, costs.json, metrics.jsonl."""
+    config, directory = points[0].config, RunDir(points[0], "prepare")
     ranks = ranks_of(config)
-    if ranks.agree(is_done(directory, identity)):
+    if ranks.agree(directory.is_done()):
         return
     stage = config.dist.deepspeed_stage
     if stage is not None:
@@ -49,8 +47,8 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
     steps_per_epoch = -(-len(data.train) // settings.global_batch_size)
     refuse_single_images(backbone, settings, len(data.train), ranks)
     task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
-    checkpoints = Checkpoints(directory, config.dist.checkpoint_seconds)
-    progress = Progress("prepare", directory, config.dist.log_seconds, quiet=not ranks.is_main)
+    checkpoints = Checkpoints(directory.path, config.dist.checkpoint_seconds)
+    progress = Progress("prepare", directory.path, config.dist.log_seconds, quiet=not ranks.is_main)
     for remark in _remarks(config, ranks):
         progress.say(remark)
     fit(
@@ -67,10 +65,10 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
     with ranks.failing_together():
         if not ranks.is_main:
             return
-        save_tensors(directory / BACKBONE, weights)
-        write_json(directory / COSTS, costs.to_json())
-        write_lines(directory / METRICS, task.rows)
+        directory.save_tensors(BACKBONE, weights)
+        directory.write_json(COSTS, costs.to_json())
+        directory.write_lines(METRICS, task.rows)
         if task.rows:
             progress.say(f"the backbone is right on {task.rows[-1]['validation_accuracy']:.4f} of the validation split")
-        mark_done(directory, identity, [BACKBONE, COSTS, METRICS])
+        directory.mark_done([BACKBONE, COSTS, METRICS])
         checkpoints.clear()

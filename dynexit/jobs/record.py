@@ -1,7 +1,6 @@
 """The record job: what every exit of the points says of each sample, from one pass of the backbone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,39 +16,37 @@ from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
 from dynexit.record.recorder import Recorder
-from dynexit.run_dir import BACKBONE, COSTS, HEADS, done_digest, job_dir, mark_done, write_json
+from dynexit.run_dir import BACKBONE, COSTS, HEADS, RunDir
 from dynexit.study.grid import Point
 
 
-def run_record(points: Sequence[Point], study_dir: Path) -> None:
-    """See jobs.record."""
-    points = ranks_of(points[0].config).agree([point for point in points if not is_recorded(point, study_dir)])
+def run_record(points: Sequence[Point]) -> None:
+    """Records what every exit of all `points` says of every split asked for, from one pass of the backbone."""
+    points = ranks_of(points[0].config).agree([point for point in points if not is_recorded(point)])
     if not points:
         return
-    ranks, data, model, costs = begin(points[0], study_dir)
+    ranks, data, model, costs = begin(points[0])
     with ranks.failing_together():
-        _record_splits(points, study_dir, ranks, data, model, costs)
+        _record_splits(points, ranks, data, model, costs)
     with ranks.failing_together():
         for point in points if ranks.is_main else []:
-            directory = job_dir(study_dir, "record", point.ids["record"])
-            write_json(directory / COSTS, costs.to_json())
-            mark_done(directory, point.ids["record"], [COSTS])
+            directory = RunDir(point, "record")
+            directory.write_json(COSTS, costs.to_json())
+            directory.mark_done([COSTS])
 
 
-def _record_splits(
-    points: Sequence[Point], study_dir: Path, ranks: Ranks, data: DataSets, model: MultiExit, costs: ExitCosts
-) -> None:
+def _record_splits(points: Sequence[Point], ranks: Ranks, data: DataSets, model: MultiExit, costs: ExitCosts) -> None:
     """This rank's shards of every split, for all points."""
     config = points[0].config
     # a stack of its own for every point: the bits of a record do not depend on who else is recorded
-    members = [load_heads([point], study_dir, model, costs, ranks) for point in points]
+    members = [load_heads([point], model, costs, ranks) for point in points]
     has_gates = members[0][1] is not None
-    directories = [job_dir(study_dir, "record", point.ids["record"]) for point in points]
+    directories = [RunDir(point, "record") for point in points]
     for split in recorded_splits(config.record):
         samples = data.split(split)
         recorder = Recorder(
             [directory / split for directory in directories],
-            [_record_header(point, study_dir, split, data) for point in points],
+            [_record_header(point, split, data) for point in points],
             exits=[(position, head_type) for position in costs.positions for head_type in costs.head_types],
             topk=config.record.topk or default_topk(data.num_classes),
             num_samples=len(samples),
@@ -59,7 +56,7 @@ def _record_splits(
             rank=ranks.global_rank,
             world_size=ranks.world_size,
         )
-        progress = Progress(f"record {split}", directories[0], config.dist.log_seconds, quiet=not ranks.is_main)
+        progress = Progress(f"record {split}", directories[0].path, config.dist.log_seconds, quiet=not ranks.is_main)
         with recorder, torch.no_grad():
             missing = recorder.missing_batches()
             ranges = [range(*recorder.layout.sample_range(batch)) for batch in missing]
@@ -83,9 +80,9 @@ def _outputs(
     return logits_1PBK, None if gates is None else gates(gate_features(logits_1PBK)).sigmoid()
 
 
-def _record_header(point: Point, study_dir: Path, split: str, data: DataSets) -> dict[str, Any]:
-    heads = done_digest(job_dir(study_dir, "train", point.id), HEADS)
-    backbone = done_digest(job_dir(study_dir, "prepare", point.ids["prepare"]), BACKBONE)
+def _record_header(point: Point, split: str, data: DataSets) -> dict[str, Any]:
+    heads = RunDir(point, "train").digest(HEADS)
+    backbone = RunDir(point, "prepare").digest(BACKBONE)
     return {
         "checkpoint_sha256": heads,
         "backbone_sha256": backbone,

@@ -15,7 +15,8 @@ import torch
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
-from dynexit.jobs.finished import SPLITS
+from dynexit.errors import Failure
+from dynexit.jobs.finished import SPLITS, check_budgets, missing_reason, report_identity
 from dynexit.record.shards import Record
 from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
@@ -24,18 +25,38 @@ from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import Row, mark_front, write_csv
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
-from dynexit.run_dir import COSTS, METRICS, job_dir, read_json
+from dynexit.run_dir import COSTS, DONE, METRICS, RunDir, mark_done
 from dynexit.search.held_back import calibration_samples
 from dynexit.study.grid import Point
 
 
-def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
+def run_report(points: Sequence[Point]) -> None:
+    """Puts all finished `points` side by side: table, figures, page, MLflow. Names the points that are missing.
+
+    Raises Failure where no point is finished, UserError for a budget that no point attains.
+    """
+    ready = [point for point in points if RunDir(point, "search").is_done()]
+    failed = [missing_reason(point) for point in points if point not in ready]
+    if not ready:
+        raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
+    check_budgets(ready)
+    directory = points[0].study_dir / "report"
+    (directory / DONE).unlink(missing_ok=True)
+    rows = write_report(ready, failed)
+    if points[0].config.report.mlflow:
+        track(ready, rows)
+    mark_done(
+        directory, report_identity(points), ["operating_points.csv", "uncertainty.csv", "pareto.png", "report.html"]
+    )
+
+
+def collect_rows(points: Sequence[Point]) -> list[Row]:
     """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds."""
     rows: list[Row] = []
     seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
     for point in points:
-        source = job_dir(study_dir, "record", point.ids["record"])
-        costs = ExitCosts.from_json(read_json(source / COSTS))
+        source = RunDir(point, "record")
+        costs = ExitCosts.from_json(source.read_json(COSTS))
         for split in SPLITS:
             record = Record.open(source / split)
             samples = choosing_samples(point, split, record.num_samples)
@@ -49,7 +70,7 @@ def collect_rows(points: Sequence[Point], study_dir: Path) -> list[Row]:
             ("search", "budgets.json"),
             ("fixed", "fixed.json"),
         ):
-            rows += _configuration_rows(point, source_name, _entries(point, file, study_dir))
+            rows += _configuration_rows(point, source_name, _entries(point, file))
     return mark_front(rows)
 
 
@@ -103,8 +124,8 @@ def _one_head_rows(costs: ExitCosts) -> list[int]:
     return [p * num_types for p in range(len(costs.positions))] + [-1]
 
 
-def _entries(point: Point, file: str, study_dir: Path) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = read_json(job_dir(study_dir, "search", point.ids["search"]) / file)
+def _entries(point: Point, file: str) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = RunDir(point, "search").read_json(file)
     return entries
 
 
@@ -136,21 +157,20 @@ def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str
 def write_report(
     points: Sequence[Point],
     failed: Sequence[str],
-    study_dir: Path,
 ) -> list[Row]:
-    """Writes report/ in `study_dir`: tables, figures and report.html; returns the rows of operating_points.csv.
+    """Writes report/ in the study's folder: tables, figures and report.html; returns the rows of operating_points.csv.
 
     `points` are recorded and searched; `failed` says in a sentence each what is missing and why.
     """
-    rows = collect_rows(points, study_dir)
+    rows = collect_rows(points)
+    settings, study_dir = points[0].config.report, points[0].study_dir
     directory = study_dir / "report"
-    settings = points[0].config.report
     study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
     figures = []
-    costs = ExitCosts.from_json(read_json(job_dir(study_dir, "record", points[0].ids["record"]) / COSTS))
+    costs = ExitCosts.from_json(RunDir(points[0], "record").read_json(COSTS))
     describe = partial(_describe, costs=costs)
-    entries = {point.ids["search"]: _entries(point, "budgets.json", study_dir) for point in points}
+    entries = {point.ids["search"]: _entries(point, "budgets.json") for point in points}
     published = published_beside(points[0])
     names = [f"block {position}" for position in costs.positions] + ["backbone"]
     for name, draw, alt, caption in (
@@ -170,18 +190,18 @@ def write_report(
         [_point_summary(point) for point in points],
         [*_NOTES, *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
-        sections=[_uncertainty(points, rows, study_dir)],
+        sections=[_uncertainty(points, rows)],
         describe=describe,
     )
     return rows
 
 
-def _uncertainty(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> Section:
+def _uncertainty(points: Sequence[Point], rows: Sequence[Row]) -> Section:
     """Writes uncertainty.csv and uncertainty.png, and gives the page's part on them."""
-    directory = study_dir / "report"
-    found = uncertainties(points, rows, study_dir)
+    directory = points[0].study_dir / "report"
+    found = uncertainties(points, rows)
     write_uncertainty(directory / "uncertainty.csv", found)
-    record = Record.open(job_dir(study_dir, "record", points[0].ids["record"]) / "test")
+    record = Record.open(RunDir(points[0], "record") / "test")
     classes = (record.layout.topk, int(record.header["num_classes"]))
     share = points[0].config.search.calibration_share
     return uncertainty_section(found, share, classes, directory / "uncertainty.png")
@@ -230,7 +250,7 @@ def _describe(row: Row, costs: ExitCosts) -> str:
     return describe_configuration(row.configuration, costs.positions, costs.head_types)
 
 
-def track(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> None:
+def track(points: Sequence[Point], rows: Sequence[Row]) -> None:
     """Writes the study and its points to MLflow; reporting again changes nothing there."""
     from dynexit.report.tracking import default_tracking_uri, flatten, log_study
 
@@ -247,14 +267,14 @@ def track(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> None
             "name": point.label,
             "params": flatten(point.config.model_dump(mode="json", exclude={"dist", "report", "infer"})),
             "metrics": own[point.id],
-            "history": _history(job_dir(study_dir, "train", point.id) / METRICS),
+            "history": _history(RunDir(point, "train") / METRICS),
             "tags": {"dynexit.method": point.config.train.method},
         }
         for point in points
     ]
     base = next(row for row in rows if row.source == "backbone" and row.split == "test")
     metrics = {"backbone_test_accuracy": base.accuracy, "num_points": float(len(points))}
-    log_study(uri, config.name, config.name, tracked, study_dir / "report", {}, metrics)  # type: ignore[arg-type]
+    log_study(uri, config.name, config.name, tracked, points[0].study_dir / "report", {}, metrics)  # type: ignore[arg-type]
 
 
 def _history(path: Path) -> dict[str, list[tuple[int, float]]]:

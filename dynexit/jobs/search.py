@@ -3,52 +3,53 @@
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 from dynexit.core.cost import ExitCosts
 from dynexit.jobs.finished import recorded_splits
 from dynexit.progress import Progress
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, COSTS, HEADS, done_digest, is_done, job_dir, mark_done, read_json, write_json
+from dynexit.run_dir import BUDGETS, COSTS, HEADS, RunDir
 from dynexit.search.budgets import KINDS, Budget
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.problem import Problem
 from dynexit.search.study_points import PointSearch, Search, fixed_points
 from dynexit.study.grid import Point
 from dynexit.study.keys import parse_weights
+from dynexit.study.methods import METHODS
 
 CONFIGURATIONS, FIXED = "configurations.json", "fixed.json"
 
 
-def run_search(points: Sequence[Point], study_dir: Path) -> None:
-    """See jobs.search. What is found does not depend on the number of processes."""
-    missing = [p for p in points if not is_done(job_dir(study_dir, "search", p.ids["search"]), p.ids["search"])]
+def run_search(points: Sequence[Point]) -> None:
+    """Finds exit configurations for preferences and budgets from records alone; chosen on validation, judged on test.
+
+    Leaves configurations.json, budgets.json and fixed.json per point; notes a budget that a point cannot attain. The
+    result does not depend on the number of processes.
+    """
+    missing = [p for p in points if not RunDir(p, "search").is_done()]
     if missing:
-        progress = Progress("search", study_dir / "search", missing[0].config.dist.log_seconds)
+        progress = Progress("search", missing[0].study_dir / "search", missing[0].config.dist.log_seconds)
         progress.start(len(missing))
-        for num_samples in _search_all(missing, study_dir):
+        for num_samples in _search_all(missing):
             progress.advance(num_samples, {})
         progress.finish()
 
 
-def _search_all(points: Sequence[Point], study_dir: Path) -> Iterator[int]:
+def _search_all(points: Sequence[Point]) -> Iterator[int]:
     workers = min(points[0].config.search.workers, len(points))
     if workers == 1:
-        yield from (_search_point(point, study_dir) for point in points)
+        yield from (_search_point(point) for point in points)
         return
     # forked processes would inherit torch's and numba's threads in whatever state they are
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:
-        yield from processes.map(_search_point, points, [study_dir] * len(points))
+        yield from processes.map(_search_point, points)
 
 
-def _search_point(point: Point, study_dir: Path) -> int:
+def _search_point(point: Point) -> int:
     """Searches one point; the number of samples it was searched on."""
-    identity, settings = point.ids["search"], point.config.search
-    source, checkpoint = (
-        job_dir(study_dir, "record", point.ids["record"]),
-        done_digest(_trained(point, study_dir), HEADS),
-    )
-    costs = ExitCosts.from_json(read_json(source / COSTS))
+    settings = point.config.search
+    source, checkpoint = RunDir(point, "record"), RunDir(point, "train").digest(HEADS)
+    costs = ExitCosts.from_json(source.read_json(COSTS))
     problems = {
         split: Problem.from_record(Record.open(source / split, checkpoint), costs, settings.confidence)
         for split in recorded_splits(point.config.record)
@@ -61,7 +62,7 @@ def _search_point(point: Point, study_dir: Path) -> int:
         normalize=settings.normalize,
         refine=settings.refine,
         starts=settings.num_random_starts,
-        additive=point.config.train.method == "boosted",
+        additive=METHODS[point.config.train.method].is_additive,
         latency=settings.latency,
     )
     asked = [Budget(kind, value) for kind in KINDS for value in getattr(settings, kind)]
@@ -70,13 +71,9 @@ def _search_point(point: Point, study_dir: Path) -> int:
     budgets = search.budgets()
     if settings.risk is not None:
         budgets.append(search.risk(problems["train"], settings.risk, settings.risk_confidence))
-    directory = job_dir(study_dir, "search", identity)
-    write_json(directory / CONFIGURATIONS, search.weights())
-    write_json(directory / BUDGETS, budgets)
-    write_json(directory / FIXED, fixed_points(problems["validation"], problems["test"]))
-    mark_done(directory, identity, [CONFIGURATIONS, BUDGETS, FIXED])
+    directory = RunDir(point, "search")
+    directory.write_json(CONFIGURATIONS, search.weights())
+    directory.write_json(BUDGETS, budgets)
+    directory.write_json(FIXED, fixed_points(problems["validation"], problems["test"]))
+    directory.mark_done([CONFIGURATIONS, BUDGETS, FIXED])
     return problems["validation"].num_samples
-
-
-def _trained(point: Point, study_dir: Path) -> Path:
-    return job_dir(study_dir, "train", point.id)

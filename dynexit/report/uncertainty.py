@@ -29,7 +29,7 @@ from dynexit.record.shards import Record
 from dynexit.report.figures import HUNDREDTHS
 from dynexit.report.table import FrontPoint, front_of, within_budgets
 from dynexit.report.table import Row as PointRow
-from dynexit.run_dir import COSTS, atomic_write, job_dir, read_json
+from dynexit.run_dir import COSTS, RunDir, atomic_write
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Point
@@ -213,7 +213,7 @@ def _sets(
         yield Measure(name, float(value), scope, exit_, **which)  # type: ignore[arg-type]
 
 
-def uncertainties(points: Sequence[Point], rows: Sequence[PointRow], study_dir: Path) -> list[Uncertainty]:
+def uncertainties(points: Sequence[Point], rows: Sequence[PointRow]) -> list[Uncertainty]:
     """The figures of the front's points by rising cost; of points less than a hundredth of the MACs apart, one."""
     front = within_budgets(front_of(rows), HUNDREDTHS)
     by_id = {identity: point for point in reversed(points) for identity in point.ids.values()}
@@ -222,7 +222,7 @@ def uncertainties(points: Sequence[Point], rows: Sequence[PointRow], study_dir: 
     # record by record, so that one at a time is held in memory
     for place in sorted(range(len(front)), key=lambda i: by_id[front[i].test.point_id].ids["record"]):
         point = by_id[front[place].test.point_id]
-        source = job_dir(study_dir, "record", point.ids["record"])
+        source = RunDir(point, "record")
         calibration, test = (_outputs_of(front[place].test, point, source, split) for split in ("validation", "test"))
         share = point.config.search.calibration_share
         held_back_N = calibration_samples(point.config.data, share, len(calibration.exit_index_N))
@@ -233,8 +233,8 @@ def uncertainties(points: Sequence[Point], rows: Sequence[PointRow], study_dir: 
     return [found[place] for place in range(len(front))]
 
 
-def _outputs_of(row: PointRow, point: Point, source: Path, split: str) -> Outputs:
-    costs = ExitCosts.from_json(read_json(source / COSTS))
+def _outputs_of(row: PointRow, point: Point, source: RunDir, split: str) -> Outputs:
+    costs = ExitCosts.from_json(source.read_json(COSTS))
     configuration = None
     if row.source == "backbone":
         configuration = Configuration(((-1, 0.0),) * len(costs.positions))

@@ -14,28 +14,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from dynexit.study.keys import Section
-from dynexit.study.methods import METHODS_WITH_SETTINGS
-from dynexit.study.schema import Config
+from dynexit.study.methods import sections_of_methods
+from dynexit.study.schema import Config, method_settings
+from dynexit.study.stages import METHOD, POINT_STAGES, STAGES
 from dynexit.study.validation import all_keys, contradictions, sentences, unknown_key
 
-# What each job's result depends on; a job's id covers these sections (and `seed` from training on) and nothing else,
-# and of the methods' sections only that of the point's own method.
-_PREPARE = ("data", "backbone", "prepare")
-_TRAIN = (*_PREPARE, "seed", "exits", "train", *METHODS_WITH_SETTINGS)
-JOB_SECTIONS = {
-    "prepare": _PREPARE,
-    "train": _TRAIN,
-    "record": (*_TRAIN, "record"),
-    "search": (*_TRAIN, "record", "search"),
-}
-SWEEPABLE = JOB_SECTIONS["search"]
-PACK_KEYS = ("seed", "jei_dnn.ce_ic_tradeoff")  # what members of one pack may differ in
+SWEEPABLE = tuple(
+    name
+    for section in STAGES["search"].sections
+    for name in (sections_of_methods() if section == METHOD else [section])
+)
 _FORMAT = 1  # of what the jobs write; a change of meaning raises it and with it every id
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting of the swept keys, and the ids of its four jobs."""
+    """One setting of the swept keys, and the id of each stage of it."""
 
     config: Config
     swept: dict[str, Any]
@@ -45,6 +39,11 @@ class Point:
     def id(self) -> str:
         """The point's id, which is that of its training."""
         return self.ids["train"]
+
+    @property
+    def study_dir(self) -> Path:
+        """The folder of the point's study."""
+        return self.config.study_dir
 
     @property
     def method(self) -> str:
@@ -79,7 +78,13 @@ class Study:
 
     @property
     def directory(self) -> Path:
-        return Path(self.config.runs_dir) / self.config.name
+        return self.config.study_dir
+
+    def at(self, directory: Path) -> "Study":
+        """Returns the same study with its results in `directory`, which may have been moved or renamed."""
+        place = {"runs_dir": str(directory.parent), "name": directory.name}
+        points = (dataclasses.replace(p, config=p.config.model_copy(update=place)) for p in self.points)
+        return dataclasses.replace(self, config=self.config.model_copy(update=place), points=tuple(points))
 
 
 def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str] = ()) -> Iterator[str]:
@@ -131,8 +136,8 @@ def expand(base: Config, sweep: dict[str, list[Any]], zipped: Sequence[str] = ()
         parts = {name: _section(name, base, setting, sections) for name in SWEEPABLE}
         config = base.model_copy(update={name: value for name, (value, _) in parts.items()})
         ids = {
-            job: _identity(job, [parts[name][1] for name in names if is_used(name, config)], hashes)
-            for job, names in JOB_SECTIONS.items()
+            stage: _identity(stage, [parts[name][1] for name in _sections(stage, config)], hashes)
+            for stage in POINT_STAGES
         }
         if ids["search"] not in seen:
             seen.add(ids["search"])
@@ -149,14 +154,15 @@ def _settings(sweep: dict[str, list[Any]], zipped: Sequence[str]) -> Iterator[di
         yield {name: value for part in parts for name, value in part.items()}
 
 
+def _sections(stage: str, config: Config) -> list[str]:
+    """The sections (or `seed`) that the stage's result depends on, of the methods' the configuration's own."""
+    names = [config.train.method if name == METHOD else name for name in STAGES[stage].sections]
+    return [name for name in names if name != config.train.method or method_settings(config) is not None]
+
+
 def is_used(section: str, config: Config) -> bool:
     """Whether results can depend on the section: those of other methods than the configuration's own cannot."""
-    return section not in METHODS_WITH_SETTINGS or section == config.train.method
-
-
-def method_settings(config: Config) -> Any:
-    """The section of the configuration's method, None where it has none."""
-    return getattr(config, config.train.method, None)
+    return section not in sections_of_methods() or section == config.train.method
 
 
 def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, tuple[Any, str]]) -> tuple[Any, str]:

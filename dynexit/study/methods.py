@@ -1,12 +1,14 @@
-"""The sections of a study that belong to one method each."""
+"""The methods that train exits: a table with a row per method, and the sections of a study that belong to one each.
 
-from typing import Literal
+A new method is a file in `dynexit/train` with its task and a row here; keys of its own also need a field of `Config`.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 from dynexit.study.keys import Section, key
-
-METHODS_WITH_SETTINGS = ("jei_dnn", "boosted", "weighted", "dyce")  # each in the section of its name
-METHODS_WITH_GATES = ("jei_dnn",)
-METHODS_WITH_ONE_HEAD_TYPE = ("jei_dnn", "boosted", "weighted")
 
 
 class JeiDnn(Section):
@@ -62,3 +64,88 @@ class Dyce(Section):
     ema_decay: float = key(
         0.9999, "decay of the moving average of the weights, reached gradually, that is kept; 0 has none", ge=0, lt=1
     )
+
+
+def _jei_dnn_mistakes(settings: JeiDnn, num_epochs: int) -> Iterator[str]:
+    if settings.max_warm_up_epochs >= num_epochs:
+        yield (
+            f"jei_dnn.max_warm_up_epochs = {settings.max_warm_up_epochs}: should be less than train.num_epochs, "
+            f"{num_epochs}, or the gates are never trained"
+        )
+
+
+def _dyce_mistakes(settings: Dyce, num_epochs: int) -> Iterator[str]:
+    if settings.num_warm_up_epochs >= num_epochs:
+        yield (
+            f"dyce.num_warm_up_epochs = {settings.num_warm_up_epochs}: should be less than train.num_epochs, "
+            f"{num_epochs}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What the rest of the program needs to know of a method."""
+
+    name: str
+    task: str
+    """`module:class` of its training, a subclass of `dynexit.train.pack.PackTask`: task(pack, settings)."""
+    settings: type[Section] | None = None
+    """Its own keys, in the section of its name."""
+    has_gates: bool = False
+    max_head_types: int | None = None
+    """Most exit heads at a position; None for any number."""
+    pack_keys: tuple[str, ...] = ()
+    """Keys of its section that members of one pack may differ in (`seed` always may)."""
+    is_additive: bool = False
+    """Whether an exit's logits include `shrinkage` (a key of its section) times those of the exit before."""
+    has_own_rates: bool = False
+    """Whether learning_rate and min_learning_rate are keys of its section instead of `train`."""
+    mistakes: Callable[[Any, int], Iterator[str]] | None = None
+    """Yields what is wrong with its settings for a number of epochs."""
+
+    def task_class(self) -> Callable[..., Any]:
+        """Returns the class of its training. Imports torch."""
+        module, _, name = self.task.partition(":")
+        task: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return task
+
+
+METHODS: dict[str, Method] = {}
+"""By the name that `train.method` takes."""
+
+
+def register_method(method: Method) -> None:
+    """Adds a method to the table. Raises ValueError where its name is taken."""
+    if method.name in METHODS:
+        raise ValueError(f"there is already a method {method.name!r}; choose another name")
+    METHODS[method.name] = method
+
+
+for _method in (
+    Method(
+        "jei_dnn",
+        "dynexit.train.jei_dnn:JeiDnnTask",
+        JeiDnn,
+        has_gates=True,
+        max_head_types=1,
+        pack_keys=("ce_ic_tradeoff",),
+        mistakes=_jei_dnn_mistakes,
+    ),
+    Method("independent", "dynexit.train.independent:IndependentTask"),
+    Method("boosted", "dynexit.train.boosted:BoostedTask", Boosted, max_head_types=1, is_additive=True),
+    Method("weighted", "dynexit.train.weighted:WeightedTask", Weighted, max_head_types=1),
+    Method("dyce", "dynexit.train.dyce:DyceTask", Dyce, has_own_rates=True, mistakes=_dyce_mistakes),
+):
+    register_method(_method)
+
+
+def known_method(name: str) -> str:
+    """Returns `name`. Raises ValueError where no method has it."""
+    if name not in METHODS:
+        raise ValueError(f"should be one of {', '.join(METHODS)}")
+    return name
+
+
+def sections_of_methods() -> tuple[str, ...]:
+    """Returns the names of the sections that belong to one method each."""
+    return tuple(method.name for method in METHODS.values() if method.settings is not None)

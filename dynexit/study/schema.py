@@ -4,6 +4,7 @@ A key marked `changes_results=False` says where or how fast something is done, n
 of an id. Everything else is: two studies with the same values of the sections a job depends on share that job's work.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -20,7 +21,7 @@ from dynexit.study.keys import (
     known_weights,
     no_duplicates,
 )
-from dynexit.study.methods import Boosted, Dyce, JeiDnn, Weighted
+from dynexit.study.methods import Boosted, Dyce, JeiDnn, Weighted, known_method
 
 CONFIDENCE_NAMES = ("max_probability", "margin", "entropy", "gate")
 
@@ -116,7 +117,7 @@ class Exits(Section):
 
 
 class Train(Section):
-    method: Literal["jei_dnn", "independent", "boosted", "weighted", "dyce"] = key(
+    method: Annotated[str, AfterValidator(known_method)] = key(
         "jei_dnn", "how exits are trained; a method's own keys stand in the section of its name, if it has any"
     )
     num_epochs: int = key(15, "epochs, the warm-up's included", "epochs", ge=1)
@@ -265,6 +266,16 @@ class Config(Section):
     report: Report = Field(default_factory=Report)
     infer: Infer = Field(default_factory=Infer)
     dist: Dist = Field(default_factory=Dist)
+
+    @property
+    def study_dir(self) -> Path:
+        """The study's folder."""
+        return Path(self.runs_dir) / self.name
+
+
+def method_settings(config: Config) -> Any:
+    """Returns the section of the configuration's method, None where it has none."""
+    return getattr(config, config.train.method, None)
 
 
 SECTIONS: dict[str, type[Section]] = {

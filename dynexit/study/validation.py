@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import ValidationError
 
-from dynexit.study.methods import METHODS_WITH_GATES, METHODS_WITH_ONE_HEAD_TYPE
-from dynexit.study.schema import SECTIONS, Config
+from dynexit.study.methods import METHODS
+from dynexit.study.schema import SECTIONS, Config, method_settings
 
 
 def all_keys() -> list[str]:
@@ -50,28 +50,25 @@ def sentences(error: ValidationError, prefix: str = "") -> list[str]:
 
 def contradictions(config: Config) -> Iterator[str]:
     """Mistakes that only several keys together make."""
-    method, num_epochs = config.train.method, config.train.num_epochs
-    rates = "dyce" if method == "dyce" else "train"
-    low, high = (getattr(getattr(config, rates), f"{name}learning_rate") for name in ("min_", ""))
-    if low > high:
-        yield f"{rates}.min_learning_rate = {low}: should be at most {rates}.learning_rate, {high}"
-    if method == "jei_dnn" and config.jei_dnn.max_warm_up_epochs >= num_epochs:
+    method, settings = METHODS[config.train.method], method_settings(config)
+    rates, section = ("train", config.train) if not method.has_own_rates else (method.name, settings)
+    if section.min_learning_rate > section.learning_rate:
         yield (
-            f"jei_dnn.max_warm_up_epochs = {config.jei_dnn.max_warm_up_epochs}: should be less than train.num_epochs, "
-            f"{num_epochs}, or the gates are never trained"
+            f"{rates}.min_learning_rate = {section.min_learning_rate}: should be at most {rates}.learning_rate, "
+            f"{section.learning_rate}"
         )
-    if method == "dyce" and config.dyce.num_warm_up_epochs >= num_epochs:
+    if method.mistakes is not None:
+        yield from method.mistakes(settings, config.train.num_epochs)
+    if method.max_head_types is not None and len(config.exits.head_types) > method.max_head_types:
+        several = [other.name for other in METHODS.values() if other.max_head_types is None]
         yield (
-            f"dyce.num_warm_up_epochs = {config.dyce.num_warm_up_epochs}: should be less than train.num_epochs, "
-            f"{num_epochs}"
+            f"exits.head_types = {config.exits.head_types}: should be one head type where train.method is "
+            f"{method.name}; {' and '.join(sorted(several))} take several"
         )
-    if method in METHODS_WITH_ONE_HEAD_TYPE and len(config.exits.head_types) > 1:
+    if not method.has_gates and config.search.confidence == "gate":
         yield (
-            f"exits.head_types = {config.exits.head_types}: should be one head type where train.method is {method}; "
-            "dyce and independent take several"
+            f"search.confidence = 'gate': should be another where train.method is {method.name}, which trains no gates"
         )
-    if method not in METHODS_WITH_GATES and config.search.confidence == "gate":
-        yield f"search.confidence = 'gate': should be another where train.method is {method}, which trains no gates"
     search = config.search
     if search.risk is not None and not config.record.train:
         yield (

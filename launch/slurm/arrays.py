@@ -10,7 +10,7 @@ from typing import Any
 
 from dynexit.errors import UserError
 from dynexit.jobs.finished import is_recorded
-from dynexit.run_dir import is_done, job_dir
+from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point, Study
 from launch.plan import Job, make_packs, missing_jobs, report_is_done, unfinished_packs
 from launch.slurm.cluster import Limits
@@ -84,22 +84,20 @@ def _unrecorded(study: Study, chains: Sequence[tuple[Job, ...]], live: Live) -> 
     in_chains = {point.id for chain in chains for point in chain[0].points}
     left: dict[str, list[Point]] = {}
     for point in study.points:  # a point of a chain was not trained, so it was not recorded either
-        if point.id not in in_chains and ("record", point.ids["search"]) not in live and not _is_searched(point, study):
+        if point.id not in in_chains and ("record", point.ids["search"]) not in live and not _is_searched(point):
             left.setdefault(point.id, []).append(point)
     firsts = [points[0] for points in left.values()]
     packs = make_packs(firsts, study.config.dist.members_per_pack, unfinished_packs(study))
     return [_recording([point for one in pack for point in left[one.id]], study) for pack in packs]
 
 
-def _is_searched(point: Point, study: Study) -> bool:
-    searched = job_dir(study.directory, "search", point.ids["search"])
-    return is_done(searched, point.ids["search"]) and is_recorded(point, study.directory, check_sizes=True)
+def _is_searched(point: Point) -> bool:
+    return RunDir(point, "search").is_done() and is_recorded(point, check_sizes=True)
 
 
 def _recording(points: Sequence[Point], study: Study) -> tuple[Job, ...]:
     return tuple(
-        Job(stage, tuple({point.ids[stage]: point for point in points}.values()), study.directory)
-        for stage in ("record", "search")
+        Job(stage, tuple({point.ids[stage]: point for point in points}.values())) for stage in ("record", "search")
     )
 
 
@@ -151,7 +149,7 @@ def _report(study: Study, arrays: Sequence[Array], live: Live) -> list[Array]:
         *(("afterany", i) for i in recordings),
         *(("afterany", job_id) for job_id in queued),
     )
-    return [Array("report", ((Job("report", study.points, study.directory),),), after)]
+    return [Array("report", ((Job("report", study.points),),), after)]
 
 
 def resolve(after: Iterable[tuple[str, int | str]], job_ids: Sequence[str], is_array: Callable[[int], bool]) -> str:

@@ -18,8 +18,6 @@ from launch.slurm.site import Site, site_contradictions
 from launch.slurm.submissions import Submission, check_strays, live_jobs, settled_jobs
 from launch.slurm.worker import ClusterTask
 
-ALL_STAGES = ("prepare", "train", "record", "search", "report")
-
 
 class _Executor(submitit.SlurmExecutor):
     """Submitit's, also where there is no SLURM: the text of a script can be made anywhere."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.jobs.finished import finished_jobs
-from dynexit.run_dir import is_done, job_dir, write_json
+from dynexit.run_dir import RunDir, write_json
+from dynexit.study.stages import STAGES, stage_of
 from launch.plan import Job
 from launch.slurm.interruptions import Terminated, interruptible, watched
 from launch.slurm.notes import CRASHED, FAILED_FOR_GOOD, OR_CRASHED, PARTLY_FAILED, PREEMPTED, TIMED_OUT, Notes, heading
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
 STOPPED, _FAILED = 75, 1  # exit statuses
-_ALONE = ("search", "report")  # what the main rank does when the others have left
+_ALONE = tuple(
+    stage.name for stage in STAGES.values() if stage.ranks == "one"
+)  # what the main rank does when the others have left
 _IDS = {"report": "train"}  # of points, where the work has none of its own
 
 
@@ -198,16 +201,14 @@ class _Work:
 
 def _is_left(job: Job) -> bool:
     """Whether a job of points has not left all its results."""
-    return any(job.stage not in finished_jobs(point, job.study_dir) for point in job.points)
+    return any(job.stage not in finished_jobs(point) for point in job.points)
 
 
 def _run(job: Job) -> Failure | UserError | None:
     """Runs a job; the failure that another try would not mend, or None."""
-    from dynexit.jobs import stages as jobs
-
     try:
         with unmasked_interrupts():
-            jobs.JOBS[job.stage](job.points, job.study_dir)
+            stage_of(job.stage).runner()(job.points)
     except (Failure, UserError) as failure:
         return failure
     return None
@@ -218,13 +219,13 @@ def _ready(job: Job) -> tuple[Job, dict[str, str]]:
 
     The main rank's view holds for all.
     """
-    needed = {"record": "train", "search": "record"}.get(job.stage)
+    needed = STAGES[job.stage].needs if job.stage in ("record", "search") else None
     points: Sequence[Point] = job.points
     damage: dict[str, str] = {}
 
     def has(stage: str, point: "Point") -> bool:
         try:
-            return is_done(job_dir(job.study_dir, stage, point.ids[stage]), point.ids[stage])
+            return RunDir(point, stage).is_done()
         except Failure as failure:
             damage[point.ids[job.stage]] = str(failure)
             return False

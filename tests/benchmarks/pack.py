@@ -6,6 +6,7 @@ Both sides run in turn in one process; the medians of the times and their ratio 
 """
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -17,13 +18,13 @@ import torch
 from dynexit.core.cost import ExitCosts
 from dynexit.data import Split
 from dynexit.dist import start_ranks
-from dynexit.jobs import stages as jobs
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
 from dynexit.study.methods import JeiDnn
 from dynexit.study.read import load_study
 from dynexit.study.schema import Train
+from dynexit.study.stages import stage_of
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.pack import Member, Pack
 from dynexit.train.schedule import JOINT
@@ -82,7 +83,7 @@ def digits_job(path: Path, rounds: int) -> None:
         quiet = [f"runs_dir={folder}", "dist.log_seconds=1000", "dist.num_threads=1"]
         whole = load_study(path, quiet)
         study_dir = whole.directory
-        jobs.prepare(whole.points, study_dir)
+        stage_of("prepare").runner()(whole.points)
         count = iter(range(10**6))
 
         def train(points: tuple) -> Callable[[], None]:  # type: ignore[type-arg]
@@ -90,7 +91,7 @@ def digits_job(path: Path, rounds: int) -> None:
                 fresh = study_dir.parent / f"copy{next(count)}"
                 fresh.mkdir()
                 (fresh / "prepare").symlink_to(study_dir.resolve() / "prepare")
-                jobs.train(points, fresh)
+                stage_of("train").runner()(dataclasses.replace(whole, points=points).at(fresh).points)
 
             return run
 

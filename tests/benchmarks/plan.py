@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-STAGES = ("prepare", "train", "record", "search", "report")
 
 
 def main(num_points: int) -> None:
     sys.path.insert(0, str(ROOT))
     from dynexit.study.read import load_study
+    from dynexit.study.stages import STAGES
     from launch.slurm.arrays import plan_arrays
     from launch.slurm.cluster import Limits
     from launch.slurm.site import Site
@@ -27,9 +27,9 @@ def main(num_points: int) -> None:
         with _timed(f"{num_points} points read and validated"):
             study = load_study(ROOT / "tests" / "tiny_study.yaml", [*grid, f"runs_dir={folder}"])
         with _timed("planned"):
-            arrays = plan_arrays(study, STAGES, Limits(1001, 200), {})
+            arrays = plan_arrays(study, tuple(STAGES), Limits(1001, 200), {})
         with _timed(f"{sum(len(array.tasks) for array in arrays)} jobs' scripts written"):
-            describe_submission(study, STAGES, Site())
+            describe_submission(study, tuple(STAGES), Site())
         study_and_grid = ["tests/tiny_study.yaml", *grid, f"runs_dir={folder}"]
         command = [sys.executable, "-m", "launch", "run", *study_and_grid, "--on", "slurm", "--dry-run"]
         imports = [sys.executable, "-c", "import dynexit.jobs.load"]

@@ -8,14 +8,13 @@ import pytest
 from safetensors.torch import load_file
 
 from dynexit.errors import Failure
-from dynexit.jobs import stages as jobs
 from dynexit.jobs.finished import failure_reason, finished_jobs
-from dynexit.run_dir import is_done, mark_done
+from dynexit.run_dir import RunDir, is_done, mark_done
 from dynexit.study.read import load_study
 from dynexit.train.jei_dnn import JeiDnnTask
 from launch.plan import make_packs, missing_jobs
 from launch.status import study_status
-from tests.command_line import TINY, digests
+from tests.command_line import TINY, digests, run_stage
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +25,7 @@ def test_nan_in_one_member_fails_that_point_alone(tmp_path: Path, monkeypatch: p
     directory = study.directory
     directory.mkdir()
     (directory / "study.yaml").write_text("")
-    jobs.prepare(study.points, directory)
+    run_stage("prepare", study.points)
     step = JeiDnnTask.train_step
 
     def poisoned(task: JeiDnnTask, batch, share):  # type: ignore[no-untyped-def]
@@ -36,13 +35,13 @@ def test_nan_in_one_member_fails_that_point_alone(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(JeiDnnTask, "train_step", poisoned)
     with pytest.raises(Failure) as caught:
-        jobs.train(study.points, directory)
+        run_stage("train", study.points)
     assert str(caught.value).startswith("seed=1 ce_ic_tradeoff=0.1: the gate loss was not finite at step 8")
     failed = study.points[2]
-    assert [point.label for point in study.points if finished_jobs(point, directory) == ["prepare", "train"]] == [
+    assert [point.label for point in study.points if finished_jobs(point) == ["prepare", "train"]] == [
         point.label for point in study.points if point is not failed
     ]
-    assert failure_reason(failed, directory) == str(caught.value)
+    assert failure_reason(failed) == str(caught.value)
     assert load_file(directory / "train" / failed.id / "last_good.safetensors")
     assert [status.state for status in study_status(study)] == [
         "record to do",
@@ -51,37 +50,36 @@ def test_nan_in_one_member_fails_that_point_alone(tmp_path: Path, monkeypatch: p
         "record to do",
     ]
     good = [point for point in study.points if point is not failed]
-    jobs.record(good, directory)
-    jobs.search(good, directory)
-    jobs.report(study.points, directory)
+    run_stage("record", good)
+    run_stage("search", good)
+    run_stage("report", study.points)
     page = (directory / "report" / "report.html").read_text()
     assert "seed=1 ce_ic_tradeoff=0.1: the gate loss was not finite" in page
     monkeypatch.undo()
     assert [job.points for job in missing_jobs(study, "train")] == [(failed,)]
-    jobs.train(study.points, directory)
+    run_stage("train", study.points)
     assert is_done(directory / "train" / failed.id, failed.id, check_bytes=True)
-    assert failure_reason(failed, directory) is None
+    assert failure_reason(failed) is None
 
 
 def test_a_pack_killed_while_it_writes_its_results_goes_on_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies = [load_study(TINY, [f"runs_dir={tmp_path}", f"name={name}", "seed=[0]"]) for name in ("killed", "whole")]
-    jobs.prepare(studies[0].points, studies[0].directory)
+    run_stage("prepare", studies[0].points)
     shutil.copytree(studies[0].directory / "prepare", studies[1].directory / "prepare")
     killed, whole = studies
-    jobs.train(whole.points, whole.directory)
+    run_stage("train", whole.points)
     written: list[str] = []
 
-    def dies_after_one(directory: Path, identity: str, files: list[str]) -> None:
-        mark_done(directory, identity, files)
-        written.append(identity)
-        if directory.parent.name == "train":
-            raise KeyboardInterrupt
+    def dies_after_one(directory: RunDir, files: list[str]) -> None:
+        mark_done(directory.path, directory.identity, files)
+        written.append(directory.identity)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("dynexit.jobs.train.mark_done", dies_after_one)
+    monkeypatch.setattr(RunDir, "mark_done", dies_after_one)
     with pytest.raises(KeyboardInterrupt):
-        jobs.train(killed.points, killed.directory)
+        run_stage("train", killed.points)
     monkeypatch.undo()
     assert written == [killed.points[0].id]
     (job,) = missing_jobs(killed, "train")
@@ -89,11 +87,11 @@ def test_a_pack_killed_while_it_writes_its_results_goes_on_as_it_was(
     in_the_way = killed.directory / "train" / killed.points[1].id / "heads.safetensors"
     in_the_way.mkdir(parents=True)
     with pytest.raises(Failure, match=r"heads.safetensors could not be written: Is a directory"):
-        jobs.train(job.points, killed.directory)
-    assert [("train" in finished_jobs(point, killed.directory)) for point in killed.points] == [True, False, True]
+        run_stage("train", job.points)
+    assert [("train" in finished_jobs(point)) for point in killed.points] == [True, False, True]
     in_the_way.rmdir()
     (again,) = missing_jobs(killed, "train")
-    jobs.train(again.points, killed.directory)
+    run_stage("train", again.points)
     assert missing_jobs(killed, "train") == []
     assert digests(killed.directory) == digests(whole.directory)
 
@@ -117,8 +115,8 @@ def test_packs_hold_what_differs_only_in_seed_and_tradeoff(tmp_path: Path) -> No
 
 def test_metrics_tell_of_every_epoch(tmp_path: Path) -> None:
     study = load_study(TINY, [f"runs_dir={tmp_path}", "jei_dnn.ce_ic_tradeoff=0.5", "seed=3"])
-    jobs.prepare(study.points, study.directory)
-    jobs.train(study.points, study.directory)
+    run_stage("prepare", study.points)
+    run_stage("train", study.points)
     lines = (study.directory / "train" / study.points[0].id / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]

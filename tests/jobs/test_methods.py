@@ -8,16 +8,15 @@ import pytest
 from dynexit.core.cost import ExitCosts
 from dynexit.data import load_data
 from dynexit.dist import start_ranks
-from dynexit.jobs import stages as jobs
 from dynexit.jobs.infer import run_infer
 from dynexit.jobs.load import load_heads, load_model
 from dynexit.record.shards import Record
 from dynexit.report.table import Row, read_csv
-from dynexit.run_dir import job_dir, read_json
+from dynexit.run_dir import RunDir
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
 from launch.plan import make_packs, missing_jobs
-from tests.command_line import TINY
+from tests.command_line import TINY, run_stage
 
 pytestmark = pytest.mark.slow
 
@@ -32,8 +31,8 @@ def done(folder: Path, *overrides: str) -> tuple[Study, list[Row]]:
     (study.directory / "study.yaml").write_text("")
     for stage in ("prepare", "train", "record", "search"):
         for job in missing_jobs(study, stage):
-            jobs.JOBS[stage](job.points, study.directory)
-    jobs.report(study.points, study.directory)
+            run_stage(stage, job.points)
+    run_stage("report", study.points)
     return study, read_csv(study.directory / "report" / "operating_points.csv")
 
 
@@ -55,9 +54,9 @@ def test_only_jei_dnn_has_gates(finished: tuple[Study, list[Row]]) -> None:
     study, rows = finished
     for point in study.points:
         gated = point.config.train.method == "jei_dnn"
-        source = job_dir(study.directory, "record", point.ids["record"])
+        source = RunDir(point, "record")
         record = Record.open(source / "test")
-        costs = ExitCosts.from_json(read_json(source / "costs.json"))
+        costs = ExitCosts.from_json(source.read_json("costs.json"))
         assert (record.gate is not None) == gated
         assert all(macs > 0 for macs in costs.gate_macs) == gated
         assert any(costs.gate_macs) == gated
@@ -72,13 +71,13 @@ def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Stu
     study, _ = finished
     point = next(point for point in study.points if point.config.train.method == "boosted")
     ranks = start_ranks("cpu")
-    model, costs = load_model(point, study.directory, ranks)
-    heads, gates = load_heads([point], study.directory, model, costs, ranks)
+    model, costs = load_model(point, ranks)
+    heads, gates = load_heads([point], model, costs, ranks)
     assert gates is None
     images = load_data(point.config.data).test.images
     features, _ = model.features(images)
     summed = None
-    record = Record.open(job_dir(study.directory, "record", point.ids["record"]) / "test")
+    record = Record.open(RunDir(point, "record") / "test")
     for p, (name, feature) in enumerate(zip(heads.row_names, features, strict=True)):
         own = heads.head(name, feature)[0]
         summed = own if summed is None else own + 0.5 * summed
@@ -105,11 +104,10 @@ def test_infer_leaves_where_the_record_says(
             "infer.batch_size=37",
         ],
     )
-    directory = same.directory
-    jobs.report(same.points, directory)  # this method's rows alone
-    run_infer(same.points, directory)
+    run_stage("report", same.points)  # this method's rows alone
+    run_infer(same.points)
     assert "0 other differences" in capsys.readouterr().out
-    jobs.report(study.points, study.directory)
+    run_stage("report", study.points)
 
 
 def test_search_over_gate_outputs_end_to_end(
@@ -122,10 +120,10 @@ def test_search_over_gate_outputs_end_to_end(
     trained = {point.id for point in study.points if point.config.train.method == "jei_dnn"}
     assert {point.id for point in gated.points} == trained  # searched again, not trained again
     point = gated.points[1]
-    record = Record.open(job_dir(gated.directory, "record", point.ids["record"]) / "validation")
-    costs = ExitCosts.from_json(read_json(job_dir(gated.directory, "record", point.ids["record"]) / "costs.json"))
+    record = Record.open(RunDir(point, "record") / "validation")
+    costs = ExitCosts.from_json(RunDir(point, "record").read_json("costs.json"))
     assert record.gate is not None
-    entries = read_json(job_dir(gated.directory, "search", point.ids["search"]) / "configurations.json")
+    entries = RunDir(point, "search").read_json("configurations.json")
     for entry in entries:
         exit_N = np.full(record.num_samples, len(costs.positions))
         macs_N = np.full(record.num_samples, float(costs.full_macs))
@@ -143,7 +141,7 @@ def test_search_over_gate_outputs_end_to_end(
         assert entry["validation"]["accuracy"] == pytest.approx(
             record.correct_RN[exit_N, np.arange(len(exit_N))].mean()
         )
-    run_infer(gated.points, gated.directory)
+    run_infer(gated.points)
     assert "0 other differences" in capsys.readouterr().out
     changed = {row.configuration for row in rows if row.source == "search"}
     assert changed != {row.configuration for row in before if row.source == "search" and row.method == "jei_dnn"}

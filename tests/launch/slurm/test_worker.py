@@ -18,7 +18,6 @@ import torch
 
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, Interrupted
-from dynexit.jobs import stages as jobs
 from dynexit.run_dir import mark_done, read_json, write_text
 from dynexit.study.grid import Point
 from dynexit.study.schema import Dist
@@ -265,14 +264,14 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
     one = train_job("a", tmp_path)
     tries = []
 
-    def train(points: Sequence[Point], study_dir: Path) -> None:
+    def train(points: Sequence[Point]) -> None:
         tries.append(folder.is_dir())
         if len(tries) == 1:
             folder.rename(away)
             raise Failure("the backbone is gone")
         raise Failure("not a number")
 
-    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", train)
     slept = []
 
     def sleep(seconds: float) -> None:
@@ -295,14 +294,14 @@ def test_a_file_system_that_is_lost_is_waited_for_and_the_job_tried_again(
     slept.clear()
     tries.clear()
 
-    def seem_to_train(points: Sequence[Point], study_dir: Path) -> None:
+    def seem_to_train(points: Sequence[Point]) -> None:
         tries.append(folder.is_dir())
         if len(tries) == 1:
             folder.rename(away)  # and what is written now lies where nobody looks
         else:
             finish(one)
 
-    monkeypatch.setitem(jobs.JOBS, "train", seem_to_train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", seem_to_train)
     again = _Work(Notes(folder, "7_2", mark), Ranks(0, 1, torch.device("cpu")), [one], 1)
     again.do(0, *_ready(one))
     assert (len(slept), tries, again.failures) == (3, [True, True], [])
@@ -321,7 +320,7 @@ def test_a_job_whose_working_directory_was_lost_is_done_again_in_the_one_that_is
     one = train_job("a", Path("runs/study"))
     tries = []
 
-    def train(points: Sequence[Point], study_dir: Path) -> None:
+    def train(points: Sequence[Point]) -> None:
         tries.append(1)
         if len(tries) == 1:  # for less time than anybody takes to look
             mount.rename(away)
@@ -329,7 +328,7 @@ def test_a_job_whose_working_directory_was_lost_is_done_again_in_the_one_that_is
             raise Failure("no such folder")
         finish(one)
 
-    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", train)
     work = _Work(Notes(mark.parent, "7_2", mark), Ranks(0, 1, torch.device("cpu")), [one], 1)
     work.do(0, *_ready(one))
     assert (len(tries), work.failures) == (2, [])
@@ -406,7 +405,7 @@ def test_what_a_job_began_beneath_a_lost_file_system_is_begun_again(
         Notes.look(notes_of_it)
         looked.set()
 
-    def train(points: Sequence[Point], study_dir: Path) -> None:
+    def train(points: Sequence[Point]) -> None:
         tries.append(1)
         if len(tries) == 1:
             mark.unlink()
@@ -416,7 +415,7 @@ def test_what_a_job_began_beneath_a_lost_file_system_is_begun_again(
             raise Failure("is no longer the folder that the job began in")
         raise Failure("not a number")
 
-    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", train)
     monkeypatch.setattr(interruptions, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(notes_of_it, "look", look)
     work = _Work(notes_of_it, Ranks(0, 1, torch.device("cpu")), [one], 1)
@@ -431,11 +430,11 @@ def test_one_rank_that_lost_its_file_system_is_a_crash(tmp_path: Path, monkeypat
     mark.touch()
     one = train_job("a", tmp_path)
 
-    def train(points: Sequence[Point], study_dir: Path) -> None:
+    def train(points: Sequence[Point]) -> None:
         mark.unlink()
         raise Failure("its file is gone")
 
-    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", train)
     monkeypatch.setattr(notes.time, "sleep", lambda seconds: mark.touch())
     work = _Work(Notes(tmp_path, "7_2", mark), Ranks(1, 2, torch.device("cpu")), [one], 1)
     with pytest.raises(Failure, match="its file is gone"):
@@ -533,11 +532,11 @@ def test_jobs_that_crash_leave_the_others_their_tries(tmp_path: Path) -> None:
 def test_what_raises_has_tries_of_its_own_beside_what_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(points: Sequence[Point], study_dir: Path) -> None:
+    def train(points: Sequence[Point]) -> None:
         if points[0].id in "ac":
             raise RuntimeError("torn")
 
-    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", train)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n9")
     tasks = [train_job(one, tmp_path) for one in "abc"]
     for left, killed_at in (([0, 1, 2], 2), ([1, 0, 2], None)):
@@ -560,7 +559,7 @@ def test_what_raises_has_tries_of_its_own_beside_what_is_killed(
 def train_job(letters: str, folder: Path) -> Job:
     stages = ("prepare", "record", "search")
     ids = [{"train": one} | {stage: f"{one}-{stage}" for stage in stages} for one in letters]
-    return Job("train", tuple(cast(Point, SimpleNamespace(id=one["train"], ids=one)) for one in ids), folder)
+    return Job("train", tuple(cast(Point, SimpleNamespace(id=one["train"], ids=one, study_dir=folder)) for one in ids))
 
 
 def work_of(folder: Path, tasks: Sequence[Job], rank: int = 0, world_size: int = 1) -> _Work:
@@ -582,14 +581,14 @@ def test_a_task_whose_last_job_used_up_its_tries_is_not_requeued(
 ) -> None:
     tasks = [train_job(one, tmp_path) for one in "abc"]
 
-    def train(points: Sequence[Point], study_dir: Path) -> None:
+    def train(points: Sequence[Point]) -> None:
         if points[0].id == "a":
             raise Failure("not a number")
         if points[0].id == "c":
             raise KeyboardInterrupt if killed else RuntimeError("torn")  # what ends the program, and what does not
         finish(tasks[1])
 
-    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", train)
     asked, orders = [], []
     for _ in range(2):
         work = work_of(tmp_path, tasks)
@@ -610,10 +609,10 @@ def test_a_task_whose_last_job_used_up_its_tries_is_not_requeued(
 def test_a_signal_of_which_a_compiled_module_made_an_error_is_no_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(points: Sequence[Point], study_dir: Path) -> None:
+    def train(points: Sequence[Point]) -> None:
         raise ImportError("initialization failed") from Interrupted("stopped by SIGUSR2")
 
-    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", train)
     job = train_job("a", tmp_path)
     work = work_of(tmp_path, [job])
     with pytest.raises(Interrupted, match="stopped by SIGUSR2"):
@@ -625,7 +624,7 @@ def test_what_is_damaged_is_left_out_and_told(tmp_path: Path, monkeypatch: pytes
     finish(train_job("abc", tmp_path))
     (tmp_path / "train" / "b" / "heads").write_text("")
     done: list[str] = []
-    monkeypatch.setitem(jobs.JOBS, "record", lambda points, study_dir: done.extend(point.id for point in points))
+    monkeypatch.setattr("dynexit.jobs.record.run_record", lambda points: done.extend(point.id for point in points))
     job = dataclasses.replace(train_job("abcd", tmp_path), stage="record")
     work = work_of(tmp_path, [job])
     work.do(0, *_ready(job))
@@ -641,12 +640,12 @@ def test_what_fails_on_one_rank_alone_stops_no_other_job(
 ) -> None:
     done: list[str] = []
 
-    def train(points: Sequence[Point], study_dir: Path) -> None:
+    def train(points: Sequence[Point]) -> None:
         if points[0].id == "a":
             raise Failure("no room here")
         done.append(points[0].id)
 
-    monkeypatch.setitem(jobs.JOBS, "train", train)
+    monkeypatch.setattr("dynexit.jobs.train.run_train", train)
     monkeypatch.setattr(Ranks, "any", lambda self, flags: flags)  # as the other rank would say
     both = [train_job(one, tmp_path) for one in "ab"]
     first = work_of(tmp_path, both, rank, world_size=2)
