@@ -33,7 +33,7 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
     config, identity = points[0].config, points[0].ids["prepare"]
     directory = job_dir(study_dir, "prepare", identity)
     ranks = ranks_of(config)
-    if ranks.agree(is_done(directory, identity)):
+    if ranks.broadcast(is_done(directory, identity)):
         return
     stage = config.dist.deepspeed_stage
     if stage is not None:

@@ -23,7 +23,7 @@ from dynexit.study.grid import Point
 
 def run_record(points: Sequence[Point], study_dir: Path) -> None:
     """See jobs.record."""
-    points = ranks_of(points[0].config).agree([point for point in points if not is_recorded(point, study_dir)])
+    points = ranks_of(points[0].config).broadcast([point for point in points if not is_recorded(point, study_dir)])
     if not points:
         return
     ranks, data, model, costs = begin(points[0], study_dir)

@@ -46,7 +46,7 @@ TASK_BY_METHOD: dict[str, Callable[[Pack, Any], PackTask]] = {
 
 def run_train(points: Sequence[Point], study_dir: Path) -> None:
     """See jobs.train."""
-    points = ranks_of(points[0].config).agree(_members(points, study_dir))
+    points = ranks_of(points[0].config).broadcast(_members(points, study_dir))
     if not points:
         return
     config = points[0].config

@@ -68,7 +68,7 @@ def evaluate(task: "JeiDnnTask", split: Split) -> Evaluation:
     total = {name: torch.zeros(size, dtype=torch.float64, device=task.ranks.device) for name, size in sums.items()}
     for images, labels in _my_batches(task, split):
         _add_batch(task, total, images, labels)
-    task.ranks.sum_(total.values())
+    task.ranks.all_reduce(total.values())
     count = total["count"]
     exits_ML = total["exits"]
     figures = {
@@ -96,7 +96,7 @@ def evaluate_exits(task: "PackTask", split: Split) -> tuple[Tensor, Tensor]:
     if sums_2ML is None:  # more ranks than batches
         shape = (2, len(task.members), len(task.heads.row_names) + 1)
         sums_2ML = torch.zeros(shape, dtype=torch.float64, device=task.ranks.device)
-    task.ranks.sum_([sums_2ML])
+    task.ranks.all_reduce([sums_2ML])
     accuracy_ML, cross_entropy_ML = sums_2ML.cpu() / len(split)
     return accuracy_ML, cross_entropy_ML
 

@@ -148,7 +148,7 @@ class PackTask:
         gradients = dict(zip(parameters, slopes, strict=True))
         loss_m = loss_m.detach() * share
         ranks_mW = self._not_finite_on(loss_m, gradients)
-        self.ranks.sum_([loss_m, ranks_mW, *gradients.values()])
+        self.ranks.all_reduce([loss_m, ranks_mW, *gradients.values()])
         alive_m = pick(self.alive_M, members)
         finite_m = finite_members(loss_m, gradients)
         self._note_stopped(alive_m & ~finite_m, members, term, ranks_mW.argmax(1))

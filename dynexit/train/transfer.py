@@ -124,7 +124,7 @@ class TransferTask:
         most = len(labels)
         if self.updates.lockstep:
             total = torch.tensor([len(labels)], device=self.ranks.device)
-            self.ranks.sum_([total])
+            self.ranks.all_reduce([total])
             most = -(-int(total) // self.ranks.world_size)
         count = -(-most // (self.settings.micro_batch_size or max(most, 1)))
         parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True) if count else ()
@@ -144,14 +144,14 @@ class TransferTask:
     def end_epoch(self, epoch: int) -> None:
         """Notes the epoch's loss and the accuracy on validation. Raises Failure where the loss is not finite."""
         self._refuse_losses_that_are_not_finite()
-        self.ranks.sum_([self.loss_sum])
+        self.ranks.all_reduce([self.loss_sum])
         loss = (self.loss_sum[0] / self.loss_sum[1]).item()
         self.loss_sum.zero_()
         self.rows.append({"epoch": epoch, "loss": loss, "validation_accuracy": self._accuracy()})
 
     def _refuse_losses_that_are_not_finite(self) -> None:
         by_rank = self.not_finite.clone()
-        self.ranks.sum_([by_rank])
+        self.ranks.all_reduce([by_rank])
         found = [(step, rank) for rank, step in enumerate(by_rank.tolist()) if step]
         if found:
             step, rank = min(found)
@@ -174,7 +174,7 @@ class TransferTask:
                 continue
             predictions = self.updates.evaluate(images.to(self.ranks.device)).argmax(1).cpu()
             correct_count += torch.tensor([(predictions == labels).sum(), len(labels)], device=self.ranks.device)
-        self.ranks.sum_([correct_count])
+        self.ranks.all_reduce([correct_count])
         return (correct_count[0] / correct_count[1]).item()
 
     def weights(self) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ class TransferTask:
 
     def _whole_loss_sum(self) -> Tensor:
         total = self.loss_sum.clone()
-        self.ranks.sum_([total])
+        self.ranks.all_reduce([total])
         return total
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

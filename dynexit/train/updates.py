@@ -161,7 +161,7 @@ class WholeModel:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         statistics = weigh_statistics(self.norms, share, self.ranks)
-        self.ranks.sum_([used, *statistics, *(p.grad for p in self.parameters if p.grad is not None)])
+        self.ranks.all_reduce([used, *statistics, *(p.grad for p in self.parameters if p.grad is not None)])
         for parameter, count in zip(self.parameters, used.tolist(), strict=True):
             if not count:  # the model does not use it, and weight decay must not either
                 parameter.grad = None

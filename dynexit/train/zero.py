@@ -82,7 +82,7 @@ class ZeroModel:
             engine.step()  # counts, and does nothing else
 
     def step(self, share: float, rate: float) -> None:
-        self.ranks.sum_(weigh_statistics(self.norms, share, self.ranks))
+        self.ranks.all_reduce(weigh_statistics(self.norms, share, self.ranks))
         set_rate(self._started().optimizer.optimizer.param_groups, rate)
         self._engine.step()
 
