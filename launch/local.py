@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from dynexit.errors import Failure, Interrupted, UserError
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 from launch.lock import work_for
 from launch.plan import Job, done_together
 from launch.slurm.queue_view import last_error
@@ -184,7 +184,7 @@ def _end_if_a_rank_is_lost(entry: _Running, ranks: int) -> None:
                 child.kill()
 
 
-def _places(dist: Dist, ranks: int) -> list[list[int]]:
+def _places(dist: DistSettings, ranks: int) -> list[list[int]]:
     """The GPUs of each job that may run at a time; without GPUs as many empty lists as the CPUs carry jobs."""
     gpus = [] if dist.device == "cpu" else visible_gpus()
     if not gpus:

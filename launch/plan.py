@@ -22,7 +22,7 @@ from dynexit.run_dir import (
     write_json,
 )
 from dynexit.study.grid import PACK_KEYS, Point, Study, canonical_json, digest, fixed_values, method_settings
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Job:
         )
 
 
-def done_together(stage: str, dist: Dist) -> bool:
+def done_together(stage: str, dist: DistSettings) -> bool:
     """Whether all ranks that the study asks for do a job of this stage; what is not is work for one process."""
     fits = dist.prepare_on_all_ranks or dist.deepspeed_stage is not None
     return stage in ("train", "record") or (stage == "prepare" and fits)

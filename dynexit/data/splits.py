@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynexit.errors import UserError
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 
 Batch = tuple[Tensor, Tensor, Tensor]  # index (B,) int64, images (B, C, H, W) float32, labels (B,) int64
 
@@ -37,7 +37,7 @@ class Workers:
     prefetch_batches: int = 2  # per process
 
 
-def workers_of(dist: Dist, device: torch.device) -> Workers:
+def workers_of(dist: DistSettings, device: torch.device) -> Workers:
     """What the section `dist` asks for; memory is pinned only where it serves a GPU."""
     pin = dist.pin_memory and device.type == "cuda"
     return Workers(dist.num_workers, dist.persistent_workers, pin, dist.prefetch_batches)

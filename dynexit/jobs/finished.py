@@ -9,7 +9,7 @@ from dynexit.record.manifest import MANIFEST
 from dynexit.record.shards import Record
 from dynexit.run_dir import BUDGETS, DONE, FAILED, JOBS_OF_A_POINT, is_done, job_dir, read_json
 from dynexit.study.grid import Point, digest
-from dynexit.study.schema import Record as RecordSettings
+from dynexit.study.schema import RecordSettings
 
 SPLITS = ("validation", "test")
 _MOST_CHECKED_BYTES = 64 << 20

@@ -9,7 +9,7 @@ METHODS_WITH_GATES = ("jei_dnn",)
 METHODS_WITH_ONE_HEAD_TYPE = ("jei_dnn", "boosted", "weighted")
 
 
-class JeiDnn(Section):
+class JeiDnnSettings(Section):
     ce_ic_tradeoff: float = key(
         0.7, "weight of the inference cost against the cross-entropy", "nats per full cost", ge=0
     )
@@ -31,11 +31,11 @@ class JeiDnn(Section):
     )
 
 
-class Boosted(Section):
+class BoostedSettings(Section):
     shrinkage: float = key(0.5, "what of the logits of the exit before is added to an exit's own", ge=0, le=1)
 
 
-class Weighted(Section):
+class WeightedSettings(Section):
     meta_interval: int = key(100, "batches from one update of the weighting network to the next", "batches", ge=1)
     strength: float = key(0.3, "how unequal samples may weigh: their weights lie within twice this of 1", ge=0, le=1)
     hidden_width: int = key(500, "width of the weighting network", ge=1)
@@ -46,7 +46,7 @@ class Weighted(Section):
     )
 
 
-class Dyce(Section):
+class DyceSettings(Section):
     loss: Literal["ce", "weighted", "distill"] = key(
         "ce",
         "ce: cross-entropy; weighted: scaled by 2 x (1 - confidence of the first exit) at all later ones; distill: "

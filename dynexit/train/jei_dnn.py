@@ -18,7 +18,7 @@ from dynexit.core.confidence import gate_features
 from dynexit.core.losses import gate_loss, gate_targets, head_loss, positive_weights, prediction_errors, warm_up_loss
 from dynexit.data import Batch
 from dynexit.models.heads import StackedGates
-from dynexit.study.methods import JeiDnn
+from dynexit.study.methods import JeiDnnSettings
 from dynexit.train.evaluate import Evaluation, evaluate
 from dynexit.train.members import Stack, copy_members, leaves, pick
 from dynexit.train.pack import Pack, PackTask
@@ -31,7 +31,7 @@ class JeiDnnTask(PackTask):
     terms = TERMS
     _plain_tensors = ("positive_weight_MG", *PackTask._plain_tensors)
 
-    def __init__(self, pack: Pack, method: JeiDnn) -> None:
+    def __init__(self, pack: Pack, method: JeiDnnSettings) -> None:
         super().__init__(pack)
         self.method = method
         model, costs, device = pack.model, pack.costs, pack.ranks.device

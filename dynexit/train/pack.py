@@ -18,7 +18,7 @@ from dynexit.data import Batch, Split
 from dynexit.dist import Ranks
 from dynexit.models.heads import StackedHeads
 from dynexit.models.multi_exit import MultiExit
-from dynexit.study.schema import Train
+from dynexit.study.schema import TrainSettings
 from dynexit.train.members import (
     MemberAdam,
     MemberSGD,
@@ -52,7 +52,7 @@ class Pack:
     model: MultiExit
     costs: ExitCosts
     members: Sequence[Member]
-    settings: Train
+    settings: TrainSettings
     validation: Split
     ranks: Ranks
     num_train: int = 1

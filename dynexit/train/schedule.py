@@ -8,8 +8,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from dynexit.study.methods import JeiDnn
-from dynexit.study.schema import Train
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
 
 WARM_UP, JOINT = "warm-up", "joint"
 TERMS = ("warm-up loss", "gate loss", "head loss")
@@ -43,18 +43,18 @@ class Group:
     def leader(self) -> int:
         return self.members[0]
 
-    def term(self, method: JeiDnn) -> int:
+    def term(self, method: JeiDnnSettings) -> int:
         """Index into TERMS of the loss that the next batch brings down."""
         if self.stage == WARM_UP:
             return 0
         return 1 + self.phase_step // method.bilevel_batch_count % 2
 
-    def learning_rate(self, settings: Train) -> float:
+    def learning_rate(self, settings: TrainSettings) -> float:
         """Constant in the warm-up, then a cosine over num_epochs, stepped once per joint epoch only."""
         return cosine_rate(self.joint_epochs, settings.num_epochs, settings.learning_rate, settings.min_learning_rate)
 
 
-def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnn) -> list[Group]:
+def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnnSettings) -> list[Group]:
     """One group per seed, in order of their first members."""
     stage = WARM_UP if method.max_warm_up_epochs else JOINT
     return [

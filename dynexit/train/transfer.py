@@ -12,7 +12,7 @@ from dynexit.data import Batch, Split, load_batches
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
-from dynexit.study.schema import Prepare
+from dynexit.study.schema import PrepareSettings
 from dynexit.train.schedule import cosine_rate
 from dynexit.train.updates import Updates, WholeModel, freeze, parameter_groups
 from dynexit.train.zero import ZeroModel
@@ -20,7 +20,7 @@ from dynexit.train.zero import ZeroModel
 _BATCH_SIZE = 256
 
 
-def refuse_single_images(backbone: Backbone, settings: Prepare, num_images: int, ranks: Ranks) -> None:
+def refuse_single_images(backbone: Backbone, settings: PrepareSettings, num_images: int, ranks: Ranks) -> None:
     """Raises UserError where an epoch's last batch leaves a rank with one image that a batch norm cannot use."""
     last = num_images % settings.global_batch_size or settings.global_batch_size
     if settings.num_epochs == 0 or last // ranks.world_size > 1:
@@ -37,7 +37,7 @@ def refuse_single_images(backbone: Backbone, settings: Prepare, num_images: int,
 
 
 @contextlib.contextmanager
-def _single_images(settings: Prepare) -> Iterator[None]:
+def _single_images(settings: PrepareSettings) -> Iterator[None]:
     """What a batch norm says of a single value in UserError's words."""
     try:
         yield
@@ -66,7 +66,7 @@ class TransferTask:
     def __init__(
         self,
         backbone: Backbone,
-        settings: Prepare,
+        settings: PrepareSettings,
         steps_per_epoch: int,
         seed: int,
         validation: Split,

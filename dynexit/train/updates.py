@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
-from dynexit.study.schema import Prepare
+from dynexit.study.schema import PrepareSettings
 
 Groups = list[dict[str, Any]]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,7 +67,7 @@ def freeze(backbone: Backbone, names: Iterable[str]) -> list[nn.Module]:
     return frozen
 
 
-def parameter_groups(backbone: Backbone, settings: Prepare) -> Groups:
+def parameter_groups(backbone: Backbone, settings: PrepareSettings) -> Groups:
     """The weights that are trained, by `factor` of the learning rate and `weight_decay`.
 
     Stem and blocks have factors of their own (JEI-DNN, section 5); from the tail to the stem each layer has
@@ -84,7 +84,7 @@ def parameter_groups(backbone: Backbone, settings: Prepare) -> Groups:
     return [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay), params in groups.items()]
 
 
-def make_optimizer(groups: Groups, settings: Prepare) -> torch.optim.Optimizer:
+def make_optimizer(groups: Groups, settings: PrepareSettings) -> torch.optim.Optimizer:
     """The optimizer that the settings name."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate)
@@ -117,7 +117,7 @@ class WholeModel:
 
     layout, lockstep = "whole", False
 
-    def __init__(self, model: nn.Module, groups: Groups, settings: Prepare, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, groups: Groups, settings: PrepareSettings, ranks: Ranks) -> None:
         self.model, self.settings, self.ranks = model, settings, ranks
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from dynexit.core.confidence import max_probability
 from dynexit.core.losses import cross_entropies
 from dynexit.data import Batch
 from dynexit.models.heads import StackedHeads
-from dynexit.study.methods import Weighted
+from dynexit.study.methods import WeightedSettings
 from dynexit.train.independent import IndependentTask
 from dynexit.train.members import MemberAdam, MemberSGD, Stack, leaves
 from dynexit.train.pack import Pack
@@ -32,7 +32,7 @@ class WeightedTask(IndependentTask):
 
     terms = ("head loss", "meta loss")
 
-    def __init__(self, pack: Pack, method: Weighted) -> None:
+    def __init__(self, pack: Pack, method: WeightedSettings) -> None:
         super().__init__(pack)
         self.method = method
         num_exits = len(pack.model.positions)

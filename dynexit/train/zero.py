@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dynexit.dist import Ranks
 from dynexit.errors import UserError
-from dynexit.study.schema import Prepare
+from dynexit.study.schema import PrepareSettings
 from dynexit.train.updates import Groups, make_optimizer, set_rate, weigh_statistics
 
 
@@ -31,7 +31,7 @@ class ZeroModel:
 
     lockstep = True
 
-    def __init__(self, model: nn.Module, groups: Groups, settings: Prepare, ranks: Ranks, stage: int) -> None:
+    def __init__(self, model: nn.Module, groups: Groups, settings: PrepareSettings, ranks: Ranks, stage: int) -> None:
         check_installed(stage)
         self.model, self.groups, self.settings, self.ranks, self.stage = model, groups, settings, ranks, stage
         self.layout = f"ZeRO-{stage} over {ranks.world_size} ranks"

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynexit.study.schema import Train
+from dynexit.study.schema import TrainSettings
 from dynexit.train.independent import IndependentTask
 from tests.reference.deep_supervision_training import build_heads, cosine, divergence, state_of, train_heads
 from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split
 
-TRAIN = Train(num_epochs=4, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
+TRAIN = TrainSettings(num_epochs=4, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
 HEAD_TYPES = ("mlp2x8", "linear")
 SEEDS = (0, 3, 1)
 
 
-def make(seeds: tuple[int, ...] = SEEDS, train: Train = TRAIN) -> IndependentTask:
+def make(seeds: tuple[int, ...] = SEEDS, train: TrainSettings = TRAIN) -> IndependentTask:
     return IndependentTask(tiny_pack([(seed, 0.0) for seed in seeds], train, HEAD_TYPES))
 
 

@@ -13,8 +13,8 @@ from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
-from dynexit.study.methods import JeiDnn
-from dynexit.study.schema import Train
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.loop import fit
@@ -41,12 +41,14 @@ def tiny_model(head_types: Sequence[str] = ("linear",)) -> tuple[MultiExit, Exit
     return MultiExit(backbone, costs.positions), costs
 
 
-def tiny_task(members: Sequence[tuple[int, float]], train: Train, method: JeiDnn) -> JeiDnnTask:
+def tiny_task(members: Sequence[tuple[int, float]], train: TrainSettings, method: JeiDnnSettings) -> JeiDnnTask:
     """The training of members given as (seed, ce_ic_tradeoff)."""
     return JeiDnnTask(tiny_pack(members, train), method)
 
 
-def tiny_pack(members: Sequence[tuple[int, float]], train: Train, head_types: Sequence[str] = ("linear",)) -> Pack:
+def tiny_pack(
+    members: Sequence[tuple[int, float]], train: TrainSettings, head_types: Sequence[str] = ("linear",)
+) -> Pack:
     """A pack of members given as (seed, ce_ic_tradeoff)."""
     model, costs = tiny_model(head_types)
     named = [Member(seed, tradeoff, f"seed={seed} ce_ic_tradeoff={tradeoff}") for seed, tradeoff in members]
