@@ -23,7 +23,7 @@ _LOST_SECONDS = 10  # in which the other ranks find out by themselves
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class LocalTask:
     """What submitit calls: one job. After a time-out the same call, made again, goes on where it stopped.
 
     Where there are several ranks, they meet at `port` of this machine. SIGTERM ends it, a training at its step, saved.
@@ -120,7 +120,7 @@ def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
                     timeout_min=dist.timeout_minutes, tasks_per_node=ranks, visible_gpus=gpus, gpus_per_node=len(gpus)
                 )
                 with _signals(signal.SIG_IGN, signal.SIGINT):  # of Ctrl-C only the launcher is to hear
-                    submitted = executor.submit(Task(os.getpid(), _free_port() if ranks > 1 else None), job)
+                    submitted = executor.submit(LocalTask(os.getpid(), _free_port() if ranks > 1 else None), job)
                 running.append(_Running(job, submitted, gpus, attempt))
                 where = f"process {submitted.job_id}" + (f", {ranks} ranks" if ranks > 1 else "")
                 log = submitted.task(0).paths.stdout

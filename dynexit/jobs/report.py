@@ -19,7 +19,7 @@ from dynexit.jobs.finished import SPLITS
 from dynexit.record.shards import Record
 from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
-from dynexit.report.page import Figure, Section, describe_configuration, write_page
+from dynexit.report.page import Figure, PageSection, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import Row, mark_front, write_csv
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
@@ -176,7 +176,7 @@ def write_report(
     return rows
 
 
-def _uncertainty(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> Section:
+def _uncertainty(points: Sequence[Point], rows: Sequence[Row], study_dir: Path) -> PageSection:
     """Writes uncertainty.csv and uncertainty.png, and gives the page's part on them."""
     directory = study_dir / "report"
     found = uncertainties(points, rows, study_dir)

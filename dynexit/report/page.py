@@ -34,7 +34,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page of its own: one mapping per row of its table, as for `budgets`, and maybe a figure."""
 
     heading: str
@@ -53,7 +53,7 @@ def write_page(
     notes: Sequence[str],
     *,
     budgets: Sequence[Mapping[str, Any]] = (),
-    sections: Sequence[Section] = (),
+    sections: Sequence[PageSection] = (),
     describe: Callable[[Row], str] | None = None,
 ) -> None:
     """Writes the page. The first figure stands on top, the others after the table of the front.

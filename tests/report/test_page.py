@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dynexit.report.figures import exit_share_figure, pareto_figure
-from dynexit.report.page import Figure, Section, describe_configuration, write_page
+from dynexit.report.page import Figure, PageSection, describe_configuration, write_page
 from dynexit.report.table import Row
 from tests.report.synthetic_rows import POSITIONS, synthetic_rows
 
@@ -71,7 +71,7 @@ def page(path, pictures, **changes):
             {"budget": "relative_macs ≤ 0.5", "configuration": "exit after block 2", "test": 0.51, "holds": False},
             {"budget": "accuracy drop ≤ 0.01", "configuration": "exit after block 4", "test": 0.4, "holds": True},
         ],
-        "sections": [Section("Calibration", "How far to trust it.", [{"exit": 0, "ece": 0.015}])],
+        "sections": [PageSection("Calibration", "How far to trust it.", [{"exit": 0, "ece": 0.015}])],
         "describe": describe,
         **changes,
     }
@@ -120,7 +120,7 @@ def test_text_is_text(tmp_path, pictures):
     figure = Figure(pictures[0].path, sly, sly)
     html = page(
         tmp_path / "report.html", pictures, title=sly, study_text=sly, notes=[sly], points_table=[{sly: sly}],
-        budgets=[{"budget": sly}], sections=[Section(sly, sly, [{"a": sly}], figure)], describe=lambda row: sly,
+        budgets=[{"budget": sly}], sections=[PageSection(sly, sly, [{"a": sly}], figure)], describe=lambda row: sly,
         figures=[figure],
     )  # fmt: skip
     document = Document(html)
