@@ -15,8 +15,8 @@ from dynexit.study.grid import Point
 from dynexit.study.schema import Config
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.loop import fit
+from dynexit.train.parallel import check_installed
 from dynexit.train.transfer import TransferTask, refuse_single_images
-from dynexit.train.zero import check_installed
 
 
 def _remarks(config: Config, ranks: Ranks) -> Iterator[str]:

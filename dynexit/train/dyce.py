@@ -19,9 +19,8 @@ from dynexit.core.losses import divergences, first_exit_weights, soft_cross_entr
 from dynexit.data import Batch
 from dynexit.study.methods import DyceSettings
 from dynexit.train.independent import IndependentTask
-from dynexit.train.members import MemberAdam, Stack, stack_of
+from dynexit.train.optimizers import MemberAdam, Stack, cosine_rate, stack_of
 from dynexit.train.pack import Pack
-from dynexit.train.schedule import cosine_rate
 
 
 class DyceTask(IndependentTask):

@@ -7,7 +7,7 @@ Shapes: M members of the pack, m chosen members, L exits, G = L-1 gates, P = G p
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,56 @@ from dynexit.core.losses import gate_loss, gate_targets, head_loss, positive_wei
 from dynexit.data import Batch
 from dynexit.models.heads import StackedGates
 from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
 from dynexit.train.evaluate import Evaluation, evaluate
-from dynexit.train.members import Stack, copy_members, leaves, pick
+from dynexit.train.optimizers import Stack, copy_members, cosine_rate, leaves, pick
 from dynexit.train.pack import Pack, PackTask
-from dynexit.train.schedule import JOINT, TERMS, WARM_UP, Group, make_groups
+
+WARM_UP, JOINT = "warm-up", "joint"
+TERMS = ("warm-up loss", "gate loss", "head loss")
+
+
+@dataclasses.dataclass
+class Group:
+    """Members of one seed; its first member, the leader, is the one that is trained during the warm-up."""
+
+    members: list[int]
+    stage: str
+    warm_up_epochs: int = 0
+    joint_epochs: int = 0
+    phase_step: int = 0  # joint batches since the alternation began
+    best_accuracy: list[float] = dataclasses.field(default_factory=list)  # per exit, on validation, of the warm-up
+    impatience: list[int] = dataclasses.field(default_factory=list)  # epochs without a better one
+    frozen: list[bool] = dataclasses.field(default_factory=list)  # exits whose warm-up has ended
+
+    @property
+    def leader(self) -> int:
+        return self.members[0]
+
+    def term(self, method: JeiDnnSettings) -> int:
+        """Index into TERMS of the loss that the next batch brings down."""
+        if self.stage == WARM_UP:
+            return 0
+        return 1 + self.phase_step // method.bilevel_batch_count % 2
+
+    def learning_rate(self, settings: TrainSettings) -> float:
+        """Constant in the warm-up, then a cosine over num_epochs, stepped once per joint epoch only."""
+        return cosine_rate(self.joint_epochs, settings.num_epochs, settings.learning_rate, settings.min_learning_rate)
+
+
+def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnnSettings) -> list[Group]:
+    """One group per seed, in order of their first members."""
+    stage = WARM_UP if method.max_warm_up_epochs else JOINT
+    return [
+        Group(
+            members=[i for i, other in enumerate(seeds) if other == seed],
+            stage=stage,
+            best_accuracy=[-1.0] * num_gates,
+            impatience=[0] * num_gates,
+            frozen=[False] * num_gates,
+        )
+        for seed in dict.fromkeys(seeds)
+    ]
 
 
 class JeiDnnTask(PackTask):

@@ -19,7 +19,7 @@ from dynexit.dist import Ranks
 from dynexit.models.heads import StackedHeads
 from dynexit.models.multi_exit import MultiExit
 from dynexit.study.schema import TrainSettings
-from dynexit.train.members import (
+from dynexit.train.optimizers import (
     MemberAdam,
     MemberSGD,
     Stack,

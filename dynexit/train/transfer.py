@@ -1,7 +1,8 @@
 """Fits a backbone to a data set, all of its weights or what of them is not frozen, as the loop's Task."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,32 @@ from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
 from dynexit.study.schema import PrepareSettings
-from dynexit.train.schedule import cosine_rate
-from dynexit.train.updates import Updates, WholeModel, freeze, parameter_groups
-from dynexit.train.zero import ZeroModel
+from dynexit.train.optimizers import cosine_rate, parameter_groups
+from dynexit.train.parallel import Updates, WholeModel, ZeroModel
 
 _BATCH_SIZE = 256
+
+
+def freeze(backbone: Backbone, names: Iterable[str]) -> list[nn.Module]:
+    """Freezes the weights and modules of these names; returns the modules, whose statistics are to stay too.
+
+    Raises UserError for a name of neither, and where no weight is left to train.
+    """
+    modules, weights = dict(backbone.model.named_modules()), dict(backbone.model.named_parameters())
+    frozen = []
+    for name in names:
+        if name in weights:
+            weights[name].requires_grad_(False)
+        elif name and name in modules:
+            frozen.append(modules[name].requires_grad_(False))
+        else:
+            near = difflib.get_close_matches(name, [*weights, *modules], n=1, cutoff=0.0)
+            raise UserError(
+                f"prepare.frozen: {backbone.name} has no weight or module {name!r}; the nearest name is {near[0]!r}"
+            )
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise UserError("prepare.frozen: no weight is left to train; set prepare.num_epochs=0 to take them as they are")
+    return frozen
 
 
 def refuse_single_images(backbone: Backbone, settings: PrepareSettings, num_images: int, ranks: Ranks) -> None:

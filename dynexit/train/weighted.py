@@ -19,7 +19,7 @@ from dynexit.data import Batch
 from dynexit.models.heads import StackedHeads
 from dynexit.study.methods import WeightedSettings
 from dynexit.train.independent import IndependentTask
-from dynexit.train.members import MemberAdam, MemberSGD, Stack, leaves
+from dynexit.train.optimizers import MemberAdam, MemberSGD, Stack, leaves
 from dynexit.train.pack import Pack
 
 HeadInputs = tuple[list[Tensor], Tensor, Tensor]  # what the exits read, the backbone's logits, labels

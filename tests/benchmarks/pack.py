@@ -24,9 +24,8 @@ from dynexit.models.multi_exit import MultiExit
 from dynexit.study.methods import JeiDnnSettings
 from dynexit.study.read import load_study
 from dynexit.study.schema import TrainSettings
-from dynexit.train.jei_dnn import JeiDnnTask
+from dynexit.train.jei_dnn import JOINT, JeiDnnTask
 from dynexit.train.pack import Member, Pack
-from dynexit.train.schedule import JOINT
 
 # the size of T2T-ViT-7 at 224 pixels: width 256, seven blocks, four heads, MLP ratio 2
 VIT = {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0}

@@ -12,8 +12,9 @@ import torch
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
 from dynexit.study.schema import PrepareSettings
+from dynexit.train.optimizers import parameter_groups
+from dynexit.train.parallel import WholeModel
 from dynexit.train.transfer import TransferTask
-from dynexit.train.updates import WholeModel, parameter_groups
 from tests.models.tiny import TINY, build_tiny
 from tests.train.fitted import fitted, small_backbone
 from tests.train.tiny import RANKS, KilledError, largest_difference, tiny_split
