@@ -51,7 +51,7 @@ def run_train(points: Sequence[Point], study_dir: Path) -> None:
         return
     config = points[0].config
     ranks, data, model, costs = begin(points[0], study_dir)
-    members = [Member(p.config.seed, p.config.jei_dnn.ce_ic_tradeoff, p.label) for p in points]
+    members = [Member(p.config.seed, p.label, method_settings(p.config)) for p in points]
     together = Pack(model, costs, members, config.train, data.validation, ranks, len(data.train), config.data.seed)
     task = TASK_BY_METHOD[config.train.method](together, method_settings(config))
     pack = pack_dir(study_dir, points)

@@ -20,7 +20,7 @@ from dynexit.data import Batch
 from dynexit.models.heads import StackedGates
 from dynexit.study.methods import JeiDnnSettings
 from dynexit.study.schema import TrainSettings
-from dynexit.train.evaluate import Evaluation, evaluate
+from dynexit.train.evaluate import Evaluation, evaluate_gates
 from dynexit.train.optimizers import Stack, copy_members, cosine_rate, leaves, pick
 from dynexit.train.pack import Pack, PackTask
 
@@ -80,17 +80,15 @@ class JeiDnnTask(PackTask):
     def __init__(self, pack: Pack, method: JeiDnnSettings) -> None:
         super().__init__(pack)
         self.method = method
-        model, costs, device = pack.model, pack.costs, pack.ranks.device
+        model, device = pack.model, pack.ranks.device
         num_gates, num_members = len(model.positions), len(self.members)
         self.gates = StackedGates(num_gates, self.seeds)
         self._add("heads", self.heads)
         self._add("gates", self.gates)
         rows = {str(position): exit_number for exit_number, position in enumerate(model.positions)}
         self.exit_of = {name: rows[name.partition(".")[0]] for name, _ in self.heads.named_parameters()}
-        self.macs_L = torch.from_numpy(costs.macs_L()).to(device)
-        self.full_macs = costs.full_macs
-        self.cost_L = torch.from_numpy(costs.relative_cost_L()).to(device, self.dtype)
-        tradeoffs = [member.ce_ic_tradeoff for member in self.members]
+        self.cost_L = torch.from_numpy(self.costs.relative_cost_L()).to(device, self.dtype)
+        tradeoffs = [member.settings.ce_ic_tradeoff for member in self.members]
         self.tradeoff_M = torch.tensor(tradeoffs, dtype=self.dtype, device=device)
         self.positive_weight_MG = torch.ones(num_members, num_gates, dtype=self.dtype, device=device)
         self.groups = make_groups(self.seeds, num_gates, method)
@@ -126,10 +124,14 @@ class JeiDnnTask(PackTask):
         logits_mGB: Tensor = functional_call(self.gates, gates, (gate_features(logits_mLBK[:, :-1].detach()),))
         return logits_mGB
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits (M, L, B, K), gate outputs (M, G, B)) of every member's current weights."""
+    def _targets(self, logits_mLBK: Tensor, labels_B: Tensor, members: Tensor | None) -> Tensor:
+        errors_mLB = prediction_errors(logits_mLBK, labels_B, self.method.gate_objective)
+        return gate_targets(errors_mLB, self.cost_L, pick(self.tradeoff_M, members))
+
+    def _gating(self, images: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_MLBK = self.exit_logits(images)
-        return logits_MLBK, self._gate_logits(self.optimizers["gates"].stack, logits_MLBK).sigmoid()
+        gates_MGB = self._gate_logits(self.optimizers["gates"].stack, logits_MLBK).sigmoid()
+        return logits_MLBK, gates_MGB, self._targets(logits_MLBK, labels_B, None)
 
     def _warm_up_step(
         self, features: list[Tensor], final_BK: Tensor, labels_B: Tensor, members: Tensor | None, share: float
@@ -155,8 +157,7 @@ class JeiDnnTask(PackTask):
     ) -> Tensor:
         with torch.no_grad():
             logits_mLBK = self._logits(_part(self.optimizers["heads"].stack, members), features, final_BK)
-            errors_mLB = prediction_errors(logits_mLBK, labels_B, self.method.gate_objective)
-            target_mB = gate_targets(errors_mLB, self.cost_L, pick(self.tradeoff_M, members))
+            target_mB = self._targets(logits_mLBK, labels_B, members)
         gates = leaves(self.optimizers["gates"].stack, members)
         loss_m = gate_loss(self._gate_logits(gates, logits_mLBK), target_mB, pick(self.positive_weight_MG, members))
         self._update("gates", gates, loss_m, members, share, 1)
@@ -196,7 +197,7 @@ class JeiDnnTask(PackTask):
 
     def evaluate(self) -> Evaluation:
         """What every member's current weights do on the validation split."""
-        return evaluate(self, self.validation)
+        return evaluate_gates(self, self.validation, self._gating, self.cost_L)
 
     def _end_warm_up_epoch(self, group: Group, evaluation: Evaluation) -> None:
         """Per exit: a strictly better validation accuracy is kept; too many epochs without one end its warm-up."""

@@ -35,11 +35,11 @@ MakeOptimizer = Callable[[Stack], MemberSGD | MemberAdam]
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """What is a member's own: the seed of its heads and gates, its tradeoff (JEI-DNN's), and a name for messages."""
+    """One point of a pack: the seed of its heads and gates, a name for messages, its method's settings (or None)."""
 
     seed: int
-    ce_ic_tradeoff: float
     name: str
+    settings: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PackTask:
     def __init__(self, pack: Pack, *, initialisation: str = "uniform", shrinkage: float = 0.0) -> None:
         model, ranks, settings = pack.model, pack.ranks, pack.settings
         self.model, self.members, self.settings = model, list(pack.members), settings
-        self.validation, self.ranks, self.seed = pack.validation, ranks, pack.seed
+        self.validation, self.ranks, self.seed, self.costs = pack.validation, ranks, pack.seed, pack.costs
         self.dtype = {"float32": torch.float32, "float64": torch.float64}[settings.precision]
         self.optimizers: dict[str, MemberSGD | MemberAdam] = {}
         self.best: dict[str, Stack] = {}

@@ -33,7 +33,7 @@ VIT = {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0}
 
 def step_of(model: MultiExit, costs: ExitCosts, num_members: int, split: Split) -> Callable[[], None]:
     """One batch of 64, both phases in turn."""
-    members = [Member(i // 12, 0.1 * (1 + i % 12), str(i)) for i in range(num_members)]
+    members = [Member(i // 12, str(i), JeiDnnSettings(ce_ic_tradeoff=0.1 * (1 + i % 12))) for i in range(num_members)]
     method = JeiDnnSettings(bilevel_batch_count=1, max_warm_up_epochs=0)
     task = JeiDnnTask(Pack(model, costs, members, TrainSettings(), split, start_ranks("auto")), method)
     assert all(group.stage == JOINT for group in task.groups)

@@ -20,7 +20,7 @@ from dynexit.train import checkpoint
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.loop import fit
-from tests.train.tiny import tiny_pack, tiny_split
+from tests.train.tiny import tiny_pack, tiny_split, tradeoff_members
 
 MEMBERS = [(0, 0.05), (0, 0.4), (1, 0.3)]
 DISTURBED_STEP, DISTURBED_RANK = 31, 1
@@ -34,7 +34,7 @@ def main(folder: Path, disturbance: str) -> None:
     """
     ranks = start_ranks("cpu", 1)
     settings = TrainSettings(num_epochs=5, global_batch_size=13, precision="float64", learning_rate=0.05)
-    pack = replace(tiny_pack(MEMBERS, settings), ranks=ranks)
+    pack = replace(tiny_pack(tradeoff_members(MEMBERS), settings), ranks=ranks)
     task = JeiDnnTask(pack, JeiDnnSettings(max_warm_up_epochs=2, bilevel_batch_count=4))
     step = task.train_step
 

@@ -12,7 +12,7 @@ from dynexit.study.methods import DyceSettings
 from dynexit.study.schema import TrainSettings
 from dynexit.train.dyce import DyceTask
 from tests.reference.deep_supervision_training import build_heads, cosine, divergence, state_of, train_heads
-from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split
+from tests.train.tiny import check_resume, largest_difference, run, seed_members, tiny_model, tiny_pack, tiny_split
 
 TRAIN = TrainSettings(num_epochs=4, global_batch_size=13, precision="float64", keep="last")
 DYCE = DyceSettings(learning_rate=0.02, num_warm_up_epochs=1)
@@ -22,7 +22,7 @@ NUM_STEPS = 4 * 7
 
 
 def make(seeds: tuple[int, ...] = SEEDS, method: DyceSettings = DYCE, train: TrainSettings = TRAIN) -> DyceTask:
-    return DyceTask(tiny_pack([(seed, 0.0) for seed in seeds], train, HEAD_TYPES), method)
+    return DyceTask(tiny_pack(seed_members(seeds), train, HEAD_TYPES), method)
 
 
 def expected_state(seed: int, method: DyceSettings, distillation: float) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ def test_heads_of_every_family_learn(family: str) -> None:
     costs = exit_costs(backbone, range(backbone.num_blocks - 1), ["linear", "mlp2x7"])
     model = MultiExit(backbone, costs.positions, costs.head_types)
     settings = TrainSettings(method="independent", num_epochs=1, global_batch_size=8)
-    task = IndependentTask(Pack(model, costs, [Member(0, 0.0, "only")], settings, split, RANKS, 16), None)
+    task = IndependentTask(Pack(model, costs, [Member(0, "only")], settings, split, RANKS, 16), None)
     before = {name: value.clone() for name, value in task.member_state(0).items()}
     for rows in (range(8), range(8, 16)):
         losses = task.train_step(split.__getitems__(rows), 1.0)

@@ -13,7 +13,7 @@ from dynexit.study.methods import WeightedSettings
 from dynexit.study.schema import TrainSettings
 from dynexit.train.weighted import WeightedTask, allotment
 from tests.reference.deep_supervision_training import build_heads, cosine, state_of
-from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split
+from tests.train.tiny import check_resume, largest_difference, run, seed_members, tiny_model, tiny_pack, tiny_split
 
 TRAIN = TrainSettings(num_epochs=4, global_batch_size=17, precision="float64", keep="last", learning_rate=0.05)
 # the network learns fast, so that it matters what it learns
@@ -24,7 +24,7 @@ SEEDS = (3, 0)
 def make(
     seeds: tuple[int, ...] = SEEDS, method: WeightedSettings = METHOD, train: TrainSettings = TRAIN
 ) -> WeightedTask:
-    return WeightedTask(tiny_pack([(seed, 0.0) for seed in seeds], train), method)
+    return WeightedTask(tiny_pack(seed_members(seeds), train), method)
 
 
 def taken_by(confidences: list[list[float]], ratio: float) -> list[list[int]]:
