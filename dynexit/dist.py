@@ -78,9 +78,9 @@ class Ranks:
             yield
         except (Failure, UserError) as error:
             own = (isinstance(error, UserError), str(error))  # of a subclass not each comes through a pickle
-        told: list[tuple[bool, str] | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(told, own)
-        for is_users, text in filter(None, told):
+        errors: list[tuple[bool, str] | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(errors, own)
+        for is_users, text in filter(None, errors):
             shared = UserError(text) if is_users else Failure(text)
             shared.on_all_ranks = True
             raise shared

@@ -60,7 +60,7 @@ def _compiling() -> Iterator[None]:
             raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise Failure(
-            f"prepare.compile = true: torch.compile failed ({reason}); mend its compiler, empty its cache "
+            f"prepare.compile = true: torch.compile failed ({reason}); fix its compiler, empty its cache "
             "(TORCHINDUCTOR_CACHE_DIR), or set prepare.compile=false"
         ) from error
 

@@ -179,7 +179,7 @@ class TransferTask:
             step, rank = min(found)
             raise Failure(
                 f"the backbone's loss was not finite at step {step - 1} on rank {rank}; lower prepare.learning_rate, "
-                "or mend the data or the weights it started from"
+                "or fix the data or the weights it started from"
             )
 
     @torch.no_grad()

@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_rank_and_never_save
     with pytest.raises(Failure) as caught:
         fitted(tmp_path, small_backbone(), learning_rate=1e30, num_warm_up_epochs=0)
     assert str(caught.value) == (
-        "the backbone's loss was not finite at step 1 on rank 0; lower prepare.learning_rate, or mend the data or the "
+        "the backbone's loss was not finite at step 1 on rank 0; lower prepare.learning_rate, or fix the data or the "
         "weights it started from"
     )
     with pytest.raises(Failure, match="at step 1 on rank 0"):
@@ -223,7 +223,7 @@ def test_a_compiler_that_fails_is_told_in_a_sentence(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
     with pytest.raises(
-        Failure, match=r"^prepare\.compile = true: torch\.compile failed \(.*\); mend its comp.*=false$"
+        Failure, match=r"^prepare\.compile = true: torch\.compile failed \(.*\); fix its comp.*=false$"
     ):
         fitted(tmp_path, small_backbone(), compile=True)
 
