@@ -35,7 +35,7 @@ class Ranks:
         """This rank's part of `items`: disjoint over ranks, complete together, possibly empty."""
         return items[self.global_rank :: self.world_size]
 
-    def sum_(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by its sum over ranks, in one message per dtype. No rank may leave a tensor out."""
         if self.world_size == 1:
             return
@@ -56,7 +56,7 @@ class Ranks:
         torch.distributed.all_reduce(counts)
         return [bool(count) for count in counts.tolist()]
 
-    def agree(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main rank's `value`, on every rank."""
         if self.world_size == 1:
             return value
@@ -78,14 +78,14 @@ class Ranks:
             yield
         except (Failure, UserError) as error:
             own = (isinstance(error, UserError), str(error))  # of a subclass not each comes through a pickle
-        told: list[tuple[bool, str] | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(told, own)
-        for is_users, text in filter(None, told):
+        errors: list[tuple[bool, str] | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(errors, own)
+        for is_users, text in filter(None, errors):
             shared = UserError(text) if is_users else Failure(text)
             shared.on_all_ranks = True
             raise shared
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when every rank has come here."""
         if self.world_size > 1:
             torch.distributed.barrier()

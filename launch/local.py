@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from dynexit.errors import Failure, Interrupted, UserError
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 from dynexit.study.stages import stage_of
 from launch.lock import work_for
 from launch.plan import Job, done_together
@@ -24,7 +24,7 @@ _LOST_SECONDS = 10  # in which the other ranks find out by themselves
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class LocalTask:
     """What submitit calls: one job. After a time-out the same call, made again, goes on where it stopped.
 
     Where there are several ranks, they meet at `port` of this machine. SIGTERM ends it, a training at its step, saved.
@@ -119,7 +119,7 @@ def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
                     timeout_min=dist.timeout_minutes, tasks_per_node=ranks, visible_gpus=gpus, gpus_per_node=len(gpus)
                 )
                 with _signals(signal.SIG_IGN, signal.SIGINT):  # of Ctrl-C only the launcher is to hear
-                    submitted = executor.submit(Task(os.getpid(), _free_port() if ranks > 1 else None), job)
+                    submitted = executor.submit(LocalTask(os.getpid(), _free_port() if ranks > 1 else None), job)
                 running.append(_Running(job, submitted, gpus, attempt))
                 where = f"process {submitted.job_id}" + (f", {ranks} ranks" if ranks > 1 else "")
                 log = submitted.task(0).paths.stdout
@@ -183,7 +183,7 @@ def _end_if_a_rank_is_lost(entry: _Running, ranks: int) -> None:
                 child.kill()
 
 
-def _places(dist: Dist, ranks: int) -> list[list[int]]:
+def _places(dist: DistSettings, ranks: int) -> list[list[int]]:
     """The GPUs of each job that may run at a time; without GPUs as many empty lists as the CPUs carry jobs."""
     gpus = [] if dist.device == "cpu" else visible_gpus()
     if not gpus:

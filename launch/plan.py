@@ -13,7 +13,7 @@ from dynexit.jobs.finished import is_recorded, report_identity
 from dynexit.run_dir import BEGUN, DONE, MEMBERS, RunDir, folders_in_place, is_done, read_json, write_json
 from dynexit.study.grid import Point, Study, canonical_json, digest, fixed_values
 from dynexit.study.methods import METHODS
-from dynexit.study.schema import Dist, method_settings
+from dynexit.study.schema import DistSettings, method_settings
 from dynexit.study.stages import POINT_STAGES, stage_of
 
 
@@ -38,7 +38,7 @@ class Job:
         )
 
 
-def done_together(stage: str, dist: Dist) -> bool:
+def done_together(stage: str, dist: DistSettings) -> bool:
     """Whether all ranks that the study asks for do a job of this stage; what is not is work for one process."""
     ranks = stage_of(stage).ranks
     return ranks == "all" or (ranks == "study" and (dist.prepare_on_all_ranks or dist.deepspeed_stage is not None))

@@ -65,8 +65,8 @@ def run_together(study: Study, stages: Sequence[str]) -> list[str]:
             check_queue(study)
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
         for stage in (stage for stage in stages if done_together(stage, dist)):
-            failures += run_here(ranks.agree(missing_jobs(study, stage, check_bytes=True) if ranks.is_main else []))
-            points = ranks.agree([p for p in study.points if stage in finished_jobs(p)])
+            failures += run_here(ranks.broadcast(missing_jobs(study, stage, check_bytes=True) if ranks.is_main else []))
+            points = ranks.broadcast([p for p in study.points if stage in finished_jobs(p)])
             study = dataclasses.replace(study, points=tuple(points))
         stop_ranks()
     return failures if is_main() else []

@@ -1,4 +1,4 @@
-"""Where samples leave: from gate outputs (JEI-DNN) or from confidence thresholds.
+"""Where samples leave by gate outputs (JEI-DNN). The rule for thresholds is core.tradeoff.apply_configuration.
 
 Shapes: x any leading axes, G gates or intermediate exits, B batch. Exit index G is the backbone's own classifier.
 """
@@ -35,16 +35,3 @@ def exit_index_from_gates(gates_xGB: Tensor, single: bool = False) -> Tensor:
         index_xB = torch.where((index_xB == num_gates) & (stop_xB >= 0.5), gate, index_xB)
         remaining_xB = remaining_xB * (1 - stop_xB)
     return index_xB
-
-
-def exit_index_from_thresholds(confidence_GB: Tensor, threshold_G: Tensor, enabled_G: Tensor) -> Tensor:
-    """Exit taken by each sample, (B,) int64 in 0..G: the first enabled exit with confidence > threshold, otherwise G.
-
-    confidence_GB and threshold_G are float32 and compared as such, enabled_G is bool; equality does not leave.
-    Raises ValueError on another dtype: a comparison in another precision can decide differently at equality.
-    """
-    if confidence_GB.dtype != torch.float32 or threshold_G.dtype != torch.float32:
-        raise ValueError(f"thresholds are compared in float32, got {confidence_GB.dtype} and {threshold_G.dtype}")
-    leaves_GB = (confidence_GB > threshold_G[:, None]) & enabled_G[:, None]
-    last_1B = leaves_GB.new_ones((1, leaves_GB.shape[1]))
-    return torch.cat((leaves_GB, last_1B)).to(torch.uint8).argmax(0)

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from dynexit.data.splits import DataSets, Split, Workers
 from dynexit.errors import UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 
 NUM_DIGITS = 1797
 _DIGITS_MEAN, _DIGITS_STD = 0.13, 0.27  # of the views at the default settings
 _SMALLEST_DIGIT, _LARGEST_DIGIT, _SMALLEST_CANVAS = 20, 28, 32
 
 
-def num_train_digits(data: Data) -> int:
+def num_train_digits(data: DataSettings) -> int:
     """How many originals are left for training. Raises UserError where they are fewer than those of validation."""
     num_train = NUM_DIGITS - data.num_validation - data.num_test
     if num_train < data.num_validation:
@@ -24,7 +24,7 @@ def num_train_digits(data: Data) -> int:
     return num_train
 
 
-def load_digits(data: Data, workers: Workers) -> DataSets:
+def load_digits(data: DataSettings, workers: Workers) -> DataSets:
     """The digits in three splits.
 
     Each is enlarged to a random size at a random place, with random contrast and noise, several fixed times; the splits
@@ -48,7 +48,7 @@ def load_digits(data: Data, workers: Workers) -> DataSets:
     return DataSets(train, train, validation, test, num_classes=10, in_channels=1, image_size=data.image_size)
 
 
-def _digit_views(originals: Tensor, data: Data, random: np.random.Generator) -> Tensor:
+def _digit_views(originals: Tensor, data: DataSettings, random: np.random.Generator) -> Tensor:
     """One random view of each of `originals` (N, 8, 8) as (N, 1, image_size, image_size), normalised."""
     size = data.image_size
     scale = size / _SMALLEST_CANVAS

@@ -8,14 +8,14 @@ from PIL import Image
 
 from dynexit.data.images import NOT_AN_IMAGE, FileSource, Sources, decode
 from dynexit.errors import UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 
 IMAGENET_CLASSES = 1000
 _NUM_NAMED = 5  # of many faults, as many are named
 _NUM_THREADS = 16
 
 
-def existing_dir(data: Data, what: str) -> Path:
+def existing_dir(data: DataSettings, what: str) -> Path:
     """`data.dir`. Raises UserError, saying `what` it should be, where it is not set or not there."""
     if data.dir is None:
         raise UserError(f"data.dir is not set; {data.name} needs it: {what}")
@@ -25,7 +25,7 @@ def existing_dir(data: Data, what: str) -> Path:
     return root
 
 
-def class_folders(data: Data) -> list[str]:
+def class_folders(data: DataSettings) -> list[str]:
     """Names of the class folders of the training images, sorted: their order is the classes'. Reads no image.
 
     Raises UserError where there is none.
@@ -33,7 +33,7 @@ def class_folders(data: Data) -> list[str]:
     return _class_names(_split_folders(data)["train"])
 
 
-def read_folders(data: Data) -> Sources:
+def read_folders(data: DataSettings) -> Sources:
     """The images below `data.dir`: `train/CLASS/...`, and `val` and `test` likewise, or `CLASS/...` alone.
 
     With both `val` and `test` these are validation and test; one of them alone is the test, and validation is held
@@ -57,7 +57,7 @@ def read_folders(data: Data) -> Sources:
     return Sources(sources["train"], test=sources.get("test"), validation=sources.get("validation"))
 
 
-def _split_folders(data: Data) -> dict[str, Path]:
+def _split_folders(data: DataSettings) -> dict[str, Path]:
     if data.name == "imagenet":
         root = existing_dir(data, "the folder with ImageNet's train/CLASS/*.JPEG and val/CLASS/*.JPEG")
         missing = [name for name in ("train", "val") if not (root / name).is_dir()]

@@ -15,12 +15,12 @@ from dynexit.data.timm_sets import TORCH_CLASSES, read_timm
 from dynexit.data.torchvision_sets import read_cifar, read_svhn
 from dynexit.data.transforms import test_transform, train_transform
 from dynexit.errors import UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class _Set:
-    read: Callable[[Data], Sources]
+    read: Callable[[DataSettings], Sources]
     num_classes: int | None  # None: as many as there are class folders, or as data.num_classes says
 
 
@@ -36,7 +36,7 @@ _SETS: Mapping[str, _Set] = MappingProxyType(
 )
 
 
-def describe_data(data: Data) -> tuple[int, int]:
+def describe_data(data: DataSettings) -> tuple[int, int]:
     """(classes, channels) of the data set, without reading images: of a folder, the class folders are counted.
 
     Raises UserError where data.num_classes or the sizes of splits do not fit, and for transforms that it does not take.
@@ -56,7 +56,7 @@ def describe_data(data: Data) -> tuple[int, int]:
     return _num_classes(data, known), 3
 
 
-def _num_classes(data: Data, known: int | None) -> int:
+def _num_classes(data: DataSettings, known: int | None) -> int:
     if known is None and data.num_classes is None:
         raise UserError(f"data.num_classes is not set, and nothing else says how many classes {data.name} has; set it")
     if known is not None and data.num_classes not in (None, known):
@@ -66,19 +66,19 @@ def _num_classes(data: Data, known: int | None) -> int:
     return data.num_classes or known or 0
 
 
-def _refuse_transforms(data: Data) -> None:
+def _refuse_transforms(data: DataSettings) -> None:
     for name in ("transform", "train_transform", "test_transform", "normalisation"):
         if getattr(data, name):
             raise UserError(f"data.{name} = {getattr(data, name)!r}: digits come as fixed views; remove the key")
 
 
-def check_dir(data: Data) -> None:
+def check_dir(data: DataSettings) -> None:
     """Raises UserError, saying what it should be, where data.dir must be set and is not."""
     if data.dir is None and data.name in _SETS:
         _SETS[data.name].read(data)
 
 
-def load_data(data: Data, workers: Workers | None = None, *, checked: bool = False) -> DataSets:
+def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bool = False) -> DataSets:
     """The splits of the data set that the section `data` names; their batches are loaded as `workers` say.
 
     Images that were `checked` before are not read again for data.check_images.
@@ -103,7 +103,7 @@ def load_data(data: Data, workers: Workers | None = None, *, checked: bool = Fal
     return DataSets(**splits, num_classes=num_classes, in_channels=channels, image_size=data.image_size)
 
 
-def _held_out(data: Data, sources: Sources) -> dict[str, torch.Tensor]:
+def _held_out(data: DataSettings, sources: Sources) -> dict[str, torch.Tensor]:
     """Rows of each split in its source. What is held out of train is drawn by data.seed; rows are in rising order."""
     num_images = len(sources.train.labels)
     order = torch.from_numpy(np.random.default_rng([data.seed, 0]).permutation(num_images))
@@ -123,7 +123,7 @@ def _held_out(data: Data, sources: Sources) -> dict[str, torch.Tensor]:
     return rows
 
 
-def _check_labels(data: Data, source: Source, num_classes: int) -> None:
+def _check_labels(data: DataSettings, source: Source, num_classes: int) -> None:
     if not len(source.labels):
         raise UserError(f"{data.name}, looked for in data.dir = {data.dir}, holds no images")
     lowest, highest = (int(label) for label in source.labels.aminmax())

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynexit.errors import UserError
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 
 Batch = tuple[Tensor, Tensor, Tensor]  # index (B,) int64, images (B, C, H, W) float32, labels (B,) int64
 
@@ -37,7 +37,7 @@ class Workers:
     prefetch_batches: int = 2  # per process
 
 
-def workers_of(dist: Dist, device: torch.device) -> Workers:
+def workers_of(dist: DistSettings, device: torch.device) -> Workers:
     """What the section `dist` asks for; memory is pinned only where it serves a GPU."""
     pin = dist.pin_memory and device.type == "cuda"
     return Workers(dist.num_workers, dist.persistent_workers, pin, dist.prefetch_batches)
@@ -52,7 +52,7 @@ class Split:
     def __init__(self, images: Tensor | Images, labels: Tensor, origin: Tensor, workers: Workers | None = None) -> None:
         self.images, self.labels, self.origin = images, labels, origin
         self.workers = Workers() if workers is None else workers
-        self._loader: _Loader | None = None
+        self._loader: _BatchLoader | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,10 +61,10 @@ class Split:
         """(index, images, labels) of these samples, loaded in this process."""
         return _batch(self.images, self.labels, indices, epoch)
 
-    def loader(self) -> "_Loader":
+    def loader(self) -> "_BatchLoader":
         """The processes that load this split."""
         if self._loader is None or not self.workers.persistent:
-            self._loader = _Loader(_Requests(self.images, self.labels), self.workers)
+            self._loader = _BatchLoader(_Requests(self.images, self.labels), self.workers)
         return self._loader
 
 
@@ -128,7 +128,7 @@ class _Requests(Dataset[Batch]):
             return mistake
 
 
-class _Loader:
+class _BatchLoader:
     """Loading processes, and the queue of their requests, which carry the epoch beside the indices."""
 
     def __init__(self, requests: _Requests, workers: Workers) -> None:

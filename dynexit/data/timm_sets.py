@@ -12,7 +12,7 @@ from PIL import Image
 
 from dynexit.data.images import Source, Sources, decode
 from dynexit.errors import UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 
 TORCH_CLASSES = dict.fromkeys(
     ("torch/cifar10", "torch/mnist", "torch/qmnist", "torch/kmnist", "torch/fashion_mnist"), 10
@@ -20,7 +20,7 @@ TORCH_CLASSES = dict.fromkeys(
 TORCH_CLASSES |= {"torch/cifar100": 100, "torch/places365": 365, "torch/imagenet": 1000, "torch/inaturalist": 10000}
 
 
-def read_timm(data: Data) -> Sources:
+def read_timm(data: DataSettings) -> Sources:
     """The data set's splits `data.train_split` and `data.test_split`, where null is held out of the first.
 
     hfids, tfds and wds stream, and a sample needs an index: they are read once, into memory, and by a single rank only.
@@ -29,7 +29,7 @@ def read_timm(data: Data) -> Sources:
     return Sources(train, test=None if data.test_split is None else _read_split(data, data.test_split))
 
 
-def _read_split(data: Data, split: str) -> Source:
+def _read_split(data: DataSettings, split: str) -> Source:
     from timm.data.dataset import IterableImageDataset
     from timm.data.dataset_factory import create_dataset
 

@@ -14,10 +14,10 @@ import numpy as np
 from dynexit.data.folders import existing_dir
 from dynexit.data.images import ArraySource, Sources
 from dynexit.errors import Failure, UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 
 
-def read_cifar(data: Data) -> Sources:
+def read_cifar(data: DataSettings) -> Sources:
     """CIFAR-10 or CIFAR-100; of `cifar100_lt` the long tail of its training images, and, if asked, of its test."""
     from torchvision import datasets
 
@@ -38,7 +38,7 @@ def read_cifar(data: Data) -> Sources:
     return Sources(train=sources[0], test=sources[1])
 
 
-def read_svhn(data: Data) -> Sources:
+def read_svhn(data: DataSettings) -> Sources:
     """SVHN's cropped digits: 73,257 of `train` and 26,032 of `test`; `extra` is not used."""
     from torchvision import datasets
 
@@ -53,7 +53,7 @@ def read_svhn(data: Data) -> Sources:
     return Sources(train=train, test=test)
 
 
-def _root(data: Data) -> Path:
+def _root(data: DataSettings) -> Path:
     if data.download and data.dir is not None:
         try:
             Path(data.dir).expanduser().mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def _root(data: Data) -> Path:
     return existing_dir(data, "the folder with its files (data.download=true puts them there)")
 
 
-def _read(data: Data, cls: Any, files: dict[str, tuple[Path, str]], how: str, **arguments: Any) -> Any:
+def _read(data: DataSettings, cls: Any, files: dict[str, tuple[Path, str]], how: str, **arguments: Any) -> Any:
     """torchvision's data set. Where its files are missing or not the published ones, says which and what to do."""
     try:
         return cls(download=data.download, **arguments)
@@ -105,7 +105,7 @@ def _thinned(source: ArraySource, factor: float) -> ArraySource:
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(data: Data, root: Path) -> Iterator[None]:
+def _one_process_at_a_time(data: DataSettings, root: Path) -> Iterator[None]:
     """Ranks that download would write the same files at the same time."""
     if not data.download:
         yield

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dynexit.data.images import Transform, kept_random_state
 from dynexit.errors import UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 
 _CROP_PADDING = 1 / 8  # of the image size: 28 of 224 pixels, and 4 of 32
 
@@ -61,12 +61,12 @@ _SET_BY_OTHER_KEYS = {
 }
 
 
-def recipe_of(data: Data) -> Recipe:
+def recipe_of(data: DataSettings) -> Recipe:
     """The data set's row of the table."""
     return RECIPES["timm" if "/" in data.name else data.name]
 
 
-def train_transform(data: Data) -> tuple[Transform, bool]:
+def train_transform(data: DataSettings) -> tuple[Transform, bool]:
     """The transform of training images, and whether it is random. Raises UserError for arguments it does not take."""
     recipe = recipe_of(data)
     kind = data.transform or recipe.augmentation
@@ -83,18 +83,18 @@ def train_transform(data: Data) -> tuple[Transform, bool]:
     return _timm_transform(data, "train_transform", arguments, is_training=True), True
 
 
-def test_transform(data: Data) -> Transform:
+def test_transform(data: DataSettings) -> Transform:
     """The transform of validation and test images. Raises UserError for arguments it does not take."""
     if recipe_of(data).is_cropped or data.test_transform:
         return _timm_transform(data, "test_transform", data.test_transform, is_training=False)
     return _resize(data)
 
 
-def _mean_and_std(data: Data) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _mean_and_std(data: DataSettings) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     return NORMALISATIONS[data.normalisation or recipe_of(data).normalisation]
 
 
-def check_colours(data: Data, published: Mapping[str, Any]) -> None:
+def check_colours(data: DataSettings, published: Mapping[str, Any]) -> None:
     """Raises UserError where weights that stay as they are were trained on colours brought to another mean and spread.
 
     `published` is what timm says of the weights.
@@ -113,7 +113,7 @@ def check_colours(data: Data, published: Mapping[str, Any]) -> None:
     )
 
 
-def _resize(data: Data, padding: int = 0, flip: float = 0.0) -> Transform:
+def _resize(data: DataSettings, padding: int = 0, flip: float = 0.0) -> Transform:
     from torchvision import transforms
 
     steps = [transforms.Resize((data.image_size, data.image_size))]
@@ -134,7 +134,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def _timm_transform(data: Data, key: str, arguments: Mapping[str, Any], *, is_training: bool) -> Transform:
+def _timm_transform(data: DataSettings, key: str, arguments: Mapping[str, Any], *, is_training: bool) -> Transform:
     from timm.data import auto_augment
     from timm.data.transforms_factory import create_transform
 

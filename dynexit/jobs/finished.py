@@ -9,7 +9,7 @@ from dynexit.record.manifest import MANIFEST
 from dynexit.record.shards import Record
 from dynexit.run_dir import BUDGETS, DONE, FAILED, RunDir
 from dynexit.study.grid import Point, digest
-from dynexit.study.schema import Record as RecordSettings
+from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import POINT_STAGES
 
 SPLITS = ("validation", "test")

@@ -14,8 +14,8 @@ from dynexit.study.grid import Point
 from dynexit.study.schema import Config
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.loop import fit
+from dynexit.train.parallel import check_installed
 from dynexit.train.transfer import TransferTask, refuse_single_images
-from dynexit.train.zero import check_installed
 
 
 def _remarks(config: Config, ranks: Ranks) -> Iterator[str]:
@@ -31,7 +31,7 @@ def run_prepare(points: Sequence[Point]) -> None:
     """Fits the backbone that the points share to the data set: backbone.safetensors, costs.json, metrics.jsonl."""
     config, directory = points[0].config, RunDir(points[0], "prepare")
     ranks = ranks_of(config)
-    if ranks.agree(directory.is_done()):
+    if ranks.broadcast(directory.is_done()):
         return
     stage = config.dist.deepspeed_stage
     if stage is not None:

@@ -22,7 +22,7 @@ from dynexit.study.grid import Point
 
 def run_record(points: Sequence[Point]) -> None:
     """Records what every exit of all `points` says of every split asked for, from one pass of the backbone."""
-    points = ranks_of(points[0].config).agree([point for point in points if not is_recorded(point)])
+    points = ranks_of(points[0].config).broadcast([point for point in points if not is_recorded(point)])
     if not points:
         return
     ranks, data, model, costs = begin(points[0])

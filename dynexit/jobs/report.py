@@ -20,7 +20,7 @@ from dynexit.jobs.finished import SPLITS, check_budgets, missing_reason, report_
 from dynexit.record.shards import Record
 from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
-from dynexit.report.page import Figure, Section, describe_configuration, write_page
+from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import Row, mark_front, write_csv
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
@@ -181,22 +181,22 @@ def write_report(
         for theme, path in paths.items():
             draw(rows, path, theme=theme)
         figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
-    write_page(
-        directory / "report.html",
+    page = Page(
         settings.title or study_dir.name,
         rows,
         figures,
         study_text,
-        [_point_summary(point) for point in points],
-        [*_NOTES, *_beyond(points), *([ORIGIN] if published else []), *failed],
+        points_table=[_point_summary(point) for point in points],
+        notes=[*_NOTES, *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
         sections=[_uncertainty(points, rows)],
         describe=describe,
     )
+    write_page(directory / "report.html", page)
     return rows
 
 
-def _uncertainty(points: Sequence[Point], rows: Sequence[Row]) -> Section:
+def _uncertainty(points: Sequence[Point], rows: Sequence[Row]) -> PageSection:
     """Writes uncertainty.csv and uncertainty.png, and gives the page's part on them."""
     directory = points[0].study_dir / "report"
     found = uncertainties(points, rows)

@@ -25,12 +25,12 @@ def run_train(points: Sequence[Point]) -> None:
     A member whose loss is not finite is stopped; its folder gets FAILED.json and what was last good of it. The others
     are finished, then Failure is raised, naming it.
     """
-    points = ranks_of(points[0].config).agree(_members(points))
+    points = ranks_of(points[0].config).broadcast(_members(points))
     if not points:
         return
     config = points[0].config
     ranks, data, model, costs = begin(points[0])
-    members = [Member(p.config.seed, p.config.jei_dnn.ce_ic_tradeoff, p.label) for p in points]
+    members = [Member(p.config.seed, p.label, method_settings(p.config)) for p in points]
     together = Pack(model, costs, members, config.train, data.validation, ranks, len(data.train), config.data.seed)
     task = METHODS[config.train.method].task_class()(together, method_settings(config))
     pack = pack_dir(points)

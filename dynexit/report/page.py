@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page of its own: one mapping per row of its table, as for `budgets`, and maybe a figure."""
 
     heading: str
@@ -43,54 +43,59 @@ class Section:
     figure: Figure | None = None
 
 
-def write_page(
-    path: Path,
-    title: str,
-    rows: Iterable[Row],
-    figures: Sequence[Figure],
-    study_text: str,
-    points_table: Sequence[Mapping[str, Any]],
-    notes: Sequence[str],
-    *,
-    budgets: Sequence[Mapping[str, Any]] = (),
-    sections: Sequence[Section] = (),
-    describe: Callable[[Row], str] | None = None,
-) -> None:
-    """Writes the page. The first figure stands on top, the others after the table of the front.
+@dataclass(frozen=True)
+class Page:
+    """What the page shows; all text is escaped.
 
-    `points_table`, `budgets` and the tables of `sections` hold one mapping per row; their keys are the columns,
-    and a missing or None value is an empty cell. A budget's keys are as a rule budget, configuration, validation, test
-    and holds (True or False, shown as yes or no). `study_text` is the resolved study. `describe` puts a row's
-    configuration into words (by default its tradeoff, weight and seed). All text is escaped.
+    The first figure stands on top, the others after the table of the front. `points_table`, `budgets` and the tables of
+    `sections` hold one mapping per row; their keys are the columns, and a missing or None value is an empty cell. A
+    budget's keys are as a rule budget, configuration, validation, test and holds (True or False, shown as yes or no).
+    `study_text` is the resolved study. `describe` puts a row's configuration into words, by default its tradeoff,
+    weight and seed.
     """
-    rows = list(rows)
+
+    title: str
+    rows: Sequence[Row]
+    figures: Sequence[Figure] = ()
+    study_text: str = ""
+    points_table: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+    budgets: Sequence[Mapping[str, Any]] = ()
+    sections: Sequence[PageSection] = ()
+    describe: Callable[[Row], str] | None = None
+
+
+def write_page(path: Path, page: Page) -> None:
+    """Writes the page to `path`, atomically."""
+    rows = page.rows
     read = summary(rows)
-    page = _template().render(
-        title=title,
+    text = _template().render(
+        title=page.title,
         headline=headline(read),
         tiles=_tiles(read, backbone_accuracy(rows, "validation")),
-        figures=[_embedded(figure) for figure in figures],
-        front=[_front_cells(point, describe or _describe_row) for point in at_tenths(read.front)],
+        figures=[_embedded(figure) for figure in page.figures],
+        front=[_front_cells(point, page.describe or _describe_row) for point in at_tenths(read.front)],
         name_methods=len({row.method for row in rows if row.source != "backbone"}) > 1,
         num_front=len(read.front),
         num_points=len({row.key for row in rows}),
         hypervolumes=[_area_cells(area) for area in read.hypervolumes],
         spread=any(len(area.per_seed) > 1 for area in read.hypervolumes),
-        budgets=_table(budgets),
-        sections=[
-            {
-                "heading": section.heading,
-                "remark": section.remark,
-                "table": _table(section.table),
-                "figure": _embedded(section.figure) if section.figure else None,
-            }
-            for section in sections
-        ],
-        points=_table(points_table),
-        notes=notes,
-        study_text=study_text,
+        budgets=_table(page.budgets),
+        sections=[_section_cells(section) for section in page.sections],
+        points=_table(page.points_table),
+        notes=page.notes,
+        study_text=page.study_text,
     )
-    write_text(path, page)
+    write_text(path, text)
+
+
+def _section_cells(section: PageSection) -> dict[str, Any]:
+    return {
+        "heading": section.heading,
+        "remark": section.remark,
+        "table": _table(section.table),
+        "figure": _embedded(section.figure) if section.figure else None,
+    }
 
 
 def _template() -> jinja2.Template:

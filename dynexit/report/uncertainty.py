@@ -70,7 +70,7 @@ class Uncertainty:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class ExitOutputs:
     """What one split's record says at the exits of a configuration, and where each sample leaves.
 
     `rows` are the exits' rows of the record, `probability_LNk` the k most probable classes in falling order, `rank_LN`
@@ -91,7 +91,7 @@ class Outputs:
     def is_exact(self) -> bool:
         return bool(self.probability_LNk.shape[-1] == self.num_classes)
 
-    def of(self, samples_N: np.ndarray) -> "Outputs":
+    def of(self, samples_N: np.ndarray) -> "ExitOutputs":
         """Those of the samples in the mask alone."""
         arrays = {
             field.name: getattr(self, field.name)[(slice(None),) * (field.name != "exit_index_N") + (samples_N,)]
@@ -105,7 +105,7 @@ class Outputs:
         return np.asarray(values_LNx[self.exit_index_N, np.arange(len(self.exit_index_N))])
 
 
-def read_outputs(record: Record, costs: ExitCosts, configuration: Configuration | None, confidence: str) -> Outputs:
+def read_outputs(record: Record, costs: ExitCosts, configuration: Configuration | None, confidence: str) -> ExitOutputs:
     """The outputs of one record under a configuration of thresholds on `confidence`, or, with None, under its gates."""
     num_types, last = len(costs.head_types), len(costs.positions)
     if configuration is None:
@@ -125,7 +125,7 @@ def read_outputs(record: Record, costs: ExitCosts, configuration: Configuration 
     if len(places) == 1 < num_classes:  # the margin tells the second
         probabilities.append(np.maximum(probabilities[0] - record.confidence("margin")[rows], 0))
     is_label = np.stack([record.prediction(place)[rows] == record.label for place in places], -1)
-    return Outputs(
+    return ExitOutputs(
         exits=exits,
         rows=tuple(rows),
         exit_index_N=np.searchsorted(exits, exit_N),
@@ -138,7 +138,7 @@ def read_outputs(record: Record, costs: ExitCosts, configuration: Configuration 
     )
 
 
-def measure(calibration: Outputs, test: Outputs, fitted: dict[int, float] | None = None) -> Iterator[Measure]:
+def measure(calibration: ExitOutputs, test: ExitOutputs, fitted: dict[int, float] | None = None) -> Iterator[Measure]:
     """All figures of one configuration, fitted on `calibration` and judged on `test`.
 
     `fitted` holds temperatures by row of the record, for all configurations on the same samples, and is added to.
@@ -162,7 +162,7 @@ def measure(calibration: Outputs, test: Outputs, fitted: dict[int, float] | None
                     yield from _sets(test, everybody, threshold_L, "all", exit_, variant=variant, alpha=alpha)
 
 
-def _calibration_errors(calibration: Outputs, test: Outputs, fitted: dict[int, float]) -> Iterator[Measure]:
+def _calibration_errors(calibration: ExitOutputs, test: ExitOutputs, fitted: dict[int, float]) -> Iterator[Measure]:
     confidences = {"": test.confidence_LN}
     if test.is_exact:
         for index, row in enumerate(calibration.rows):
@@ -188,7 +188,7 @@ def _calibration_errors(calibration: Outputs, test: Outputs, fitted: dict[int, f
 
 
 def _sets(
-    outputs: Outputs,
+    outputs: ExitOutputs,
     exit_index_N: np.ndarray,
     threshold_L: np.ndarray,
     scope: str = "taken",
@@ -233,7 +233,7 @@ def uncertainties(points: Sequence[Point], rows: Sequence[PointRow]) -> list[Unc
     return [found[place] for place in range(len(front))]
 
 
-def _outputs_of(row: PointRow, point: Point, source: RunDir, split: str) -> Outputs:
+def _outputs_of(row: PointRow, point: Point, source: RunDir, split: str) -> ExitOutputs:
     costs = ExitCosts.from_json(source.read_json(COSTS))
     configuration = None
     if row.source == "backbone":

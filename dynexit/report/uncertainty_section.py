@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.report.figures import uncertainty_figure
-from dynexit.report.page import Figure, Section
+from dynexit.report.page import Figure, PageSection
 from dynexit.report.table import at_tenths, percent
 from dynexit.report.uncertainty import ALPHA, Uncertainty
 
@@ -33,7 +33,9 @@ _BOUNDS = (
 )
 
 
-def uncertainty_section(found: Sequence[Uncertainty], share: float, classes: tuple[int, int], path: Path) -> Section:
+def uncertainty_section(
+    found: Sequence[Uncertainty], share: float, classes: tuple[int, int], path: Path
+) -> PageSection:
     """The section on `found`, by rising cost. `share` of validation was held back, `classes` are (recorded, all).
 
     The figure is written to `path` and, for dark pages, beside it.
@@ -44,7 +46,7 @@ def uncertainty_section(found: Sequence[Uncertainty], share: float, classes: tup
         remark += _BOUNDS.format(topk=classes[0], num_classes=classes[1])
     shown = at_tenths([one.point for one in found])
     table = [_cells(one) for one in found if one.point in shown]
-    return Section(_HEADING, remark, table, _figure(found, path))
+    return PageSection(_HEADING, remark, table, _figure(found, path))
 
 
 def _cells(one: Uncertainty) -> dict[str, str]:

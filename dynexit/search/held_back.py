@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 
 
-def calibration_samples(data: Data, share: float, num_samples: int) -> np.ndarray:
+def calibration_samples(data: DataSettings, share: float, num_samples: int) -> np.ndarray:
     """Mask (N,) of the validation samples held back: `share` of the originals, drawn without the study's seeds.
 
     All views of an original are on one side. With a share of 0 none is held back; otherwise both sides have at least

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from dynexit.study.keys import Section, key
 
 
-class JeiDnn(Section):
+class JeiDnnSettings(Section):
     ce_ic_tradeoff: float = key(
         0.7, "weight of the inference cost against the cross-entropy", "nats per full cost", ge=0
     )
@@ -33,11 +33,11 @@ class JeiDnn(Section):
     )
 
 
-class Boosted(Section):
+class BoostedSettings(Section):
     shrinkage: float = key(0.5, "what of the logits of the exit before is added to an exit's own", ge=0, le=1)
 
 
-class Weighted(Section):
+class WeightedSettings(Section):
     meta_interval: int = key(100, "batches from one update of the weighting network to the next", "batches", ge=1)
     strength: float = key(0.3, "how unequal samples may weigh: their weights lie within twice this of 1", ge=0, le=1)
     hidden_width: int = key(500, "width of the weighting network", ge=1)
@@ -48,7 +48,7 @@ class Weighted(Section):
     )
 
 
-class Dyce(Section):
+class DyceSettings(Section):
     loss: Literal["ce", "weighted", "distill"] = key(
         "ce",
         "ce: cross-entropy; weighted: scaled by 2 x (1 - confidence of the first exit) at all later ones; distill: "
@@ -66,7 +66,7 @@ class Dyce(Section):
     )
 
 
-def _jei_dnn_mistakes(settings: JeiDnn, num_epochs: int) -> Iterator[str]:
+def _jei_dnn_mistakes(settings: JeiDnnSettings, num_epochs: int) -> Iterator[str]:
     if settings.max_warm_up_epochs >= num_epochs:
         yield (
             f"jei_dnn.max_warm_up_epochs = {settings.max_warm_up_epochs}: should be less than train.num_epochs, "
@@ -74,7 +74,7 @@ def _jei_dnn_mistakes(settings: JeiDnn, num_epochs: int) -> Iterator[str]:
         )
 
 
-def _dyce_mistakes(settings: Dyce, num_epochs: int) -> Iterator[str]:
+def _dyce_mistakes(settings: DyceSettings, num_epochs: int) -> Iterator[str]:
     if settings.num_warm_up_epochs >= num_epochs:
         yield (
             f"dyce.num_warm_up_epochs = {settings.num_warm_up_epochs}: should be less than train.num_epochs, "
@@ -125,16 +125,16 @@ for _method in (
     Method(
         "jei_dnn",
         "dynexit.train.jei_dnn:JeiDnnTask",
-        JeiDnn,
+        JeiDnnSettings,
         has_gates=True,
         max_head_types=1,
         pack_keys=("ce_ic_tradeoff",),
         mistakes=_jei_dnn_mistakes,
     ),
     Method("independent", "dynexit.train.independent:IndependentTask"),
-    Method("boosted", "dynexit.train.boosted:BoostedTask", Boosted, max_head_types=1, is_additive=True),
-    Method("weighted", "dynexit.train.weighted:WeightedTask", Weighted, max_head_types=1),
-    Method("dyce", "dynexit.train.dyce:DyceTask", Dyce, has_own_rates=True, mistakes=_dyce_mistakes),
+    Method("boosted", "dynexit.train.boosted:BoostedTask", BoostedSettings, max_head_types=1, is_additive=True),
+    Method("weighted", "dynexit.train.weighted:WeightedTask", WeightedSettings, max_head_types=1),
+    Method("dyce", "dynexit.train.dyce:DyceTask", DyceSettings, has_own_rates=True, mistakes=_dyce_mistakes),
 ):
     register_method(_method)
 

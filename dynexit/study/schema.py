@@ -21,12 +21,12 @@ from dynexit.study.keys import (
     known_weights,
     no_duplicates,
 )
-from dynexit.study.methods import Boosted, Dyce, JeiDnn, Weighted, known_method
+from dynexit.study.methods import BoostedSettings, DyceSettings, JeiDnnSettings, WeightedSettings, known_method
 
 CONFIDENCE_NAMES = ("max_probability", "margin", "entropy", "gate")
 
 
-class Data(Section):
+class DataSettings(Section):
     name: DataSetName = key("digits", f"data set: {', '.join(DATA_SETS)}, or timm's, as torch/fashion_mnist")
     dir: str | None = key(None, "folder that holds the data set's files", changes_results=False)
     download: bool = key(False, "whether a missing data set is fetched and put into dir", changes_results=False)
@@ -71,7 +71,7 @@ class Data(Section):
     noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
 
 
-class Backbone(Section):
+class BackboneSettings(Section):
     name: str = key("resnet18", "model: a timm name of a supported family, or t2t_vit_7 and its like")
     arguments: dict[str, Any] = key(dict, "arguments of the model's constructor, as timm names them")
     weights: str | None = key(
@@ -79,7 +79,7 @@ class Backbone(Section):
     )
 
 
-class Prepare(Section):
+class PrepareSettings(Section):
     num_epochs: int = key(20, "epochs of fitting the backbone to the data set; 0 takes it as it is", "epochs", ge=0)
     optimizer: Literal["sgd", "adamw"] = key("sgd", "optimizer of the backbone")
     learning_rate: float = key(0.1, "peak learning rate of its head, reached after the warm-up, then a cosine", gt=0)
@@ -107,7 +107,7 @@ class Prepare(Section):
     compile: bool = key(False, "whether torch.compile makes the training's passes faster", changes_results=False)
 
 
-class Exits(Section):
+class ExitsSettings(Section):
     positions: Literal["all"] | Annotated[list[Position], Field(min_length=1), AfterValidator(no_duplicates)] = key(
         "all", "indices of the blocks after which an exit sits; all = every block but the last"
     )
@@ -116,7 +116,7 @@ class Exits(Section):
     )
 
 
-class Train(Section):
+class TrainSettings(Section):
     method: Annotated[str, AfterValidator(known_method)] = key(
         "jei_dnn", "how exits are trained; a method's own keys stand in the section of its name, if it has any"
     )
@@ -139,7 +139,7 @@ class Train(Section):
     precision: Literal["float32", "float64"] = key("float32", "arithmetic of heads and gates")
 
 
-class Record(Section):
+class RecordSettings(Section):
     topk: int | None = key(
         None, "most probable classes kept per exit; null: all of at most 10, else 1", "classes", ge=1
     )
@@ -148,7 +148,7 @@ class Record(Section):
     train: bool = key(False, "whether the training split is recorded too, its images not augmented (for search.risk)")
 
 
-class Search(Section):
+class SearchSettings(Section):
     accuracy_weights: Annotated[str | list[Weight], AfterValidator(known_weights)] = key(
         "0.4:1:0.01", "preferences searched: weights of accuracy against MACs, as LO:HI:STEP (HI included) or a list"
     )
@@ -183,14 +183,14 @@ class Search(Section):
     workers: int = key(1, "processes that search points at the same time", changes_results=False, ge=1)
 
 
-class Report(Section):
+class ReportSettings(Section):
     title: str | None = key(None, "heading of the report; null takes the study's name")
     published: Literal["auto", "none"] = key("auto", "auto draws what a paper's authors recorded for it beside")
     mlflow: bool = key(True, "whether the results are written to MLflow too")
     tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")
 
 
-class Infer(Section):
+class InferSettings(Section):
     relative_macs: float | None = key(
         None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0
     )
@@ -199,7 +199,7 @@ class Infer(Section):
     batch_size: int = key(256, "images that enter together", "images", ge=1)
 
 
-class Dist(Section):
+class DistSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "where tensors live; auto takes a GPU if there is one", changes_results=False
     )
@@ -252,20 +252,20 @@ class Config(Section):
     )
     runs_dir: str = key("runs", "folder for the results, relative to the working directory", changes_results=False)
     seed: int = key(0, "initialisation of exit heads and gates", ge=0, lt=2**31)
-    data: Data = Field(default_factory=Data)
-    backbone: Backbone = Field(default_factory=Backbone)
-    prepare: Prepare = Field(default_factory=Prepare)
-    exits: Exits = Field(default_factory=Exits)
-    train: Train = Field(default_factory=Train)
-    jei_dnn: JeiDnn = Field(default_factory=JeiDnn)
-    boosted: Boosted = Field(default_factory=Boosted)
-    weighted: Weighted = Field(default_factory=Weighted)
-    dyce: Dyce = Field(default_factory=Dyce)
-    record: Record = Field(default_factory=Record)
-    search: Search = Field(default_factory=Search)
-    report: Report = Field(default_factory=Report)
-    infer: Infer = Field(default_factory=Infer)
-    dist: Dist = Field(default_factory=Dist)
+    data: DataSettings = Field(default_factory=DataSettings)
+    backbone: BackboneSettings = Field(default_factory=BackboneSettings)
+    prepare: PrepareSettings = Field(default_factory=PrepareSettings)
+    exits: ExitsSettings = Field(default_factory=ExitsSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    jei_dnn: JeiDnnSettings = Field(default_factory=JeiDnnSettings)
+    boosted: BoostedSettings = Field(default_factory=BoostedSettings)
+    weighted: WeightedSettings = Field(default_factory=WeightedSettings)
+    dyce: DyceSettings = Field(default_factory=DyceSettings)
+    record: RecordSettings = Field(default_factory=RecordSettings)
+    search: SearchSettings = Field(default_factory=SearchSettings)
+    report: ReportSettings = Field(default_factory=ReportSettings)
+    infer: InferSettings = Field(default_factory=InferSettings)
+    dist: DistSettings = Field(default_factory=DistSettings)
 
     @property
     def study_dir(self) -> Path:

@@ -5,7 +5,7 @@ so training, recording and inference see the same sums. With a frozen backbone t
 nothing to act on. Source: Yu et al., Boosted Dynamic Neural Networks (arXiv 2211.16726), section 3.
 """
 
-from dynexit.study.methods import Boosted
+from dynexit.study.methods import BoostedSettings
 from dynexit.train.independent import IndependentTask
 from dynexit.train.pack import Pack
 
@@ -13,5 +13,5 @@ from dynexit.train.pack import Pack
 class BoostedTask(IndependentTask):
     """Deep supervision of the summed logits, as the loop's Task."""
 
-    def __init__(self, pack: Pack, method: Boosted) -> None:
+    def __init__(self, pack: Pack, method: BoostedSettings) -> None:
         super().__init__(pack, shrinkage=method.shrinkage)

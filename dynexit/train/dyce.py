@@ -17,11 +17,10 @@ from torch import Tensor
 
 from dynexit.core.losses import divergences, first_exit_weights, soft_cross_entropies
 from dynexit.data import Batch
-from dynexit.study.methods import Dyce
+from dynexit.study.methods import DyceSettings
 from dynexit.train.independent import IndependentTask
-from dynexit.train.members import MemberAdam, Stack, stack_of
+from dynexit.train.optimizers import MemberAdam, Stack, cosine_rate, stack_of
 from dynexit.train.pack import Pack
-from dynexit.train.schedule import cosine_rate
 
 
 class DyceTask(IndependentTask):
@@ -32,7 +31,7 @@ class DyceTask(IndependentTask):
 
     rate_key = "dyce.learning_rate"
 
-    def __init__(self, pack: Pack, method: Dyce) -> None:
+    def __init__(self, pack: Pack, method: DyceSettings) -> None:
         super().__init__(
             pack,
             make_optimizer=lambda stack: MemberAdam(stack, method.weight_decay, decoupled=True),

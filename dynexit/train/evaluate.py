@@ -4,19 +4,19 @@ Shapes: M members, L exits, G = L-1 gates, B batch, K classes.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynexit.core.exit_policy import exit_index_from_gates
-from dynexit.core.losses import cross_entropies, gate_targets, prediction_errors
+from dynexit.core.losses import cross_entropies
 from dynexit.data import Split, load_batches
+from dynexit.train.pack import PackTask
 
-if TYPE_CHECKING:
-    from dynexit.train.jei_dnn import JeiDnnTask
-    from dynexit.train.pack import PackTask
+Gating = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From images and their labels: logits (M, L, B, K), gate outputs (M, G, B), gate targets (M, B) of current weights."""
 
 _BATCH_SIZE = 256
 
@@ -54,75 +54,73 @@ def finite_or_none(value: float) -> float | None:
 
 
 @torch.no_grad()
-def evaluate(task: "JeiDnnTask", split: Split) -> Evaluation:
-    """Figures of every member's current weights on `split`, each rank taking its share of the batches."""
-    num_members, num_exits = len(task.members), len(task.cost_L)
-    sums = {
-        "exit_correct": (num_members, num_exits),
-        "targets": (num_members, num_exits),
-        "exits": (num_members, num_exits),
-        "cross_entropy": (num_members,),
-        "correct": (num_members,),
-        "count": (1,),
-    }
-    total = {name: torch.zeros(size, dtype=torch.float64, device=task.ranks.device) for name, size in sums.items()}
-    for images, labels in _my_batches(task, split):
-        _add_batch(task, total, images, labels)
-    task.ranks.sum_(total.values())
-    count = total["count"]
-    exits_ML = total["exits"]
+def evaluate_gates(task: PackTask, split: Split, gating: Gating, cost_L: Tensor) -> Evaluation:
+    """Figures of every member's current weights on `split`; `cost_L` is each exit's cost over that of the last."""
+    costs = task.costs
+    num_members, num_exits = len(task.members), len(cost_L)
+
+    def sums_of(images: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+        logits_MLBK, gates_MGB, targets_MB = gating(images, labels_B)
+        ce_MLB = cross_entropies(logits_MLBK, labels_B)
+        correct_MLB = logits_MLBK.argmax(-1) == labels_B
+        exit_MB = exit_index_from_gates(gates_MGB)
+        taken_M1B = exit_MB[:, None, :]
+        return {
+            "exit_correct_ML": correct_MLB.sum(-1),
+            "targets_ML": _counts(targets_MB, num_exits),
+            "exits_ML": _counts(exit_MB, num_exits),
+            "cross_entropy_M": ce_MLB.gather(1, taken_M1B).to(torch.float64).sum((1, 2)),
+            "correct_M": correct_MLB.gather(1, taken_M1B).sum((1, 2)),
+        }
+
+    per_exit, per_member = (num_members, num_exits), (num_members,)
+    sizes = {"exit_correct_ML": per_exit, "targets_ML": per_exit, "exits_ML": per_exit}
+    total = _sums_over(task, split, {**sizes, "cross_entropy_M": per_member, "correct_M": per_member}, sums_of)
+    exits_ML = total["exits_ML"]
+    count = exits_ML.new_tensor(len(split))
+    macs_L = torch.from_numpy(costs.macs_L()).to(exits_ML)
     figures = {
-        "exit_accuracy_ML": total["exit_correct"] / count,
-        "target_counts_ML": total["targets"],
+        "exit_accuracy_ML": total["exit_correct_ML"] / count,
+        "target_counts_ML": total["targets_ML"],
         "exit_counts_ML": exits_ML,
-        "cross_entropy_M": total["cross_entropy"] / count,
-        "accuracy_M": total["correct"] / count,
-        "relative_cost_M": exits_ML @ task.cost_L.to(torch.float64) / count,
-        "relative_macs_M": exits_ML @ task.macs_L.to(torch.float64) / (count * task.full_macs),
+        "cross_entropy_M": total["cross_entropy_M"] / count,
+        "accuracy_M": total["correct_M"] / count,
+        "relative_cost_M": exits_ML @ cost_L.to(torch.float64) / count,
+        "relative_macs_M": exits_ML @ macs_L / (count * costs.full_macs),
     }
     return Evaluation(**{name: value.cpu() for name, value in figures.items()})
 
 
 @torch.no_grad()
-def evaluate_exits(task: "PackTask", split: Split) -> tuple[Tensor, Tensor]:
+def evaluate_exits(task: PackTask, split: Split) -> tuple[Tensor, Tensor]:
     """(accuracy, mean cross-entropy) of every member's exits on `split`, both (M, L) float64 on the CPU."""
-    sums_2ML: Tensor | None = None
-    for images, labels_B in _my_batches(task, split):
+
+    def sums_of(images: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         logits_MLBK = task.exit_logits(images)
-        correct_MLB = (logits_MLBK.argmax(-1) == labels_B).to(torch.float64)
         ce_MLB = cross_entropies(logits_MLBK, labels_B).to(torch.float64)
-        batch_2ML = torch.stack((correct_MLB.sum(-1), ce_MLB.sum(-1)))
-        sums_2ML = batch_2ML if sums_2ML is None else sums_2ML + batch_2ML
-    if sums_2ML is None:  # more ranks than batches
-        shape = (2, len(task.members), len(task.heads.row_names) + 1)
-        sums_2ML = torch.zeros(shape, dtype=torch.float64, device=task.ranks.device)
-    task.ranks.sum_([sums_2ML])
-    accuracy_ML, cross_entropy_ML = sums_2ML.cpu() / len(split)
-    return accuracy_ML, cross_entropy_ML
+        return {"correct_ML": (logits_MLBK.argmax(-1) == labels_B).sum(-1), "cross_entropy_ML": ce_MLB.sum(-1)}
+
+    per_exit = (len(task.members), len(task.heads.row_names) + 1)
+    total = _sums_over(task, split, {"correct_ML": per_exit, "cross_entropy_ML": per_exit}, sums_of)
+    return total["correct_ML"].cpu() / len(split), total["cross_entropy_ML"].cpu() / len(split)
 
 
-def _my_batches(task: "PackTask", split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) of this rank's share of the batches, on its device."""
+def _sums_over(
+    task: PackTask,
+    split: Split,
+    sizes: Mapping[str, tuple[int, ...]],
+    sums_of: Callable[[Tensor, Tensor], Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The sums of `sums_of` (images, labels) over the split, of these sizes, in float64, the same on every rank."""
+    ranks = task.ranks
+    total = {name: torch.zeros(size, dtype=torch.float64, device=ranks.device) for name, size in sizes.items()}
     order = list(range(len(split)))
     batches = [order[i : i + _BATCH_SIZE] for i in range(0, len(order), _BATCH_SIZE)]
-    for _, images, labels in load_batches(split, task.ranks.share(batches)):
-        yield images.to(task.ranks.device), labels.to(task.ranks.device)
-
-
-def _add_batch(task: "JeiDnnTask", total: dict[str, Tensor], images: Tensor, labels_B: Tensor) -> None:
-    logits_MLBK, gates_MGB = task.forward(images)
-    ce_MLB = cross_entropies(logits_MLBK, labels_B)
-    errors_MLB = prediction_errors(logits_MLBK, labels_B, task.method.gate_objective)
-    correct_MLB = logits_MLBK.argmax(-1) == labels_B
-    exit_MB = exit_index_from_gates(gates_MGB)
-    targets_MB = gate_targets(errors_MLB, task.cost_L, task.tradeoff_M)
-    taken_M1B = exit_MB[:, None, :]
-    total["exit_correct"] += correct_MLB.sum(-1)
-    total["targets"] += _counts(targets_MB, len(task.cost_L))
-    total["exits"] += _counts(exit_MB, len(task.cost_L))
-    total["cross_entropy"] += ce_MLB.gather(1, taken_M1B).to(torch.float64).sum((1, 2))
-    total["correct"] += correct_MLB.gather(1, taken_M1B).sum((1, 2))
-    total["count"] += len(labels_B)
+    for _, images, labels_B in load_batches(split, ranks.share(batches)):
+        for name, value in sums_of(images.to(ranks.device), labels_B.to(ranks.device)).items():
+            total[name] += value
+    ranks.all_reduce(total.values())
+    return total
 
 
 def _counts(index_MB: Tensor, num_exits: int) -> Tensor:

@@ -13,9 +13,8 @@ from torch import Tensor
 from dynexit.core.losses import cross_entropies
 from dynexit.data import Batch
 from dynexit.train.evaluate import evaluate_exits, finite_or_none
-from dynexit.train.members import leaves
+from dynexit.train.optimizers import cosine_rate, leaves
 from dynexit.train.pack import MakeOptimizer, Pack, PackTask
-from dynexit.train.schedule import cosine_rate
 
 
 class IndependentTask(PackTask):

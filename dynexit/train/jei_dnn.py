@@ -7,7 +7,7 @@ Shapes: M members of the pack, m chosen members, L exits, G = L-1 gates, P = G p
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,57 @@ from dynexit.core.confidence import gate_features
 from dynexit.core.losses import gate_loss, gate_targets, head_loss, positive_weights, prediction_errors, warm_up_loss
 from dynexit.data import Batch
 from dynexit.models.heads import StackedGates
-from dynexit.study.methods import JeiDnn
-from dynexit.train.evaluate import Evaluation, evaluate
-from dynexit.train.members import Stack, copy_members, leaves, pick
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
+from dynexit.train.evaluate import Evaluation, evaluate_gates
+from dynexit.train.optimizers import Stack, copy_members, cosine_rate, leaves, pick
 from dynexit.train.pack import Pack, PackTask
-from dynexit.train.schedule import JOINT, TERMS, WARM_UP, Group, make_groups
+
+WARM_UP, JOINT = "warm-up", "joint"
+TERMS = ("warm-up loss", "gate loss", "head loss")
+
+
+@dataclasses.dataclass
+class Group:
+    """Members of one seed; its first member, the leader, is the one that is trained during the warm-up."""
+
+    members: list[int]
+    stage: str
+    warm_up_epochs: int = 0
+    joint_epochs: int = 0
+    phase_step: int = 0  # joint batches since the alternation began
+    best_accuracy: list[float] = dataclasses.field(default_factory=list)  # per exit, on validation, of the warm-up
+    impatience: list[int] = dataclasses.field(default_factory=list)  # epochs without a better one
+    frozen: list[bool] = dataclasses.field(default_factory=list)  # exits whose warm-up has ended
+
+    @property
+    def leader(self) -> int:
+        return self.members[0]
+
+    def term(self, method: JeiDnnSettings) -> int:
+        """Index into TERMS of the loss that the next batch brings down."""
+        if self.stage == WARM_UP:
+            return 0
+        return 1 + self.phase_step // method.bilevel_batch_count % 2
+
+    def learning_rate(self, settings: TrainSettings) -> float:
+        """Constant in the warm-up, then a cosine over num_epochs, stepped once per joint epoch only."""
+        return cosine_rate(self.joint_epochs, settings.num_epochs, settings.learning_rate, settings.min_learning_rate)
+
+
+def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnnSettings) -> list[Group]:
+    """One group per seed, in order of their first members."""
+    stage = WARM_UP if method.max_warm_up_epochs else JOINT
+    return [
+        Group(
+            members=[i for i, other in enumerate(seeds) if other == seed],
+            stage=stage,
+            best_accuracy=[-1.0] * num_gates,
+            impatience=[0] * num_gates,
+            frozen=[False] * num_gates,
+        )
+        for seed in dict.fromkeys(seeds)
+    ]
 
 
 class JeiDnnTask(PackTask):
@@ -31,20 +77,18 @@ class JeiDnnTask(PackTask):
     terms = TERMS
     _plain_tensors = ("positive_weight_MG", *PackTask._plain_tensors)
 
-    def __init__(self, pack: Pack, method: JeiDnn) -> None:
+    def __init__(self, pack: Pack, method: JeiDnnSettings) -> None:
         super().__init__(pack)
         self.method = method
-        model, costs, device = pack.model, pack.costs, pack.ranks.device
+        model, device = pack.model, pack.ranks.device
         num_gates, num_members = len(model.positions), len(self.members)
         self.gates = StackedGates(num_gates, self.seeds)
         self._add("heads", self.heads)
         self._add("gates", self.gates)
         rows = {str(position): exit_number for exit_number, position in enumerate(model.positions)}
         self.exit_of = {name: rows[name.partition(".")[0]] for name, _ in self.heads.named_parameters()}
-        self.macs_L = torch.from_numpy(costs.macs_L()).to(device)
-        self.full_macs = costs.full_macs
-        self.cost_L = torch.from_numpy(costs.relative_cost_L()).to(device, self.dtype)
-        tradeoffs = [member.ce_ic_tradeoff for member in self.members]
+        self.cost_L = torch.from_numpy(self.costs.relative_cost_L()).to(device, self.dtype)
+        tradeoffs = [member.settings.ce_ic_tradeoff for member in self.members]
         self.tradeoff_M = torch.tensor(tradeoffs, dtype=self.dtype, device=device)
         self.positive_weight_MG = torch.ones(num_members, num_gates, dtype=self.dtype, device=device)
         self.groups = make_groups(self.seeds, num_gates, method)
@@ -80,10 +124,14 @@ class JeiDnnTask(PackTask):
         logits_mGB: Tensor = functional_call(self.gates, gates, (gate_features(logits_mLBK[:, :-1].detach()),))
         return logits_mGB
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits (M, L, B, K), gate outputs (M, G, B)) of every member's current weights."""
+    def _targets(self, logits_mLBK: Tensor, labels_B: Tensor, members: Tensor | None) -> Tensor:
+        errors_mLB = prediction_errors(logits_mLBK, labels_B, self.method.gate_objective)
+        return gate_targets(errors_mLB, self.cost_L, pick(self.tradeoff_M, members))
+
+    def _gating(self, images: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_MLBK = self.exit_logits(images)
-        return logits_MLBK, self._gate_logits(self.optimizers["gates"].stack, logits_MLBK).sigmoid()
+        gates_MGB = self._gate_logits(self.optimizers["gates"].stack, logits_MLBK).sigmoid()
+        return logits_MLBK, gates_MGB, self._targets(logits_MLBK, labels_B, None)
 
     def _warm_up_step(
         self, features: list[Tensor], final_BK: Tensor, labels_B: Tensor, members: Tensor | None, share: float
@@ -109,8 +157,7 @@ class JeiDnnTask(PackTask):
     ) -> Tensor:
         with torch.no_grad():
             logits_mLBK = self._logits(_part(self.optimizers["heads"].stack, members), features, final_BK)
-            errors_mLB = prediction_errors(logits_mLBK, labels_B, self.method.gate_objective)
-            target_mB = gate_targets(errors_mLB, self.cost_L, pick(self.tradeoff_M, members))
+            target_mB = self._targets(logits_mLBK, labels_B, members)
         gates = leaves(self.optimizers["gates"].stack, members)
         loss_m = gate_loss(self._gate_logits(gates, logits_mLBK), target_mB, pick(self.positive_weight_MG, members))
         self._update("gates", gates, loss_m, members, share, 1)
@@ -150,7 +197,7 @@ class JeiDnnTask(PackTask):
 
     def evaluate(self) -> Evaluation:
         """What every member's current weights do on the validation split."""
-        return evaluate(self, self.validation)
+        return evaluate_gates(self, self.validation, self._gating, self.cost_L)
 
     def _end_warm_up_epoch(self, group: Group, evaluation: Evaluation) -> None:
         """Per exit: a strictly better validation accuracy is kept; too many epochs without one end its warm-up."""

@@ -55,7 +55,7 @@ def fit(
         if ranks.is_main:
             checkpoints.begin()
     # a network folder may show the ranks different files for a while
-    saved = ranks.agree(checkpoints.latest(progress.say) if ranks.is_main else None)
+    saved = ranks.broadcast(checkpoints.latest(progress.say) if ranks.is_main else None)
     if saved is not None:
         tensors, facts = saved
         task.restore(tensors, facts["task"])

@@ -18,8 +18,8 @@ from dynexit.data import Batch, Split
 from dynexit.dist import Ranks
 from dynexit.models.heads import StackedHeads
 from dynexit.models.multi_exit import MultiExit
-from dynexit.study.schema import Train
-from dynexit.train.members import (
+from dynexit.study.schema import TrainSettings
+from dynexit.train.optimizers import (
     MemberAdam,
     MemberSGD,
     Stack,
@@ -35,11 +35,11 @@ MakeOptimizer = Callable[[Stack], MemberSGD | MemberAdam]
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """What is a member's own: the seed of its heads and gates, its tradeoff (JEI-DNN's), and a name for messages."""
+    """One point of a pack: the seed of its heads and gates, a name for messages, its method's settings (or None)."""
 
     seed: int
-    ce_ic_tradeoff: float
     name: str
+    settings: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Pack:
     model: MultiExit
     costs: ExitCosts
     members: Sequence[Member]
-    settings: Train
+    settings: TrainSettings
     validation: Split
     ranks: Ranks
     num_train: int = 1
@@ -76,7 +76,7 @@ class PackTask:
     def __init__(self, pack: Pack, *, initialisation: str = "uniform", shrinkage: float = 0.0) -> None:
         model, ranks, settings = pack.model, pack.ranks, pack.settings
         self.model, self.members, self.settings = model, list(pack.members), settings
-        self.validation, self.ranks, self.seed = pack.validation, ranks, pack.seed
+        self.validation, self.ranks, self.seed, self.costs = pack.validation, ranks, pack.seed, pack.costs
         self.dtype = {"float32": torch.float32, "float64": torch.float64}[settings.precision]
         self.optimizers: dict[str, MemberSGD | MemberAdam] = {}
         self.best: dict[str, Stack] = {}
@@ -148,7 +148,7 @@ class PackTask:
         gradients = dict(zip(parameters, slopes, strict=True))
         loss_m = loss_m.detach() * share
         ranks_mW = self._not_finite_on(loss_m, gradients)
-        self.ranks.sum_([loss_m, ranks_mW, *gradients.values()])
+        self.ranks.all_reduce([loss_m, ranks_mW, *gradients.values()])
         alive_m = pick(self.alive_M, members)
         finite_m = finite_members(loss_m, gradients)
         self._note_stopped(alive_m & ~finite_m, members, term, ranks_mW.argmax(1))

@@ -1,7 +1,8 @@
 """Fits a backbone to a data set, all of its weights or what of them is not frozen, as the loop's Task."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +13,36 @@ from dynexit.data import Batch, Split, load_batches
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
-from dynexit.study.schema import Prepare
-from dynexit.train.schedule import cosine_rate
-from dynexit.train.updates import Updates, WholeModel, freeze, parameter_groups
-from dynexit.train.zero import ZeroModel
+from dynexit.study.schema import PrepareSettings
+from dynexit.train.optimizers import cosine_rate, parameter_groups
+from dynexit.train.parallel import Updates, WholeModel, ZeroModel
 
 _BATCH_SIZE = 256
 
 
-def refuse_single_images(backbone: Backbone, settings: Prepare, num_images: int, ranks: Ranks) -> None:
+def freeze(backbone: Backbone, names: Iterable[str]) -> list[nn.Module]:
+    """Freezes the weights and modules of these names; returns the modules, whose statistics are to stay too.
+
+    Raises UserError for a name of neither, and where no weight is left to train.
+    """
+    modules, weights = dict(backbone.model.named_modules()), dict(backbone.model.named_parameters())
+    frozen = []
+    for name in names:
+        if name in weights:
+            weights[name].requires_grad_(False)
+        elif name and name in modules:
+            frozen.append(modules[name].requires_grad_(False))
+        else:
+            near = difflib.get_close_matches(name, [*weights, *modules], n=1, cutoff=0.0)
+            raise UserError(
+                f"prepare.frozen: {backbone.name} has no weight or module {name!r}; the nearest name is {near[0]!r}"
+            )
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise UserError("prepare.frozen: no weight is left to train; set prepare.num_epochs=0 to take them as they are")
+    return frozen
+
+
+def refuse_single_images(backbone: Backbone, settings: PrepareSettings, num_images: int, ranks: Ranks) -> None:
     """Raises UserError where an epoch's last batch leaves a rank with one image that a batch norm cannot use."""
     last = num_images % settings.global_batch_size or settings.global_batch_size
     if settings.num_epochs == 0 or last // ranks.world_size > 1:
@@ -37,7 +59,7 @@ def refuse_single_images(backbone: Backbone, settings: Prepare, num_images: int,
 
 
 @contextlib.contextmanager
-def _single_images(settings: Prepare) -> Iterator[None]:
+def _single_images(settings: PrepareSettings) -> Iterator[None]:
     """What a batch norm says of a single value in UserError's words."""
     try:
         yield
@@ -66,7 +88,7 @@ class TransferTask:
     def __init__(
         self,
         backbone: Backbone,
-        settings: Prepare,
+        settings: PrepareSettings,
         steps_per_epoch: int,
         seed: int,
         validation: Split,
@@ -124,7 +146,7 @@ class TransferTask:
         most = len(labels)
         if self.updates.lockstep:
             total = torch.tensor([len(labels)], device=self.ranks.device)
-            self.ranks.sum_([total])
+            self.ranks.all_reduce([total])
             most = -(-int(total) // self.ranks.world_size)
         count = -(-most // (self.settings.micro_batch_size or max(most, 1)))
         parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True) if count else ()
@@ -144,20 +166,20 @@ class TransferTask:
     def end_epoch(self, epoch: int) -> None:
         """Notes the epoch's loss and the accuracy on validation. Raises Failure where the loss is not finite."""
         self._refuse_losses_that_are_not_finite()
-        self.ranks.sum_([self.loss_sum])
+        self.ranks.all_reduce([self.loss_sum])
         loss = (self.loss_sum[0] / self.loss_sum[1]).item()
         self.loss_sum.zero_()
         self.rows.append({"epoch": epoch, "loss": loss, "validation_accuracy": self._accuracy()})
 
     def _refuse_losses_that_are_not_finite(self) -> None:
         by_rank = self.not_finite.clone()
-        self.ranks.sum_([by_rank])
+        self.ranks.all_reduce([by_rank])
         found = [(step, rank) for rank, step in enumerate(by_rank.tolist()) if step]
         if found:
             step, rank = min(found)
             raise Failure(
                 f"the backbone's loss was not finite at step {step - 1} on rank {rank}; lower prepare.learning_rate, "
-                "or mend the data or the weights it started from"
+                "or fix the data or the weights it started from"
             )
 
     @torch.no_grad()
@@ -174,7 +196,7 @@ class TransferTask:
                 continue
             predictions = self.updates.evaluate(images.to(self.ranks.device)).argmax(1).cpu()
             correct_count += torch.tensor([(predictions == labels).sum(), len(labels)], device=self.ranks.device)
-        self.ranks.sum_([correct_count])
+        self.ranks.all_reduce([correct_count])
         return (correct_count[0] / correct_count[1]).item()
 
     def weights(self) -> dict[str, Tensor]:
@@ -193,7 +215,7 @@ class TransferTask:
 
     def _whole_loss_sum(self) -> Tensor:
         total = self.loss_sum.clone()
-        self.ranks.sum_([total])
+        self.ranks.all_reduce([total])
         return total
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

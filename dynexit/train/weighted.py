@@ -17,12 +17,12 @@ from dynexit.core.confidence import max_probability
 from dynexit.core.losses import cross_entropies
 from dynexit.data import Batch
 from dynexit.models.heads import StackedHeads
-from dynexit.study.methods import Weighted
+from dynexit.study.methods import WeightedSettings
 from dynexit.train.independent import IndependentTask
-from dynexit.train.members import MemberAdam, MemberSGD, Stack, leaves
+from dynexit.train.optimizers import MemberAdam, MemberSGD, Stack, leaves
 from dynexit.train.pack import Pack
 
-Outputs = tuple[list[Tensor], Tensor, Tensor]  # what the exits read, the backbone's logits, labels
+HeadInputs = tuple[list[Tensor], Tensor, Tensor]  # what the exits read, the backbone's logits, labels
 
 _OTHER_SEEDS = 2**31  # above every seed of a study, so the network shares no initial value with a head
 
@@ -32,7 +32,7 @@ class WeightedTask(IndependentTask):
 
     terms = ("head loss", "meta loss")
 
-    def __init__(self, pack: Pack, method: Weighted) -> None:
+    def __init__(self, pack: Pack, method: WeightedSettings) -> None:
         super().__init__(pack)
         self.method = method
         num_exits = len(pack.model.positions)
@@ -74,7 +74,7 @@ class WeightedTask(IndependentTask):
         centred_MBG = output_MBG - output_MBG.mean((1, 2), keepdim=True)
         return 1 + self.method.strength * centred_MBG.transpose(1, 2)
 
-    def _meta_step(self, mine: Outputs, other: Outputs, share: float) -> Tensor:
+    def _meta_step(self, mine: HeadInputs, other: HeadInputs, share: float) -> Tensor:
         heads, network = leaves(self.optimizers["heads"].stack, None), leaves(self.optimizers["weighting"].stack, None)
         logits_MLBK = self._logits(heads, *mine[:2])
         ce_MGB = cross_entropies(logits_MLBK[:, :-1], mine[2])
@@ -126,5 +126,5 @@ def allotment(confidence_MGB: Tensor, ratio: float) -> Tensor:
     return mine_MGB
 
 
-def _part(features: list[Tensor], final_BK: Tensor, labels_B: Tensor, part: slice) -> Outputs:
+def _part(features: list[Tensor], final_BK: Tensor, labels_B: Tensor, part: slice) -> HeadInputs:
     return [feature[part] for feature in features], final_BK[part], labels_B[part]

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 from launch.slurm.notes import CANCELLED, CRASHED, IN_NOTED, OR_CRASHED, PARTLY_FAILED, PREEMPTED, RUN, TIMED_OUT
 from launch.slurm.worker import EARLY_SECONDS, STOPPED, ClusterTask
 
@@ -31,7 +31,7 @@ _ARE_OTHERS = r"""are_others() {
 }"""
 
 
-def script_after(task: ClusterTask, dist: Dist, exclude: str = "") -> list[str]:
+def script_after(task: ClusterTask, dist: DistSettings, exclude: str = "") -> list[str]:
     """The shell lines that follow the ranks in a job's script: note how they ended, requeue up to the limits.
 
     A job that crashed is to avoid the nodes it crashed on (and `exclude`), where it could run without them.

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from dynexit.errors import UserError
 from dynexit.study.keys import Section, key
-from dynexit.study.schema import Config, Dist
+from dynexit.study.schema import Config, DistSettings
 
 
 class Site(Section):
@@ -41,19 +41,19 @@ class Site(Section):
     network_interface: str | None = key(None, "network that the ranks of different nodes use, as ib0")
     sbatch: dict[str, Any] = key(dict, "further options of sbatch by their long names, as {mail-type: END}")
 
-    def minutes(self, dist: Dist) -> int:
+    def minutes(self, dist: DistSettings) -> int:
         """The time limit of a job."""
         return self.time_minutes or dist.timeout_minutes
 
-    def delay_seconds(self, dist: Dist) -> int:
+    def delay_seconds(self, dist: DistSettings) -> int:
         """How long before the time limit a job is told. SLURM looks now and then, and may tell it a minute earlier."""
         return min(self.signal_delay_seconds, 15 * self.minutes(dist))
 
-    def cpus(self, dist: Dist) -> int:
+    def cpus(self, dist: DistSettings) -> int:
         """CPUs of a rank."""
         return self.cpus_per_task or (dist.num_threads or 1) + dist.num_workers
 
-    def shell_lines(self, dist: Dist) -> list[str]:
+    def shell_lines(self, dist: DistSettings) -> list[str]:
         """What a job's script runs before the job itself."""
         lines = [f"module load {shlex.quote(name)}" for name in self.modules]
         lines += self.setup

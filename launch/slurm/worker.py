@@ -69,11 +69,11 @@ class ClusterTask:
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
         notes.wait_until_there()
         work = _Work(notes, ranks, self.jobs, dist.max_retries)
-        work.take_up(ranks.agree(notes.given_up() if ranks.is_main else []))
-        order = ranks.agree(notes.order(len(self.jobs), dist.max_retries) if ranks.is_main else [])
+        work.take_up(ranks.broadcast(notes.given_up() if ranks.is_main else []))
+        order = ranks.broadcast(notes.order(len(self.jobs), dist.max_retries) if ranks.is_main else [])
         alone = [i for i in order if self.jobs[i].stage in _ALONE]
         for i in (i for i in order if i not in alone):
-            job, damage = ranks.agree(work.ready(i) if ranks.is_main else (self.jobs[i], {}))
+            job, damage = ranks.broadcast(work.ready(i) if ranks.is_main else (self.jobs[i], {}))
             work.do(i, job, damage)
         stop_ranks()  # however long the main rank searches, nobody waits for it
         for i in alone if ranks.is_main else []:
@@ -157,7 +157,7 @@ class _Work:
         if others_wait:
             was_lost = self.ranks.any([was_lost])[0]
         if was_lost and stop is None:  # what it wrote may lie beneath what is back
-            was_lost = self.ranks.agree(_is_left(job)) if others_wait else _is_left(job)
+            was_lost = self.ranks.broadcast(_is_left(job)) if others_wait else _is_left(job)
         if was_lost and self.ranks.is_main:
             said = "" if stop is None else f"{stop}; "
             print(f"{said}{self.notes.folder} was gone and is back: again", file=sys.stderr, flush=True)

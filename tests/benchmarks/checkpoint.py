@@ -17,8 +17,8 @@ from dynexit.dist import start_ranks
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
-from dynexit.study.methods import JeiDnn
-from dynexit.study.schema import Train
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.pack import Member, Pack
@@ -34,8 +34,9 @@ def main(classes: int, members: int, rounds: int) -> None:
     images = torch.randn(batch, 3, size, size, device=ranks.device)
     split = Split(images, torch.randint(classes, (batch,), device=ranks.device), torch.arange(batch))
     model, costs = MultiExit(backbone, range(6)), exit_costs(backbone, range(6), ["linear"])
-    pack = Pack(model, costs, [Member(i, 0.1, str(i)) for i in range(members)], Train(), split, ranks)
-    task = JeiDnnTask(pack, JeiDnn())
+    method = JeiDnnSettings()
+    pack = Pack(model, costs, [Member(i, str(i), method) for i in range(members)], TrainSettings(), split, ranks)
+    task = JeiDnnTask(pack, method)
     steps, saves = [], []
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), EVERY)

@@ -21,13 +21,12 @@ from dynexit.dist import start_ranks
 from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
-from dynexit.study.methods import JeiDnn
+from dynexit.study.methods import JeiDnnSettings
 from dynexit.study.read import load_study
-from dynexit.study.schema import Train
+from dynexit.study.schema import TrainSettings
 from dynexit.study.stages import stage_of
-from dynexit.train.jei_dnn import JeiDnnTask
+from dynexit.train.jei_dnn import JOINT, JeiDnnTask
 from dynexit.train.pack import Member, Pack
-from dynexit.train.schedule import JOINT
 
 # the size of T2T-ViT-7 at 224 pixels: width 256, seven blocks, four heads, MLP ratio 2
 VIT = {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0}
@@ -35,9 +34,9 @@ VIT = {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0}
 
 def step_of(model: MultiExit, costs: ExitCosts, num_members: int, split: Split) -> Callable[[], None]:
     """One batch of 64, both phases in turn."""
-    members = [Member(i // 12, 0.1 * (1 + i % 12), str(i)) for i in range(num_members)]
-    method = JeiDnn(bilevel_batch_count=1, max_warm_up_epochs=0)
-    task = JeiDnnTask(Pack(model, costs, members, Train(), split, start_ranks("auto")), method)
+    members = [Member(i // 12, str(i), JeiDnnSettings(ce_ic_tradeoff=0.1 * (1 + i % 12))) for i in range(num_members)]
+    method = JeiDnnSettings(bilevel_batch_count=1, max_warm_up_epochs=0)
+    task = JeiDnnTask(Pack(model, costs, members, TrainSettings(), split, start_ranks("auto")), method)
     assert all(group.stage == JOINT for group in task.groups)
     batch = split.__getitems__(range(len(split)))
 

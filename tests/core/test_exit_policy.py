@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynexit.core.exit_policy import exit_index_from_gates, exit_index_from_thresholds, exit_probabilities
+from dynexit.core.exit_policy import exit_index_from_gates, exit_probabilities
 from tests.reference import jei_dnn_loops as loops
 
 SHAPES = [(4, 300), (2, 7, 150), (3, 2, 1, 50)]
@@ -48,28 +48,3 @@ def test_exit_index_equals_the_recursion(shape: tuple[int, ...], seed: int, sing
 
 def test_exit_index_without_gates_is_the_last_exit() -> None:
     assert exit_index_from_gates(torch.zeros(2, 0, 3)).tolist() == [[0, 0, 0], [0, 0, 0]]
-
-
-def test_exit_index_from_thresholds_equals_loops() -> None:
-    source = torch.Generator().manual_seed(5)
-    confidence = (torch.rand(6, 400, generator=source) * 8).round() / 8  # many ties with the thresholds
-    threshold = torch.tensor([0.75, 0.5, 0.875, 0.0, 0.25, 0.5])
-    enabled = torch.tensor([True, False, True, False, False, True])
-    index = exit_index_from_thresholds(confidence, threshold, enabled)
-    expected = [loops.threshold_exit(c, threshold.tolist(), enabled.tolist()) for c in confidence.T.tolist()]
-    assert index.dtype == torch.int64
-    assert index.tolist() == expected
-    assert set(expected) == {0, 2, 5, 6}
-
-
-def test_equal_confidence_stays_and_no_exit_means_the_end() -> None:
-    value = torch.tensor([0.1])
-    assert exit_index_from_thresholds(value[:, None], value, torch.tensor([True])).tolist() == [1]
-    assert exit_index_from_thresholds(value[:, None], value.nextafter(value * 0), torch.tensor([True])).tolist() == [0]
-    assert exit_index_from_thresholds(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0) > 0).tolist() == [0, 0, 0]
-
-
-def test_thresholds_in_another_precision_are_refused() -> None:
-    with pytest.raises(ValueError) as error:
-        exit_index_from_thresholds(torch.zeros(1, 2), torch.zeros(1).double(), torch.tensor([True]))
-    assert str(error.value) == "thresholds are compared in float32, got torch.float32 and torch.float64"

@@ -9,15 +9,15 @@ from PIL import Image
 
 from dynexit.data import describe_data, load_batches, load_data
 from dynexit.errors import UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 from tests.data.on_disk import write_folders
 
 PETS = {"cat": 4, "dog": 5, "emu": 3}
 
 
-def folder(root: Path, **keys: object) -> Data:
+def folder(root: Path, **keys: object) -> DataSettings:
     keys = {"name": "image_folder", "image_size": 24, "num_validation": 2, "num_test": 3, **keys}
-    return Data.model_validate({"dir": str(root), **keys})
+    return DataSettings.model_validate({"dir": str(root), **keys})
 
 
 def test_the_layouts_of_folders(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_imagenet_is_train_and_val_of_a_thousand_classes(tmp_path: Path) -> None
     assert str(caught.value).startswith(
         f"imagenet was looked for in {tmp_path}: train and val missing; its owners give"
     )
-    assert describe_data(Data(name="imagenet")) == (1000, 3)  # without a folder
+    assert describe_data(DataSettings(name="imagenet")) == (1000, 3)  # without a folder
     write_folders(tmp_path, {"train": PETS, "val": dict.fromkeys(PETS, 1), "test": {"unlabelled": 2}})
     with pytest.raises(
         UserError, match=r"/train holds 3 class folders and should hold 1000; complete it, or set data.num"

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from dynexit.data import DataSets, Split, Workers, epoch_batches, load_batches, load_data, workers_of
 from dynexit.errors import UserError
-from dynexit.study.schema import Data, Dist
+from dynexit.study.schema import DataSettings, DistSettings
 from tests.data.on_disk import write_folders
 
 TWO = Workers(2)
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel", "color_jitter": 0.4}
 
 
-def folder_data(root: Path, **keys: object) -> Data:
+def folder_data(root: Path, **keys: object) -> DataSettings:
     """Two classes, 13 and 12 images, three held out twice; everything random that timm offers."""
     if not root.exists():
         write_folders(root, {"": {"cat": 13, "dog": 12}})
     keys = {"image_size": 24, "num_validation": 3, "num_test": 3, "train_transform": AUGMENTATION, **keys}
-    return Data.model_validate({"name": "image_folder", "dir": str(root), **keys})
+    return DataSettings.model_validate({"name": "image_folder", "dir": str(root), **keys})
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_loading_processes_give_the_same_bits_in_the_same_order(tmp_path: Path, 
 
 
 def test_digits_come_through_processes_unchanged() -> None:
-    data = Data(num_train_views=1, num_evaluation_views=1)
+    data = DataSettings(num_train_views=1, num_evaluation_views=1)
     here, there = load_data(data).train, load_data(data, TWO).train
     batches = epoch_batches(len(here), 100, 7, 0)
     assert same(joined(here, batches, 0), joined(there, batches, 0))
@@ -127,7 +127,7 @@ def test_persistent_processes_serve_one_reader_at_a_time(tmp_path: Path) -> None
 
 
 def test_memory_is_pinned_for_a_gpu_only() -> None:
-    dist = Dist(num_workers=3, persistent_workers=False, prefetch_batches=4)
+    dist = DistSettings(num_workers=3, persistent_workers=False, prefetch_batches=4)
     assert workers_of(dist, torch.device("cuda")) == Workers(3, False, True, 4)
     assert workers_of(dist, torch.device("cpu")) == Workers(3, False, False, 4)
-    assert not workers_of(Dist(pin_memory=False), torch.device("cuda")).pin_memory
+    assert not workers_of(DistSettings(pin_memory=False), torch.device("cuda")).pin_memory

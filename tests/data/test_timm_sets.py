@@ -15,14 +15,14 @@ from timm.data.dataset import ImageDataset, IterableImageDataset
 from dynexit.data import describe_data, load_batches, load_data
 from dynexit.data.timm_sets import _offline
 from dynexit.errors import UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 from tests.data.on_disk import random_pixels, write_fashion_mnist
 
 
-def timm_data(name: str, root: Path | None, **keys: object) -> Data:
+def timm_data(name: str, root: Path | None, **keys: object) -> DataSettings:
     keys = {"image_size": 28, "num_validation": 4, "num_test": 5, "transform": "none", "normalisation": "none", **keys}
     keys = {"test_transform": {"crop_pct": 1.0}, **keys}
-    return Data.model_validate({"name": name, "dir": None if root is None else str(root), **keys})
+    return DataSettings.model_validate({"name": name, "dir": None if root is None else str(root), **keys})
 
 
 def test_torchvision_s_others(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torchvision import datasets
 from dynexit.data import DataSets, load_batches, load_data
 from dynexit.data.torchvision_sets import long_tail
 from dynexit.errors import Failure, UserError
-from dynexit.study.schema import Data
+from dynexit.study.schema import DataSettings
 from tests.data.on_disk import cyclic_labels, md5, write_cifar, write_svhn
 
 
@@ -27,9 +27,9 @@ def images_of(data: DataSets, split: str) -> tuple[np.ndarray, np.ndarray, np.nd
     return (images * 255).round().byte().permute(0, 2, 3, 1).numpy(), labels.numpy(), samples.origin.numpy()
 
 
-def plain(name: str, root: Path, **keys: object) -> Data:
+def plain(name: str, root: Path, **keys: object) -> DataSettings:
     keys = {"num_validation": 7, "transform": "none", "normalisation": "none", **keys}
-    return Data.model_validate({"name": name, "dir": str(root), **keys})
+    return DataSettings.model_validate({"name": name, "dir": str(root), **keys})
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
@@ -108,7 +108,7 @@ def test_nothing_missing_is_fetched_and_it_is_said_what_is_missing(
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data.dir is not set; svhn needs it: the folder with its files"):
-        load_data(Data(name="svhn"))
+        load_data(DataSettings(name="svhn"))
     with pytest.raises(UserError, match=rf"^data.dir = {tmp_path}/no: there is no such folder"):
         load_data(plain("cifar10", tmp_path / "no"))
 

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dynexit.errors import UserError
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 from launch.__main__ import main
 from launch.local import _places
 from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
@@ -156,12 +156,12 @@ def test_a_second_launcher_is_told_who_holds_the_study(one_process: Path, tmp_pa
 
 def test_each_local_job_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5,7")
-    assert _places(Dist(), 2) == [[0, 1], [2, 5]]
-    assert _places(Dist(), 1) == [[0], [1], [2], [5], [7]]
+    assert _places(DistSettings(), 2) == [[0, 1], [2, 5]]
+    assert _places(DistSettings(), 1) == [[0], [1], [2], [5], [7]]
     with pytest.raises(
         UserError, match=r"dist\.tasks_per_node = 6: should be at most 5, the GPUs that are visible here"
     ):
-        _places(Dist(), 6)
+        _places(DistSettings(), 6)
     monkeypatch.setattr("os.cpu_count", lambda: 12)
-    assert _places(Dist(device="cpu", num_threads=2), 3) == [[], []]
-    assert _places(Dist(device="cpu"), 1) == [[]]
+    assert _places(DistSettings(device="cpu", num_threads=2), 3) == [[], []]
+    assert _places(DistSettings(device="cpu"), 1) == [[]]

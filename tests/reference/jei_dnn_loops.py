@@ -43,13 +43,6 @@ def exit_index(gates: Row, single: bool) -> int:
     return leaving[0] if leaving else len(gates)
 
 
-def threshold_exit(confidences: Row, thresholds: Row, enabled: list[bool]) -> int:
-    for position, confidence in enumerate(confidences):
-        if enabled[position] and confidence > thresholds[position]:
-            return position
-    return len(confidences)
-
-
 def prediction_error(logits: Row, label: int, objective: str) -> float:
     if objective == "ce":
         return cross_entropy(logits, label)

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from dynexit.data import Split, epoch_batches
 from dynexit.models.multi_exit import MultiExit
-from dynexit.study.methods import JeiDnn
-from dynexit.study.schema import Train
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
 from tests.reference.deep_supervision_training import divergence
 
 
@@ -44,8 +44,8 @@ def train_alone(
     cost: np.ndarray,
     fresh: dict[str, torch.Tensor],
     tradeoff: float,
-    settings: Train,
-    method: JeiDnn,
+    settings: TrainSettings,
+    method: JeiDnnSettings,
     train: Split,
     validation: Split,
     seed: int,

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dynexit.report.figures import exit_share_figure, pareto_figure
-from dynexit.report.page import Figure, Section, describe_configuration, write_page
+from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
 from dynexit.report.table import Row
 from tests.report.synthetic_rows import POSITIONS, synthetic_rows
 
@@ -71,15 +71,11 @@ def page(path, pictures, **changes):
             {"budget": "relative_macs ≤ 0.5", "configuration": "exit after block 2", "test": 0.51, "holds": False},
             {"budget": "accuracy drop ≤ 0.01", "configuration": "exit after block 4", "test": 0.4, "holds": True},
         ],
-        "sections": [Section("Calibration", "How far to trust it.", [{"exit": 0, "ece": 0.015}])],
+        "sections": [PageSection("Calibration", "How far to trust it.", [{"exit": 0, "ece": 0.015}])],
         "describe": describe,
         **changes,
     }
-    write_page(
-        path,
-        *[given.pop(name) for name in ("title", "rows", "figures", "study_text", "points_table", "notes")],
-        **given,
-    )
+    write_page(path, Page(**given))
     return path.read_text(encoding="utf-8")
 
 
@@ -120,7 +116,7 @@ def test_text_is_text(tmp_path, pictures):
     figure = Figure(pictures[0].path, sly, sly)
     html = page(
         tmp_path / "report.html", pictures, title=sly, study_text=sly, notes=[sly], points_table=[{sly: sly}],
-        budgets=[{"budget": sly}], sections=[Section(sly, sly, [{"a": sly}], figure)], describe=lambda row: sly,
+        budgets=[{"budget": sly}], sections=[PageSection(sly, sly, [{"a": sly}], figure)], describe=lambda row: sly,
         figures=[figure],
     )  # fmt: skip
     document = Document(html)
@@ -137,13 +133,13 @@ def test_a_broken_budget_stands_out_and_numbers_are_aligned(tmp_path, pictures):
 
 
 def test_a_page_without_anything_is_a_page(tmp_path):
-    write_page(tmp_path / "report.html", "empty", [], [], "", [], [])
+    write_page(tmp_path / "report.html", Page("empty", []))
     document = Document((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "No operating point has both a validation and a test row yet." in document.text
     assert "Budgets" not in document.text
     assert "Hypervolume" not in document.text
     gates = [row for row in ROWS if row.source == "gates"]
-    write_page(tmp_path / "gates.html", "gates", gates, [], "", [], [])
+    write_page(tmp_path / "gates.html", Page("gates", gates))
     assert "ce_ic_tradeoff 0.1, seed 0" in Document((tmp_path / "gates.html").read_text(encoding="utf-8")).text
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 from launch.slurm.job_script import script_after, script_before
 from launch.slurm.worker import ClusterTask
 from tests.command_line import TINY, digests, dynexit
@@ -111,7 +111,7 @@ def test_a_task_that_is_requeued_leaves_the_others_of_its_array_alone(cluster: C
         "(exit $exit_with)",
     ]
     script = tmp_path / "array.sh"
-    after = script_after(ClusterTask((), 3600, 30), Dist())
+    after = script_after(ClusterTask((), 3600, 30), DistSettings())
     script.write_text("\n".join(["#!/bin/bash", *script_before(tmp_path), *work, *after]) + "\n", encoding="utf-8")
     options = ("--requeue", "--array=0-2", "--mem=100M", "--output=/dev/null")
     array = cluster.run("sbatch", "--parsable", *options, str(script)).strip()

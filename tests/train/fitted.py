@@ -8,7 +8,7 @@ import torch
 from dynexit.dist import Ranks
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.progress import Progress
-from dynexit.study.schema import Prepare
+from dynexit.study.schema import PrepareSettings
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.loop import fit
 from dynexit.train.transfer import TransferTask
@@ -36,7 +36,7 @@ def fitted(
     **settings: Any,
 ) -> TransferTask:
     """The backbone fitted to the tiny split; killed before step `stop_at`, after a checkpoint, where one is given."""
-    prepare = Prepare(**{**CHANGED, **settings})
+    prepare = PrepareSettings(**{**CHANGED, **settings})
     split = tiny_split()
     steps_per_epoch = -(-len(split) // prepare.global_batch_size)
     task = TransferTask(backbone, prepare, steps_per_epoch, 5, tiny_split(41, seed=4), ranks, stage)

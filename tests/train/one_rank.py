@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from dynexit.dist import start_ranks, stop_ranks
 from dynexit.errors import Failure, Interrupted
 from dynexit.progress import Progress
-from dynexit.study.methods import JeiDnn
-from dynexit.study.schema import Train
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
 from dynexit.train import checkpoint
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.loop import fit
-from tests.train.tiny import tiny_pack, tiny_split
+from tests.train.tiny import tiny_pack, tiny_split, tradeoff_members
 
 MEMBERS = [(0, 0.05), (0, 0.4), (1, 0.3)]
 DISTURBED_STEP, DISTURBED_RANK = 31, 1
@@ -33,9 +33,9 @@ def main(folder: Path, disturbance: str) -> None:
     `full` the main rank then cannot write it.
     """
     ranks = start_ranks("cpu", 1)
-    settings = Train(num_epochs=5, global_batch_size=13, precision="float64", learning_rate=0.05)
-    pack = replace(tiny_pack(MEMBERS, settings), ranks=ranks)
-    task = JeiDnnTask(pack, JeiDnn(max_warm_up_epochs=2, bilevel_batch_count=4))
+    settings = TrainSettings(num_epochs=5, global_batch_size=13, precision="float64", learning_rate=0.05)
+    pack = replace(tiny_pack(tradeoff_members(MEMBERS), settings), ranks=ranks)
+    task = JeiDnnTask(pack, JeiDnnSettings(max_warm_up_epochs=2, bilevel_batch_count=4))
     step = task.train_step
 
     def train_step(batch, share):  # type: ignore[no-untyped-def]

@@ -26,7 +26,7 @@ def main(folder: Path, fittings: list[dict]) -> None:  # type: ignore[type-arg]
             try:
                 fitted(folder / name, small_backbone(model, **arguments), ranks=ranks, stop_at=stop_at, **fitting)
             except KilledError:
-                ranks.wait()
+                ranks.barrier()
         task = fitted(folder / name, small_backbone(model, **arguments), ranks=ranks, **fitting)
         statistics = {key: value for key, value in task.backbone.model.named_buffers() if "running" in key}
         save_file(statistics, folder / f"{name}.statistics{ranks.global_rank}.safetensors")

@@ -9,18 +9,18 @@ from torch.nn import functional
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.engine import Engine
 from dynexit.models.heads import StackedHeads
-from dynexit.study.methods import Boosted
-from dynexit.study.schema import Train
+from dynexit.study.methods import BoostedSettings
+from dynexit.study.schema import TrainSettings
 from dynexit.train.boosted import BoostedTask
 from tests.reference.deep_supervision_training import added_up, build_heads, cosine, logits_of, state_of, train_heads
-from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split
+from tests.train.tiny import check_resume, largest_difference, run, seed_members, tiny_model, tiny_pack, tiny_split
 
-TRAIN = Train(num_epochs=4, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
+TRAIN = TrainSettings(num_epochs=4, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
 SEEDS = (2, 0, 5)
 
 
 def make(seeds: tuple[int, ...] = SEEDS, shrinkage: float = 0.4) -> BoostedTask:
-    return BoostedTask(tiny_pack([(seed, 0.0) for seed in seeds], TRAIN), Boosted(shrinkage=shrinkage))
+    return BoostedTask(tiny_pack(seed_members(seeds), TRAIN), BoostedSettings(shrinkage=shrinkage))
 
 
 def test_a_member_equals_the_point_alone_and_the_slow_reference(tmp_path: Path) -> None:

@@ -8,24 +8,24 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynexit.study.methods import Dyce
-from dynexit.study.schema import Train
+from dynexit.study.methods import DyceSettings
+from dynexit.study.schema import TrainSettings
 from dynexit.train.dyce import DyceTask
 from tests.reference.deep_supervision_training import build_heads, cosine, divergence, state_of, train_heads
-from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split
+from tests.train.tiny import check_resume, largest_difference, run, seed_members, tiny_model, tiny_pack, tiny_split
 
-TRAIN = Train(num_epochs=4, global_batch_size=13, precision="float64", keep="last")
-DYCE = Dyce(learning_rate=0.02, num_warm_up_epochs=1)
+TRAIN = TrainSettings(num_epochs=4, global_batch_size=13, precision="float64", keep="last")
+DYCE = DyceSettings(learning_rate=0.02, num_warm_up_epochs=1)
 HEAD_TYPES = ("mlp1x9", "mlp3x8")
 SEEDS = (4, 0)
 NUM_STEPS = 4 * 7
 
 
-def make(seeds: tuple[int, ...] = SEEDS, method: Dyce = DYCE, train: Train = TRAIN) -> DyceTask:
-    return DyceTask(tiny_pack([(seed, 0.0) for seed in seeds], train, HEAD_TYPES), method)
+def make(seeds: tuple[int, ...] = SEEDS, method: DyceSettings = DYCE, train: TrainSettings = TRAIN) -> DyceTask:
+    return DyceTask(tiny_pack(seed_members(seeds), train, HEAD_TYPES), method)
 
 
-def expected_state(seed: int, method: Dyce, distillation: float) -> dict[str, torch.Tensor]:
+def expected_state(seed: int, method: DyceSettings, distillation: float) -> dict[str, torch.Tensor]:
     """One point, slowly; what to mix with what is asked of the task, whose drawing has a test of its own."""
     model, _ = tiny_model(HEAD_TYPES)
     fresh = make((seed,), method)

@@ -8,7 +8,7 @@ import torch
 from dynexit.data import Split
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
-from dynexit.study.schema import Train
+from dynexit.study.schema import TrainSettings
 from dynexit.train.independent import IndependentTask
 from dynexit.train.pack import Member, Pack
 from tests.models.tiny import TINY, build_tiny
@@ -24,8 +24,8 @@ def test_heads_of_every_family_learn(family: str) -> None:
     split = Split(images, labels, torch.arange(16))
     costs = exit_costs(backbone, range(backbone.num_blocks - 1), ["linear", "mlp2x7"])
     model = MultiExit(backbone, costs.positions, costs.head_types)
-    settings = Train(method="independent", num_epochs=1, global_batch_size=8)
-    task = IndependentTask(Pack(model, costs, [Member(0, 0.0, "only")], settings, split, RANKS, 16), None)
+    settings = TrainSettings(method="independent", num_epochs=1, global_batch_size=8)
+    task = IndependentTask(Pack(model, costs, [Member(0, "only")], settings, split, RANKS, 16), None)
     before = {name: value.clone() for name, value in task.member_state(0).items()}
     for rows in (range(8), range(8, 16)):
         losses = task.train_step(split.__getitems__(rows), 1.0)

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynexit.study.schema import Train
+from dynexit.study.schema import TrainSettings
 from dynexit.train.independent import IndependentTask
 from tests.reference.deep_supervision_training import build_heads, cosine, divergence, state_of, train_heads
-from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split
+from tests.train.tiny import check_resume, largest_difference, run, seed_members, tiny_model, tiny_pack, tiny_split
 
-TRAIN = Train(num_epochs=4, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
+TRAIN = TrainSettings(num_epochs=4, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
 HEAD_TYPES = ("mlp2x8", "linear")
 SEEDS = (0, 3, 1)
 
 
-def make(seeds: tuple[int, ...] = SEEDS, train: Train = TRAIN) -> IndependentTask:
-    return IndependentTask(tiny_pack([(seed, 0.0) for seed in seeds], train, HEAD_TYPES))
+def make(seeds: tuple[int, ...] = SEEDS, train: TrainSettings = TRAIN) -> IndependentTask:
+    return IndependentTask(tiny_pack(seed_members(seeds), train, HEAD_TYPES))
 
 
 @pytest.mark.parametrize("distillation", [0.0, 0.7])
@@ -69,7 +69,7 @@ def test_nan_stops_one_member_and_no_other(tmp_path: Path) -> None:
     task.train_step = poison  # type: ignore[method-assign]
     run(task, tmp_path / "poisoned")
     assert task.stopped == {
-        1: "seed=3 ce_ic_tradeoff=0.0: the head loss was not finite at step 9 on rank 0; the member was stopped and "
+        1: "seed=3: the head loss was not finite at step 9 on rank 0; the member was stopped and "
         "its last good state kept; lower train.learning_rate or look at the data"
     }
     for i in (0, 2):

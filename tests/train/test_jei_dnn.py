@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from dynexit.data import epoch_batches
-from dynexit.study.methods import JeiDnn
-from dynexit.study.schema import Train
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
 from tests.reference.jei_dnn_training import train_alone
 from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_split, tiny_task
 
 MEMBERS = [(0, 0.05), (0, 0.4), (1, 0.05), (1, 0.3), (0, 1.1)]
-METHOD = JeiDnn(max_warm_up_epochs=2, bilevel_batch_count=4)
-TRAIN = Train(num_epochs=6, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
+METHOD = JeiDnnSettings(max_warm_up_epochs=2, bilevel_batch_count=4)
+TRAIN = TrainSettings(num_epochs=6, global_batch_size=13, precision="float64", keep="last", learning_rate=0.05)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])

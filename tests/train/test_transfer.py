@@ -11,9 +11,10 @@ import torch
 
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
-from dynexit.study.schema import Prepare
+from dynexit.study.schema import PrepareSettings
+from dynexit.train.optimizers import parameter_groups
+from dynexit.train.parallel import WholeModel
 from dynexit.train.transfer import TransferTask
-from dynexit.train.updates import WholeModel, parameter_groups
 from tests.models.tiny import TINY, build_tiny
 from tests.train.fitted import fitted, small_backbone
 from tests.train.tiny import RANKS, KilledError, largest_difference, tiny_split
@@ -37,7 +38,7 @@ def factors(backbone: Backbone, **settings: Any) -> dict[str, tuple[float, float
     """By name of a weight its factor on the learning rate and its weight decay."""
     by_id = {
         id(weight): (group["factor"], group["weight_decay"])
-        for group in parameter_groups(backbone, Prepare(**settings))
+        for group in parameter_groups(backbone, PrepareSettings(**settings))
         for weight in group["params"]
     }
     return {name: by_id[id(weight)] for name, weight in backbone.model.named_parameters() if id(weight) in by_id}
@@ -67,7 +68,7 @@ def test_rates_of_stem_blocks_and_head() -> None:
 def test_a_step_of_sgd_and_of_adamw_is_each_groups_own() -> None:
     for optimizer in ("sgd", "adamw"):
         backbone = small_backbone()
-        settings = Prepare(
+        settings = PrepareSettings(
             optimizer=optimizer,
             stem_rate=0.25,
             block_rate=0.5,
@@ -105,7 +106,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(tmp_path: Path) -> None:
 def test_the_gradient_of_the_whole_batch_is_clipped(tmp_path: Path) -> None:
     backbone = small_backbone()
     before = {name: value.detach().clone() for name, value in backbone.model.named_parameters()}
-    settings = Prepare(momentum=0.0, weight_decay=0.0, learning_rate=1.0, num_warm_up_epochs=0, clip_norm=0.01)
+    settings = PrepareSettings(momentum=0.0, weight_decay=0.0, learning_rate=1.0, num_warm_up_epochs=0, clip_norm=0.01)
     task = TransferTask(backbone, settings.model_copy(update={"micro_batch_size": 4}), 4, 5, tiny_split(9), RANKS)
     task.train_step(tiny_split().__getitems__(range(13)), 1.0)
     moved = sum((value.detach() - before[name]).square().sum() for name, value in backbone.model.named_parameters())
@@ -131,7 +132,7 @@ def test_precisions_and_channels_last_stay_near_float32(tmp_path: Path) -> None:
 
 def test_fp16s_scale_is_lowered_by_an_overflow_and_the_step_left_out() -> None:
     backbone = small_backbone()
-    task = TransferTask(backbone, Prepare(precision="fp16"), 4, 5, tiny_split(9), RANKS)
+    task = TransferTask(backbone, PrepareSettings(precision="fp16"), 4, 5, tiny_split(9), RANKS)
     updates = task.updates
     assert isinstance(updates, WholeModel)
     updates.scaler.load_state_dict({**updates.scaler.state_dict(), "scale": 2.0**40})
@@ -174,7 +175,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_rank_and_never_save
     with pytest.raises(Failure) as caught:
         fitted(tmp_path, small_backbone(), learning_rate=1e30, num_warm_up_epochs=0)
     assert str(caught.value) == (
-        "the backbone's loss was not finite at step 1 on rank 0; lower prepare.learning_rate, or mend the data or the "
+        "the backbone's loss was not finite at step 1 on rank 0; lower prepare.learning_rate, or fix the data or the "
         "weights it started from"
     )
     with pytest.raises(Failure, match="at step 1 on rank 0"):
@@ -194,7 +195,7 @@ def test_what_is_frozen_stays_with_its_statistics(tmp_path: Path) -> None:
 
 def test_frozen_names_that_do_not_fit() -> None:
     def build(frozen: list[str]) -> None:
-        TransferTask(small_backbone(), Prepare(frozen=frozen), 4, 5, tiny_split(9), RANKS)
+        TransferTask(small_backbone(), PrepareSettings(frozen=frozen), 4, 5, tiny_split(9), RANKS)
 
     with pytest.raises(UserError) as caught:
         build(["clstoken"])
@@ -206,7 +207,7 @@ def test_frozen_names_that_do_not_fit() -> None:
 
 
 def test_a_checkpoint_of_another_layout_is_refused() -> None:
-    task = TransferTask(small_backbone(), Prepare(), 4, 5, tiny_split(9), RANKS)
+    task = TransferTask(small_backbone(), PrepareSettings(), 4, 5, tiny_split(9), RANKS)
     tensors, facts = task.state()
     with pytest.raises(UserError) as caught:
         task.restore(tensors, {**facts, "layout": "ZeRO-2 over 2 ranks"})
@@ -221,9 +222,7 @@ def test_a_compiler_that_fails_is_told_in_a_sentence(tmp_path: Path, monkeypatch
         raise OSError("c++: no such file\nand a hundred lines more")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    with pytest.raises(
-        Failure, match=r"^prepare\.compile = true: torch\.compile failed \(.*\); mend its comp.*=false$"
-    ):
+    with pytest.raises(Failure, match=r"^prepare\.compile = true: torch\.compile failed \(.*\); fix its comp.*=false$"):
         fitted(tmp_path, small_backbone(), compile=True)
 
 

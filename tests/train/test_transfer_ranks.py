@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dynexit.errors import UserError
-from dynexit.train import zero
+from dynexit.train import parallel
 from tests.conftest import require
 from tests.train.fitted import fitted, small_backbone
 from tests.train.ranks import run_ranks
@@ -99,9 +99,9 @@ def test_zero_divides_the_backbone_and_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_without_deepspeed_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        zero.check_installed(2)
+        parallel.check_installed(2)
     assert str(caught.value) == (
         "dist.deepspeed_stage = 2 needs DeepSpeed, which is not installed: pip install 'dynexit[deepspeed]'"
     )

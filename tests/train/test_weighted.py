@@ -9,20 +9,22 @@ from torch.nn import functional
 
 from dynexit.data import epoch_batches
 from dynexit.models.multi_exit import MultiExit
-from dynexit.study.methods import Weighted
-from dynexit.study.schema import Train
+from dynexit.study.methods import WeightedSettings
+from dynexit.study.schema import TrainSettings
 from dynexit.train.weighted import WeightedTask, allotment
 from tests.reference.deep_supervision_training import build_heads, cosine, state_of
-from tests.train.tiny import check_resume, largest_difference, run, tiny_model, tiny_pack, tiny_split
+from tests.train.tiny import check_resume, largest_difference, run, seed_members, tiny_model, tiny_pack, tiny_split
 
-TRAIN = Train(num_epochs=4, global_batch_size=17, precision="float64", keep="last", learning_rate=0.05)
+TRAIN = TrainSettings(num_epochs=4, global_batch_size=17, precision="float64", keep="last", learning_rate=0.05)
 # the network learns fast, so that it matters what it learns
-METHOD = Weighted(meta_interval=3, strength=0.6, hidden_width=9, learning_rate=0.05)
+METHOD = WeightedSettings(meta_interval=3, strength=0.6, hidden_width=9, learning_rate=0.05)
 SEEDS = (3, 0)
 
 
-def make(seeds: tuple[int, ...] = SEEDS, method: Weighted = METHOD, train: Train = TRAIN) -> WeightedTask:
-    return WeightedTask(tiny_pack([(seed, 0.0) for seed in seeds], train), method)
+def make(
+    seeds: tuple[int, ...] = SEEDS, method: WeightedSettings = METHOD, train: TrainSettings = TRAIN
+) -> WeightedTask:
+    return WeightedTask(tiny_pack(seed_members(seeds), train), method)
 
 
 def taken_by(confidences: list[list[float]], ratio: float) -> list[list[int]]:

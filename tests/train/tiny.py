@@ -13,8 +13,8 @@ from dynexit.models.backbones import build_backbone
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
-from dynexit.study.methods import JeiDnn
-from dynexit.study.schema import Train
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.loop import fit
@@ -41,16 +41,25 @@ def tiny_model(head_types: Sequence[str] = ("linear",)) -> tuple[MultiExit, Exit
     return MultiExit(backbone, costs.positions), costs
 
 
-def tiny_task(members: Sequence[tuple[int, float]], train: Train, method: JeiDnn) -> JeiDnnTask:
+def tiny_task(members: Sequence[tuple[int, float]], train: TrainSettings, method: JeiDnnSettings) -> JeiDnnTask:
     """The training of members given as (seed, ce_ic_tradeoff)."""
-    return JeiDnnTask(tiny_pack(members, train), method)
+    return JeiDnnTask(tiny_pack(tradeoff_members(members), train), method)
 
 
-def tiny_pack(members: Sequence[tuple[int, float]], train: Train, head_types: Sequence[str] = ("linear",)) -> Pack:
-    """A pack of members given as (seed, ce_ic_tradeoff)."""
+def tradeoff_members(members: Sequence[tuple[int, float]]) -> list[Member]:
+    """Members of JEI-DNN from (seed, ce_ic_tradeoff)."""
+    return [Member(seed, f"seed={seed} ce_ic_tradeoff={t}", JeiDnnSettings(ce_ic_tradeoff=t)) for seed, t in members]
+
+
+def seed_members(seeds: Sequence[int]) -> list[Member]:
+    """Members that differ in their seeds alone, of a method without settings of a member's own."""
+    return [Member(seed, f"seed={seed}") for seed in seeds]
+
+
+def tiny_pack(members: Sequence[Member], train: TrainSettings, head_types: Sequence[str] = ("linear",)) -> Pack:
+    """A pack of these members on the tiny model and split."""
     model, costs = tiny_model(head_types)
-    named = [Member(seed, tradeoff, f"seed={seed} ce_ic_tradeoff={tradeoff}") for seed, tradeoff in members]
-    return Pack(model, costs, named, train, tiny_split(40, seed=4), RANKS, len(tiny_split()), seed=7)
+    return Pack(model, costs, members, train, tiny_split(40, seed=4), RANKS, len(tiny_split()), seed=7)
 
 
 def run(task: PackTask, folder: Path, stop_at: int | None = None, seconds: float = 1e9) -> PackTask:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dynexit.errors import UserError
-from dynexit.study.schema import Config, Dist
+from dynexit.study.schema import Config, DistSettings
 from launch.slurm.site import Site, load_site, site_contradictions
 
 SITES = Path(__file__).parents[3] / "slurm" / "sites"
@@ -70,7 +70,7 @@ def test_the_profiles_in_the_repository_are_valid_and_the_example_shows_every_ke
 
 
 def test_what_follows_from_profile_and_study() -> None:
-    dist = Dist(timeout_minutes=90, num_threads=3, num_workers=2)
+    dist = DistSettings(timeout_minutes=90, num_threads=3, num_workers=2)
     assert (Site().minutes(dist), Site(time_minutes=4).minutes(dist)) == (90, 4)
     assert (Site().delay_seconds(dist), Site(time_minutes=1).delay_seconds(dist)) == (120, 15)
     assert (Site().cpus(dist), Site(cpus_per_task=7).cpus(dist)) == (5, 7)
@@ -86,7 +86,7 @@ def test_what_follows_from_profile_and_study() -> None:
 
 
 def test_contradictions_with_the_study() -> None:
-    cuda = Config(dist=Dist(device="cuda", tasks_per_node=4))
+    cuda = Config(dist=DistSettings(device="cuda", tasks_per_node=4))
     assert "asks for no GPUs" in site_contradictions(Site(), cuda)[0]
     assert "dist.tasks_per_node = 4: should be at most" in site_contradictions(Site(gpus_per_node=2), cuda)[0]
     assert site_contradictions(Site(gpus_per_node=4), cuda) == []

@@ -20,7 +20,7 @@ from dynexit.dist import Ranks
 from dynexit.errors import Failure, Interrupted
 from dynexit.run_dir import mark_done, read_json, write_text
 from dynexit.study.grid import Point
-from dynexit.study.schema import Dist
+from dynexit.study.schema import DistSettings
 from launch.plan import Job
 from launch.slurm import interruptions, notes
 from launch.slurm.interruptions import Terminated, interruptible, watched
@@ -68,7 +68,7 @@ def run_script(
     note = f'printf "{begun.read_text().strip()}" > "$job.now"' if begun.is_file() else "true"
     note += '; touch "$job.last"' if (folder / "7_2.last").is_file() else ""
     note += "" if why is None else f'; echo {why} > "$job.why"'
-    dist = Dist(max_timeouts=2, max_preemptions=3, max_retries=1)
+    dist = DistSettings(max_timeouts=2, max_preemptions=3, max_retries=1)
     after = script_after(ClusterTask((), time_limit, 120), dist, exclude)
     lines = [*script_before(folder), note, f"({meanwhile}; exit {status})", *after]
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}

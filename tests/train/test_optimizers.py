@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynexit.train.members import MemberAdam, MemberSGD
+from dynexit.train.optimizers import MemberAdam, MemberSGD
 
 M, SHAPES = 3, {"weight": (4, 2), "bias": (5,)}
 

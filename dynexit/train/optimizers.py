@@ -1,14 +1,31 @@
-"""Parameters of many members, stacked on a leading axis; an optimizer with a state per member.
+"""Learning rates and optimizers: of members whose parameters are stacked on a leading axis, and of the backbone.
 
 Shapes: M members of the pack, m chosen members.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynexit.models.backbones import Backbone
+from dynexit.study.schema import PrepareSettings
+
+Groups = list[dict[str, Any]]  # parameter groups of torch.optim, with the learning rate's `factor`
 Stack = dict[str, Tensor]  # parameter name -> (M, ...)
+
+
+def cosine_rate(step: int, num_steps: int, high: float, low: float, num_warm_up_steps: int = 0) -> float:
+    """The rate of a step: linear up to `high` over the warm-up, then half a cosine that would reach `low` at the end.
+
+    The first step of a warm-up has 1/num_warm_up_steps of `high`, the first after it all of `high`.
+    """
+    if step < num_warm_up_steps:
+        return high * (step + 1) / num_warm_up_steps
+    progress = (step - num_warm_up_steps) / max(num_steps - num_warm_up_steps, 1)
+    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def stack_of(module: nn.Module) -> Stack:
@@ -126,3 +143,33 @@ def finite_members(loss_m: Tensor, gradients: Stack) -> Tensor:
     for gradient in gradients.values():
         finite_m = finite_m & gradient.flatten(1).sum(1).isfinite()
     return finite_m
+
+
+def parameter_groups(backbone: Backbone, settings: PrepareSettings) -> Groups:
+    """The weights that are trained, by `factor` of the learning rate and `weight_decay`.
+
+    Stem and blocks have factors of their own (JEI-DNN, section 5); from the tail to the stem each layer has
+    `layer_decay` times the rate of the one behind it. Weight decay acts on matrices and kernels, or on everything.
+    """
+    layers, last = backbone.layers(), backbone.num_blocks + 1
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in backbone.model.named_parameters():
+        if weight.requires_grad:
+            layer = layers[name]
+            own = settings.stem_rate if layer == 0 else settings.block_rate if layer < last else 1.0
+            decay = settings.weight_decay if weight.dim() > 1 or settings.decay_all else 0.0
+            groups.setdefault((own * settings.layer_decay ** (last - layer), decay), []).append(weight)
+    return [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay), params in groups.items()]
+
+
+def make_optimizer(groups: Groups, settings: PrepareSettings) -> torch.optim.Optimizer:
+    """The optimizer that the settings name."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate)
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+
+
+def set_rate(groups: Groups, rate: float) -> None:
+    """The learning rate of the next step, each group's own share of it."""
+    for group in groups:
+        group["lr"] = rate * group["factor"]
