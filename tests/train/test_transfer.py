@@ -222,9 +222,7 @@ def test_a_compiler_that_fails_is_told_in_a_sentence(tmp_path: Path, monkeypatch
         raise OSError("c++: no such file\nand a hundred lines more")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    with pytest.raises(
-        Failure, match=r"^prepare\.compile = true: torch\.compile failed \(.*\); fix its comp.*=false$"
-    ):
+    with pytest.raises(Failure, match=r"^prepare\.compile = true: torch\.compile failed \(.*\); fix its comp.*=false$"):
         fitted(tmp_path, small_backbone(), compile=True)
 
 
