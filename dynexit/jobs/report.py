@@ -167,7 +167,7 @@ def write_report(
         rows,
         figures,
         study_text,
-        [_point_summary(point) for point in points],
+        [{**point.values, "id": point.id} for point in points],
         [*_NOTES, *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
         sections=[_uncertainty(points, rows, study_dir)],
@@ -216,10 +216,6 @@ def published_beside(point: Point) -> list[PublishedPoint]:
     if point.config.report.published == "none":
         return []
     return published_points(data.name, backbone.name, data.image_size, thin_test=data.thin_test)
-
-
-def _point_summary(point: Point) -> dict[str, Any]:
-    return {**{name.rpartition(".")[2]: value for name, value in point.swept.items()}, "id": point.id}
 
 
 def _describe(row: Row, costs: ExitCosts) -> str:
