@@ -115,11 +115,13 @@ def unfinished_packs(study: Study) -> list[list[str]]:
 
 
 def check_identity(study: Study) -> None:
-    """Raises UserError where the study's run directory was made by another configuration; else notes this one there.
+    """Raises UserError where the study's run directory was made for another backbone; else notes this one there.
 
-    The grid may grow and shrink, and what only searches or reports may change; a fixed key that every point's
-    training depends on may not, or results that do not belong together would stand in one table. Where no job began,
-    as after a mistake that the first one found, there are no results yet.
+    A point's results are found by ids that cover every key they depend on, so points of other settings never enter this
+    study's tables. A change of the fixed keys that the prepared backbone does not depend on keeps it, and its points
+    are trained. With another fixed key of data, backbone or prepare nothing in the folder can be used again, which is
+    a mistake more often than not. Where no job began, as after a mistake that the first one found, there are no results
+    yet.
     """
     path = study.directory / "study.json"
     values = fixed_values(study)

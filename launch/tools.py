@@ -16,6 +16,12 @@ def add_tools(commands: Any) -> None:
     )
     macs.add_argument("--image-size", type=_natural, metavar="PIXELS", help="default: the model's own")
     macs.add_argument("--num-classes", type=_natural, default=1000, metavar="K", help="default: %(default)s")
+    macs.add_argument(
+        "--positions", type=int, nargs="+", metavar="P", help="blocks with an exit; default: all but the last"
+    )
+    macs.add_argument(
+        "--head-types", nargs="+", metavar="TYPE", help="as linear or mlp3x500; default: the papers' types"
+    )
     form = macs.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, in MACs")
     form.add_argument("--dyce", action="store_true", help="print DyCE's macs_info JSON")
@@ -55,9 +61,15 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _macs(options: argparse.Namespace) -> None:
-    from dynexit.models.macs import dyce_macs_info, macs_report
+    from dynexit.models.macs import REPORTED_HEADS, dyce_macs_info, macs_report
 
-    report = macs_report(options.backbone, image_size=options.image_size, num_classes=options.num_classes)
+    report = macs_report(
+        options.backbone,
+        image_size=options.image_size,
+        num_classes=options.num_classes,
+        positions=options.positions,
+        head_types=options.head_types or REPORTED_HEADS,
+    )
     if options.json or options.dyce:
         print(json.dumps(dyce_macs_info(report) if options.dyce else report, indent=1))
         return

@@ -285,8 +285,30 @@ def test_mistakes_in_the_study_end_with_status_2(finished: Path, tmp_path: Path)
         ):
             assert start_of_it in line
     assert not (tmp_path / "runs").exists()
-    error = dynexit(finished, "run", TINY, "train.num_epochs=4", status=2).stderr
-    assert "runs/tiny_study was made by another configuration: train.num_epochs was 5 there and is 4 now" in error
+    error = dynexit(finished, "run", TINY, "prepare.num_epochs=3", status=2).stderr
+    assert "runs/tiny_study was made by another configuration: prepare.num_epochs was 4 there and is 3 now" in error
+
+
+def test_another_train_key_keeps_the_prepared_backbone(copy: Path) -> None:
+    directory = copy / "runs" / "tiny_study"
+    before, (backbone,) = digests(directory), directory.glob("prepare/*/backbone.safetensors")
+    modified = backbone.stat().st_mtime_ns
+    override = "train.num_epochs=4"
+    plan = dynexit(copy, "run", TINY, override, "--dry-run").stdout
+    assert "prepare: done" in plan
+    dynexit(copy, "run", TINY, override)
+    assert [path.stat().st_mtime_ns for path in directory.glob("prepare/*/backbone.safetensors")] == [modified]
+    new = {identity for point in load_study(TINY, [override]).points for identity in point.ids.values()}
+    old = {identity for point in load_study(TINY).points for identity in point.ids.values()}
+    with (directory / "report" / "operating_points.csv").open() as file:
+        shown = {row["point_id"] for row in csv.DictReader(file)} - {""}
+    assert shown
+    assert shown <= new
+    assert len(list(directory.glob("train/*"))) == 12
+    dynexit(copy, "run", TINY)  # and back: all is there, the report alone is made again
+    assert digests(directory).items() >= before.items()
+    with (directory / "report" / "operating_points.csv").open() as file:
+        assert {row["point_id"] for row in csv.DictReader(file)} - {""} <= old
 
 
 def test_two_launchers_on_one_study(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Records and costs as files, in this project's formats or DyCE's (Wang et al., DyCE, arXiv 2403.01695)."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,10 @@ def _whole(macs: Any) -> int:
     return int(macs)
 
 
-def open_record(path: Path | str, head_types: Sequence[str]) -> Record:
-    """A record in shards (a directory) or in DyCE's `.npz`, whose exits are of these head types at every position."""
-    return read_npz(path, head_types) if Path(path).suffix == ".npz" else Record.open(path)
+def _open_record(path: Path | str, costs: ExitCosts) -> Record:
+    """A record in shards (a directory) or in DyCE's `.npz`, whose exits are those of the costs."""
+    is_npz = Path(path).suffix == ".npz"
+    return read_npz(path, costs.head_types, len(costs.positions)) if is_npz else Record.open(path)
 
 
 def read_problems(
@@ -88,7 +89,7 @@ def read_problems(
     problems = {}
     for name, path in paths.items():
         try:
-            record = open_record(path, costs.head_types)
+            record = _open_record(path, costs)
             counted = tuple(range(len(costs.positions)))
             unnamed = costs.positions == counted or (Path(path).suffix == ".npz" and record.positions == counted)
             if unnamed and len(record.positions) == len(counted):

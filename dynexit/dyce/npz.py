@@ -132,14 +132,14 @@ class _Arrays:
         return self.content
 
 
-def read_npz(path: Path | str, head_types: Sequence[str] | None = None) -> Record:
+def read_npz(path: Path | str, head_types: Sequence[str] | None = None, num_positions: int | None = None) -> Record:
     """The record in DyCE's `.npz` file, in memory.
 
     It has margins where k >= 2; entropies, label probabilities and gates only where write_npz made it. `head_types`
     names the head types at every position, in the order of the rows; without it there is one, "exit", at as many
-    positions as there are exits. A pickled `meta_info` is skipped with a warning. Raises UserError, naming the array,
-    where the file is no such record, lengths differ, a confidence is NaN or outside [0, 1], a class is negative, or the
-    exits are not a multiple of the head types.
+    positions as there are exits. `num_positions` is the number that the exits should have, if it is known. A pickled
+    `meta_info` is skipped with a warning. Raises UserError, naming the array, where the file is no such record, lengths
+    differ, a confidence is NaN or outside [0, 1], a class is negative, or the rows do not fit head types and positions.
     """
     path = Path(path)
     arrays, meta = _load(path)
@@ -163,7 +163,7 @@ def read_npz(path: Path | str, head_types: Sequence[str] | None = None) -> Recor
     if confs.shape[2] >= 2:
         content["margin"] = content["probability"][:, 0] - content["probability"][:, 1]
     content |= {name: arrays[name].astype(np.float32) for name in (*STATISTICS[1:], "gate") if name in arrays}
-    layout, header = _layout_of(path, content, meta, head_types)
+    layout, header = _layout_of(path, content, meta, head_types, num_positions)
     _check(path, layout, content)
     return Record(layout, header, [_Arrays(label.size, content)], path)
 
@@ -220,7 +220,11 @@ def _check(path: Path, layout: Layout, content: Mapping[str, np.ndarray]) -> Non
 
 
 def _layout_of(
-    path: Path, content: Mapping[str, np.ndarray], meta: Any, head_types: Sequence[str] | None
+    path: Path,
+    content: Mapping[str, np.ndarray],
+    meta: Any,
+    head_types: Sequence[str] | None,
+    num_positions: int | None,
 ) -> tuple[Layout, dict[str, Any]]:
     if isinstance(meta, dict) and _OURS in meta:
         try:
@@ -230,6 +234,11 @@ def _layout_of(
     head_types = ("exit",) if head_types is None else tuple(head_types)
     rows, topk, num_samples = content["prediction"].shape
     positions, rest = divmod(rows - 1, len(head_types))
+    if num_positions is not None and rows - 1 != num_positions * len(head_types):
+        raise UserError(
+            f"{path} has {rows} rows; {num_positions} positions x {len(head_types)} head types need "
+            f"{num_positions * len(head_types)} and the backbone 1; give the costs of the exits that were recorded"
+        )
     if rest:
         raise UserError(
             f"{path} has {rows - 1} exits besides the backbone, which {len(head_types)} head types "

@@ -88,7 +88,8 @@ def _weights(search_range: Sequence[float], step: float) -> list[float]:
             f"search_range is {list(search_range)} and search_step {step}, allowed are two rising numbers from 0 up "
             "and a step above 0"
         )
-    weights = np.arange(search_range[0], search_range[1], step).tolist()
+    # DyCE's own default range ends at 1.0000000000000004 without rounding
+    weights = np.arange(search_range[0], search_range[1], step).round(12).tolist()
     if not weights:
         raise UserError(f"search_range {list(search_range)} holds no λ; give an upper end above the lower one")
     if weights[-1] > 1:

@@ -186,7 +186,7 @@ def write_report(
         rows,
         figures,
         study_text,
-        points_table=[_point_summary(point) for point in points],
+        points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
         sections=[_uncertainty(points, rows)],
@@ -236,10 +236,6 @@ def published_beside(point: Point) -> list[PublishedPoint]:
     if point.config.report.published == "none":
         return []
     return published_points(data.name, backbone.name, data.image_size, thin_test=data.thin_test)
-
-
-def _point_summary(point: Point) -> dict[str, Any]:
-    return {**{name.rpartition(".")[2]: value for name, value in point.swept.items()}, "id": point.id}
 
 
 def _describe(row: Row, costs: ExitCosts) -> str:

@@ -18,6 +18,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.models.backbones import Backbone, ImageSize, build_backbone
 from dynexit.models.families import State
 from dynexit.models.heads import HeadSpec
+from dynexit.models.multi_exit import check_positions
 
 with warnings.catch_warnings():  # fvcore scripts a loss of its own when it is imported
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
@@ -83,17 +84,22 @@ def macs_report(
     *,
     image_size: ImageSize | None = None,
     num_classes: int = 1000,
+    positions: Sequence[int] | None = None,
     head_types: Sequence[str] = REPORTED_HEADS,
     arguments: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a backbone of that name costs with exits after every block but the last, in MACs per sample.
+    """What a backbone of that name costs with exits at `positions` (None: after every block but the last), in MACs per
+    sample.
 
     Keys: `backbone`, `image_size` ([height, width] in pixels), `num_classes`, `full_macs` (the bare backbone),
     `positions`, `backbone_macs` (one a position, the backbone alone up to there), `head_macs` (head type -> one a
-    position), `gate_macs` (one a position). Raises UserError as `build_backbone` does.
+    position), `gate_macs` (one a position). Raises UserError as `build_backbone` does, and for positions or
+    head types that do not exist.
     """
     backbone = build_backbone(name, arguments=arguments, num_classes=num_classes, image_size=image_size)
-    costs = exit_costs(backbone, range(backbone.num_blocks - 1), head_types)
+    positions = range(backbone.num_blocks - 1) if positions is None else positions
+    check_positions(backbone, positions)
+    costs = exit_costs(backbone, positions, head_types)
     return {
         "backbone": name,
         "image_size": list(backbone.input_size[1:]),

@@ -12,6 +12,21 @@ from dynexit.models.families import State
 __all__ = ["MultiExit", "select"]
 
 
+def check_positions(backbone: Backbone, positions: Sequence[int]) -> None:
+    """Raises UserError unless exits can sit after these blocks: rising indices from 0 to the last block but one."""
+    last = backbone.num_blocks - 2
+    if last < 0:
+        raise UserError(
+            f"backbone {backbone.name} has {backbone.num_blocks} blocks, and exits sit after all but the last: it "
+            "has no place for one; give it more blocks"
+        )
+    if not positions or list(positions) != sorted(set(positions)) or positions[0] < 0 or positions[-1] > last:
+        raise UserError(
+            f"exit positions {list(positions)} do not fit {backbone.name}: give block indices in rising order from "
+            f"0 to {last} (it has {backbone.num_blocks} blocks, and its own classifier sits after the last)"
+        )
+
+
 class MultiExit(nn.Module):
     """A backbone, frozen (eval mode and no autograd, always), with exits after the blocks in `positions`.
 
@@ -22,17 +37,7 @@ class MultiExit(nn.Module):
 
     def __init__(self, backbone: Backbone, positions: Sequence[int], head_types: Sequence[str] = ("linear",)) -> None:
         super().__init__()
-        last = backbone.num_blocks - 2
-        if last < 0:
-            raise UserError(
-                f"backbone {backbone.name} has {backbone.num_blocks} blocks, and exits sit after all but the last: it "
-                "has no place for one; give it more blocks"
-            )
-        if not positions or list(positions) != sorted(set(positions)) or positions[0] < 0 or positions[-1] > last:
-            raise UserError(
-                f"exit positions {list(positions)} do not fit {backbone.name}: give block indices in rising order from "
-                f"0 to {last} (it has {backbone.num_blocks} blocks, and its own classifier sits after the last)"
-            )
+        check_positions(backbone, positions)
         self.positions = tuple(positions)
         self.feature_dims = tuple(backbone.feature_dims[i] for i in self.positions)
         self.backbone = backbone.requires_grad_(False).eval()

@@ -1,11 +1,13 @@
 """Weights from a local file into a model, or one sentence on why they do not fit. Nothing in a file is executed."""
 
+import argparse
 import errno
 import importlib
 import logging
 import pickle
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ from dynexit.models.t2t_vit import T2TViT, resize_positions
 logger = logging.getLogger(__name__)
 
 # where a checkpoint may keep the weights, best first ("net": JEI-DNN's fine-tuned backbones)
-_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
-_PREFIXES = ("module.", "_orig_mod.")
+_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "weights")
+_MOST_CONTAINERS = 4  # one inside the other; a hostile file has endless ones
+# of DistributedDataParallel and AveragedModel, torch.compile, and modules that hold the backbone (Lightning's)
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+# buffers of AveragedModel, and of thop in every module
+_NOT_WEIGHTS = ("n_averaged", "total_ops", "total_params")
 # what JEI-DNN's checkpoints hold beside the backbone
 _NOT_BACKBONE = ("intermediate_heads.", "gates.")
 
@@ -29,15 +35,18 @@ _NOT_BACKBONE = ("intermediate_heads.", "gates.")
 def load_weights(model: Any, path: Path, backbone_name: str, *, classifier_is_trained: bool = True) -> None:
     """Fills the model from a `.safetensors` file, or from one that torch reads with weights_only.
 
-    The file holds the state, or a dict with `state_dict_ema` or `state_dict`; a leading `module.` is stripped. The
+    The file holds the state, or a dict with it under one of several usual names, also nested. Prefixes that all names
+    have are removed as far as the model needs it (`module.`, `_orig_mod.`, `model.`, `backbone.`, also nested). The
     classifier stays as it is where the file's has another number of classes; position embeddings are resized.
     Raises UserError, naming the file, where anything else does not fit, and where a classifier that is not trained
     afterwards does not.
     """
-    whole = read_state(path)
-    state = _without_classifier_of_other_size(whole, model)
-    if not _fits(state, model):
-        state = _converted(state, model)
+    for whole in _without_prefixes(read_state(path)):
+        state = _without_classifier_of_other_size(whole, model)
+        if not _fits(state, model):
+            state = _converted(state, model)
+        if _fits(state, model):
+            break
     _refuse_misfit(state, model, path, backbone_name)
     for name in () if classifier_is_trained else _classifier_names(model):
         if f"{name}.weight" not in state:
@@ -51,7 +60,11 @@ def load_weights(model: Any, path: Path, backbone_name: str, *, classifier_is_tr
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, out of whatever dict they are wrapped in, without `module.`."""
+    """Returns the tensors of a weights file by name, out of whatever dicts they are wrapped in.
+
+    Raises UserError, naming the file, if it cannot be read as plain weights, holds no state dict, or a tensor is not
+    dense, real and finite.
+    """
     if not path.is_file():
         fault = "is no file" if path.exists() else "does not exist"
         raise UserError(
@@ -60,33 +73,81 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        is_denied = isinstance(error, OSError) and error.errno != errno.EINVAL
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to read it without weights_only
-            reason = "it holds something else than tensors, or is no checkpoint"
-        elif not (is_denied or isinstance(error, (SafetensorError, RuntimeError))):  # whose words are a number
-            reason = "it is cut short, or is no checkpoint"
         raise UserError(
-            f"weights file {str(path)!r} cannot be read as plain weights ({reason}): give a complete .safetensors "
-            "file, or a .pth file that torch.load reads with weights_only=True"
+            f"weights file {str(path)!r} cannot be read as plain weights ({_reason(error)}): give a complete "
+            ".safetensors file, or a .pth file that torch.load reads with weights_only=True"
         ) from error
-    for key in _CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping):
-        content = {}
-    state = {_stripped(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
-    state = {name: value for name, value in state.items() if not name.startswith(_NOT_BACKBONE)}
+    state = {
+        name: value
+        for name, value in _contained(content, _MOST_CONTAINERS).items()
+        if name.rpartition(".")[2] not in _NOT_WEIGHTS
+    }
     for name, value in state.items():
         fault = _fault(value)
         if fault:
             raise UserError(f"weights file {str(path)!r}: {name} {fault}; give a file of whole, plain weights")
     if not state:
+        places = [repr(str(name)) for name, value in _items(content) if _has_tensors(value)]
+        holds = "no tensors" if not _has_tensors(content) else f"no state dict, but a {type(content).__name__}"
+        if places:
+            holds = f"tensors under {_first(places)}, where no state dict is expected"
         raise UserError(
-            f"weights file {str(path)!r} holds no tensors: give a file with a state dict, bare or under 'state_dict'"
+            f"weights file {str(path)!r} holds {holds}: give a file with a state dict, bare or under "
+            f"{', '.join(map(repr, _CONTAINERS))}"
         )
     return state
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, without the numbers and advice of the libraries."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to read it without weights_only
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it holds a {foreign[1]}" if foreign else "it holds something else than tensors, or is no checkpoint"
+    is_denied = isinstance(error, OSError) and error.errno != errno.EINVAL
+    if not (is_denied or isinstance(error, SafetensorError | RuntimeError)):  # whose words are a number
+        return "it is cut short, or is no checkpoint"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _contained(content: Any, most: int) -> dict[str, Tensor]:
+    """The tensors of the best container that has any, which may be inside others; else those of `content` itself."""
+    if not isinstance(content, Mapping) or not most:
+        return {}
+    for key in _CONTAINERS:
+        found = _contained(content.get(key), most - 1)
+        if found:
+            return found
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _items(content: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(content, Mapping):
+        return content.items()
+    return enumerate(content) if isinstance(content, list | tuple) else ()
+
+
+def _has_tensors(content: Any) -> bool:
+    """Whether a tensor is anywhere in nested dicts and lists, which may contain themselves."""
+    left, seen = [content], set[int]()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            return True
+        if id(value) not in seen:
+            seen.add(id(value))
+            left += [item for _, item in _items(value)]
+    return False
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The backbone's part of the state as it is, then without one more prefix that all names have, each time."""
+    while state:
+        own = {name: value for name, value in state.items() if not name.startswith(_NOT_BACKBONE)}
+        yield own
+        prefix = next((one for one in _PREFIXES if all(name.startswith(one) for name in state)), None)
+        if prefix is None:
+            return
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def _fault(value: Tensor) -> str:
@@ -100,13 +161,9 @@ def _read_torch(path: Path) -> Any:
     with warnings.catch_warnings():
         for remark in ("Detected pickle protocol", "Validating sparse tensor"):  # refused below if it matters
             warnings.filterwarnings("ignore", message=remark)
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _stripped(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+        # timm's training checkpoints keep the command line in one, which is data alone
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _classifier_names(model: Any) -> tuple[str, ...]:

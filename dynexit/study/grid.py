@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from dynexit.study.keys import Section
 from dynexit.study.methods import sections_of_methods
 from dynexit.study.schema import Config, method_settings
 from dynexit.study.stages import METHOD, POINT_STAGES, STAGES
-from dynexit.study.validation import all_keys, contradictions, sentences, unknown_key
+from dynexit.study.validation import all_keys, changes_results, contradictions, sentences, unknown_key
 
 SWEEPABLE = tuple(
     name
     for section in STAGES["search"].sections
     for name in (sections_of_methods() if section == METHOD else [section])
 )
+_MOST_POINTS = 10**6
 _FORMAT = 1  # of what the jobs write; a change of meaning raises it and with it every id
 
 
@@ -32,8 +34,9 @@ class Point:
     """One setting of the swept keys, and the id of each stage of it."""
 
     config: Config
-    swept: dict[str, Any]
+    swept: dict[str, Any]  # of the keys that the point's results can depend on
     ids: dict[str, str]
+    sweep_keys: tuple[str, ...]  # all swept keys of the study
 
     @property
     def id(self) -> str:
@@ -56,14 +59,20 @@ class Point:
         return config.train.method + (f" ({', '.join(variants)})" if variants else "")
 
     @property
+    def values(self) -> dict[str, Any]:
+        """The values of all swept keys of the study, by the shortest unique name; `-` where results do not depend on
+        the key, as on those of another method.
+        """
+        last = [name.rpartition(".")[2] for name in self.sweep_keys]
+        return {
+            short if last.count(short) == 1 else name: self.swept.get(name, "-")
+            for short, name in zip(last, self.sweep_keys, strict=True)
+        }
+
+    @property
     def label(self) -> str:
         """The swept values in words, as `ce_ic_tradeoff=0.5 seed=1`."""
-        last = [name.rpartition(".")[2] for name in self.swept]
-        words = [
-            f"{short if last.count(short) == 1 else name}={value}"
-            for short, (name, value) in zip(last, self.swept.items(), strict=True)
-        ]
-        return " ".join(words) or "the only point"
+        return " ".join(f"{name}={value}" for name, value in self.values.items()) or "the only point"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +102,11 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         yield f"sweep.zip: its lists go together and should be equally long, but {told}"
+    axes = [len(values) for name, values in sweep.items() if isinstance(values, list) and name not in zipped]
+    num_points = math.prod((*axes, max(lengths.values(), default=1)))
+    if num_points > _MOST_POINTS:
+        yield f"sweep: {num_points:,} points; at most {_MOST_POINTS:,} are allowed; shorten a list, or make two studies"
+        return
     for name, values in sweep.items():
         if name not in all_keys():
             yield f"sweep.{unknown_key(str(name))}"
@@ -102,7 +116,9 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str
             yield f"sweep.{name} = {values!r}: should be a list of values"
         elif not values:
             yield f"sweep.{name} = []: the grid is empty; give at least one value or remove the key"
-        elif name not in zipped and any(value in values[:i] for i, value in enumerate(values)):
+        elif len(values) > 1 and not changes_results(name):
+            yield f"sweep.{name}: results do not depend on this key; give one value, or make a study for each"
+        elif name not in zipped and len(set(map(_hashable, values))) < len(values):
             yield f"sweep.{name} = {values!r}: a value stands in it twice"
         else:
             for value in values:
@@ -112,6 +128,10 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str
                     yield from ("sweep." + text for text in sentences(error, f"{name.rpartition('.')[0]}.".lstrip(".")))
                 else:
                     yield from (f"sweep.{name} = {value!r}: {text}" for text in contradictions(changed) if base)
+
+
+def _hashable(value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(value, (list, dict)) else value
 
 
 def _with_value(config: Config, dotted: str, value: Any) -> Config:
@@ -142,7 +162,7 @@ def expand(base: Config, sweep: dict[str, list[Any]], zipped: Sequence[str] = ()
         if ids["search"] not in seen:
             seen.add(ids["search"])
             swept = {name: _value(config, name) for name in sweep if is_used(name.partition(".")[0], config)}
-            yield Point(config, swept, ids)
+            yield Point(config, swept, ids, tuple(sweep))
 
 
 def _settings(sweep: dict[str, list[Any]], zipped: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -208,17 +228,10 @@ def digest(content: Any) -> str:
 
 
 def fixed_values(study: Study) -> dict[str, Any]:
-    """By dotted key the values that all results of the study share: neither swept nor without effect on results."""
-    values: dict[str, Any] = {}
-    used = {point.config.train.method: point.config for point in study.points}.values()
-    for section in SWEEPABLE[: SWEEPABLE.index("search")]:
-        if not any(is_used(section, config) for config in used):
-            continue
-        content = json.loads(canonical_json(getattr(study.config, section)))
-        flat = (
-            {f"{section}.{name}": value for name, value in content.items()}
-            if isinstance(content, dict)
-            else {section: content}
-        )
-        values.update({name: value for name, value in flat.items() if name not in study.sweep})
-    return values
+    """By dotted key the values that all prepared backbones of the study share: neither swept nor without effect."""
+    return {
+        f"{section}.{name}": value
+        for section in STAGES["prepare"].sections
+        for name, value in json.loads(canonical_json(getattr(study.config, section))).items()
+        if f"{section}.{name}" not in study.sweep
+    }

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "cifar100_lt", "svhn", "imagenet", "image_folder")
+_MOST_STEPS, _MOST_DIGITS = 10**6, 12  # of a range; of a step that a message proposes
 TIMM_DATA_SETS = ("torch", "hfds", "hfids", "tfds", "wds")  # before the slash of a name that timm knows
 
 
@@ -34,7 +35,8 @@ def no_duplicates(values: Any) -> Any:
 def parse_weights(spec: str | list[float]) -> list[float]:
     """The weights a list holds or `LO:HI:STEP` stands for, HI included, without rounding drift (0.4:1:0.01 holds 0.7).
 
-    Raises ValueError where the text is not of that form, the step is not positive, or a weight leaves [0, 1].
+    Raises ValueError where the text is not of that form, the step is not positive, a weight leaves [0, 1], the steps
+    do not end at HI, or there are more than 10^6 of them.
     """
     if isinstance(spec, list):
         return spec
@@ -44,7 +46,26 @@ def parse_weights(spec: str | list[float]) -> list[float]:
         raise ValueError("should be LO:HI:STEP, as 0.4:1:0.01, or a list of numbers") from None
     if not (low.is_finite() and high.is_finite() and step.is_finite() and 0 <= low <= high <= 1 and step > 0):
         raise ValueError("should be LO:HI:STEP with 0 <= LO <= HI <= 1 and STEP > 0")
-    return [float(low + i * step) for i in range(int((high - low) / step) + 1)]
+    span = high - low
+    if span > step * _MOST_STEPS:
+        raise ValueError(f"has more than {_MOST_STEPS:,} steps; give a larger STEP")
+    num_steps = int(span / step)
+    if span % step:
+        last = low + num_steps * step
+        nearest = " or ".join(f"{one:f}" for one in _nearest_steps(span, num_steps))
+        step_to_give = f"a STEP of {nearest}, or " if nearest else ""
+        raise ValueError(f"its steps end at {last}, not at {high}; give {step_to_give}{last} as HI")
+    return [float(low + i * step) for i in range(num_steps + 1)]
+
+
+def _nearest_steps(span: Decimal, num_steps: int) -> list[Decimal]:
+    """The nearest steps with few digits, below and above span / num_steps, that divide the span."""
+
+    found = []
+    for counts in (range(num_steps + 1, 2 * num_steps + 10), range(num_steps, 0, -1)):
+        steps = ((span / count).normalize() for count in counts)
+        found += [next((step for step in steps if len(step.as_tuple().digits) <= _MOST_DIGITS), None)]
+    return [step for step in found if step is not None]
 
 
 def known_weights(spec: Any) -> Any:

@@ -1,19 +1,17 @@
 """A study: YAML and key=value in, points with ids out. All mistakes are found before any of them is reported."""
 
 import copy
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dynexit.errors import UserError
 from dynexit.study.grid import Study, check_sweep, expand
 from dynexit.study.schema import SECTIONS, Config
 from dynexit.study.validation import contradictions, sentences
+from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml, shorten, to_yaml
 
 
 class StudyError(UserError):
@@ -24,38 +22,15 @@ class StudyError(UserError):
         self.config = config
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (1e-3 is one; 0:1:0.01 is none, which YAML 1.1 reads as minutes) and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in keys:
-            if keys.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"^([-+]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][-+]?\d+|\.\d+[eE][-+]?\d+)|[-+]?\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-
-
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """The study in the YAML file `path` after `key.path=value` overrides, every point of it validated.
 
-    A swept key that is overridden is no longer swept, or, where the value is a list, swept over that list.
+    A swept key that is overridden is no longer swept, or, where the value is a list, swept over that list. An override
+    has no comments: `report.title=run #2` is the title `run #2`, as the shell passed it.
     Raises UserError with one line for every mistake.
     """
-    raw = _read_yaml(path)
     mistakes: list[str] = []
+    raw = _read_yaml(path, mistakes)
     sweep = raw.pop("sweep", None)
     sweep = {} if sweep is None else sweep
     if not isinstance(sweep, dict):
@@ -84,18 +59,19 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     return Study(path, base, {**swept, **{name: sweep[name] for name in together}}, points, together)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, mistakes: list[str]) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = json_only(parse_yaml(path.read_text(encoding="utf-8")), "", mistakes)
     except FileNotFoundError:
         raise UserError(f"there is no study {path}; give the path of a YAML file, as configs/digits.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the study {path} could not be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"the study {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"the study {path} cannot be read as YAML: {error}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise UserError(f"the study {path} should hold sections, as `train:`, not {type(raw).__name__}")
+        found = "a refused value" if raw is REFUSED else type(raw).__name__
+        raise UserError(f"the study {path} should hold sections, as `train:`, not {found}")
     return raw
 
 
@@ -112,9 +88,12 @@ def _apply_override(raw: dict[str, Any], sweep: dict[str, Any], override: str, m
         mistakes.append(f"{override!r} should be key.path=value, as train.num_epochs=5")
         return
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        mistakes.append(f"{name}: {text!r} is not a YAML value")
+        value = json_only(parse_yaml(text, comments=False), name, mistakes)
+    except ValueError as error:
+        hint = "; an override has no comments" if "#" in text else ""
+        mistakes.append(f"{name}: {shorten(repr(text))} is not a YAML value: {error}{hint}")
+        return
+    if value is REFUSED:
         return
     if name == "sweep":
         mistakes.append(f"sweep = {value!r}: name the key that varies, as sweep.seed=[0, 1]")
@@ -200,19 +179,19 @@ def resolved_yaml(study: Study, *, with_meanings: bool = True) -> str:
                 _key_lines(last, getattr(value, last), inner, "  ", with_meanings, f"{name}.{last}" in study.sweep)
             )
     lines.append("sweep:" if study.sweep else "sweep: {}")
-    lines.extend(f"  {name}: {json.dumps(v)}" for name, v in study.sweep.items() if name not in study.zipped)
+    lines.extend(f"  {name}: {to_yaml(v)}" for name, v in study.sweep.items() if name not in study.zipped)
     if study.zipped:
-        lines += ["  zip:", *(f"    {name}: {json.dumps(study.sweep[name])}" for name in study.zipped)]
+        lines += ["  zip:", *(f"    {name}: {to_yaml(study.sweep[name])}" for name in study.zipped)]
     return "\n".join(lines) + "\n"
 
 
 def _key_lines(name: str, value: Any, field: Any, indent: str, with_meanings: bool, swept: bool) -> list[str]:
-    line = f"{indent}{name}: {json.dumps(value)}"
+    line = f"{indent}{name}: {to_yaml(value)}"
     if swept:
         line = f"{indent}# {name}: see sweep"
     if not with_meanings:
         return [] if swept else [line]
     extra = field.json_schema_extra or {}
     unit = f" [{extra['unit']}]" if extra.get("unit") else ""
-    default = json.dumps(field.get_default(call_default_factory=True))
+    default = to_yaml(field.get_default(call_default_factory=True))
     return [f"{indent}# {field.description}{unit}; default {default}", line]

@@ -248,6 +248,7 @@ class Config(Section):
     name: str = Field(
         "study",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
         description="folder of the study in runs_dir; default: the file's name",
     )
     runs_dir: str = key("runs", "folder for the results, relative to the working directory", changes_results=False)

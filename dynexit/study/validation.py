@@ -8,12 +8,20 @@ from pydantic import ValidationError
 
 from dynexit.study.methods import METHODS
 from dynexit.study.schema import SECTIONS, Config, method_settings
+from dynexit.study.yaml_text import shorten
 
 
 def all_keys() -> list[str]:
     """Every dotted key of the schema, in its order."""
     top = [name for name in Config.model_fields if name not in SECTIONS]
     return top + [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
+
+
+def changes_results(dotted: str) -> bool:
+    """Whether results depend on that key of a section; so they do on every key outside the sections that is swept."""
+    section, _, name = dotted.partition(".")
+    extra = SECTIONS[section].model_fields[name].json_schema_extra if name else None
+    return not isinstance(extra, dict) or bool(extra["changes_results"])
 
 
 def unknown_key(dotted: str) -> str:
@@ -43,7 +51,7 @@ def sentences(error: ValidationError, prefix: str = "") -> list[str]:
         if dotted in found:
             found[dotted] += f", or {text}" if text not in found[dotted] else ""
         else:
-            found[dotted] = f"{dotted} = {item['input']!r}: {text}"
+            found[dotted] = f"{dotted} = {shorten(repr(item['input']))}: {text}"
     # of a list with a wrong element, the branch that takes no list says nothing
     return [text for dotted, text in found.items() if not any(one.startswith(f"{dotted}.") for one in found)]
 

@@ -60,7 +60,7 @@ def test_the_files_columns_and_figures_are_as_published(arguments, problems, tmp
     assert [row[""] for row in rows] == ["0", "1", "2", "3", "4"]
     macs = [float(row["relative_macs"]) for row in rows]
     assert macs == sorted(macs)
-    assert sorted(float(row["lambda"]) for row in rows) == np.arange(0.5, 1.0, 0.1).tolist()
+    assert sorted(float(row["lambda"]) for row in rows) == [0.5, 0.6, 0.7, 0.8, 0.9]
     for row in rows:
         config = ast.literal_eval(row["config"])
         exits = [(head, threshold) for head, threshold in config["exit_config"][0]]
@@ -103,9 +103,15 @@ def test_weights_above_1_become_1_with_one_warning(arguments, tmp_path):
     rows = read(tmp_path / "sim_results" / "unfiltered" / "dyce_resnet50_onepass.csv")
     assert len(rows) == 15
     assert max(float(row["lambda"]) for row in rows) == 1.0
-    # DyCE's default grid ends a rounding error above 1
-    with pytest.warns(UserWarning, match="are above 1"):
-        search_and_eval(**{**arguments, "search_range": [0.5, 1.01]}, refresh=True)
+
+
+def test_dyces_default_range_gives_no_warning(arguments, tmp_path):
+    del arguments["search_range"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search_and_eval(**arguments)
+    rows = read(tmp_path / "sim_results" / "unfiltered" / "dyce_resnet50_onepass.csv")
+    assert sorted(float(row["lambda"]) for row in rows) == [hundredths / 100 for hundredths in range(50, 101)]
 
 
 def test_samethres_takes_the_weight_for_the_threshold(arguments, problems, tmp_path):

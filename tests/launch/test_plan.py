@@ -22,6 +22,11 @@ def test_a_folder_belongs_to_a_configuration_once_a_job_began(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"data\.num_validation was 150 there and is 1400 now; choose another folder"):
         check_identity(wrong)
     check_identity(right)
+    changes = ("train.num_epochs=9", "exits.positions=[0]", "jei_dnn.head_loss=single", "record.topk=2", "seed=7")
+    for override in (*changes, "train.method=boosted", "search.normalize=true"):
+        other = load_study(TINY, [f"runs_dir={tmp_path}", override])
+        check_identity(other)
+        assert {point.ids["prepare"] for point in other.points} == {right.points[0].ids["prepare"]}
 
 
 def test_a_pack_with_a_damaged_list_is_moved_aside_by_the_remedy_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dynexit.errors import UserError
 from dynexit.models.backbones import build_backbone
 from dynexit.models.heads import StackedHeads
 from dynexit.models.macs import backbone_macs, dyce_macs_info, exit_costs, head_macs, macs_report
+from launch.__main__ import main
 from tests.models.test_backbones import DIGITS
 from tests.models.tiny import TINY, build_tiny
 
@@ -121,3 +122,21 @@ def test_the_report_and_the_form_that_dyce_reads() -> None:
     }
     with pytest.raises(UserError, match="unknown backbone 'resnet5'"):
         macs_report("resnet5")
+
+
+def test_a_report_of_chosen_positions_and_head_types(capsys: pytest.CaptureFixture[str]) -> None:
+    report = macs_report("test_resnet", num_classes=7)
+    asked = ["macs", "test_resnet", "--num-classes", "7", "--positions", "0", "2", "--head-types", "mlp3x500", "linear"]
+    assert main([*asked, "--dyce"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["backbone"]["macs"] == [*(report["backbone_macs"][i] for i in (0, 2)), report["full_macs"]]
+    assert [head["name"] for head in info["head"]] == ["mlp3x500", "linear"]
+    assert info["head"][0]["macs"] == [*(report["head_macs"]["mlp3x500"][i] for i in (0, 2)), 0]
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["positions"] == [0, 2]
+    for wrong, message in (
+        ({"positions": [0, 9]}, r"exit positions \[0, 9\] do not fit test_resnet: give block indices in rising order"),
+        ({"head_types": ["mlp"]}, "unknown head type 'mlp': use 'linear'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            macs_report("test_resnet", **wrong)

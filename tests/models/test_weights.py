@@ -1,8 +1,10 @@
 """Weights from local files: every form in which people have them, and every way in which they do not fit."""
 
 import pickle
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from dynexit.errors import UserError
 from dynexit.models.backbones import Backbone, build_backbone
+from dynexit.models.weights import load_weights
 
 T2T = {"embed_dim": 24, "depth": 2, "num_heads": 2, "token_dim": 8}
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -37,11 +40,21 @@ def same(model: torch.nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("form", ["bare", "state_dict", "state_dict_ema", "net", "module", "jei_dnn"])
+def renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+FORMS = ["bare", "state_dict", "state_dict_ema", "net", "module", "jei_dnn", "timm", "model_state_dict", "empty_ema"]
+FORMS += ["two_containers", "weights", "lightning", "averaged", "torchvision_ema", "thop"]
+FORMS += ["_orig_mod.module.", "module._orig_mod.", "model._orig_mod.", "backbone.", "module.model.backbone."]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("file", ["weights.pth.tar", "weights.pth"])
 def test_the_forms_of_published_files(tmp_path: Path, state: dict[str, Tensor], form: str, file: str) -> None:
     wrong = {name: value + 1 for name, value in state.items()}
-    module = {f"module.{name}": value for name, value in state.items()}
+    module, averaged = renamed(state, "module."), {"n_averaged": torch.tensor(7)}
+    counts = {f"{name}total_{what}": torch.zeros(1) for name in ("", "blocks.0.") for what in ("ops", "params")}
     exits = {"module.intermediate_heads.0.weight": torch.ones(1), "module.gates.0.linear.bias": torch.ones(1)}
     content = {
         "bare": state,
@@ -50,7 +63,20 @@ def test_the_forms_of_published_files(tmp_path: Path, state: dict[str, Tensor], 
         "net": {"net": module, "acc": 94.9, "epoch": 59},
         "module": module,
         "jei_dnn": {"net": {**module, **exits}},
-    }[form]
+        "timm": {"epoch": 3, "arch": "t2t", "args": Namespace(lr=0.1, model="t2t"), "version": 2, "state_dict": state},
+        "model_state_dict": {
+            "model_state_dict": state,
+            "optimizer_state_dict": {"state": wrong},
+            "loss": torch.ones(()),
+        },
+        "empty_ema": {"state_dict": state, "state_dict_ema": {}},
+        "two_containers": {"arch": "t2t", "model": {"state_dict": state}},
+        "weights": {"weights": state, "meta": {"mean": torch.ones(3)}},
+        "lightning": {"state_dict": renamed(state, "model."), "pytorch-lightning_version": "2.4", "loops": {}},
+        "averaged": {**averaged, **module},
+        "torchvision_ema": {"model": wrong, "model_ema": {**averaged, **module}, "args": Namespace()},
+        "thop": {**state, **counts},
+    }.get(form, renamed(state, form))
     assert same(t2t(save(tmp_path / file, content)).model, state)
 
 
@@ -257,6 +283,54 @@ def test_files_that_are_no_weights(tmp_path: Path, state: dict[str, Tensor]) -> 
         with pytest.raises(UserError) as error:
             t2t(path)
         assert str(error.value) == f"weights file '{path}' {sentence}"
-    for content in ({"epoch": 3}, [1, 2], torch.ones(3)):
-        with pytest.raises(UserError, match="holds no tensors: give a file with a state dict"):
+    itself: dict[str, object] = {"epoch": 3}
+    itself["model"] = itself
+    advice = (
+        "give a file with a state dict, bare or under 'state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', "
+        "'model', 'net', 'weights'"
+    )
+    for content, holds in (
+        ({"epoch": 3}, "no tensors"),
+        ([1, 2], "no tensors"),
+        (itself, "no tensors"),
+        (torch.ones(3), "no state dict, but a Tensor"),
+        ([torch.ones(3)], "tensors under '0', where no state dict is expected"),
+        (
+            {"epoch": 3, "ema": state, "students": [state]},
+            "tensors under 'ema', 'students', where no state dict is expected",
+        ),
+        ({"model": {}, "teacher": {"backbone": state}}, "tensors under 'teacher', where no state dict is expected"),
+    ):
+        with pytest.raises(UserError) as error:
             t2t(save(tmp_path / "other.pth", content))
+        assert str(error.value) == f"weights file '{tmp_path / 'other.pth'}' holds {holds}: {advice}"
+
+
+def test_only_a_namespace_is_safe_and_others_are_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    for content, name in (
+        ({"state_dict": state, "args": Namespace(path=tmp_path)}, r"it holds a pathlib\.\w+"),
+        ({"state_dict": state, "metric": np.float64(3)}, r"it holds a numpy\.\S+\.scalar"),
+        (torch.nn.Linear(1, 1), r"it holds a torch\.nn\.modules\.linear\.Linear"),
+    ):
+        path = save(tmp_path / "foreign.pth", content)
+        with pytest.raises(UserError, match=rf"cannot be read as plain weights \({name}\): give a complete"):
+            t2t(path)
+    assert Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_prefixes_are_kept_where_the_model_has_them(tmp_path: Path) -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 2)})
+            self.default_cfg = {"classifier": "backbone.fc"}
+
+    source, filled = Wrapped(), Wrapped()
+    load_weights(filled, save(tmp_path / "own.pth", renamed(source.state_dict(), "module.")), "wrapped")
+    assert same(filled, source.state_dict())
+
+
+def test_no_prefix_is_removed_that_some_names_lack(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = save(tmp_path / "mixed.pth", {**renamed(state, "model."), "criterion.weight": torch.ones(7)})
+    with pytest.raises(UserError, match=r"are unknown to it \(first: model\.cls_token"):
+        t2t(path)

@@ -107,13 +107,13 @@ jei_dnn: {ce_ic_tradeoff: .nan}
 sweep: {seed: [], train.batch_size: [1], jei_dnn.head_loss: [paper, papers], seeds: [1]}
 """
     assert mistakes(tmp_path, text) == [
+        "jei_dnn.ce_ic_tradeoff = nan: should be a finite number",
         "data.name = 'digit': no data set of this name; known are digits, cifar10, cifar100, "
         "cifar100_lt, svhn, imagenet, image_folder, and of timm torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME",
         "data.noise = -1: should be greater than or equal to 0",
         "train.learning_rate = 'fast': should be a valid number",
         "train.keep = 'first': should be 'last' or 'best'",
         "train.num_epoch is not a key; did you mean train.num_epochs?",
-        "jei_dnn.ce_ic_tradeoff = nan: should be a finite number",
         "recrod is not a key; did you mean record?",
         "sweep.seed = []: the grid is empty; give at least one value or remove the key",
         "sweep.train.batch_size is not a key; did you mean record.batch_size?",
@@ -141,6 +141,10 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("seed: 1\nsweep: {seed: [0]}", (), "seed is both set and swept; keep one of the two"),
         ("sweep: {seed: 3}", (), "sweep.seed = 3: should be a list of values"),
         ("sweep: {seed: [1, 1]}", (), "sweep.seed = [1, 1]: a value stands in it twice"),
+        ("sweep: {data.dir: [a, b]}", (), "sweep.data.dir: results do not depend on this key; give one value, or make a study for each"),
+        ("sweep: {exits.positions: [[1], [2], [1]]}", (), "sweep.exits.positions = [[1], [2], [1]]: a value stands in it twice"),
+        ("", (f"sweep.seed={list(range(1001))}", f"sweep.data.seed={list(range(1000))}"), "sweep: 1,001,000 points; at most 1,000,000 are allowed; shorten a list, or make two studies"),
+        ("", (f"name={'n' * 201}",), f"name = '{'n' * 119}... (203 characters): string should have at most 200 characters"),
         ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, dyce, record, search"),
         ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=5"),
         ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
@@ -158,9 +162,9 @@ def test_what_a_mistake_is_called(tmp_path: Path, text: str, overrides: tuple[st
 def test_files_that_are_no_study(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no study .*missing\.yaml; give the path of a YAML file"):
         load_study(tmp_path / "missing.yaml")
-    assert mistakes(tmp_path, "train: [")[0].startswith(f"the study {tmp_path / 'small.yaml'} is not YAML: ")
+    assert mistakes(tmp_path, "train: [")[0].startswith(f"the study {tmp_path / 'small.yaml'} cannot be read as YAML: ")
     assert mistakes(tmp_path, "- a")[0].endswith("should hold sections, as `train:`, not list")
-    assert "the key 'seed' stands twice" in mistakes(tmp_path, "seed: 1\nseed: 2")[0]
+    assert mistakes(tmp_path, "seed: 1\nseed: 2")[0].endswith("as YAML: duplicate key 'seed' (line 2, column 1)")
 
 
 METHODS = (
@@ -173,15 +177,12 @@ def test_a_methods_section_counts_only_for_its_own_points(tmp_path: Path) -> Non
     assert [point.label for point in before.points] == [
         "method=jei_dnn ce_ic_tradeoff=0.1",
         "method=jei_dnn ce_ic_tradeoff=1.0",
-        "method=dyce",
-        "method=independent",
+        "method=dyce ce_ic_tradeoff=-",
+        "method=independent ce_ic_tradeoff=-",
     ]
     after = study(tmp_path, METHODS, "dyce.mixup=0.0", "boosted.shrinkage=0.1").points
     changed = [old.id != new.id for old, new in zip(before.points, after, strict=True)]
     assert changed == [False, False, True, False]
-    values = fixed_values(before)
-    assert {name.partition(".")[0] for name in values} >= {"jei_dnn", "dyce", "train"}
-    assert not {name for name in values if name.startswith(("boosted.", "weighted."))}
     again = study(tmp_path, resolved_yaml(before))
     assert (again.points, again.sweep) == (before.points, before.sweep)
 
@@ -216,13 +217,56 @@ def test_weights_do_not_drift() -> None:
     assert len(weights) == 61
     assert weights[30] == 0.7
     assert weights[-1] == 1.0
-    assert parse_weights("0.5:0.95:0.2") == [0.5, 0.7, 0.9]
+    assert parse_weights("0.5:0.9:0.2") == [0.5, 0.7, 0.9]
+    assert parse_weights("1:1:0.3") == [1.0]
+    assert len(parse_weights("0:1:1e-6")) == 1_000_001
 
 
-def test_fixed_values_leave_out_what_is_swept_or_only_searched(tmp_path: Path) -> None:
-    values = fixed_values(study(tmp_path))
-    assert values["train.num_epochs"] == 15
-    assert not {"seed", "jei_dnn.ce_ic_tradeoff", "search.confidence", "data.dir", "dist.device"} & set(values)
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("0:1:0.3", "its steps end at 0.9, not at 1; give a STEP of 0.25 or 0.5, or 0.9 as HI"),
+        ("0.5:0.95:0.2", "its steps end at 0.9, not at 0.95; give a STEP of 0.15 or 0.225, or 0.9 as HI"),
+        ("0.4:1:0.7", "its steps end at 0.4, not at 1; give a STEP of 0.6, or 0.4 as HI"),
+        ("0:1:0.333333333", "its steps end at 0.999999999, not at 1; give a STEP of 0.25 or 0.5, or 0.999999999 as HI"),
+        ("0:1:1e-9", "has more than 1,000,000 steps; give a larger STEP"),
+        ("0:1:1e-99999999", "has more than 1,000,000 steps; give a larger STEP"),
+        ("0.5:1:0", "should be LO:HI:STEP with 0 <= LO <= HI <= 1 and STEP > 0"),
+    ],
+)
+def test_ranges_that_are_refused(tmp_path: Path, spec: str, expected: str) -> None:
+    assert mistakes(tmp_path, "", f"search.accuracy_weights={spec}") == [
+        f"search.accuracy_weights = {spec!r}: {expected}"
+    ]
+
+
+def test_fixed_values_are_those_of_the_prepared_backbone(tmp_path: Path) -> None:
+    values = fixed_values(study(tmp_path, "sweep: {data.seed: [0, 1], seed: [0, 1]}"))
+    assert values["prepare.num_epochs"] == 20
+    assert {name.partition(".")[0] for name in values} == {"data", "backbone", "prepare"}
+    assert not {"data.seed", "data.dir", "prepare.compile"} & set(values)
+
+
+def test_labels_contain_all_swept_keys(tmp_path: Path) -> None:
+    zipped = "zip: {seed: [0, 1, 2], data.seed: [7, 8, 9]}"
+    text = (
+        f"sweep: {{train.method: [weighted, dyce], dyce.learning_rate: [0.1], weighted.learning_rate: [1], {zipped}}}"
+    )
+    points = study(tmp_path, text).points
+    assert [point.label for point in points[2:4]] == [
+        "method=weighted dyce.learning_rate=- weighted.learning_rate=1.0 seed=2 data.seed=9",
+        "method=dyce dyce.learning_rate=0.1 weighted.learning_rate=- seed=0 data.seed=7",
+    ]
+    assert points[2].values == {
+        "method": "weighted",
+        "dyce.learning_rate": "-",
+        "weighted.learning_rate": 1.0,
+        "seed": 2,
+        "data.seed": 9,
+    }
+    one = study(tmp_path, "sweep: {seed: [4], search.confidence: [margin]}").points
+    assert [point.label for point in one] == ["seed=4 confidence=margin"]
+    assert study(tmp_path, "").points[0].label == "the only point"
 
 
 def test_ten_thousand_points_are_planned_quickly(tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""YAML text to JSON values and back. What YAML 1.1 reads as dates, octal numbers or minutes is refused or is text."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+REFUSED = object()  # what json_only returns for a value that it refuses
+_TAG = "tag:yaml.org,2002:"
+_LONGEST_SHOWN = 120
+
+
+@dataclass(frozen=True)
+class _RefusedValue:
+    """A value of the text that is not read, and the reason."""
+
+    text: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (1e-3 is one; 0:1:0.01 is none), no duplicate keys, and no types that JSON lacks.
+
+    `hash_mark` is a character that replaces `#` in the text, so that it starts no comment; "" leaves comments.
+    """
+
+    hash_mark = ""
+
+    def construct_scalar(self, node: Any) -> str:
+        text = str(super().construct_scalar(node))
+        return text.replace(self.hash_mark, "#") if self.hash_mark else text
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key, _ in node.value:
+            if key.tag == f"{_TAG}merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, "merge keys (<<) are not supported; write the keys out", key.start_mark
+                )
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key should be text", key.start_mark)
+            name = self.construct_object(key)
+            if name in names:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {str(name)!r}", key.start_mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _number(loader: _Loader, node: Any) -> int | float | _RefusedValue:
+    text = loader.construct_scalar(node)
+    shorter = re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", text)
+    if shorter != text:
+        return _RefusedValue(text, f"starts with a zero; write {shorter}, or put it in quotes if it is text")
+    try:
+        return int(text) if node.tag == f"{_TAG}int" else float(re.sub(r"\.(inf|nan)$", r"\1", text))
+    except ValueError:
+        return _RefusedValue(text, "is not a number, or has too many digits")
+
+
+def _refused(loader: _Loader, node: Any) -> _RefusedValue:
+    tag = node.tag.replace(_TAG, "!!")
+    if tag == "!!timestamp":
+        return _RefusedValue(loader.construct_scalar(node), "is a date in YAML; put it in quotes if it is text")
+    return _RefusedValue(tag, "is not supported; write text, a number, true, false, null, a list or a mapping")
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{_TAG}int", f"{_TAG}float", f"{_TAG}value")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    f"{_TAG}float",
+    re.compile(r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+|([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+)|[-+]?\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+_Loader.yaml_constructors = {
+    f"{_TAG}{name}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{name}"]
+    for name in ("null", "bool", "str", "seq", "map")
+}
+_Loader.add_constructor(f"{_TAG}int", _number)
+_Loader.add_constructor(f"{_TAG}float", _number)
+_Loader.add_constructor(None, _refused)  # every other tag
+
+
+def parse_yaml(text: str, *, comments: bool = True) -> Any:
+    """Returns the value that the YAML `text` holds; `json_only` finds what in it is refused.
+
+    Without `comments` a `#` is an ordinary character. Raises ValueError with the fault and its place.
+    """
+    mark = "" if comments else next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+    try:
+        loader = _Loader(text.replace("#", mark) if mark else text)
+        loader.hash_mark = mark
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        where = error.problem_mark
+        place = f" (line {where.line + 1}, column {where.column + 1})" if where else ""
+        problem = str(error.problem or error.context)
+        raise ValueError((problem.replace(mark, "#") if mark else problem) + place) from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except (KeyError, ValueError) as error:  # of a value with an explicit tag, as !!bool maybe
+        raise ValueError(f"a value does not fit its tag: {error}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def json_only(value: Any, dotted: str, mistakes: list[str]) -> Any:
+    """Returns `value` without what JSON cannot hold, or REFUSED; a list with a refused element is refused whole.
+
+    Adds one mistake for each refused value, with its dotted key. Raises ValueError for a value that contains itself.
+    """
+    try:
+        return _json_only(value, dotted, mistakes)
+    except RecursionError:
+        raise ValueError("it is nested too deeply, or an alias (*) is inside its own anchor (&)") from None
+
+
+def _json_only(value: Any, dotted: str, mistakes: list[str]) -> Any:
+    if isinstance(value, dict):
+        kept = {}
+        for name, item in value.items():
+            place = f"{dotted}.{name}" if dotted else str(name)
+            if not isinstance(name, str):
+                mistakes.append(f"{place}: a key should be text; put {name} in quotes")
+                continue
+            found = _json_only(item, place, mistakes)
+            if found is not REFUSED:
+                kept[name] = found
+        return kept
+    if isinstance(value, list):
+        items = [_json_only(item, f"{dotted}.{i}", mistakes) for i, item in enumerate(value)]
+        return REFUSED if any(item is REFUSED for item in items) else items
+    reason = ""
+    if isinstance(value, _RefusedValue):
+        reason = value.reason
+    elif isinstance(value, float) and not math.isfinite(value):
+        reason = "should be a finite number"
+    elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        reason, value = "holds half of a character (a surrogate); write \\U and eight digits", ascii(value)
+    if not reason:
+        return value
+    mistakes.append(f"{dotted} = {shorten(str(value))}: {reason}")
+    return REFUSED
+
+
+def shorten(text: str) -> str:
+    """Returns the text, or its beginning and its length where it is too long for a message."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text):,} characters)"
+
+
+def to_yaml(value: Any) -> str:
+    """Returns a JSON value as one line of ASCII that is YAML too.
+
+    JSON writes a character above U+FFFF as two surrogates, which YAML does not join; here it is one `\\U` escape.
+    """
+    return re.sub(
+        r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})",
+        lambda pair: f"\\U{0x10000 + (int(pair[1], 16) - 0xD800) * 0x400 + int(pair[2], 16) - 0xDC00:08X}",
+        json.dumps(value),
+    )
