@@ -10,17 +10,13 @@ from dynexit.core.tradeoff import Configuration
 from dynexit.dyce.inputs import parse_costs, read_json_file, read_problems
 from dynexit.errors import UserError
 from dynexit.run_dir import write_json
-from dynexit.search.bound import Bound
 from dynexit.search.budgets import KINDS, Budget, latency_costs, within
-from dynexit.search.exact import Front, SearchResult, results
+from dynexit.search.exact import Front, results
 from dynexit.search.methods import METHODS
 from dynexit.search.outputs import JUDGED, SEARCHED, Answer, Judge, table, write_points
-from dynexit.search.problem import Problem, objective_of, with_gates
+from dynexit.search.problem import objective_of, with_gates
 from dynexit.search.risk import certify
 from dynexit.study.keys import parse_weights
-
-# a bound takes a while, and says something only where positions are few
-_BOUND_UP_TO_SAMPLES, _BOUND_UP_TO_POSITIONS, _BOUNDED_WEIGHTS = 2000, 4, 8
 
 
 def search_records(
@@ -99,7 +95,6 @@ def search_records(
     print("\n".join(table(judge, entries)))
     if found:
         print(f"{len(found)} weights in {seconds:.3g} s, {1000 * seconds / len(found):.3g} ms each")
-        print(_certified(problem, found, normalize))
     print(f"written to {out}")
     return entries
 
@@ -136,19 +131,3 @@ def _judge(train: Path, val: Path, macs: Path, latency: Path | None, exit_confid
     timed = latency_costs(content, problems[SEARCHED].costs)
     timed = with_gates(timed) if exit_confidence == "gate" else timed
     return Judge(problems, {name: replace(problem, costs=timed) for name, problem in problems.items()}, normalize)
-
-
-def _certified(problem: Problem, found: Sequence[SearchResult], normalize: bool) -> str:
-    """How far from the optimum the answers can be at most, where that can be known."""
-    num_positions = len(problem.costs.positions)
-    if num_positions > _BOUND_UP_TO_POSITIONS or problem.num_samples > _BOUND_UP_TO_SAMPLES:
-        return (
-            f"no certified gap: a bound says something up to {_BOUND_UP_TO_POSITIONS} positions and "
-            f"{_BOUND_UP_TO_SAMPLES} samples; here are {num_positions} and {problem.num_samples}"
-        )
-    bound, gaps = Bound(problem), []
-    for result in found[:: -(-len(found) // _BOUNDED_WEIGHTS)]:
-        lower = bound.lower(objective_of(problem, result.accuracy_weight, normalize), result.objective)
-        gaps.append((result.objective - lower, result.accuracy_weight))
-    largest, weight = max(gaps)
-    return f"certified: no configuration's objective is lower by more than {largest:.2g} (at weight {weight:g})"
