@@ -148,3 +148,4 @@ METHODS: dict[str, Callable[..., list[SearchResult]]] = {
     "circular": circular,
     "samethres": samethres,
 }
+"""The functions of `dynexit.core.search_methods.SEARCH_METHODS`."""
