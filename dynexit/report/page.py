@@ -10,17 +10,9 @@ from typing import Any
 
 import jinja2
 
-from dynexit.report.table import (
-    FrontPoint,
-    Hypervolume,
-    Row,
-    Summary,
-    at_tenths,
-    backbone_accuracy,
-    percent,
-    summary,
-)
+from dynexit.report.table import FrontPoint, Hypervolume, Summary, at_tenths, backbone_accuracy, percent, summary
 from dynexit.run_dir import write_text
+from dynexit.search.operating_points import ReportRow
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class Section:
 def write_page(
     path: Path,
     title: str,
-    rows: Iterable[Row],
+    rows: Iterable[ReportRow],
     figures: Sequence[Figure],
     study_text: str,
     points_table: Sequence[Mapping[str, Any]],
@@ -54,7 +46,7 @@ def write_page(
     *,
     budgets: Sequence[Mapping[str, Any]] = (),
     sections: Sequence[Section] = (),
-    describe: Callable[[Row], str] | None = None,
+    describe: Callable[[ReportRow], str] | None = None,
 ) -> None:
     """Writes the page. The first figure stands on top, the others after the table of the front.
 
@@ -141,7 +133,7 @@ def _tiles(read: Summary, validation_base: float | None, most_lost: float = 0.01
     return tiles
 
 
-def _front_cells(point: FrontPoint, describe: Callable[[Row], str]) -> dict[str, Any]:
+def _front_cells(point: FrontPoint, describe: Callable[[ReportRow], str]) -> dict[str, Any]:
     row = point.test
     return {
         "relative_macs": f"{row.relative_macs:.3f}",
@@ -165,7 +157,7 @@ def _area_cells(area: Hypervolume) -> dict[str, str]:
     }
 
 
-def _describe_row(row: Row) -> str:
+def _describe_row(row: ReportRow) -> str:
     parts = {"ce_ic_tradeoff": row.ce_ic_tradeoff, "accuracy_weight": row.accuracy_weight, "seed": row.seed}
     return ", ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None)
 

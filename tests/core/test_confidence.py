@@ -56,5 +56,6 @@ def test_one_class_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_reading_the_tables_imports_no_torch() -> None:
-    code = "import sys, dynexit.core.confidence, dynexit.study.schema; print({'torch', 'numpy', 'numba'} & set(sys.modules))"
+    modules = "dynexit.core.confidence, dynexit.study.schema"
+    code = f"import sys, {modules}; print({{'torch', 'numpy', 'numba'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
