@@ -256,8 +256,8 @@ def _print_plan(
 
 
 def _print_result(study: "Study") -> None:
-    from dynexit.report.table import read_csv
     from dynexit.report.terminal import short_table
+    from dynexit.search.operating_points import read_csv
 
     directory = study.directory / "report"
     print(short_table(read_csv(directory / "operating_points.csv")))

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynexit.search.arguments import add_arguments, options_of
+from dynexit.core.confidence import CONFIDENCES
+from dynexit.core.search_methods import SEARCH_METHODS
 
 
 def add_tools(commands: Any) -> None:
@@ -27,7 +28,7 @@ def add_tools(commands: Any) -> None:
     form.add_argument("--dyce", action="store_true", help="print DyCE's macs_info JSON")
     macs.set_defaults(tool=_macs)
     search = _tool(commands, "search-records", "the best exit configurations for records, without any run")
-    add_arguments(search)
+    _add_search_arguments(search)
     search.set_defaults(tool=_search_records)
     convert = _tool(commands, "convert", "a DyCE .npz into a directory of shards, or back")
     convert.add_argument("source", type=Path, metavar="SOURCE", help="a .npz or a directory of shards")
@@ -47,10 +48,74 @@ def _tool(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return tool
 
 
-def _search_records(options: argparse.Namespace) -> None:
-    from dynexit.search.command import search_records
+def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("files")
+    record = "record to {}: a directory of shards or DyCE's .npz"
+    files.add_argument("--train", type=Path, required=True, metavar="T", help=record.format("search on"))
+    files.add_argument(
+        "--val", type=Path, required=True, metavar="V", help=record.format("judge on (and certify risk)")
+    )
+    files.add_argument("--macs", type=Path, required=True, metavar="M.json", help="costs.json or DyCE's macs_info")
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two files written")
+    files.add_argument("--latency", type=Path, metavar="L.json", help="times per stage, the cost instead of MACs")
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--accuracy-weights", metavar="LO:HI:STEP", help="weights of accuracy against cost, HI included"
+    )
+    search.add_argument("--method", default="exact", choices=(*SEARCH_METHODS,))
+    search.add_argument("--normalize", action="store_true", help="map accuracy and MACs to [0, 1] first, as DyCE does")
+    search.add_argument(
+        "--exit-confidence",
+        default="max_probability",
+        choices=(*CONFIDENCES,),
+        help="what is compared with a threshold (default: %(default)s)",
+    )
+    search.add_argument("--workers", type=int, default=1, help="threads; the answer does not depend on it")
+    search.add_argument("--starts", type=int, default=4, help="random starts on small records (default: %(default)s)")
+    search.add_argument("--seed", type=int, default=0, help="of the random starts (default: %(default)s)")
+    search.add_argument(
+        "--no-refine",
+        dest="refine",
+        action="store_false",
+        help="thresholds between bins of confidences alone: often better on other samples where records are small",
+    )
+    budgets = parser.add_argument_group("budgets", "each adds an entry; may be given several times")
+    for flag, text in (
+        ("--relative-macs", "best accuracy within this share of the backbone's MACs"),
+        ("--relative-latency", "best accuracy within this share of the backbone's time; needs --latency"),
+        ("--min-accuracy", "cheapest with at least this accuracy, in [0, 1]"),
+        ("--max-accuracy-drop", "cheapest that loses at most this accuracy"),
+    ):
+        budgets.add_argument(flag, type=float, action="append", default=[], metavar="X", help=text)
+    budgets.add_argument("--risk", type=float, metavar="X", help="cheapest whose risk is certified to be at most this")
+    budgets.add_argument(
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="X",
+        help="of the certificate of --risk (default: %(default)s)",
+    )
 
-    search_records(**options_of(options))
+
+def _search_records(options: argparse.Namespace) -> None:
+    from dynexit.jobs.search_records import RecordFiles, search_records, weights_of
+    from dynexit.search.budgets import budgets_of
+    from dynexit.search.driver import SearchSettings
+
+    settings = SearchSettings(
+        accuracy_weights=weights_of(options.accuracy_weights),
+        budgets=budgets_of(vars(options)),
+        risk=options.risk,
+        risk_confidence=options.confidence,
+        method=options.method,
+        normalize=options.normalize,
+        refine=options.refine,
+        starts=options.starts,
+        seed=options.seed,
+        workers=options.workers,
+    )
+    files = RecordFiles(options.train, options.val, options.macs, options.latency, options.exit_confidence)
+    search_records(files, settings, options.out)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -61,7 +126,8 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _macs(options: argparse.Namespace) -> None:
-    from dynexit.models.macs import REPORTED_HEADS, dyce_macs_info, macs_report
+    from dynexit.dyce.macs_info import dyce_macs_info
+    from dynexit.models.macs import REPORTED_HEADS, macs_report
 
     report = macs_report(
         options.backbone,

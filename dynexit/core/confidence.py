@@ -2,43 +2,49 @@
 
 Shapes: x any leading axes, K classes (2 or more). All work on z = logits - largest logit, and e = exp(z), s = sum of e:
 the softmax is e / s, its largest entry 1 / s, and nothing overflows.
+
+torch is imported only when it computes, so that the schema of a study can read the table of confidences.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def max_probability(logits_xK: Tensor) -> Tensor:
+def max_probability(logits_xK: "Tensor") -> "Tensor":
     """Largest softmax probability, in [1/K, 1]."""
     return 1 / _shifted(logits_xK)[0].exp().sum(-1)
 
 
-def entropy(logits_xK: Tensor) -> Tensor:
+def entropy(logits_xK: "Tensor") -> "Tensor":
     """Entropy of the softmax in nats, in [0, ln K]."""
     z_xK = _shifted(logits_xK)[0]
     e_xK = z_xK.exp()
     return _entropy(e_xK.sum(-1), (e_xK * z_xK).sum(-1))
 
 
-def margin(logits_xK: Tensor) -> Tensor:
+def margin(logits_xK: "Tensor") -> "Tensor":
     """Largest minus second largest softmax probability, in [0, 1]; 0 where two classes tie."""
     z_xK, largest_x1 = _shifted(logits_xK)
     return _margin(z_xK, largest_x1, z_xK.exp().sum(-1))
 
 
-def power_entropy(logits_xK: Tensor) -> Tensor:
+def power_entropy(logits_xK: "Tensor") -> "Tensor":
     """Entropy in nats, in [0, ln K], of the squared and renormalised softmax, which is softmax(2 * logits)."""
     return entropy(2 * logits_xK)
 
 
-def gate_features(logits_xK: Tensor) -> Tensor:
+def gate_features(logits_xK: "Tensor") -> "Tensor":
     """What a JEI-DNN gate reads, shape (..., 4): max probability, entropy, margin, power entropy.
 
     No gradient flows back to the logits: a gate never moves a head. Source: JEI-DNN (arXiv 2310.09163), gate inputs.
     """
+    import torch
+
     z_xK, largest_x1 = _shifted(logits_xK.detach())
     e_xK = z_xK.exp()
     ez_xK = e_xK * z_xK
@@ -48,20 +54,38 @@ def gate_features(logits_xK: Tensor) -> Tensor:
     return torch.stack((1 / sum_x, _entropy(sum_x, ez_xK.sum(-1)), _margin(z_xK, largest_x1, sum_x), power_x), -1)
 
 
-def entropy_confidence(logits_xK: Tensor) -> Tensor:
+def entropy_confidence(logits_xK: "Tensor") -> "Tensor":
     """1 - entropy / ln K, in [0, 1]: 0 for a uniform softmax, 1 for a certain one."""
     return (1 - entropy(logits_xK) / math.log(logits_xK.shape[-1])).clamp(0, 1)
 
 
-CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "max_probability": max_probability,
-    "margin": margin,
-    "entropy": entropy_confidence,
+def gate_confidence(gate_logit_x: "Tensor") -> "Tensor":
+    """The gate's probability of stopping, in [0, 1]."""
+    return gate_logit_x.sigmoid()
+
+
+@dataclass(frozen=True)
+class ConfidenceKind:
+    """What can be compared with an exit's threshold: `function` maps logits (..., K) or gate logits (...) to (...)."""
+
+    function: "Callable[[Tensor], Tensor]"
+    meaning: str
+    reads: Literal["logits", "gates"] = "logits"
+    range: tuple[float, float] = (0.0, 1.0)
+
+
+CONFIDENCES = {
+    "max_probability": ConfidenceKind(max_probability, "largest softmax probability"),
+    "margin": ConfidenceKind(margin, "largest minus second largest softmax probability"),
+    "entropy": ConfidenceKind(entropy_confidence, "1 - entropy of the softmax / ln K"),
+    "gate": ConfidenceKind(gate_confidence, "probability of stopping that the position's gate gives", reads="gates"),
 }
-"""The confidences a threshold can be set on, by name: logits (..., K) -> (...) in [0, 1]."""
+"""The confidences a threshold can be set on, by name."""
+
+LOGIT_CONFIDENCES = tuple(name for name, kind in CONFIDENCES.items() if kind.reads == "logits")
 
 
-def _shifted(logits_xK: Tensor) -> tuple[Tensor, Tensor]:
+def _shifted(logits_xK: "Tensor") -> "tuple[Tensor, Tensor]":
     """Logits minus the largest, and the index of (one of) the largest with K = 1."""
     if logits_xK.ndim == 0 or logits_xK.shape[-1] < 2:
         raise ValueError(f"logits need at least 2 classes on their last axis, got shape {tuple(logits_xK.shape)}")
@@ -69,12 +93,12 @@ def _shifted(logits_xK: Tensor) -> tuple[Tensor, Tensor]:
     return logits_xK - max_x1, index_x1
 
 
-def _entropy(sum_x: Tensor, weighted_x: Tensor) -> Tensor:
+def _entropy(sum_x: "Tensor", weighted_x: "Tensor") -> "Tensor":
     """Entropy from the sum of e and the sum of e * z: both terms are 0 or more, so nothing cancels."""
     return sum_x.log() - weighted_x / sum_x
 
 
-def _margin(z_xK: Tensor, largest_x1: Tensor, sum_x: Tensor) -> Tensor:
+def _margin(z_xK: "Tensor", largest_x1: "Tensor", sum_x: "Tensor") -> "Tensor":
     # a second max without the first one's place: on CPU faster than topk for up to some hundred classes
     second_x = z_xK.scatter(-1, largest_x1, -math.inf).amax(-1)
     return -second_x.expm1() / sum_x

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynexit.core.confidence import CONFIDENCES, gate_features
+from dynexit.core.confidence import CONFIDENCES, gate_confidence, gate_features
 from dynexit.core.tradeoff import Configuration
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit, select
@@ -50,7 +50,7 @@ class Engine:
             )
         if configuration is not None and max(head for head, _ in configuration.exits) >= len(self.head_types):
             raise ValueError(f"the configuration uses a head type beyond the model's {', '.join(self.head_types)}")
-        if self.gates is None and (configuration is None or confidence == "gate"):
+        if self.gates is None and (configuration is None or CONFIDENCES[confidence].reads == "gates"):
             raise ValueError("the model has no gates")
         if self.heads.shrinkage and configuration is not None:
             used = [head >= 0 for head, _ in configuration.exits]
@@ -98,10 +98,11 @@ class Engine:
     def _decide(self, p: int, logits_bK: Tensor, used_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Who leaves at position number p, who was near to deciding otherwise, and what of the probability is used."""
         if self.configuration is not None:
-            if self.confidence == "gate":
+            kind = CONFIDENCES[self.confidence]
+            if kind.reads == "gates":
                 confidence_b = self._gate(p, logits_bK).float()
             else:
-                confidence_b = CONFIDENCES[self.confidence](logits_bK.float())
+                confidence_b = kind.function(logits_bK.float())
             threshold = torch.tensor(self.configuration.exits[p][1], dtype=torch.float32, device=logits_bK.device)
             return confidence_b > threshold, (confidence_b - threshold).abs() <= NEAR, used_b
         gate_b = self._gate(p, logits_bK).float()
@@ -112,4 +113,4 @@ class Engine:
 
     def _gate(self, p: int, logits_bK: Tensor) -> Tensor:
         assert self.gates is not None
-        return self.gates.gate(p, gate_features(logits_bK)[None])[0].sigmoid()
+        return gate_confidence(self.gates.gate(p, gate_features(logits_bK)[None])[0])

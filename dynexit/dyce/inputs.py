@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.core.cost import ExitCosts
+from dynexit.dyce.macs_info import costs_from_macs_info
 from dynexit.dyce.npz import read_npz
 from dynexit.errors import UserError
 from dynexit.record.shards import Record
@@ -24,15 +25,14 @@ def read_json_file(path: Path, what: str) -> Any:
 
 
 def parse_costs(content: Any, source: str) -> ExitCosts:
-    """ExitCosts from their own JSON or from DyCE's `macs_info`, told apart by their keys.
+    """ExitCosts from their own JSON or from DyCE's `macs_info`, recognised by their keys.
 
-    DyCE's positions have no block indices: they count from 0. Its `shared` MACs are added to the backbone's. `content`
-    is left as it is; `source` names it in errors. Raises UserError for anything else and for what ExitCosts refuses, as
-    MACs that decrease.
+    `content` is left as it is; `source` names it in errors. Raises UserError for anything else and for what ExitCosts
+    refuses, as MACs that decrease.
     """
     try:
         if isinstance(content, Mapping) and {"head", "backbone"} <= set(content):
-            return _dyce_costs(content)
+            return costs_from_macs_info(content)
         if isinstance(content, Mapping) and "head_macs" in content:
             return ExitCosts.from_json(content)
     except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -44,33 +44,6 @@ def parse_costs(content: Any, source: str) -> ExitCosts:
         f"{source} holds neither the costs that `record` writes (head_macs, backbone_macs, ...) nor DyCE's macs_info "
         "(head, backbone); give one of them"
     )
-
-
-def _dyce_costs(content: Mapping[str, Any]) -> ExitCosts:
-    path = [_whole(macs) for macs in content["backbone"]["macs"]]
-    for place, shared in enumerate(content["shared"]["macs"] if "shared" in content else []):
-        path[place] += _whole(shared)
-    heads = [[_whole(macs) for macs in head["macs"]] for head in content["head"]]
-    num_positions = len(path) - 1
-    for head, macs in zip(content["head"], heads, strict=True):
-        if len(macs) not in (num_positions, num_positions + 1):
-            raise ValueError(
-                f"head {head['name']!r} has {len(macs)} MACs, the backbone {len(path)} (the last is the end)"
-            )
-    return ExitCosts(
-        full_macs=path[-1],
-        positions=tuple(range(num_positions)),
-        backbone_macs=tuple(path[:-1]),
-        head_types=tuple(str(head["name"]) for head in content["head"]),
-        head_macs=tuple(tuple(macs[position] for macs in heads) for position in range(num_positions)),
-        gate_macs=(0,) * num_positions,
-    )
-
-
-def _whole(macs: Any) -> int:
-    if isinstance(macs, bool) or not isinstance(macs, int | float) or not float(macs).is_integer():
-        raise ValueError(f"MACs are whole numbers, got {macs!r}")
-    return int(macs)
 
 
 def _open_record(path: Path | str, costs: ExitCosts) -> Record:

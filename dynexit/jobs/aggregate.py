@@ -10,8 +10,8 @@ from pathlib import Path
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import finished_jobs
 from dynexit.jobs.report import collect_rows
-from dynexit.report.table import write_csv
 from dynexit.run_dir import RunDir
+from dynexit.search.operating_points import write_csv
 from dynexit.study.read import load_study
 
 _STUDY = "study.yaml"

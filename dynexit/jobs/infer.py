@@ -19,8 +19,8 @@ from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.load import begin, load_heads
 from dynexit.record.shards import Record
-from dynexit.report.table import Row, read_csv
 from dynexit.run_dir import HEADS, RunDir, atomic_write
+from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Point, digest
 
@@ -71,7 +71,7 @@ def run_infer(points: Sequence[Point]) -> None:
         )
 
 
-def choose(rows: Sequence[Row], relative_macs: float | None, source: str) -> Row:
+def choose(rows: Sequence[ReportRow], relative_macs: float | None, source: str) -> ReportRow:
     """The validation row of the best operating point within the budget: highest accuracy, then fewest MACs.
 
     Raises UserError where there is none, naming the nearest that can be had.

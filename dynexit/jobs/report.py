@@ -22,11 +22,12 @@ from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
-from dynexit.report.table import Row, mark_front, write_csv
+from dynexit.report.table import mark_front
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
 from dynexit.run_dir import COSTS, DONE, METRICS, RunDir, mark_done
 from dynexit.search.held_back import calibration_samples
+from dynexit.search.operating_points import ReportRow, write_csv
 from dynexit.study.grid import Point
 
 
@@ -50,9 +51,9 @@ def run_report(points: Sequence[Point]) -> None:
     )
 
 
-def collect_rows(points: Sequence[Point]) -> list[Row]:
+def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
     """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds."""
-    rows: list[Row] = []
+    rows: list[ReportRow] = []
     seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
     for point in points:
         source = RunDir(point, "record")
@@ -74,7 +75,7 @@ def collect_rows(points: Sequence[Point]) -> list[Row]:
     return mark_front(rows)
 
 
-def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more: object) -> Row:
+def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more: object) -> ReportRow:
     own = {
         "method": point.method,
         "seed": point.config.seed,
@@ -83,7 +84,7 @@ def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more
         "point_id": point.id,
         **more,
     }
-    return Row(
+    return ReportRow(
         source=source,
         split=split,
         accuracy=measured.accuracy,
@@ -101,7 +102,7 @@ def choosing_samples(point: Point, split: str, num_samples: int) -> np.ndarray:
     return ~calibration_samples(point.config.data, point.config.search.calibration_share, num_samples)
 
 
-def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> Row:
+def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> ReportRow:
     """The bare backbone: everybody goes to the end and no head is computed."""
     correct_LN = record.correct_RN[_one_head_rows(costs)][:, samples_N]
     macs_L = np.array([*costs.backbone_macs, costs.full_macs], dtype=np.int64)
@@ -111,7 +112,7 @@ def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts, sa
     return _row(point, "backbone", split, measured, **anonymous)
 
 
-def _gates_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> Row:
+def _gates_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> ReportRow:
     exit_N = exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy()[samples_N]
     correct_LN = record.correct_RN[_one_head_rows(costs)][:, samples_N]
     measured = operating_point(exit_N, correct_LN, costs.macs_L(), costs.full_macs)
@@ -129,7 +130,7 @@ def _entries(point: Point, file: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[ReportRow]:
     for entry in entries:
         if "exits" not in entry:
             continue  # a budget that this point cannot attain
@@ -157,7 +158,7 @@ def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str
 def write_report(
     points: Sequence[Point],
     failed: Sequence[str],
-) -> list[Row]:
+) -> list[ReportRow]:
     """Writes report/ in the study's folder: tables, figures and report.html; returns the rows of operating_points.csv.
 
     `points` are recorded and searched; `failed` says in a sentence each what is missing and why.
@@ -196,7 +197,7 @@ def write_report(
     return rows
 
 
-def _uncertainty(points: Sequence[Point], rows: Sequence[Row]) -> PageSection:
+def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow]) -> PageSection:
     """Writes uncertainty.csv and uncertainty.png, and gives the page's part on them."""
     directory = points[0].study_dir / "report"
     found = uncertainties(points, rows)
@@ -238,7 +239,7 @@ def published_beside(point: Point) -> list[PublishedPoint]:
     return published_points(data.name, backbone.name, data.image_size, thin_test=data.thin_test)
 
 
-def _describe(row: Row, costs: ExitCosts) -> str:
+def _describe(row: ReportRow, costs: ExitCosts) -> str:
     if row.source == "backbone":
         return "everything runs to the end"
     if row.source == "gates":
@@ -246,7 +247,7 @@ def _describe(row: Row, costs: ExitCosts) -> str:
     return describe_configuration(row.configuration, costs.positions, costs.head_types)
 
 
-def track(points: Sequence[Point], rows: Sequence[Row]) -> None:
+def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:
     """Writes the study and its points to MLflow; reporting again changes nothing there."""
     from dynexit.report.tracking import default_tracking_uri, flatten, log_study
 

@@ -3,16 +3,19 @@
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 from dynexit.core.cost import ExitCosts
-from dynexit.jobs.finished import recorded_splits
+from dynexit.jobs.finished import SPLITS, recorded_splits
 from dynexit.progress import Progress
 from dynexit.record.shards import Record
 from dynexit.run_dir import BUDGETS, COSTS, HEADS, RunDir
-from dynexit.search.budgets import KINDS, Budget
+from dynexit.search.budgets import Budget, Unattainable, budgets_of, latency_costs
+from dynexit.search.driver import SearchDriver, SearchEntry, SearchSettings
 from dynexit.search.held_back import calibration_samples
+from dynexit.search.methods import fixed_configurations
 from dynexit.search.problem import Problem
-from dynexit.search.study_points import PointSearch, Search, fixed_points
 from dynexit.study.grid import Point
 from dynexit.study.keys import parse_weights
 from dynexit.study.methods import METHODS
@@ -57,23 +60,54 @@ def _search_point(point: Point) -> int:
     }
     held_back = calibration_samples(point.config.data, settings.calibration_share, problems["validation"].num_samples)
     problems["validation"] = problems["validation"].of(~held_back)
-    how = Search(
+    how = SearchSettings(
+        accuracy_weights=parse_weights(settings.accuracy_weights),
+        budgets=budgets_of(dict(settings)),
+        risk=settings.risk,
+        risk_confidence=settings.risk_confidence,
         method=settings.method,
         normalize=settings.normalize,
         refine=settings.refine,
         starts=settings.num_random_starts,
         additive=METHODS[point.config.train.method].is_additive,
-        latency=settings.latency,
     )
-    asked = [Budget(kind, value) for kind in KINDS for value in getattr(settings, kind)]
-    weights = parse_weights(settings.accuracy_weights)
-    search = PointSearch(problems["validation"], problems["test"], how, weights, asked)
-    budgets = search.budgets()
+    times = None if settings.latency is None else latency_costs(settings.latency, costs)
+    driver = SearchDriver({split: problems[split] for split in SPLITS}, how, times)
+    budgets = [_budget_json(*each) for each in zip(how.budgets, driver.budgets(), strict=True)]
     if settings.risk is not None:
-        budgets.append(search.risk(problems["train"], settings.risk, settings.risk_confidence))
+        budgets.append(_entry_json(driver.risk(problems["train"], problems["validation"])))
+    fixed = [driver.entry(found) for found in fixed_configurations(problems["validation"])]
     directory = RunDir(point, "search")
-    directory.write_json(CONFIGURATIONS, search.weights())
+    directory.write_json(CONFIGURATIONS, [_entry_json(entry) for entry in driver.weights()])
     directory.write_json(BUDGETS, budgets)
-    directory.write_json(FIXED, fixed_points(problems["validation"], problems["test"]))
+    directory.write_json(FIXED, [_judged_json(replace(entry, relative_latency=None)) for entry in fixed])
     directory.mark_done([CONFIGURATIONS, BUDGETS, FIXED])
     return problems["validation"].num_samples
+
+
+def _budget_json(budget: Budget, entry: SearchEntry | Unattainable) -> dict[str, Any]:
+    """The entry of a budget; if it is unattainable here, the error message instead of a configuration."""
+    if isinstance(entry, Unattainable):
+        return {"budget": {budget.kind: budget.value}, "unattainable": str(entry), "nearest": entry.nearest}
+    return _entry_json(entry)
+
+
+def _entry_json(entry: SearchEntry) -> dict[str, Any]:
+    if entry.asked is None:
+        return {"accuracy_weight": entry.accuracy_weight, "objective": entry.objective, **_judged_json(entry)}
+    return {"budget": entry.asked, "accuracy_weight": entry.accuracy_weight, **_judged_json(entry)}
+
+
+def _judged_json(entry: SearchEntry) -> dict[str, Any]:
+    judged: dict[str, Any] = {"exits": entry.configuration.to_json()}
+    for split, point in entry.points.items():
+        judged[split] = {
+            "accuracy": point.accuracy,
+            "macs": point.macs,
+            "relative_macs": point.relative_macs,
+            "exit_fractions": list(point.exit_fractions),
+        }
+        for name, values in (("risk", entry.risk), ("relative_latency", entry.relative_latency)):
+            if values is not None:
+                judged[split][name] = values[split]
+    return judged

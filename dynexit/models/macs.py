@@ -5,7 +5,7 @@ Norms, activations, pooling and additions are none.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from math import prod
@@ -109,15 +109,6 @@ def macs_report(
         "backbone_macs": list(costs.backbone_macs),
         "head_macs": {t: [row[i] for row in costs.head_macs] for i, t in enumerate(costs.head_types)},
         "gate_macs": list(costs.gate_macs),
-    }
-
-
-def dyce_macs_info(report: Mapping[str, Any]) -> dict[str, Any]:
-    """`macs_report`'s result as DyCE's search tool reads it (`macs_info`): the final exit is one more position."""
-    full = report["full_macs"]
-    return {
-        "head": [{"name": t, "macs": [*macs, 0], "params": []} for t, macs in report["head_macs"].items()],
-        "backbone": {"name": report["backbone"], "macs": [*report["backbone_macs"], full], "ori_macs": full},
     }
 
 

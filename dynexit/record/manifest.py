@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dynexit.core.confidence import LOGIT_CONFIDENCES
 from dynexit.errors import Failure, UserError
 from dynexit.run_dir import move_aside, read_json, write_json
 
@@ -19,10 +20,10 @@ VERSION = 1
 MANIFEST = "manifest.json"
 BACKBONE_ROW = (-1, "backbone")
 """The last row of every record: the backbone's own classifier."""
-STATISTICS = ("max_probability", "margin", "entropy", "label_probability")
+STATISTICS = (*LOGIT_CONFIDENCES, "label_probability")
 """What is known of each row and sample besides its predictions; all in [0, 1]."""
 
-Row = tuple[int, str]
+ExitRow = tuple[int, str]
 """(position, head type)"""
 
 
@@ -35,7 +36,7 @@ class Layout:
     Raises ValueError where sizes are not positive or the exits are not every head type at every position in order.
     """
 
-    exits: tuple[Row, ...]  # position-major, positions increasing, without the backbone
+    exits: tuple[ExitRow, ...]  # position-major, positions increasing, without the backbone
     topk: int
     num_gates: int  # 0: the record has no gates
     num_samples: int
@@ -56,7 +57,7 @@ class Layout:
             raise ValueError(f"exits {self.exits} are not every head type at every position, positions increasing")
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[ExitRow, ...]:
         """The exits, then the backbone."""
         return (*self.exits, BACKBONE_ROW)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dynexit.errors import Failure, UserError
-from dynexit.record.manifest import STATISTICS, Layout, Row
+from dynexit.record.manifest import STATISTICS, ExitRow, Layout
 from dynexit.record.shards import ShardWriter
 from dynexit.run_dir import move_aside
 
@@ -49,7 +49,7 @@ class Recorder:
         directories: Sequence[Path],
         headers: Sequence[Mapping[str, Any]],
         *,
-        exits: Sequence[Row],
+        exits: Sequence[ExitRow],
         topk: int,
         num_samples: int,
         batch_size: int,
@@ -284,7 +284,9 @@ def _to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def _check_finite(arrays: Mapping[str, np.ndarray], index: np.ndarray, rows: Sequence[Row], directory: Path) -> None:
+def _check_finite(
+    arrays: Mapping[str, np.ndarray], index: np.ndarray, rows: Sequence[ExitRow], directory: Path
+) -> None:
     for name in ("probability", "entropy", "gate"):
         if name in arrays and not np.isfinite(arrays[name]).all():
             row, *_, column = np.argwhere(~np.isfinite(arrays[name]))[0]

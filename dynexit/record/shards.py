@@ -14,9 +14,9 @@ import numpy as np
 from dynexit.errors import Failure, UserError
 from dynexit.record.manifest import (
     MANIFEST,
+    ExitRow,
     Layout,
     Manifest,
-    Row,
     check_same_record,
     merge_manifests,
     read_manifests,
@@ -146,7 +146,7 @@ class Record:
         return self.layout.num_samples
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[ExitRow, ...]:
         """(position, head type) of every row, position-major; the last is BACKBONE_ROW."""
         return self.layout.rows
 

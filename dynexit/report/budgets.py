@@ -8,8 +8,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dynexit.report.table import FrontPoint, Row, backbone_accuracy, front_of, percent, within_budgets
+from dynexit.report.table import FrontPoint, backbone_accuracy, front_of, percent, within_budgets
 from dynexit.search.budgets import KINDS, Budget
+from dynexit.search.operating_points import ReportRow
 
 _BUDGETS = (0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)
 _WORDS = {
@@ -21,7 +22,7 @@ _WORDS = {
 
 
 def budget_cells(
-    rows: Sequence[Row], entries: Mapping[str, Sequence[Mapping[str, Any]]], describe: Callable[[Row], str]
+    rows: Sequence[ReportRow], entries: Mapping[str, Sequence[Mapping[str, Any]]], describe: Callable[[ReportRow], str]
 ) -> list[dict[str, Any]]:
     """The table's rows. `entries` are the budgets.json of every point by its id, `rows` all operating points."""
     asked = _by_budget(entries)
@@ -105,11 +106,11 @@ def _at(cost: float, accuracy: float) -> str:
     return f"{cost:.3f} at {percent(accuracy)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def _shares(row: Row) -> str:
+def _shares(row: ReportRow) -> str:
     return " / ".join(f"{100 * share:.0f}" for share in row.exit_fractions) + " %"
 
 
-def _off_the_front(rows: Sequence[Row], describe: Callable[[Row], str]) -> list[dict[str, Any]]:
+def _off_the_front(rows: Sequence[ReportRow], describe: Callable[[ReportRow], str]) -> list[dict[str, Any]]:
     table: dict[int, dict[str, Any]] = {}
     front = front_of(rows)
     for value in _BUDGETS:
@@ -119,7 +120,7 @@ def _off_the_front(rows: Sequence[Row], describe: Callable[[Row], str]) -> list[
     return list(table.values())
 
 
-def _front_cells(point: FrontPoint, value: float, describe: Callable[[Row], str]) -> dict[str, Any]:
+def _front_cells(point: FrontPoint, value: float, describe: Callable[[ReportRow], str]) -> dict[str, Any]:
     validation, test = point.validation, point.test
     return {
         "budget": _WORDS["relative_macs"].format(value),

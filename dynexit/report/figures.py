@@ -19,8 +19,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
 from dynexit.report.published import PublishedPoint
-from dynexit.report.table import Row, by_seed, front_of, within_budgets
+from dynexit.report.table import by_seed, front_of, within_budgets
 from dynexit.run_dir import atomic_write
+from dynexit.search.operating_points import ReportRow
 
 DOTS_PER_INCH = 160
 MARKERS = "osD^vPX<>*"
@@ -54,7 +55,7 @@ _THEMES = {
 
 
 def pareto_figure(
-    rows: Iterable[Row], path: Path, published: Sequence[PublishedPoint] | None = None, *, theme: str = "light"
+    rows: Iterable[ReportRow], path: Path, published: Sequence[PublishedPoint] | None = None, *, theme: str = "light"
 ) -> None:
     """Draws test accuracy against relative MACs as a PNG: gates, the front of the search, the backbone as a line.
 
@@ -83,7 +84,7 @@ def pareto_figure(
     _save(figure, path)
 
 
-def _draw_backbone(axes: Axes, rows: list[Row], look: _Theme) -> None:
+def _draw_backbone(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
     accuracies = [row.accuracy for row in rows if row.source == "backbone" and row.split == "test"]
     if not accuracies:
         return
@@ -97,7 +98,7 @@ def _draw_backbone(axes: Axes, rows: list[Row], look: _Theme) -> None:
     )  # fmt: skip
 
 
-def _draw_search_front(axes: Axes, rows: list[Row], colours: dict[str, str]) -> None:
+def _draw_search_front(axes: Axes, rows: list[ReportRow], colours: dict[str, str]) -> None:
     search = [row for row in rows if row.source == "search"]
     front = sorted((point.test for point in within_budgets(front_of(search), HUNDREDTHS)), key=_cost)
     if not front:
@@ -114,7 +115,7 @@ def _draw_search_front(axes: Axes, rows: list[Row], colours: dict[str, str]) -> 
     )  # fmt: skip
 
 
-def _draw_fixed(axes: Axes, rows: list[Row], look: _Theme) -> None:
+def _draw_fixed(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
     fixed = [row for row in rows if row.source == "fixed" and row.split == "test"]
     if fixed:
         axes.scatter(
@@ -123,7 +124,7 @@ def _draw_fixed(axes: Axes, rows: list[Row], look: _Theme) -> None:
         )  # fmt: skip
 
 
-def _draw_budget_curves(axes: Axes, rows: list[Row], colours: dict[str, str]) -> None:
+def _draw_budget_curves(axes: Axes, rows: list[ReportRow], colours: dict[str, str]) -> None:
     for method, colour in colours.items():
         seeds = by_seed(row for row in rows if row.source == "search" and row.method == method)
         budgets, accuracy_SB = budget_curves(seeds)
@@ -134,7 +135,7 @@ def _draw_budget_curves(axes: Axes, rows: list[Row], colours: dict[str, str]) ->
         axes.fill_between(budgets, accuracy_SB.min(0), accuracy_SB.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
-def budget_curves(groups: Sequence[Sequence[Row]]) -> tuple[np.ndarray, np.ndarray]:
+def budget_curves(groups: Sequence[Sequence[ReportRow]]) -> tuple[np.ndarray, np.ndarray]:
     """Budgets of relative MACs (B,) and the test accuracy (S, B) that each of S groups of rows reaches within them.
 
     Within a budget a group takes the point of its front that is best on validation; the budgets begin where every group
@@ -150,13 +151,13 @@ def budget_curves(groups: Sequence[Sequence[Row]]) -> tuple[np.ndarray, np.ndarr
     return budgets, np.stack([accuracy[index] for accuracy, index in zip(accuracies, taken, strict=True)])
 
 
-def _draw_gates(figure: Figure, axes: Axes, rows: list[Row], colours: dict[str, str], look: _Theme) -> None:
+def _draw_gates(figure: Figure, axes: Axes, rows: list[ReportRow], colours: dict[str, str], look: _Theme) -> None:
     gates = [row for row in rows if row.source == "gates" and row.split == "test"]
     tradeoffs = sorted({row.ce_ic_tradeoff for row in gates if row.ce_ic_tradeoff is not None})
     ramp = LinearSegmentedColormap.from_list("", colormaps["viridis"](np.linspace(*look.map_range, 64)))
     shades = ListedColormap(ramp(np.linspace(0, 1, len(tradeoffs)))) if tradeoffs else None
 
-    def colour(row: Row) -> Any:
+    def colour(row: ReportRow) -> Any:
         if colours or shades is None or row.ce_ic_tradeoff is None:
             return colours.get(row.method, look.muted)
         return shades(tradeoffs.index(row.ce_ic_tradeoff))
@@ -195,7 +196,12 @@ def _draw_published(axes: Axes, published: Sequence[PublishedPoint], look: _Them
 
 
 def exit_share_figure(
-    rows: Iterable[Row], path: Path, exit_names: Sequence[str] | None = None, *, theme: str = "light", most: int = 24
+    rows: Iterable[ReportRow],
+    path: Path,
+    exit_names: Sequence[str] | None = None,
+    *,
+    theme: str = "light",
+    most: int = 24,
 ) -> None:
     """Draws the share of test samples leaving at each exit as a PNG of stacked bars, along the front of all rows.
 
@@ -266,7 +272,7 @@ def uncertainty_figure(
     _save(figure, path)
 
 
-def _cost(row: Row) -> float:
+def _cost(row: ReportRow) -> float:
     return row.relative_macs
 
 

@@ -10,17 +10,9 @@ from typing import Any
 
 import jinja2
 
-from dynexit.report.table import (
-    FrontPoint,
-    Hypervolume,
-    Row,
-    Summary,
-    at_tenths,
-    backbone_accuracy,
-    percent,
-    summary,
-)
+from dynexit.report.table import FrontPoint, Hypervolume, Summary, at_tenths, backbone_accuracy, percent, summary
 from dynexit.run_dir import write_text
+from dynexit.search.operating_points import ReportRow
 
 
 @dataclass(frozen=True)
@@ -55,14 +47,14 @@ class Page:
     """
 
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[ReportRow]
     figures: Sequence[Figure] = ()
     study_text: str = ""
     points_table: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
     budgets: Sequence[Mapping[str, Any]] = ()
     sections: Sequence[PageSection] = ()
-    describe: Callable[[Row], str] | None = None
+    describe: Callable[[ReportRow], str] | None = None
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -146,7 +138,7 @@ def _tiles(read: Summary, validation_base: float | None, most_lost: float = 0.01
     return tiles
 
 
-def _front_cells(point: FrontPoint, describe: Callable[[Row], str]) -> dict[str, Any]:
+def _front_cells(point: FrontPoint, describe: Callable[[ReportRow], str]) -> dict[str, Any]:
     row = point.test
     return {
         "relative_macs": f"{row.relative_macs:.3f}",
@@ -170,7 +162,7 @@ def _area_cells(area: Hypervolume) -> dict[str, str]:
     }
 
 
-def _describe_row(row: Row) -> str:
+def _describe_row(row: ReportRow) -> str:
     parts = {"ce_ic_tradeoff": row.ce_ic_tradeoff, "accuracy_weight": row.accuracy_weight, "seed": row.seed}
     return ", ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None)
 

@@ -1,60 +1,19 @@
 """All operating points of a study as one table, and what is to be read from it.
 
 Fronts are chosen on the validation split and judged on the test split, everywhere: an operating point is a pair
-of rows with the same `Row.key`, one for each split, and no test value decides which points are shown.
+of rows with the same `ReportRow.key`, one for each split, and no test value decides which points are shown.
 """
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from dynexit.core.tradeoff import hypervolume, pareto_front
-from dynexit.errors import Failure
-from dynexit.run_dir import atomic_write, move_aside
-
-SOURCES = ("backbone", "gates", "search", "fixed")
-SPLITS = ("validation", "test")
-
-RowKey = tuple[str, str, str, float | None, str, str]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One operating point on one split; the fields are the CSV's columns, in order.
-
-    `seed`, `ce_ic_tradeoff` and `accuracy_weight` are None where they mean nothing. `accuracy` is in [0, 1], `macs` the
-    mean per sample, `relative_macs` the same over the bare backbone's (above 1 is possible). `exit_fractions` (L,) end
-    with the backbone's own classifier; they are the columns exit_0, exit_1, ... (where points have fewer exits than
-    others, their last columns stay empty). `point_id` is the id of the training, of what
-    was searched that of the search. `configuration` and `budget` (asked for instead of a weight) are JSON or empty.
-    """
-
-    source: str
-    method: str
-    seed: int | None
-    ce_ic_tradeoff: float | None
-    accuracy_weight: float | None
-    split: str
-    accuracy: float
-    macs: float
-    relative_macs: float
-    exit_fractions: tuple[float, ...]
-    on_front: bool = False
-    point_id: str = ""
-    configuration: str = ""
-    budget: str = ""
-
-    @property
-    def key(self) -> RowKey:
-        """What the validation and the test row of one operating point share."""
-        return (self.source, self.method, self.point_id, self.accuracy_weight, self.configuration, self.budget)
+from dynexit.search.operating_points import ReportRow, row_order
 
 
 @dataclass(frozen=True)
@@ -62,8 +21,8 @@ class FrontPoint:
     """A point of a front: chosen by its validation row, shown with its test row. `accuracy_drop` is the loss of test
     accuracy against the backbone (negative where it is the better one)."""
 
-    validation: Row
-    test: Row
+    validation: ReportRow
+    test: ReportRow
     accuracy_drop: float
 
 
@@ -87,7 +46,7 @@ class Summary:
     hypervolumes: tuple[Hypervolume, ...]
 
 
-def mark_front(rows: Iterable[Row]) -> list[Row]:
+def mark_front(rows: Iterable[ReportRow]) -> list[ReportRow]:
     """The same rows with `on_front` set: the Pareto front of validation over all sources, carried to the test rows.
 
     Equal points stay both. A test row without its validation row is not on the front.
@@ -97,7 +56,7 @@ def mark_front(rows: Iterable[Row]) -> list[Row]:
     return [replace(row, on_front=row.key in chosen) for row in rows]
 
 
-def _pareto(rows: Iterable[Row]) -> list[Row]:
+def _pareto(rows: Iterable[ReportRow]) -> list[ReportRow]:
     rows = list(rows)
     if not rows:
         return []
@@ -105,7 +64,7 @@ def _pareto(rows: Iterable[Row]) -> list[Row]:
     return [row for row, chosen in zip(rows, mask, strict=True) if chosen]
 
 
-def front_of(rows: Iterable[Row]) -> list[FrontPoint]:
+def front_of(rows: Iterable[ReportRow]) -> list[FrontPoint]:
     """The front of just these rows, chosen on validation, by rising relative MACs on validation.
 
     Where points are equal on validation one stands for all. Points without a test row are left out. The backbone whose
@@ -115,7 +74,7 @@ def front_of(rows: Iterable[Row]) -> list[FrontPoint]:
     tests = {row.key: row for row in rows if row.split == "test"}
     base = backbone_accuracy(rows)
     front: dict[tuple[float, float], FrontPoint] = {}
-    for row in sorted(_pareto(row for row in rows if row.split == "validation"), key=_order):
+    for row in sorted(_pareto(row for row in rows if row.split == "validation"), key=row_order):
         if row.key in tests:
             test = tests[row.key]
             drop = math.nan if base is None else base - test.accuracy
@@ -143,7 +102,7 @@ def at_tenths(front: Sequence[FrontPoint]) -> list[FrontPoint]:
     return within_budgets(front, cheapest + [tenth / 10 for tenth in range(1, last + 1)])
 
 
-def backbone_accuracy(rows: Iterable[Row], split: str = "test") -> float | None:
+def backbone_accuracy(rows: Iterable[ReportRow], split: str = "test") -> float | None:
     """Accuracy of the bare backbone on a split; the mean where a study has several; None without one."""
     accuracies = [row.accuracy for row in rows if row.source == "backbone" and row.split == split]
     return fmean(accuracies) if accuracies else None
@@ -154,7 +113,7 @@ def percent(fraction: float, decimals: int = 2) -> str:
     return f"{100 * fraction:.{decimals}f} %"
 
 
-def summary(rows: Iterable[Row]) -> Summary:
+def summary(rows: Iterable[ReportRow]) -> Summary:
     """The front on test, the span of the gates and the hypervolume of every source and method."""
     rows = list(rows)
     gates = [row.relative_macs for row in rows if row.source == "gates" and row.split == "test"]
@@ -169,119 +128,24 @@ def summary(rows: Iterable[Row]) -> Summary:
     )
 
 
-def _by_method(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+def _by_method(rows: Iterable[ReportRow]) -> dict[tuple[str, str], list[ReportRow]]:
+    groups: dict[tuple[str, str], list[ReportRow]] = defaultdict(list)
     for row in rows:
         if row.source != "backbone":
             groups[row.source, row.method].append(row)
     return groups
 
 
-def by_seed(rows: Iterable[Row]) -> list[list[Row]]:
+def by_seed(rows: Iterable[ReportRow]) -> list[list[ReportRow]]:
     """The rows parted by seed, in order of the seeds."""
-    groups: dict[int, list[Row]] = defaultdict(list)
+    groups: dict[int, list[ReportRow]] = defaultdict(list)
     for row in rows:
         groups[-1 if row.seed is None else row.seed].append(row)
     return [groups[seed] for seed in sorted(groups)]
 
 
-def _area(rows: Iterable[Row]) -> float:
+def _area(rows: Iterable[ReportRow]) -> float:
     tests = [point.test for point in front_of(rows)]
     if not tests:
         return 0.0
     return float(hypervolume(np.array([row.accuracy for row in tests]), np.array([row.relative_macs for row in tests])))
-
-
-def _order(row: Row) -> tuple[Any, ...]:
-    def first_if_absent(value: float | None) -> float:
-        return -math.inf if value is None else value
-
-    return (
-        row.source,
-        row.method,
-        first_if_absent(row.seed),
-        first_if_absent(row.ce_ic_tradeoff),
-        row.point_id,
-        first_if_absent(row.accuracy_weight),
-        row.configuration,
-        row.budget,
-        row.split != "validation",
-        row.relative_macs,
-        row.accuracy,
-    )
-
-
-_BEFORE_EXITS = tuple(field.name for field in fields(Row))[:9]
-_AFTER_EXITS = ("on_front", "point_id", "configuration", "budget")
-
-
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Writes the table, sorted: the same rows in any order give the same bytes, and reading gives the same floats.
-
-    Raises ValueError for a source or split that is unknown and for a number that is not finite.
-    """
-    rows = sorted(rows, key=_order)
-    num_exits = max((len(row.exit_fractions) for row in rows), default=0)
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_BEFORE_EXITS, *(f"exit_{exit_}" for exit_ in range(num_exits)), *_AFTER_EXITS])
-        for row in rows:
-            if row.source not in SOURCES or row.split not in SPLITS:
-                raise ValueError(f"source {row.source!r} on split {row.split!r}; known: {SOURCES} on {SPLITS}")
-            head = [_text(getattr(row, name)) for name in _BEFORE_EXITS]
-            exits = [_text(fraction) for fraction in row.exit_fractions]
-            exits += [""] * (num_exits - len(exits))
-            writer.writerow([*head, *exits, _text(bool(row.on_front)), row.point_id, row.configuration, row.budget])
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | np.integer):
-        return str(int(value))
-    if not math.isfinite(value):
-        raise ValueError(f"{value} cannot stand in a table of operating points")
-    return repr(float(value))
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows of a table that `write_csv` wrote. A damaged one is a Failure that names the file and the line."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            num_exits = len(header) - len(_BEFORE_EXITS) - len(_AFTER_EXITS)
-            exits = tuple(f"exit_{exit_}" for exit_ in range(num_exits))
-            if tuple(header) != _BEFORE_EXITS + exits + _AFTER_EXITS:
-                raise ValueError("the header is not that of an operating-point table")
-            return [_row(dict(zip(header, cells, strict=True)), exits) for cells in reader]
-        except (ValueError, KeyError, csv.Error) as error:
-            raise Failure(
-                f"{path} is damaged in line {reader.line_num} ({error}); {move_aside(path.parent)}"
-            ) from error
-
-
-def _row(cells: dict[str, str], exits: tuple[str, ...]) -> Row:
-    def number(name: str) -> float | None:
-        return float(cells[name]) if cells[name] else None
-
-    return Row(
-        source=cells["source"],
-        method=cells["method"],
-        seed=int(cells["seed"]) if cells["seed"] else None,
-        ce_ic_tradeoff=number("ce_ic_tradeoff"),
-        accuracy_weight=number("accuracy_weight"),
-        split=cells["split"],
-        accuracy=float(cells["accuracy"]),
-        macs=float(cells["macs"]),
-        relative_macs=float(cells["relative_macs"]),
-        exit_fractions=tuple(float(cells[name]) for name in exits if cells[name]),
-        on_front={"true": True, "false": False}[cells["on_front"]],
-        point_id=cells["point_id"],
-        configuration=cells["configuration"],
-        budget=cells["budget"],
-    )

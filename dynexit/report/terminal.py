@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable
 
-from dynexit.report.table import Row, at_tenths, percent, summary
+from dynexit.report.table import at_tenths, percent, summary
+from dynexit.search.operating_points import ReportRow
 
 
-def short_table(rows: Iterable[Row]) -> str:
+def short_table(rows: Iterable[ReportRow]) -> str:
     """About ten lines: the front's points at every tenth of the backbone's MACs, on test, and the gates' span.
 
     Rows without an operating point on both splits give one sentence.
@@ -27,7 +28,7 @@ def short_table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def _name(row: Row) -> str:
+def _name(row: ReportRow) -> str:
     if row.source == "backbone":
         return "backbone"
     named = {"tradeoff": row.ce_ic_tradeoff, "weight": row.accuracy_weight, "seed": row.seed}

@@ -28,9 +28,9 @@ from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.record.shards import Record
 from dynexit.report.figures import HUNDREDTHS
 from dynexit.report.table import FrontPoint, front_of, within_budgets
-from dynexit.report.table import Row as PointRow
 from dynexit.run_dir import COSTS, RunDir, atomic_write
 from dynexit.search.held_back import calibration_samples
+from dynexit.search.operating_points import ReportRow
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Point
 
@@ -213,7 +213,7 @@ def _sets(
         yield Measure(name, float(value), scope, exit_, **which)  # type: ignore[arg-type]
 
 
-def uncertainties(points: Sequence[Point], rows: Sequence[PointRow]) -> list[Uncertainty]:
+def uncertainties(points: Sequence[Point], rows: Sequence[ReportRow]) -> list[Uncertainty]:
     """The figures of the front's points by rising cost; of points less than a hundredth of the MACs apart, one."""
     front = within_budgets(front_of(rows), HUNDREDTHS)
     by_id = {identity: point for point in reversed(points) for identity in point.ids.values()}
@@ -233,7 +233,7 @@ def uncertainties(points: Sequence[Point], rows: Sequence[PointRow]) -> list[Unc
     return [found[place] for place in range(len(front))]
 
 
-def _outputs_of(row: PointRow, point: Point, source: RunDir, split: str) -> ExitOutputs:
+def _outputs_of(row: ReportRow, point: Point, source: RunDir, split: str) -> ExitOutputs:
     costs = ExitCosts.from_json(source.read_json(COSTS))
     configuration = None
     if row.source == "backbone":

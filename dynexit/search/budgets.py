@@ -64,6 +64,11 @@ class Budget:
         return (-accuracy, relative_cost) if self.kind.startswith("relative") else (relative_cost, -accuracy)
 
 
+def budgets_of(asked: Mapping[str, Any]) -> list[Budget]:
+    """The budgets in lists of values by kind, in the order of KINDS; other keys are ignored."""
+    return [Budget(kind, value) for kind in KINDS for value in asked.get(kind, ())]
+
+
 @dataclass(frozen=True)
 class _Limit:
     """Whether sums over the record keep within a budget, and which of two that do is the better (the larger key)."""

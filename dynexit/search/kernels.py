@@ -4,10 +4,13 @@ Shapes: N samples, P positions, H head types, B bins, Q = F = P + 1 places to le
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
+
+Arrays: TypeAlias = tuple[np.ndarray, ...]
+"""Arrays that a kernel takes together; its docstring has their names."""
 
 # Compiled code holds these as constants; they live here because it is compiled anew when this file changes.
 OFF = -1
@@ -62,18 +65,18 @@ def crossing(
     head: int,
     threshold: float,
     old_threshold: float,
-    order_PHN: np.ndarray,
-    confidence_PHN: np.ndarray,
-    code_PNH: np.ndarray,
-    leaves_N: np.ndarray,
-    right_N: np.ndarray,
-    state_N: np.ndarray,
+    rows: Arrays,
+    samples: Arrays,
 ) -> np.ndarray:
     """Sets the bits of one exit; returns the samples whose first or second place may change.
+
+    `rows`: order_PHN, confidence_PHN, code_PNH; `samples`: leaves_N, right_N, state_N.
 
     `old_threshold` is NaN unless the head stays: then only samples between the thresholds change, and they are found in
     the order. Exits behind the second place of a sample do not concern it.
     """
+    order_PHN, confidence_PHN, code_PNH = rows
+    leaves_N, right_N, state_N = samples
     bit = np.int64(1) << position
     found = 0
     if old_threshold == old_threshold:
@@ -118,16 +121,18 @@ def rank(position: int, head: int, threshold: float, order_PHN: np.ndarray, conf
 @compiled
 def update(
     crossing_M: np.ndarray,
-    leaves_N: np.ndarray,
-    right_N: np.ndarray,
-    state_N: np.ndarray,
+    samples: Arrays,
+    sums: Arrays,
+    fresh: np.ndarray,
     code_PNH: np.ndarray,
     table_PHQB: np.ndarray,
-    fresh: np.ndarray,
-    count_FQ: np.ndarray,
-    right_F: np.ndarray,
 ) -> None:
-    """Brings the states of these samples, the sums and the tables of the fresh positions up to the bits."""
+    """Brings the states of these samples, the sums and the tables of the fresh positions up to the bits.
+
+    `samples`: leaves_N, right_N, state_N; `sums`: count_FQ, right_F.
+    """
+    leaves_N, right_N, state_N = samples
+    count_FQ, right_F = sums
     num_positions = len(table_PHQB)
     for n in crossing_M:
         leaves, right = leaves_N[n], right_N[n]
@@ -192,30 +197,16 @@ def build(position: int, state_N: np.ndarray, code_PNH: np.ndarray, table_PHQB: 
 
 @compiled
 def best_exit(
-    position: int,
-    per_mac: float,
-    per_correct: float,
-    refine: bool,
-    path_macs_Q: np.ndarray,
-    head_macs_PH: np.ndarray,
-    head_P: np.ndarray,
-    count_FQ: np.ndarray,
-    right_F: np.ndarray,
-    table_HQB: np.ndarray,
-    edges_HB: np.ndarray,
-    order_HN: np.ndarray,
-    state_N: np.ndarray,
+    position: int, per_mac: float, per_correct: float, refine: bool, arrays: Arrays
 ) -> tuple[int, int, int, float]:
-    """(head, last sample to leave, first arriving sample to stay, gain); a sample is -1 where there is none."""
-    num_positions, num_heads = head_macs_PH.shape
+    """(head, last sample to leave, first arriving sample to stay, gain); a sample is -1 where there is none.
+
+    `arrays`: path_macs_Q, head_macs_PH, head_P, count_FQ, right_F, table_PHQB, edges_PHB, order_PHN, state_N.
+    """
+    path_macs_Q, head_macs_PH, head_P, count_FQ, right_F, table_PHQB, edges_PHB, order_PHN, state_N = arrays
+    table_HQB, edges_HB, order_HN = table_PHQB[position], edges_PHB[position], order_PHN[position]
     bins, current = table_HQB.shape[2], head_P[position]
-    # MACs saved by leaving here instead of at each later place, the head here aside
-    saved_Q = np.zeros(num_positions + 1, np.int64)
-    heads = 0
-    for later in range(position + 1, num_positions + 1):
-        if later < num_positions and head_P[later] != OFF:
-            heads += head_macs_PH[later, head_P[later]]
-        saved_Q[later] = path_macs_Q[later] - path_macs_Q[position] + heads
+    saved_Q = saved_macs(position, path_macs_Q, head_macs_PH, head_P)
     arrived = count_FQ[position:].sum()
     kept = 0.0
     if current != OFF:
@@ -225,18 +216,12 @@ def best_exit(
     # leaving costs a sample that is right only later at most this, and any other nothing
     steepest = max(0.0, per_correct - per_mac * saved_Q[position + 1]) if refine else 0.0
     change_B, saved_B, gained_B = np.empty(bins), np.empty(bins, np.int64), np.empty(bins, np.int64)
-    for head in range(num_heads):
+    for head in range(len(table_HQB)):
         paid = head_macs_PH[position, head] * arrived
-        saved_B[:] = 0
-        for later in range(position + 1, num_positions + 1):
-            for b in range(bins):
-                saved_B[b] += table_HQB[head, AT + later, b] * saved_Q[later]
-        saved, gained, lowest = 0, 0, np.inf
+        sum_bins(table_HQB[head], position, saved_Q, saved_B, gained_B)
+        lowest = np.inf
         for b in range(bins):
-            saved += saved_B[b]
-            gained += table_HQB[head, HERE, b] - table_HQB[head, LATER, b]
-            saved_B[b], gained_B[b] = saved, gained
-            change_B[b] = per_mac * (paid - saved) - per_correct * gained
+            change_B[b] = per_mac * (paid - saved_B[b]) - per_correct * gained_B[b]
             lowest = min(lowest, change_B[b])
         for b in range(bins):
             # no threshold inside the bin is better than this bound; EQUAL covers its rounding
@@ -244,8 +229,8 @@ def best_exit(
             if bound >= best or bound > lowest:
                 continue
             saved, gained = (saved_B[b - 1], gained_B[b - 1]) if b else (0, 0)
-            last = -1
-            for i in range(edges_HB[head, b], edges_HB[head, b + 1]):
+            last, stop = -1, edges_HB[head, b + 1]
+            for i in range(edges_HB[head, b], stop):
                 packed = order_HN[head, i]
                 state = state_N[packed & INDEX]
                 first = state & 255
@@ -254,7 +239,7 @@ def best_exit(
                     saved += saved_Q[later]
                     gained += ((packed >> 30) & 1) - (right & 1)
                     last = i
-                if last >= 0 and not packed >> 31 and (refine or i + 1 == edges_HB[head, b + 1]):
+                if last >= 0 and not packed >> 31 and (refine or i + 1 == stop):
                     change = per_mac * (paid - saved) - per_correct * gained
                     if change < best:
                         best, best_head, best_last = change, head, last
@@ -262,9 +247,43 @@ def best_exit(
     if best_last < 0:
         unneeded = current != OFF and kept >= 0
         return (OFF if unneeded else current), -1, -1, (kept if unneeded else 0.0)
-    order_N = order_HN[best_head]
-    for i in range(best_last + 1, order_N.shape[0]):
-        following = order_N[i] & INDEX
-        if (state_N[following] & 255) >= position:
-            return best_head, order_N[best_last] & INDEX, following, kept - best
-    return best_head, order_N[best_last] & INDEX, -1, kept - best
+    following = next_arrival(position, best_last + 1, order_HN[best_head], state_N)
+    return best_head, order_HN[best_head, best_last] & INDEX, following, kept - best
+
+
+@compiled
+def saved_macs(position: int, path_macs_Q: np.ndarray, head_macs_PH: np.ndarray, head_P: np.ndarray) -> np.ndarray:
+    """MACs (Q,) saved by leaving at `position` instead of at each later place, the head there aside."""
+    num_positions, heads = len(head_P), 0
+    saved_Q = np.zeros(num_positions + 1, np.int64)
+    for later in range(position + 1, num_positions + 1):
+        if later < num_positions and head_P[later] != OFF:
+            heads += head_macs_PH[later, head_P[later]]
+        saved_Q[later] = path_macs_Q[later] - path_macs_Q[position] + heads
+    return saved_Q
+
+
+@compiled
+def sum_bins(
+    table_QB: np.ndarray, position: int, saved_Q: np.ndarray, saved_B: np.ndarray, gained_B: np.ndarray
+) -> None:
+    """Fills in what is saved (MACs) and gained (samples right) if everybody up to each bin leaves."""
+    saved_B[:] = 0
+    for later in range(position + 1, len(saved_Q)):
+        for b in range(len(saved_B)):
+            saved_B[b] += table_QB[AT + later, b] * saved_Q[later]
+    saved, gained = 0, 0
+    for b in range(len(saved_B)):
+        saved += saved_B[b]
+        gained += table_QB[HERE, b] - table_QB[LATER, b]
+        saved_B[b], gained_B[b] = saved, gained
+
+
+@compiled
+def next_arrival(position: int, start: int, order_N: np.ndarray, state_N: np.ndarray) -> int:
+    """The first sample of the order, from `start`, that arrives at the position; -1 if there is none."""
+    for i in range(start, len(order_N)):
+        sample: int = order_N[i] & INDEX
+        if (state_N[sample] & 255) >= position:
+            return sample
+    return -1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dynexit.core.tradeoff import Configuration
 from dynexit.search.exact import SearchResult, results, sweep
 from dynexit.search.kernels import EQUAL
 from dynexit.search.line_search import LineSearch, no_exits
@@ -17,6 +18,7 @@ from dynexit.search.rows import EVERYONE, midpoint
 
 FloatArray = NDArray[np.floating]
 
+_NUM_STEPS = 39  # MSDNet's sweep of geometric_fractions
 NEVER = 1e8
 """Threshold of an exit that takes nobody; its negative is that of the last exit, which takes everybody."""
 
@@ -55,6 +57,25 @@ def fixed_thresholds(confidence_MN: FloatArray, fractions_M: FloatArray) -> Floa
             thresholds_M[k] = falling[wanted_M[k] - 1]
         taken_N |= confidence_MN[k] >= thresholds_M[k]
     return thresholds_M
+
+
+def fixed_configurations(problem: Problem) -> list[Configuration]:
+    """MSDNet's thresholds, set on `problem` for each of its 39 divisions of the samples among the exits.
+
+    Every position has its exit, and all the same head type; with several types each has its own 39. Divisions that
+    give the same thresholds are one configuration. Source: MSDNet (arXiv 1703.09844), budgeted batch classification.
+    """
+    found = []
+    for head in range(len(problem.costs.head_types)):
+        confidence_PN = problem.confidence_PHN[:, head]
+        confidence_MN = np.concatenate((confidence_PN, np.zeros_like(confidence_PN[:1])))
+        for step in range(1, _NUM_STEPS + 1):
+            thresholds_M = fixed_thresholds(confidence_MN, geometric_fractions(step, len(confidence_MN)))
+            # MSDNet leaves at a confidence of at least the threshold, a configuration above it
+            below_P = np.nextafter(thresholds_M[:-1], np.float32(-np.inf))
+            values_P = np.where(thresholds_M[:-1] == np.float32(NEVER), np.float32(1), below_P)
+            found.append(Configuration(tuple((head, float(value)) for value in values_P)))
+    return list(dict.fromkeys(found))
 
 
 def onepass(problem: Problem, accuracy_weights: Sequence[float], *, normalize: bool = False) -> list[SearchResult]:
@@ -148,3 +169,4 @@ METHODS: dict[str, Callable[..., list[SearchResult]]] = {
     "circular": circular,
     "samethres": samethres,
 }
+"""The functions of `dynexit.core.search_methods.SEARCH_METHODS`."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dynexit.core.confidence import CONFIDENCES, LOGIT_CONFIDENCES
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import (
     Configuration,
@@ -23,7 +24,6 @@ from dynexit.errors import UserError
 if TYPE_CHECKING:
     from dynexit.record.shards import Record
 
-CONFIDENCE_KINDS = ("max_probability", "margin", "entropy", "gate")
 # At the ends of [0, 1] the objective ignores one of its two terms. A weight this far inside decides between equals by
 # the ignored term, and is too small to outweigh one sample of the other (N < 1e8).
 _TIE_BREAK = 1e-9
@@ -65,23 +65,20 @@ class Problem:
 
     @classmethod
     def from_record(cls, record: "Record", costs: ExitCosts, confidence: str = "max_probability") -> "Problem":
-        """The problem of one record: `confidence` is `max_probability`, `margin`, `entropy` or `gate`.
+        """The problem of one record: `confidence` is a name of `dynexit.core.confidence.CONFIDENCES`.
 
         With `gate` the gate's output is the confidence of every head at its position, and its MACs are added to the
         head's. Raises UserError for an unknown kind, a record without gates, and costs of other positions or heads.
         """
-        if confidence not in CONFIDENCE_KINDS:
-            raise UserError(
-                f"confidence is {confidence!r}, allowed are {', '.join(CONFIDENCE_KINDS)}; name one of them"
-            )
+        if confidence not in CONFIDENCES:
+            raise UserError(f"confidence is {confidence!r}, allowed are {', '.join(CONFIDENCES)}; name one of them")
         check_same_model(record, costs)
         check_labels(record)
         shape = (len(costs.positions), len(costs.head_types), record.num_samples)
-        if confidence == "gate":
+        if CONFIDENCES[confidence].reads == "gates":
             if record.gate is None:
-                raise UserError(
-                    "confidence is 'gate', but the record holds no gates; use max_probability, margin or entropy"
-                )
+                allowed = ", ".join(LOGIT_CONFIDENCES[:-1]) + f" or {LOGIT_CONFIDENCES[-1]}"
+                raise UserError(f"confidence is {confidence!r}, but the record holds no gates; use {allowed}")
             confidence_PHN = np.broadcast_to(np.asarray(record.gate)[:, None, :], shape)
             costs = with_gates(costs)
         else:

@@ -45,6 +45,11 @@ class Tables:
         """Samples by first and second."""
         self.right_F = np.zeros((2, num_positions + 1), np.int64)
         """(2, F) samples right at first and at second, by first."""
+        self._kernel_rows = (rows.order_PHN, rows.confidence_PHN, rows.code_PNH)
+        self._samples = (self._leaves_N, self._right_N, self._state_N)
+        self._sums = (self.count_FQ, self.right_F)
+        costs, row_arrays = (path_macs_Q, head_macs_PH, self.head_P), (rows.edges_PHB, rows.order_PHN)
+        self._arrays = (*costs, *self._sums, self.table_PHQB, *row_arrays, self._state_N)
         self._update(np.arange(count))
 
     def move(self, position: int, head: int, threshold: float) -> None:
@@ -57,12 +62,8 @@ class Tables:
             head,
             new,
             old if head == current else np.float32(np.nan),
-            self.rows.order_PHN,
-            self.rows.confidence_PHN,
-            self.rows.code_PNH,
-            self._leaves_N,
-            self._right_N,
-            self._state_N,
+            self._kernel_rows,
+            self._samples,
         )
         self.head_P[position], self.threshold_P[position] = head, new if head != OFF else 1
         if len(crossing_M) * _BULK > len(self._state_N):
@@ -70,17 +71,8 @@ class Tables:
         self._update(crossing_M)
 
     def _update(self, crossing_M: np.ndarray) -> None:
-        kernels.update(
-            crossing_M,
-            self._leaves_N,
-            self._right_N,
-            self._state_N,
-            self.rows.code_PNH,
-            self.table_PHQB,
-            np.flatnonzero(self.fresh_P),
-            self.count_FQ,
-            self.right_F,
-        )
+        fresh = np.flatnonzero(self.fresh_P)
+        kernels.update(crossing_M, self._samples, self._sums, fresh, self.rows.code_PNH, self.table_PHQB)
 
     def best_exit(self, position: int, per_mac: float, per_correct: float) -> tuple[int, float, float]:
         """(head, threshold, gain) of the best exit at one position, the others fixed; the gain is in the objective.
@@ -91,21 +83,7 @@ class Tables:
         if not self.fresh_P[position]:
             kernels.build(position, self._state_N, self.rows.code_PNH, self.table_PHQB)
             self.fresh_P[position] = True
-        head, last, following, gain = kernels.best_exit(
-            position,
-            per_mac,
-            per_correct,
-            self.refine,
-            self.path_macs_Q,
-            self.head_macs_PH,
-            self.head_P,
-            self.count_FQ,
-            self.right_F,
-            self.table_PHQB[position],
-            self.rows.edges_PHB[position],
-            self.rows.order_PHN[position],
-            self._state_N,
-        )
+        head, last, following, gain = kernels.best_exit(position, per_mac, per_correct, self.refine, self._arrays)
         if last < 0:
             return head, float(self.threshold_P[position]) if head != OFF else 1.0, gain
         confidence_N = self.rows.confidence_PHN[position, head]

@@ -1,10 +1,14 @@
 """What the schema is made of: a key, a section, and the values that several keys take."""
 
 import re
+from collections.abc import Callable, Iterable
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from dynexit.core.confidence import CONFIDENCES
+from dynexit.core.search_methods import SEARCH_METHODS
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "cifar100_lt", "svhn", "imagenet", "image_folder")
 _MOST_STEPS, _MOST_DIGITS = 10**6, 12  # of a range; of a step that a message proposes
@@ -74,6 +78,20 @@ def known_weights(spec: Any) -> Any:
     return spec
 
 
+def _one_of(names: Iterable[str]) -> Callable[[Any], Any]:
+    """A check that a value is one of the names, with the error message of a Literal."""
+    *most, last = [repr(name) for name in names]
+
+    def check(value: Any) -> Any:
+        if value not in (*names,):
+            raise ValueError(f"should be {', '.join(most)} or {last}")
+        return value
+
+    return check
+
+
+ConfidenceName = Annotated[str, BeforeValidator(_one_of(CONFIDENCES))]
+SearchMethodName = Annotated[str, BeforeValidator(_one_of(SEARCH_METHODS))]
 DataSetName = Annotated[str, AfterValidator(_known_data_set)]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Budgeted = Annotated[float, Field(gt=0)]

@@ -12,9 +12,11 @@ from pydantic import AfterValidator, Field
 from dynexit.study.keys import (
     DATA_SETS,
     Budgeted,
+    ConfidenceName,
     DataSetName,
     HeadType,
     Position,
+    SearchMethodName,
     Section,
     Weight,
     key,
@@ -22,8 +24,6 @@ from dynexit.study.keys import (
     no_duplicates,
 )
 from dynexit.study.methods import BoostedSettings, DyceSettings, JeiDnnSettings, WeightedSettings, known_method
-
-CONFIDENCE_NAMES = ("max_probability", "margin", "entropy", "gate")
 
 
 class DataSettings(Section):
@@ -152,10 +152,8 @@ class SearchSettings(Section):
     accuracy_weights: Annotated[str | list[Weight], AfterValidator(known_weights)] = key(
         "0.4:1:0.01", "preferences searched: weights of accuracy against MACs, as LO:HI:STEP (HI included) or a list"
     )
-    confidence: Literal["max_probability", "margin", "entropy", "gate"] = key(
-        "max_probability", "what is compared with an exit's threshold"
-    )
-    method: Literal["exact", "onepass", "circular", "samethres"] = key(
+    confidence: ConfidenceName = key("max_probability", "what is compared with an exit's threshold")
+    method: SearchMethodName = key(
         "exact", "how an accuracy weight's configuration is found: exactly, or one of DyCE's ways with exact thresholds"
     )
     normalize: bool = key(False, "whether accuracy and MACs are mapped to [0, 1] first, as DyCE does")

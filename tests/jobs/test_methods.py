@@ -11,8 +11,8 @@ from dynexit.dist import start_ranks
 from dynexit.jobs.infer import run_infer
 from dynexit.jobs.load import load_heads, load_model
 from dynexit.record.shards import Record
-from dynexit.report.table import Row, read_csv
 from dynexit.run_dir import RunDir
+from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
 from launch.plan import make_packs, missing_jobs
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 METHODS = ("jei_dnn", "independent", "boosted", "weighted", "dyce")
 
 
-def done(folder: Path, *overrides: str) -> tuple[Study, list[Row]]:
+def done(folder: Path, *overrides: str) -> tuple[Study, list[ReportRow]]:
     """The tiny study after all of its jobs, called as functions, and the rows of its report."""
     quick = ("report.mlflow=false", "dist.checkpoint_seconds=1000", "dyce.num_warm_up_epochs=1")
     study = load_study(TINY, [f"runs_dir={folder}", *quick, *overrides])
@@ -37,20 +37,20 @@ def done(folder: Path, *overrides: str) -> tuple[Study, list[Row]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Row]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[ReportRow]]:
     folder = tmp_path_factory.mktemp("methods")
     overrides = (f"train.method=[{', '.join(METHODS)}]", "jei_dnn.ce_ic_tradeoff=[0.1, 1]", "seed=[0, 3]")
     return done(folder, *overrides)
 
 
-def test_one_pack_a_method_and_no_point_twice(finished: tuple[Study, list[Row]]) -> None:
+def test_one_pack_a_method_and_no_point_twice(finished: tuple[Study, list[ReportRow]]) -> None:
     study, _ = finished
     assert len(study.points) == 2 * 2 + 4 * 2
     sizes = {pack[0].config.train.method: len(pack) for pack in make_packs(study.points, 64)}
     assert sizes == {"jei_dnn": 4, "independent": 2, "boosted": 2, "weighted": 2, "dyce": 2}
 
 
-def test_only_jei_dnn_has_gates(finished: tuple[Study, list[Row]]) -> None:
+def test_only_jei_dnn_has_gates(finished: tuple[Study, list[ReportRow]]) -> None:
     study, rows = finished
     for point in study.points:
         gated = point.config.train.method == "jei_dnn"
@@ -67,7 +67,7 @@ def test_only_jei_dnn_has_gates(finished: tuple[Study, list[Row]]) -> None:
         }
 
 
-def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Study, list[Row]]) -> None:
+def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Study, list[ReportRow]]) -> None:
     study, _ = finished
     point = next(point for point in study.points if point.config.train.method == "boosted")
     ranks = start_ranks("cpu")
@@ -88,7 +88,11 @@ def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Stu
 @pytest.mark.parametrize("source", ["search", "fixed"])
 @pytest.mark.parametrize("method", ["boosted", "dyce"])
 def test_infer_leaves_where_the_record_says(
-    finished: tuple[Study, list[Row]], method: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Study, list[ReportRow]],
+    method: str,
+    source: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     study, _ = finished
     (tmp_path / "tiny_study").symlink_to(study.directory)
@@ -111,7 +115,7 @@ def test_infer_leaves_where_the_record_says(
 
 
 def test_search_over_gate_outputs_end_to_end(
-    finished: tuple[Study, list[Row]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Study, list[ReportRow]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study, before = finished
     overrides = ("jei_dnn.ce_ic_tradeoff=[0.1, 1]", "seed=[0, 3]", "infer.source=search", "infer.batch_size=37")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynexit.core.confidence import CONFIDENCES
+from dynexit.core.confidence import CONFIDENCES, LOGIT_CONFIDENCES
 from dynexit.errors import Failure, UserError
 from dynexit.record import recorder as recorder_module
 from dynexit.record import shard_file
@@ -62,9 +62,9 @@ def test_statistics_equal_the_definitions() -> None:
 def test_confidences_are_those_of_core_bit_for_bit(scale: float, dtype: torch.dtype) -> None:
     logits = (scale * torch.randn(2, 3, 17, 13, generator=torch.Generator().manual_seed(1))).to(dtype)
     found = statistics(logits, torch.zeros(17, dtype=torch.int64), 2)
-    for name, confidence in CONFIDENCES.items():
+    for name in LOGIT_CONFIDENCES:
         values = found["probability"][..., 0, :] if name == "max_probability" else found[name]
-        assert torch.equal(values, confidence(logits.float()))
+        assert torch.equal(values, CONFIDENCES[name].function(logits.float()))
 
 
 def test_of_tied_classes_the_lower_comes_first() -> None:

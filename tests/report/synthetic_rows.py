@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dynexit.report.table import Row, mark_front
+from dynexit.report.table import mark_front
+from dynexit.search.operating_points import ReportRow
 
 POSITIONS = (0, 1, 2, 3, 4, 5, 6)
 RELATIVE_COST = np.array([0.193, 0.289, 0.337, 0.386, 0.483, 0.580, 0.781, 1.0])
@@ -15,14 +16,32 @@ ACCURACY_WEIGHTS = tuple(float(weight) for weight in np.linspace(0.5, 0.99, 40).
 _SKILL = np.array([2.1, 2.5, 2.8, 3.1, 3.5, 3.9, 4.4, 4.9])
 
 
+def row(relative_macs=0.5, accuracy=0.9, split="validation", source="search", **fields):
+    """A row with these figures; `fields` replaces the rest."""
+    values = {"method": "jei_dnn", "seed": 0, "ce_ic_tradeoff": 1.0, "accuracy_weight": None, "point_id": "p", **fields}
+    return ReportRow(
+        source,
+        values.pop("method"),
+        values.pop("seed"),
+        values.pop("ce_ic_tradeoff"),
+        values.pop("accuracy_weight"),
+        split,
+        accuracy,
+        100 * relative_macs,
+        relative_macs,
+        (0.25, 0.75),
+        **values,
+    )
+
+
 def synthetic_rows(
     tradeoffs: Sequence[float] = TRADEOFFS,
     seeds: Sequence[int] = (0, 1),
     accuracy_weights: Sequence[float] = ACCURACY_WEIGHTS,
     methods: Sequence[str] = ("jei_dnn",),
-) -> list[Row]:
+) -> list[ReportRow]:
     """Backbone, gates (of the first method only) and search on both splits, the front marked."""
-    rows: list[Row] = []
+    rows: list[ReportRow] = []
     for index, method in enumerate(methods):
         for seed in seeds:
             splits = {"validation": _Split(900, 7, index, seed), "test": _Split(1200, 8, index, seed)}
@@ -39,7 +58,7 @@ def synthetic_rows(
     return mark_front(rows)
 
 
-def _search(split: str, samples: "_Split", point: dict, accuracy_weights: Sequence[float]) -> list[Row]:
+def _search(split: str, samples: "_Split", point: dict, accuracy_weights: Sequence[float]) -> list[ReportRow]:
     random = np.random.default_rng([round(100 * (point["ce_ic_tradeoff"] or 0)), point["seed"]])
     rows = []
     for weight in accuracy_weights:
@@ -65,13 +84,15 @@ class _Split:
         self.confidence_LN = np.clip(chance_LN + own.normal(0, 0.01, chance_LN.shape), 0.1, 0.99999)
         self.correct_LN = luck_N < chance_LN
 
-    def row(self, split: str, exits: list[tuple[int, float]], source: str, point: dict, overhead: float = 0.0) -> Row:
+    def row(
+        self, split: str, exits: list[tuple[int, float]], source: str, point: dict, overhead: float = 0.0
+    ) -> ReportRow:
         exit_index = np.full(self.correct_LN.shape[1], 7)
         for exit_, threshold in reversed(exits):
             exit_index[self.confidence_LN[exit_] > threshold] = exit_
         relative_macs = float((RELATIVE_COST + 0.0008 * len(exits) + overhead * bool(exits))[exit_index].mean())
         fields = {"seed": None, "ce_ic_tradeoff": None, "accuracy_weight": None, **point}
-        return Row(
+        return ReportRow(
             source=source,
             split=split,
             accuracy=float(self.correct_LN[exit_index, np.arange(len(exit_index))].mean()),

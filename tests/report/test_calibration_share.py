@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dynexit.record.shards import Record
-from dynexit.report.table import read_csv
+from dynexit.search.operating_points import read_csv
 from dynexit.study.read import load_study
 from launch.__main__ import main as run
 from tests.command_line import TINY

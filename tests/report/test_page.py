@@ -9,7 +9,7 @@ import pytest
 
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
-from dynexit.report.table import Row
+from dynexit.search.operating_points import ReportRow
 from tests.report.synthetic_rows import POSITIONS, synthetic_rows
 
 ROWS = synthetic_rows(tradeoffs=(0.1, 1.0), accuracy_weights=(0.5, 0.8, 0.95))
@@ -55,7 +55,7 @@ def pictures(tmp_path_factory):
     ]
 
 
-def describe(row: Row) -> str:
+def describe(row: ReportRow) -> str:
     return describe_configuration(row.configuration, POSITIONS, ["linear"]) or row.source
 
 

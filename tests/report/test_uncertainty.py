@@ -13,9 +13,10 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration
 from dynexit.record.recorder import Recorder
 from dynexit.record.shards import Record
-from dynexit.report.table import FrontPoint, Row
+from dynexit.report.table import FrontPoint
 from dynexit.report.uncertainty import ALPHA, Measure, Uncertainty, measure, read_outputs, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
+from dynexit.search.operating_points import ReportRow
 
 POSITIONS, HEADS, CLASSES = (1, 4, 5), ("linear", "mlp2x7"), 6
 COSTS = ExitCosts(1000, POSITIONS, (200, 600, 800), HEADS, ((3, 9),) * 3, (4,) * 3)
@@ -168,7 +169,9 @@ def test_nobody_leaving_somewhere_is_no_error(tmp_path: Path) -> None:
 
 
 def front_point(relative_macs: float) -> FrontPoint:
-    row = Row("search", "jei_dnn", 0, 0.1, 0.5, "test", 0.9, 1.0, relative_macs, (0.5, 0.5), True, "id", "[[0,0.5]]")
+    row = ReportRow(
+        "search", "jei_dnn", 0, 0.1, 0.5, "test", 0.9, 1.0, relative_macs, (0.5, 0.5), True, "id", "[[0,0.5]]"
+    )
     return FrontPoint(row, row, 0.01)
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from dynexit.search.bound import Bound
 from dynexit.search.exact import sweep
 from dynexit.search.problem import objective_of
 from tests.reference import exit_search
 from tests.reference.exit_problems import odd_problem, random_problem
+from tests.reference.search_bound import Bound
 
 
 @pytest.mark.parametrize("kind", range(10))

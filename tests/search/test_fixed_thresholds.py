@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from dynexit.search.methods import NEVER, fixed_thresholds, geometric_fractions
+from dynexit.search.methods import NEVER, fixed_configurations, fixed_thresholds, geometric_fractions
 from tests.reference import jei_dnn_loops as loops
+from tests.reference.exit_problems import random_problem
 
 
 @pytest.mark.parametrize("step", [1, 5, 20, 39])
@@ -48,3 +49,25 @@ def test_impossible_requests_are_refused() -> None:
     with pytest.raises(ValueError) as error:
         fixed_thresholds(np.zeros((3, 5)), np.ones(2))
     assert str(error.value) == "fractions_M has shape (2,), but the confidences have 3 exits"
+
+
+def test_configurations_take_whom_the_thresholds_take() -> None:
+    problem = random_problem(np.random.default_rng(1), 83, 3, 2)
+    configurations = fixed_configurations(problem)
+    assert len(set(configurations)) == len(configurations)
+    expected = set()
+    for head in range(2):
+        confidence = np.concatenate((problem.confidence_PHN[:, head], np.zeros((1, 83), np.float32)))
+        for step in range(1, 40):
+            thresholds = fixed_thresholds(confidence, geometric_fractions(step, 4))
+            leaving = [-1] * 83
+            for sample in range(83):
+                leaving[sample] = next(k for k in range(4) if confidence[k, sample] >= thresholds[k])
+            expected.add((head, tuple(np.bincount(leaving, minlength=4) / 83)))
+    found = set()
+    for configuration in configurations:
+        heads = {head for head, _ in configuration.exits}
+        assert len(heads) == 1  # one head type at every position, and none left out
+        assert heads != {-1}
+        found.add((heads.pop(), problem.evaluate(configuration).exit_fractions))
+    assert found == expected

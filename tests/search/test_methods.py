@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dynexit.core.search_methods import SEARCH_METHODS
 from dynexit.search.methods import METHODS, circular, onepass, samethres
 from dynexit.search.problem import tie_breaking
 from tests.reference import exit_search
@@ -61,3 +62,7 @@ def test_exact_is_at_least_as_good_as_every_named_method():
         for method in (onepass, circular, samethres):
             for ours, theirs in zip(best, method(problem, WEIGHTS), strict=True):
                 assert ours.objective <= theirs.objective + 1e-9
+
+
+def test_the_functions_are_those_of_the_table_of_names():
+    assert list(METHODS) == list(SEARCH_METHODS)

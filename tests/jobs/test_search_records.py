@@ -13,10 +13,14 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration
 from dynexit.dyce.inputs import parse_costs
 from dynexit.errors import UserError
-from dynexit.search.arguments import add_arguments, options_of
-from dynexit.search.command import search_records
+from dynexit.jobs.search_records import RecordFiles, search_records, weights_of
+from dynexit.record.shards import Record
+from dynexit.search.budgets import KINDS, Unattainable, budgets_of, latency_costs
+from dynexit.search.driver import SearchSettings, search_record
 from dynexit.search.exact import sweep
+from dynexit.search.operating_points import read_csv
 from dynexit.search.problem import Problem
+from launch.tools import add_tools
 from tests.reference import exit_search
 from tests.reference.exit_problems import random_problem
 from tests.search.recorded import macs_info, write_json, write_npz, write_shards
@@ -44,8 +48,16 @@ def files(problems, tmp_path) -> dict:
     }
 
 
+def search(*, out, accuracy_weights=None, **options) -> list[dict]:
+    """`search_records` with options by the names of the two dataclasses and of the kinds of budgets."""
+    names = RecordFiles.__dataclass_fields__
+    files = RecordFiles(**{name: options.pop(name) for name in names if name in options})
+    budgets = budgets_of({kind: options.pop(kind) for kind in KINDS if kind in options})
+    return search_records(files, SearchSettings(weights_of(accuracy_weights), budgets, **options), out)
+
+
 def test_the_entries_hold_the_search_on_train_and_its_figures_on_both(files, problems, capsys):
-    search_records(**files, accuracy_weights="0.5:0.9:0.1")
+    search(**files, accuracy_weights="0.5:0.9:0.1")
     entries = json.loads((files["out"] / "configurations.json").read_text())
     assert [entry["accuracy_weight"] for entry in entries] == [0.5, 0.6, 0.7, 0.8, 0.9]
     for entry, result in zip(entries, sweep(problems["train"], [0.5, 0.6, 0.7, 0.8, 0.9]), strict=True):
@@ -59,12 +71,12 @@ def test_the_entries_hold_the_search_on_train_and_its_figures_on_both(files, pro
             assert entry[split]["objective"] == pytest.approx(value, abs=1e-12)
         assert set(entry) == {"accuracy_weight", "exits", "train", "val"}
     printed = capsys.readouterr().out
-    assert "certified: no configuration's objective is lower by more than" in printed
+    assert "5 weights in " in printed
     assert "accuracy weight 0.5" in printed
 
 
 def test_the_table_has_a_row_for_each_answer_and_record(files, problems):
-    entries = search_records(**files, accuracy_weights=[0.6, 0.9], relative_macs=[0.7], risk=0.05, confidence=0.9)
+    entries = search(**files, accuracy_weights=[0.6, 0.9], relative_macs=[0.7], risk=0.05, risk_confidence=0.9)
     with (files["out"] / "operating_points.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (1 + len(entries))
@@ -82,8 +94,8 @@ def test_the_table_has_a_row_for_each_answer_and_record(files, problems):
 
 
 def test_budgets_and_risk_add_entries(files, problems):
-    entries = search_records(
-        **files, relative_macs=[0.8, 0.6], min_accuracy=[0.6], max_accuracy_drop=[0.02], risk=0.05, confidence=0.9
+    entries = search(
+        **files, relative_macs=[0.8, 0.6], min_accuracy=[0.6], max_accuracy_drop=[0.02], risk=0.05, risk_confidence=0.9
     )
     assert [next(iter(entry["budget"])) for entry in entries] == [
         "relative_macs",
@@ -108,29 +120,29 @@ def test_time_is_searched_where_a_latency_table_is_given(files, problems, tmp_pa
     # the first block takes nearly all the time: leaving early saves little
     times = {"stage_seconds": [0.9, 0.05, 0.04, 0.01], "head_seconds": [[0.001, 0.002]] * 3}
     latency = write_json(tmp_path / "times.json", times)
-    entries = search_records(**files, latency=latency, accuracy_weights=[0.3], relative_latency=[0.95])
+    entries = search(**files, latency=latency, accuracy_weights=[0.3], relative_latency=[0.95])
     for entry in entries:
         assert 0.9 < entry["train"]["relative_latency"] < 1.01
         configuration = Configuration.from_json(entry["exits"])
         assert entry["train"]["relative_macs"] == problems["train"].evaluate(configuration).relative_macs
     assert entries[1]["train"]["relative_latency"] <= 0.95
     with pytest.raises(UserError, match=r"relative_macs is 0\.5, but the cost is time"):
-        search_records(**files, latency=latency, relative_macs=[0.5])
+        search(**files, latency=latency, relative_macs=[0.5])
     with pytest.raises(UserError, match=r"relative_latency is 0\.5, but time is known only from a latency table"):
-        search_records(**files, relative_latency=[0.5])
+        search(**files, relative_latency=[0.5])
 
 
 @pytest.mark.parametrize("method", ["onepass", "circular", "samethres"])
 def test_named_methods_and_normalize(files, method):
-    exact = search_records(**files, accuracy_weights=[0.6, 0.8], normalize=True)
-    named = search_records(**files, accuracy_weights=[0.6, 0.8], normalize=True, method=method)
+    exact = search(**files, accuracy_weights=[0.6, 0.8], normalize=True)
+    named = search(**files, accuracy_weights=[0.6, 0.8], normalize=True, method=method)
     for ours, theirs in zip(exact, named, strict=True):
         assert ours["train"]["objective"] <= theirs["train"]["objective"] + 1e-9
 
 
 def test_confidence_from_margins_and_gates(problems, files, tmp_path):
-    margins = search_records(**files | {"val": files["train"]}, exit_confidence="margin", accuracy_weights=[0.7])
-    plain = search_records(**files | {"val": files["train"]}, accuracy_weights=[0.7])
+    margins = search(**files | {"val": files["train"]}, exit_confidence="margin", accuracy_weights=[0.7])
+    plain = search(**files | {"val": files["train"]}, accuracy_weights=[0.7])
     # the margins written are the squares of the confidences: the same order, other thresholds
     assert margins[0]["train"] == plain[0]["train"]
     assert margins[0]["exits"] != plain[0]["exits"]
@@ -140,25 +152,25 @@ def test_confidence_from_margins_and_gates(problems, files, tmp_path):
         "macs": write_json(tmp_path / "gated.json", one_head.costs.to_json()),
     }
     gated["val"] = gated["train"]
-    entry = search_records(**files | gated, exit_confidence="gate", accuracy_weights=[0.7])[0]
+    entry = search(**files | gated, exit_confidence="gate", accuracy_weights=[0.7])[0]
     without = one_head.evaluate(Configuration.from_json(entry["exits"]))
     enabled = sum(head >= 0 for head, _ in entry["exits"])
     assert enabled
     assert 0 < (entry["train"]["relative_macs"] - without.relative_macs) * one_head.costs.full_macs <= 4 * enabled
     with pytest.raises(UserError, match="confidence is 'gate', but the record holds no gates"):
-        search_records(**files, exit_confidence="gate", accuracy_weights=[0.7])
+        search(**files, exit_confidence="gate", accuracy_weights=[0.7])
 
 
 def test_the_number_of_workers_changes_no_byte(files):
-    search_records(**files, accuracy_weights="0.4:1:0.01", relative_macs=[0.5])
+    search(**files, accuracy_weights="0.4:1:0.01", relative_macs=[0.5])
     alone = [(files["out"] / name).read_bytes() for name in ("configurations.json", "operating_points.csv")]
-    search_records(**files, accuracy_weights="0.4:1:0.01", relative_macs=[0.5], workers=3)
+    search(**files, accuracy_weights="0.4:1:0.01", relative_macs=[0.5], workers=3)
     assert alone == [(files["out"] / name).read_bytes() for name in ("configurations.json", "operating_points.csv")]
 
 
 def refused(files, **changes) -> str:
     with pytest.raises(UserError) as caught:
-        search_records(**{"accuracy_weights": [0.5, 0.7], **files, **changes})
+        search(**{"accuracy_weights": [0.5, 0.7], **files, **changes})
     assert not files["out"].exists()
     return str(caught.value)
 
@@ -235,9 +247,9 @@ def test_bad_costs_write_nothing(files, problems, tmp_path):
 
 
 def test_dyces_costs_mean_the_same(files, problems, tmp_path):
-    ours = search_records(**files, accuracy_weights=[0.7])
+    ours = search(**files, accuracy_weights=[0.7])
     theirs = write_json(tmp_path / "macs_info.json", macs_info(problems["train"]))
-    assert search_records(**files | {"macs": theirs}, accuracy_weights=[0.7]) == ours
+    assert search(**files | {"macs": theirs}, accuracy_weights=[0.7]) == ours
     shared = {**macs_info(problems["train"]), "shared": {"macs": [1, 2, 3, 4]}}
     before = json.dumps(shared)
     costs = parse_costs(shared, "shared")
@@ -248,22 +260,67 @@ def test_dyces_costs_mean_the_same(files, problems, tmp_path):
     assert json.dumps(shared) == before
 
 
-def test_the_options_are_the_arguments_of_the_command():
+def test_the_command_line_asks_for_the_defaults(files, capsys):
     parser = argparse.ArgumentParser()
-    parser.add_argument("command")
-    add_arguments(parser)
-    line = "search-records --train T --val V --macs M.json --accuracy-weights 0.5:1:0.01 --out DIR --relative-macs 0.5"
-    options = options_of(parser.parse_args(line.split()))
-    names = search_records.__kwdefaults__
-    assert set(options) == {"train", "val", "macs", "out", *names}
-    assert {name: options[name] for name in names if name not in ("accuracy_weights", "relative_macs")} == {
-        name: [] if default == () else default
-        for name, default in names.items()
-        if name not in ("accuracy_weights", "relative_macs")
-    }
-    assert options["relative_macs"] == [0.5]
+    add_tools(parser.add_subparsers())
+    named = [word for name in ("train", "val", "macs", "out") for word in (f"--{name}", str(files[name]))]
+    line = ["search-records", *named, "--accuracy-weights", "0.5:1:0.25", "--relative-macs", "0.5"]
+    options = parser.parse_args(line)
+    options.tool(options)
+    written = [(files["out"] / name).read_bytes() for name in ("configurations.json", "operating_points.csv")]
+    search(**files, accuracy_weights=[0.5, 0.75, 1.0], relative_macs=[0.5])
+    assert written == [(files["out"] / name).read_bytes() for name in ("configurations.json", "operating_points.csv")]
 
 
-def test_the_options_import_nothing_heavy():
-    code = "import sys, dynexit.search, dynexit.search.arguments; print({'numpy', 'numba', 'torch'} & set(sys.modules))"
+def test_the_file_is_a_table_of_operating_points(files, problems):
+    entries = search(**files, accuracy_weights=[0.6, 0.9], relative_macs=[0.7], risk=0.05, risk_confidence=0.9)
+    rows = read_csv(files["out"] / "operating_points.csv")
+    assert [row.budget for row in rows[2::2]] == ["", "", *(json.dumps(entry["budget"]) for entry in entries[2:])]
+    for row, entry in zip(rows[3::2], entries, strict=True):
+        assert row.accuracy == entry["val"]["accuracy"]
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, launch.tools; print({'numpy', 'numba', 'torch', 'pydantic'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+TARGETS = {"accuracy_weight": 0.7, "relative_macs": 0.6, "min_accuracy": 0.6, "max_accuracy_drop": 0.02}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_search_record_finds_what_the_command_writes(files, problems, target):
+    asked = {target: [TARGETS[target]]} if target != "accuracy_weight" else {"accuracy_weights": [0.7]}
+    (entry,) = search(**files, **asked)
+    record, costs = Record.open(files["train"]), problems["train"].costs
+    best = search_record(record, costs, **{target: TARGETS[target]})
+    assert best.configuration.to_json() == entry["exits"]
+    assert best.point == problems["train"].evaluate(best.configuration)
+    assert best.point.accuracy == entry["train"]["accuracy"]
+
+
+def test_search_record_reads_times_margins_and_gates(files, problems, tmp_path):
+    times = {"stage_seconds": [0.9, 0.05, 0.04, 0.01], "head_seconds": [[0.001, 0.002]] * 3, "gate_seconds": [0.1] * 3}
+    latency = write_json(tmp_path / "times.json", times)
+    gated = write_shards(tmp_path / "gated", problems["train"], gates=True)
+    costs = latency_costs(times, problems["train"].costs)
+    for confidence in ("margin", "gate"):
+        changed = {"train": gated, "val": gated, "latency": latency, "exit_confidence": confidence}
+        (entry,) = search(**files | changed, relative_latency=[1.05])
+        best = search_record(Record.open(gated), costs, relative_latency=1.05, confidence=confidence)
+        assert best.configuration.to_json() == entry["exits"]
+        assert best.point.relative_macs == entry["train"]["relative_latency"]
+
+
+def test_search_record_takes_one_target_that_is_attainable(files, problems):
+    record, costs = Record.open(files["train"]), problems["train"].costs
+    with pytest.raises(UserError, match="targets given: none; give exactly one of accuracy_weight, relative_macs,"):
+        search_record(record, costs)
+    with pytest.raises(UserError, match="targets given: accuracy_weight, min_accuracy; give exactly one"):
+        search_record(record, costs, accuracy_weight=0.0, min_accuracy=0.0)
+    with pytest.raises(Unattainable, match=r"relative_macs 0\.01 is unattainable on the searched record: the cheapest"):
+        search_record(record, costs, relative_macs=0.01)
+    with pytest.raises(UserError, match=r"accuracy weight is 1\.5, allowed is 0 to 1"):
+        search_record(record, costs, accuracy_weight=1.5)
+    with pytest.raises(UserError, match="confidence is 'sure', allowed are max_probability, margin, entropy, gate"):
+        search_record(record, costs, accuracy_weight=0.5, confidence="sure")

@@ -1,0 +1,171 @@
+"""`search-records`: configurations for weights, budgets and a certified risk, from two records alone."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynexit.core.confidence import CONFIDENCES
+from dynexit.core.cost import ExitCosts
+from dynexit.core.tradeoff import Configuration, pareto_front
+from dynexit.dyce.inputs import parse_costs, read_json_file, read_problems
+from dynexit.errors import UserError
+from dynexit.run_dir import write_json
+from dynexit.search.budgets import Unattainable, latency_costs
+from dynexit.search.driver import SearchDriver, SearchEntry, SearchSettings
+from dynexit.search.operating_points import ReportRow, write_csv
+from dynexit.search.problem import Problem, with_gates
+from dynexit.study.keys import parse_weights
+
+SEARCHED, JUDGED = "train", "val"
+
+
+@dataclass(frozen=True)
+class RecordFiles:
+    """The files of a search: two records, the MACs of their model, and maybe a latency table (see latency_costs).
+
+    `train` is searched; `val` judges, and certifies a risk. A record is a directory of shards or DyCE's `.npz`, `macs`
+    costs.json or DyCE's macs_info. `exit_confidence` is what thresholds are compared with.
+    """
+
+    train: Path
+    val: Path
+    macs: Path
+    latency: Path | None = None
+    exit_confidence: str = "max_probability"
+
+
+def search_records(files: RecordFiles, settings: SearchSettings, out: Path) -> list[dict[str, Any]]:
+    """Searches, writes `configurations.json` and `operating_points.csv` into `out`, and prints a table. Returns the
+    entries of the former: one per accuracy weight, then one per budget, then the certified one.
+
+    Raises UserError for what cannot be read, searched or attained; then nothing is written.
+    """
+    if not settings.accuracy_weights and not settings.budgets and settings.risk is None:
+        raise UserError("nothing is asked for; give accuracy weights, a budget or a risk")
+    problems, times = _read(files)
+    started = time.perf_counter()
+    driver = SearchDriver(problems, settings, times)
+    seconds = time.perf_counter() - started
+    weights = driver.weights()
+    found = [*weights, *(_attained(entry) for entry in driver.budgets())]
+    if settings.risk is not None:
+        found.append(driver.risk(problems[SEARCHED], problems[JUDGED]))
+    entries = [_entry_json(driver, entry) for entry in found]
+    write_json(out / "configurations.json", entries)
+    _write_points(out / "operating_points.csv", driver, found)
+
+    print("\n".join(_table(entries, "MACs" if times is None else "time")))
+    if weights:
+        print(f"{len(weights)} weights in {seconds:.3g} s, {1000 * seconds / len(weights):.3g} ms each")
+    print(f"written to {out}")
+    return entries
+
+
+def weights_of(given: str | Sequence[float] | None) -> list[float]:
+    """The accuracy weights in a list or LO:HI:STEP; none for None. Raises UserError for anything else."""
+    if given is None:
+        return []
+    try:
+        return parse_weights(given if isinstance(given, str) else list(given))
+    except ValueError as error:
+        raise UserError(f"accuracy weights are {given!r}, but {error}") from error
+
+
+def _read(files: RecordFiles) -> tuple[dict[str, Problem], ExitCosts | None]:
+    costs = parse_costs(read_json_file(files.macs, "the MACs of the model that made the records"), str(files.macs))
+    problems = read_problems({SEARCHED: files.train, JUDGED: files.val}, costs, files.exit_confidence)
+    if files.latency is None:
+        return problems, None
+    content = read_json_file(files.latency, "a table of times")
+    if not isinstance(content, dict):
+        raise UserError(f"{files.latency} does not hold a table of times; give stage_seconds and head_seconds")
+    times = latency_costs(content, problems[SEARCHED].costs)
+    return problems, with_gates(times) if CONFIDENCES[files.exit_confidence].reads == "gates" else times
+
+
+def _attained(entry: SearchEntry | Unattainable) -> SearchEntry:
+    if isinstance(entry, Unattainable):
+        raise entry
+    return entry
+
+
+def _entry_json(driver: SearchDriver, entry: SearchEntry) -> dict[str, Any]:
+    """The entry as `configurations.json` holds it, with its figures on both records.
+
+    `objective` is of the cost searched, null without a weight and where it is undefined on a record;
+    `relative_latency` is there only if time was searched.
+    """
+    content: dict[str, Any] = {"accuracy_weight": entry.accuracy_weight, "exits": entry.configuration.to_json()}
+    for split, point in entry.points.items():
+        content[split] = {"relative_macs": point.relative_macs, "accuracy": point.accuracy}
+        if entry.relative_latency is not None:
+            content[split]["relative_latency"] = entry.relative_latency[split]
+        content[split]["objective"] = _objective(driver, entry, split)
+    return content if entry.asked is None else {**content, "budget": entry.asked}
+
+
+def _objective(driver: SearchDriver, entry: SearchEntry, split: str) -> float | None:
+    if entry.accuracy_weight is None:
+        return None
+    try:
+        return driver.objective(split, entry.configuration, entry.accuracy_weight)
+    except UserError:
+        return None
+
+
+def _write_points(path: Path, driver: SearchDriver, found: Sequence[SearchEntry]) -> None:
+    """Writes one row per entry and record, the backbone first; the front is that of the record that was searched."""
+    backbone = driver.entry(Configuration(((-1, 1.0),) * len(driver.searched.costs.positions)))
+    entries = [backbone, *found]
+    searched = [entry.points[SEARCHED] for entry in entries]
+    front = pareto_front([point.accuracy for point in searched], [point.macs for point in searched])
+    rows = [
+        ReportRow(
+            source="backbone" if entry is backbone else "search",
+            method="" if entry is backbone else driver.settings.method,
+            seed=None,
+            ce_ic_tradeoff=None,
+            accuracy_weight=entry.accuracy_weight,
+            split=split,
+            accuracy=point.accuracy,
+            macs=point.macs,
+            relative_macs=point.relative_macs,
+            exit_fractions=point.exit_fractions,
+            on_front=bool(on_front),
+            configuration=json.dumps(entry.configuration.to_json()),
+            budget="" if entry.asked is None else json.dumps(entry.asked),
+        )
+        for entry, on_front in zip(entries, front, strict=True)
+        for split, point in entry.points.items()
+    ]
+    write_csv(path, rows, sort=False)
+
+
+def _table(entries: Iterable[Mapping[str, Any]], cost: str) -> list[str]:
+    """The entries as lines of text, costs and accuracies in percent."""
+    lines = [
+        f"{'':34}{'train':>9}{'':>9}{'val':>9}",
+        f"{'asked for':34}{cost:>9}{'accuracy':>9}{cost:>9}{'accuracy':>9}",
+    ]
+    for entry in entries:
+        asked = f"accuracy weight {entry['accuracy_weight']:g}" if "budget" not in entry else _asked(entry["budget"])
+        figures = [
+            f"{100 * figure:8.2f}%"
+            for split in (SEARCHED, JUDGED)
+            for figure in (
+                entry[split].get("relative_latency", entry[split]["relative_macs"]),
+                entry[split]["accuracy"],
+            )
+        ]
+        lines.append(f"{asked:34}{''.join(figures)}")
+    return lines
+
+
+def _asked(budget: Mapping[str, Any]) -> str:
+    if "risk" in budget:
+        return f"risk {budget['risk']:g} at confidence {budget['confidence']:g}"
+    ((kind, value),) = budget.items()
+    return f"{kind.replace('_', ' ')} {value:g}"

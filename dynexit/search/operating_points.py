@@ -1,0 +1,160 @@
+"""The table of operating points: its rows, its columns and its CSV file, for studies and for `search-records`."""
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynexit.errors import Failure
+from dynexit.run_dir import atomic_write, move_aside
+
+SOURCES = ("backbone", "gates", "search", "fixed")
+SPLITS = (("validation", "test"), ("train", "val"))
+"""(searched, judged): the splits of a study, and the records given to `search-records`."""
+
+COLUMNS = {
+    "source": "backbone: the bare backbone; gates: leaving by gates; search, fixed: by thresholds",
+    "method": "how the exits were trained; in a table of search-records the method of the search",
+    "seed": "initialisation of exit heads and gates; empty if there is none",
+    "ce_ic_tradeoff": "JEI-DNN's weight of inference cost against cross-entropy; empty for other methods",
+    "accuracy_weight": "weight of accuracy against cost that the search was given; empty if there is none",
+    "split": "samples that the figures are of",
+    "accuracy": "fraction of the samples classified correctly, in [0, 1]",
+    "macs": "mean multiply-accumulates per sample",
+    "relative_macs": "macs over those of the bare backbone; above 1 is possible",
+    "exit_fractions": "columns exit_0, exit_1, ...: share of the samples leaving at each exit, the backbone's own "
+    "classifier last; the last columns are empty for points with fewer exits",
+    "on_front": "whether no other point of the table is better in accuracy and MACs on the split that was searched",
+    "point_id": "id of the training, or of the search for what it chose; empty without a study",
+    "configuration": "JSON, [head type or -1, threshold] per position; empty for backbone and gates of a study",
+    "budget": "JSON of the budget or risk that was asked for; empty for an accuracy weight",
+}
+"""The columns of an operating-point table, in order, with their meanings."""
+
+_BEFORE_EXITS, _AFTER_EXITS = tuple(COLUMNS)[:9], tuple(COLUMNS)[10:]
+
+RowKey = tuple[str, str, str, float | None, str, str]
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One operating point on one split; COLUMNS has the meaning of the fields."""
+
+    source: str
+    method: str
+    seed: int | None
+    ce_ic_tradeoff: float | None
+    accuracy_weight: float | None
+    split: str
+    accuracy: float
+    macs: float
+    relative_macs: float
+    exit_fractions: tuple[float, ...]
+    on_front: bool = False
+    point_id: str = ""
+    configuration: str = ""
+    budget: str = ""
+
+    @property
+    def key(self) -> RowKey:
+        """What the rows of one operating point on both splits share."""
+        return (self.source, self.method, self.point_id, self.accuracy_weight, self.configuration, self.budget)
+
+
+def row_order(row: ReportRow) -> tuple[Any, ...]:
+    """The sort key of a study's table."""
+
+    def first_if_absent(value: float | None) -> float:
+        return -math.inf if value is None else value
+
+    return (
+        row.source,
+        row.method,
+        first_if_absent(row.seed),
+        first_if_absent(row.ce_ic_tradeoff),
+        row.point_id,
+        first_if_absent(row.accuracy_weight),
+        row.configuration,
+        row.budget,
+        row.split != "validation",
+        row.relative_macs,
+        row.accuracy,
+    )
+
+
+def write_csv(path: Path, rows: Iterable[ReportRow], *, sort: bool = True) -> None:
+    """Writes the table; reading it gives the same floats. Sorted, the same rows in any order give the same bytes.
+
+    Raises ValueError for an unknown source, for splits that are not of one pair of SPLITS, and for a number that is
+    not finite.
+    """
+    rows = sorted(rows, key=row_order) if sort else list(rows)
+    num_exits = max((len(row.exit_fractions) for row in rows), default=0)
+    sources, splits = ({getattr(row, name) for row in rows} for name in ("source", "split"))
+    if not sources <= set(SOURCES) or not any(splits <= set(pair) for pair in SPLITS):
+        raise ValueError(f"sources {sources} on splits {splits}; known: {SOURCES} on one pair of {SPLITS}")
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*_BEFORE_EXITS, *(f"exit_{exit_}" for exit_ in range(num_exits)), *_AFTER_EXITS])
+        for row in rows:
+            exits = [_text(fraction) for fraction in row.exit_fractions]
+            exits += [""] * (num_exits - len(exits))
+            before, after = ([_text(getattr(row, name)) for name in names] for names in (_BEFORE_EXITS, _AFTER_EXITS))
+            writer.writerow([*before, *exits, *after])
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | np.integer):
+        return str(int(value))
+    if not math.isfinite(value):
+        raise ValueError(f"{value} cannot stand in a table of operating points")
+    return repr(float(value))
+
+
+def read_csv(path: Path) -> list[ReportRow]:
+    """The rows of a table that `write_csv` wrote. A damaged one is a Failure that names the file and the line."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            num_exits = len(header) - len(_BEFORE_EXITS) - len(_AFTER_EXITS)
+            exits = tuple(f"exit_{exit_}" for exit_ in range(num_exits))
+            if tuple(header) != _BEFORE_EXITS + exits + _AFTER_EXITS:
+                raise ValueError("the header is not that of an operating-point table")
+            return [_row(dict(zip(header, cells, strict=True)), exits) for cells in reader]
+        except (ValueError, KeyError, csv.Error) as error:
+            raise Failure(
+                f"{path} is damaged in line {reader.line_num} ({error}); {move_aside(path.parent)}"
+            ) from error
+
+
+def _row(cells: dict[str, str], exits: tuple[str, ...]) -> ReportRow:
+    def number(name: str) -> float | None:
+        return float(cells[name]) if cells[name] else None
+
+    return ReportRow(
+        source=cells["source"],
+        method=cells["method"],
+        seed=int(cells["seed"]) if cells["seed"] else None,
+        ce_ic_tradeoff=number("ce_ic_tradeoff"),
+        accuracy_weight=number("accuracy_weight"),
+        split=cells["split"],
+        accuracy=float(cells["accuracy"]),
+        macs=float(cells["macs"]),
+        relative_macs=float(cells["relative_macs"]),
+        exit_fractions=tuple(float(cells[name]) for name in exits if cells[name]),
+        on_front={"true": True, "false": False}[cells["on_front"]],
+        point_id=cells["point_id"],
+        configuration=cells["configuration"],
+        budget=cells["budget"],
+    )
