@@ -7,7 +7,7 @@ from typing import Any
 from dynexit.errors import Failure, UserError
 from dynexit.record.manifest import MANIFEST
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, DONE, FAILED, JOBS_OF_A_POINT, is_done, job_dir, read_json
+from dynexit.run_dir import BUDGETS, CLASSES, DONE, FAILED, JOBS_OF_A_POINT, is_done, job_dir, read_json
 from dynexit.study.grid import Point, digest
 from dynexit.study.schema import Record as RecordSettings
 
@@ -76,6 +76,15 @@ def _is_of(folder: Path, checkpoint_sha256: str) -> bool:
 def finished_jobs(point: Point, study_dir: Path) -> list[str]:
     """The jobs of the point that left DONE, in order."""
     return [job for job in JOBS_OF_A_POINT if (job_dir(study_dir, job, point.ids[job]) / DONE).is_file()]
+
+
+def class_names(point: Point, study_dir: Path) -> list[str] | None:
+    """The names of the classes by label, as prepare stored them; None in folders of versions that stored none."""
+    try:
+        names: list[str] = read_json(job_dir(study_dir, "prepare", point.ids["prepare"]) / CLASSES)["names"]
+    except FileNotFoundError:
+        return None
+    return names
 
 
 def failure_reason(point: Point, study_dir: Path) -> str | None:

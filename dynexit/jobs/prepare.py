@@ -1,16 +1,17 @@
 """The prepare job: fits the backbone to the data set."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from dynexit.data import load_data, workers_of
+from dynexit.data import DataSets, load_data, workers_of
 from dynexit.dist import Ranks
 from dynexit.jobs.load import build_model, ranks_of, write_lines
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
-from dynexit.run_dir import BACKBONE, COSTS, METRICS, is_done, job_dir, mark_done, save_tensors, write_json
+from dynexit.run_dir import BACKBONE, CLASSES, COSTS, METRICS, is_done, job_dir, mark_done, save_tensors, write_json
 from dynexit.study.grid import Point
 from dynexit.study.schema import Config
 from dynexit.train.checkpoint import Checkpoints
@@ -26,6 +27,17 @@ def _remarks(config: Config, ranks: Ranks) -> Iterator[str]:
         yield f"dist.deepspeed_stage = {stage} divides nothing: this is the only rank; several do it together"
     if config.prepare.num_epochs == 0 and config.backbone.weights is None:
         yield "the backbone is random: prepare.num_epochs is 0 and backbone.weights is not set"
+
+
+def _chance_remark(accuracy: float, data: DataSets) -> Iterator[str]:
+    """A warning if the accuracy on validation is no better than guessing, within two standard deviations."""
+    chance, num_samples = 1 / data.num_classes, len(data.validation)
+    if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / num_samples):
+        yield (
+            f"warning: the backbone, used as it is, is right on {accuracy:.4f} of {num_samples} validation images, "
+            f"near chance ({chance:.4f}); check backbone.weights, data.class_order and data.normalisation, or fit it "
+            "with prepare.num_epochs"
+        )
 
 
 def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
@@ -51,7 +63,7 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
     task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
     checkpoints = Checkpoints(directory, config.dist.checkpoint_seconds)
     progress = Progress("prepare", directory, config.dist.log_seconds, quiet=not ranks.is_main)
-    for remark in _remarks(config, ranks):
+    for remark in (*data.remarks, *_remarks(config, ranks)):
         progress.say(remark)
     fit(
         task,
@@ -63,14 +75,18 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
         checkpoints=checkpoints,
         progress=progress,
     )
+    if settings.num_epochs == 0 and config.backbone.weights is not None:
+        for remark in _chance_remark(task.accuracy(), data):
+            progress.say(remark)
     weights = task.weights()
     with ranks.failing_together():
         if not ranks.is_main:
             return
         save_tensors(directory / BACKBONE, weights)
         write_json(directory / COSTS, costs.to_json())
+        write_json(directory / CLASSES, {"names": data.class_names})
         write_lines(directory / METRICS, task.rows)
         if task.rows:
             progress.say(f"the backbone is right on {task.rows[-1]['validation_accuracy']:.4f} of the validation split")
-        mark_done(directory, identity, [BACKBONE, COSTS, METRICS])
+        mark_done(directory, identity, [BACKBONE, CLASSES, COSTS, METRICS])
         checkpoints.clear()
