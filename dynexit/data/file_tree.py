@@ -105,6 +105,10 @@ def _identity(folder: Path) -> _Identity:
     return status.st_dev, status.st_ino
 
 
+def _by_count(counts: collections.Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
 def remarks_of(folder: Path, tree: FileTree) -> Iterator[str]:
     """Yields a line for each kind of entry that was skipped, and for images that lie deeper than their class folder."""
     if tree.num_hidden:
@@ -112,13 +116,13 @@ def remarks_of(folder: Path, tree: FileTree) -> Iterator[str]:
     if tree.num_links:
         yield f"{folder}: skipped {tree.num_links} links to folders that are read already"
     if tree.other_suffixes:
-        counts = [f"{count} {suffix}" for suffix, count in tree.other_suffixes.most_common()]
+        counts = [f"{count} {suffix}" for suffix, count in _by_count(tree.other_suffixes)]
         yield (
             f"{folder}: skipped {tree.other_suffixes.total()} files that are no images by their suffix "
             f"({some(counts)}); read are {' '.join(EXTENSIONS)}"
         )
     if tree.subfolders:
-        counts = [f"{count} in {name}" for name, count in tree.subfolders.most_common()]
+        counts = [f"{count} in {name}" for name, count in _by_count(tree.subfolders)]
         yield (
             f"{folder}: {tree.subfolders.total()} images lie in folders inside the class folders ({some(counts)}); "
             "each has the class of its outermost folder"

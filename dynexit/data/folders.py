@@ -45,17 +45,18 @@ def check_class_order(data: Data) -> None:
 
     torchvision sorts the folders as strings (1, 10, 2), timm naturally and without regard to case (1, 2, 10).
     """
-    if data.name not in ("image_folder", "imagenet") or data.class_order is not None or data.dir is None:
+    is_known = data.name not in ("image_folder", "imagenet") or data.class_order is not None
+    if is_known or data.dir is None or not Path(data.dir).expanduser().is_dir():  # the job's node may have the folder
         return
     names = _class_names(_split_folders(data)[0]["train"])
     pairs = zip(_sorted_by(names, "torchvision"), _sorted_by(names, "timm"), strict=True)
-    differing = next(
-        (f"class {i} is {ours!r} or {theirs!r}" for i, (ours, theirs) in enumerate(pairs) if ours != theirs), ""
-    )
+    differing = next(((i, ours, theirs) for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
     if differing:
+        label, ours, theirs = differing
         raise UserError(
-            f"data.class_order is not set, and torchvision and timm sort the class folders differently: {differing}; "
-            "set data.class_order to torchvision, to timm, or a file with one name per line, as the weights need it"
+            f"data.class_order is not set, and class {label} of {data.dir} is {ours!r} in torchvision's order and "
+            f"{theirs!r} in timm's; set data.class_order to torchvision, timm, or a file with one name per line, as "
+            "the weights need it"
         )
 
 

@@ -104,8 +104,8 @@ def copies_remark(splits: Mapping[str, tuple[FileSource, Tensor]]) -> Iterator[s
                 copies.setdefault(where, []).append(" = ".join(dict(same)[split] for split in where))
     for where, pairs in copies.items():
         yield (
-            f"warning: {len(pairs)} images are byte-equal in {' and '.join(where)} ({some(pairs)}); results on these "
-            "are too good"
+            f"warning: {len(pairs)} images are byte-equal in {' and '.join(where)}, the first {pairs[0]}; results on "
+            "these are too good"
         )
 
 
@@ -121,4 +121,4 @@ def class_remarks(labels: Mapping[str, Tensor], names: Sequence[str]) -> Iterato
     for split, one in counts.items():
         lacking = [name for name, count in zip(names, one, strict=True) if not count]
         if lacking:
-            yield f"warning: too few images: {split} has none of {len(lacking)} classes: {some(lacking)}"
+            yield f"warning: {split} has no image of {some(lacking)}: {len(lacking)} of {len(names)} classes too small"

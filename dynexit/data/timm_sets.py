@@ -111,10 +111,13 @@ class _Streamed:
         self.class_names = _class_names(dataset)
         self._pixels: list[np.ndarray] = []
         labels: list[int] = []
-        with accepted_formats_only():
-            for image, label in dataset:
-                self._pixels.append(np.asarray(to_rgb(image, f"{len(labels)} of {name}")))
-                labels.append(int(label))
+        try:
+            with accepted_formats_only():
+                for image, label in dataset:
+                    self._pixels.append(np.asarray(to_rgb(image, f"{len(labels)} of {name}")))
+                    labels.append(int(label))
+        except NOT_AN_IMAGE as error:
+            raise UserError(f"the image {len(labels)} of {name} does not decode ({error}); replace it") from None
         expected = getattr(dataset.reader, "num_samples", 0) or len(labels)
         if len(labels) != expected:
             raise UserError(

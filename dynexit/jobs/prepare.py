@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dynexit.data import DataSets, load_data, workers_of
+from dynexit.data import DataSets, check_class_order, load_data, workers_of
 from dynexit.dist import Ranks
 from dynexit.jobs.load import build_model, ranks_of, write_lines
 from dynexit.models.macs import exit_costs
@@ -52,6 +52,8 @@ def run_prepare(points: Sequence[Point], study_dir: Path) -> None:
         check_installed(stage)
     settings = config.prepare
     with ranks.failing_together():
+        if settings.num_epochs == 0:
+            check_class_order(config.data)
         data = load_data(config.data, workers_of(config.dist, ranks.device))
         torch.manual_seed(config.data.seed)
         backbone = build_model(config, weights=True)
