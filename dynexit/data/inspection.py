@@ -29,7 +29,7 @@ _OUT_OF_RANGE = "have numbers that are no intensities (floats outside [0, 1], or
 
 class _Finding(NamedTuple):
     fault: str  # '' if there is none
-    path: str
+    path: str  # of the image that has it
     rotated: bool = False
     unstated_depth: bool = False
 
@@ -77,7 +77,7 @@ def _inspect(source: FileSource, row: int, pixels: bool) -> _Finding:
         return _Finding(_OUT_OF_RANGE, str(path))
     except NOT_AN_IMAGE:
         return _Finding(_DAMAGED, str(path))
-    return _Finding("", str(path), rotated, unstated)
+    return _Finding("", "", rotated, unstated)
 
 
 def copies_remark(splits: Mapping[str, tuple[FileSource, Tensor]]) -> Iterator[str]:
