@@ -32,6 +32,7 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
     "config.json",
 )
 BUDGETS = "budgets.json"
+CLASSES = "classes.json"
 MEMBERS, BEGUN = "members.json", ".begun"  # of a pack: its points; and there from its beginning until it is through
 
 

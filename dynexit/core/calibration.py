@@ -15,9 +15,11 @@ IntArray = NDArray[np.int64]
 
 ALPHAS = (0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05)
 """Miscoverage levels of the published conformal results."""
+CONFORMAL_QUANTILES = ("finite_sample", "reference")
 CONFORMAL_VARIANTS = ("general", "gated_all", "gated_strict", "gated")
 
 _MIN_OWN_SAMPLES = 20
+_RANK_ROUNDING = 1e-9  # of (N + 1)(1 - alpha) in float64: 20 * (1 - 0.05) must not be ranked as 20
 _TEMPERATURE_RANGE = (1e-2, 1e2)
 _ROUNDING = 1e-6  # of a sum of probabilities in float32
 
@@ -43,15 +45,22 @@ def ece(confidence_N: FloatArray, correct_N: BoolArray, num_bins: int = 15, binn
     return float(np.abs(surplus).sum() / len(confidence_N))
 
 
-def conformal_quantile(scores_N: FloatArray, alpha: float) -> float:
-    """Score below which a new sample's falls with probability >= 1 - alpha; 1 - alpha itself where there are no scores.
+def conformal_quantile(scores_N: FloatArray, alpha: float, quantile: str = "finite_sample") -> float:
+    """Score that a new sample's does not exceed with probability >= 1 - alpha. Scores are in [0, 1].
 
-    The order statistic at or above level min(1, ceil((N+1)(1-alpha)) / N). Raises ValueError unless 0 < alpha < 1.
-    Source: split conformal prediction with threshold (LAC) scores 1 - p[label]; JEI-DNN (arXiv 2310.09163).
+    finite_sample: the k-th smallest score with k = ceil((N+1)(1-alpha)), and 1 (every class is in the set) where k > N.
+    reference: as JEI-DNN's code, the order statistic at or above level min(1, k / N), which is one rank higher, and
+    too low where k > N; 1 - alpha if there are no scores. Raises ValueError unless 0 < alpha < 1, or on another name.
+    Source: split conformal prediction with threshold (LAC) scores 1 - p[label] (Vovk et al. 2005; arXiv 2310.09163).
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
+    if quantile not in CONFORMAL_QUANTILES:
+        raise ValueError(f"quantile {quantile!r} is unknown; it is one of {', '.join(CONFORMAL_QUANTILES)}")
     num_samples = len(scores_N)
+    if quantile == "finite_sample":
+        rank = math.ceil((num_samples + 1) * (1 - alpha) - _RANK_ROUNDING)
+        return float(np.partition(scores_N, rank - 1)[rank - 1]) if rank <= num_samples else 1.0
     if num_samples == 0:
         return 1 - alpha
     level = min(1.0, np.ceil((num_samples + 1) * (1 - alpha)) / num_samples)
@@ -59,13 +68,18 @@ def conformal_quantile(scores_N: FloatArray, alpha: float) -> float:
 
 
 def conformal_thresholds(
-    scores_LN: FloatArray, exit_index_N: IntArray, alphas: Sequence[float], variant: str
+    scores_LN: FloatArray,
+    exit_index_N: IntArray,
+    alphas: Sequence[float],
+    variant: str,
+    quantile: str = "finite_sample",
 ) -> NDArray[np.float64]:
     """Conformal quantiles (A, L) of the scores 1 - p[label] of a calibration set, by the exit a sample takes.
 
     general: one for all exits, from the scores at the exit taken. gated_all: per exit, from all samples.
     gated_strict: per exit, from the samples that left there. gated: gated_strict where more than 20 samples left,
-    otherwise gated_all. Raises ValueError on another variant. Source: JEI-DNN (arXiv 2310.09163), conformal sets.
+    otherwise gated_all. `quantile` as in conformal_quantile. Raises ValueError on another variant or quantile.
+    Source: JEI-DNN (arXiv 2310.09163), conformal sets.
     """
     if variant not in CONFORMAL_VARIANTS:
         raise ValueError(f"conformal variant {variant!r} is unknown; it is one of {', '.join(CONFORMAL_VARIANTS)}")
@@ -79,7 +93,7 @@ def conformal_thresholds(
             samples_of_exit.append(left_here)
         else:
             samples_of_exit.append(scores_LN[exit_index])
-    return np.array([[conformal_quantile(scores, alpha) for scores in samples_of_exit] for alpha in alphas])
+    return np.array([[conformal_quantile(scores, alpha, quantile) for scores in samples_of_exit] for alpha in alphas])
 
 
 def conformal_sets(probability_NK: FloatArray, exit_index_N: IntArray, threshold_L: FloatArray) -> BoolArray:

@@ -1,5 +1,6 @@
 """Data sets as three splits; every sample carries its index."""
 
+from dynexit.data.folders import check_class_order
 from dynexit.data.sets import check_dir, describe_data, load_data
 from dynexit.data.splits import Batch, DataSets, Split, Workers, epoch_batches, load_batches, workers_of
 from dynexit.data.transforms import check_colours
@@ -9,6 +10,7 @@ __all__ = [
     "DataSets",
     "Split",
     "Workers",
+    "check_class_order",
     "check_colours",
     "check_dir",
     "describe_data",

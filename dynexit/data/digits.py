@@ -45,7 +45,16 @@ def load_digits(data: DataSettings, workers: Workers) -> DataSets:
         images = _digit_views(originals[origin], data, np.random.default_rng([data.seed, 1 + i]))
         splits.append(Split(images, labels[origin], origin, workers))
     train, validation, test = splits
-    return DataSets(train, train, validation, test, num_classes=10, in_channels=1, image_size=data.image_size)
+    return DataSets(
+        train,
+        train,
+        validation,
+        test,
+        num_classes=10,
+        in_channels=1,
+        image_size=data.image_size,
+        class_names=tuple("0123456789"),
+    )
 
 
 def _digit_views(originals: Tensor, data: DataSettings, random: np.random.Generator) -> Tensor:

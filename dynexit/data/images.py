@@ -8,17 +8,14 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dynexit.errors import UserError
-
-# what Pillow raises for files that it cannot read
-NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+from dynexit.data.pixels import decode_path
 
 Transform = Callable[[Image.Image], Tensor]  # to (3, H, W) float32, normalised
 
@@ -33,14 +30,22 @@ class Source(Protocol):
     def image(self, row: int) -> Image.Image:
         """The image in RGB. Raises UserError, naming it, where it does not decode."""
 
+    def file_name(self, row: int) -> str | None:
+        """The image's file, relative to data.dir; None if it is in no file of its own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """A data set as it was found: None stands for a split that is held out of `train`."""
+    """A data set as it was found: None stands for a split that is held out of `train`.
+
+    `class_names` are in the order of the labels, None where the data set has none. `remarks` are lines for the log.
+    """
 
     train: Source
     test: Source | None
     validation: Source | None = None
+    class_names: tuple[str, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class ArraySource:
@@ -52,12 +57,15 @@ class ArraySource:
     def image(self, row: int) -> Image.Image:
         return Image.fromarray(self.pixels[row])
 
+    def file_name(self, row: int) -> None:
+        return None
+
 
 class FileSource:
-    """Images in files: `names` below `folder`, `labels` one each."""
+    """Images in files: `names` below `folder`, `labels` one each; `root` is data.dir."""
 
-    def __init__(self, folder: Path, names: Sequence[str], labels: Sequence[int]) -> None:
-        self.folder, self.labels = folder, torch.tensor(labels, dtype=torch.int64)
+    def __init__(self, root: Path, folder: Path, names: Sequence[str], labels: Sequence[int]) -> None:
+        self.root, self.folder, self.labels = root, folder, torch.tensor(labels, dtype=torch.int64)
         # one array: a list of a million strings would be copied into every loading process as its counts change
         self._names = np.array([name.encode(errors="surrogateescape") for name in names], dtype=np.bytes_)
 
@@ -66,17 +74,10 @@ class FileSource:
         return self.folder / name.decode(errors="surrogateescape")
 
     def image(self, row: int) -> Image.Image:
-        path = self.path(row)
-        return decode(path, str(path))
+        return decode_path(str(self.path(row)))
 
-
-def decode(file: Path | BinaryIO, name: str) -> Image.Image:
-    """The image in RGB. Raises UserError with `name` where it does not decode."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except NOT_AN_IMAGE as error:
-        raise UserError(f"the image {name} does not decode ({error}); replace it or remove it") from None
+    def file_name(self, row: int) -> str:
+        return str(self.path(row).relative_to(self.root))
 
 
 class TransformedImages:
@@ -90,6 +91,10 @@ class TransformedImages:
             return self.load([0], epoch)[:0]
         with kept_random_state():
             return torch.stack([self._one(index, epoch) for index in indices])
+
+    def file_names(self) -> list[str] | None:
+        names = [self.source.file_name(row) for row in self.rows.tolist()]
+        return None if None in names else names  # type: ignore[return-value]
 
     def _one(self, index: int, epoch: int) -> Tensor:
         image = self.source.image(int(self.rows[index]))

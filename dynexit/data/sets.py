@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import numpy as np
 import torch
 
 from dynexit.data.digits import load_digits, num_train_digits
-from dynexit.data.folders import IMAGENET_CLASSES, class_folders, read_folders
-from dynexit.data.images import Source, Sources, TransformedImages
-from dynexit.data.splits import DataSets, Split, Workers
+from dynexit.data.folders import IMAGENET_CLASSES, checked_part, class_folders, read_folders
+from dynexit.data.images import FileSource, Source, Sources, TransformedImages
+from dynexit.data.inspection import class_remarks, copies_remark
+from dynexit.data.splits import DataSets, Split, Workers, stratified_order
 from dynexit.data.timm_sets import TORCH_CLASSES, read_timm
 from dynexit.data.torchvision_sets import read_cifar, read_svhn
 from dynexit.data.transforms import test_transform, train_transform
@@ -24,6 +24,7 @@ class _Set:
     num_classes: int | None  # None: as many as there are class folders, or as data.num_classes says
 
 
+_FOLDERS_BY_TIMM = ("torch/image_folder", "torch/folder")  # would follow links and read hidden files
 _SETS: Mapping[str, _Set] = MappingProxyType(
     {
         "cifar10": _Set(read_cifar, 10),
@@ -41,6 +42,12 @@ def describe_data(data: DataSettings) -> tuple[int, int]:
 
     Raises UserError where data.num_classes or the sizes of splits do not fit, and for transforms that it does not take.
     """
+    if data.name.lower() in _FOLDERS_BY_TIMM:
+        raise UserError(
+            f"data.name = {data.name}: set data.name=image_folder, which reads the same folders, and checked"
+        )
+    if data.class_order is not None and data.name not in ("image_folder", "imagenet"):
+        raise UserError(f"data.class_order = {data.class_order}: {data.name} has no class folders; remove the key")
     if data.name == "digits":
         _refuse_transforms(data)
         num_train_digits(data)
@@ -88,25 +95,43 @@ def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bo
     data = data.model_copy(update={"check_images": "none"}) if checked else data
     num_classes, channels = describe_data(data)
     if data.name == "digits":
-        return load_digits(data, workers)
+        return _with_class_counts(load_digits(data, workers))
     augment, is_random = train_transform(data)
     plain = test_transform(data)
     sources = (read_timm if "/" in data.name else _SETS[data.name].read)(data)
     rows = _held_out(data, sources)
-    splits = {}
+    splits, files = {}, {}
     for name in ("train", "plain_train", "validation", "test"):
         source, chosen = getattr(sources, name, None) or sources.train, rows[name.removeprefix("plain_")]
         _check_labels(data, source, num_classes)
         transform, seed = (augment, data.seed) if name == "train" and is_random else (plain, None)
         images = TransformedImages(source, chosen, transform, seed)
         splits[name] = Split(images, source.labels[chosen], chosen, workers)
-    return DataSets(**splits, num_classes=num_classes, in_channels=channels, image_size=data.image_size)
+        if isinstance(source, FileSource) and name != "plain_train":
+            files[name] = (source, chosen)
+    copies = copies_remark(files) if files and checked_part(data) != "none" else ()
+    names = sources.class_names or ()
+    return _with_class_counts(
+        DataSets(
+            **splits,
+            num_classes=num_classes,
+            in_channels=channels,
+            image_size=data.image_size,
+            class_names=names if len(names) == num_classes else tuple(map(str, range(num_classes))),
+            remarks=(*sources.remarks, *copies),
+        )
+    )
+
+
+def _with_class_counts(data: DataSets) -> DataSets:
+    labels = {name: data.split(name).labels for name in ("train", "validation", "test")}
+    return dataclasses.replace(data, remarks=(*class_remarks(labels, data.class_names), *data.remarks))
 
 
 def _held_out(data: DataSettings, sources: Sources) -> dict[str, torch.Tensor]:
-    """Rows of each split in its source. What is held out of train is drawn by data.seed; rows are in rising order."""
+    """Rows of each split in its source, in rising order. What is held out of train is drawn by data.seed, by class."""
     num_images = len(sources.train.labels)
-    order = torch.from_numpy(np.random.default_rng([data.seed, 0]).permutation(num_images))
+    order = stratified_order(sources.train.labels, data.seed)
     rows, start, held = {}, 0, []
     for name, count in (("validation", data.num_validation), ("test", data.num_test)):
         source = getattr(sources, name)
@@ -130,5 +155,5 @@ def _check_labels(data: DataSettings, source: Source, num_classes: int) -> None:
     if lowest < 0 or highest >= num_classes:
         raise UserError(
             f"{data.name} has labels from {lowest} to {highest}, and its {num_classes} classes need labels from 0 to "
-            f"{num_classes - 1}; mend data.num_classes or the labels"
+            f"{num_classes - 1}; correct data.num_classes or the labels"
         )

@@ -23,6 +23,9 @@ Batch = tuple[Tensor, Tensor, Tensor]  # index (B,) int64, images (B, C, H, W) f
 class Images(Protocol):
     """Images that are made when they are asked for."""
 
+    def file_names(self) -> list[str] | None:
+        """The file of each image, relative to data.dir; None if they are in no files of their own."""
+
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         """The images (B, C, H, W) of these samples in this epoch, the same in any process. UserError for damage."""
 
@@ -61,6 +64,10 @@ class Split:
         """(index, images, labels) of these samples, loaded in this process."""
         return _batch(self.images, self.labels, indices, epoch)
 
+    def file_names(self) -> list[str] | None:
+        """The file of each sample, relative to data.dir; None if the samples are in no files of their own."""
+        return None if isinstance(self.images, Tensor) else self.images.file_names()
+
     def loader(self) -> "_BatchLoader":
         """The processes that load this split."""
         if self._loader is None or not self.workers.persistent:
@@ -72,7 +79,8 @@ class Split:
 class DataSets:
     """Train, validation and test split of a data set, and what a model must know of it.
 
-    `plain_train` is the training split under the test's transform, for records.
+    `plain_train` is the training split under the test's transform, for records. `class_names` are in the order of the
+    labels. `remarks` are lines for the log on what was found and what was skipped.
     """
 
     train: Split
@@ -82,11 +90,29 @@ class DataSets:
     num_classes: int
     in_channels: int
     image_size: int
+    class_names: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
     def split(self, name: str) -> Split:
         """The split called `train`, `validation` or `test`, its images not augmented."""
         split: Split = getattr(self, "plain_train" if name == "train" else name)
         return split
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """Returns a random order (N,) int64 of the samples of which every part has the classes in their shares.
+
+    A class's count in a part differs from its share by less than two. The last sample of each class comes at the
+    end, so that a class with few images stays in training. `labels` (N,) int64 are not negative.
+    """
+    order = np.random.default_rng([seed, 0]).permutation(len(labels))
+    label_N = labels.numpy()[order]
+    count_N = np.bincount(label_N)[label_N]
+    by_class = np.argsort(label_N, kind="stable")
+    rank_N = np.empty_like(order)  # of each sample among those of its class
+    rank_N[by_class] = np.arange(len(order)) - np.searchsorted(label_N[by_class], label_N[by_class])
+    place_N = np.where(rank_N == count_N - 1, 1.0, (rank_N + 0.5) / count_N)
+    return torch.from_numpy(order[np.argsort(place_N, kind="stable")])
 
 
 def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dynexit.data.images import Source, Sources, decode
+from dynexit.data.images import Sources
+from dynexit.data.pixels import NOT_AN_IMAGE, accepted_formats_only, decode, decode_path, to_rgb
 from dynexit.errors import UserError
 from dynexit.study.schema import DataSettings
 
@@ -26,17 +27,20 @@ def read_timm(data: DataSettings) -> Sources:
     hfids, tfds and wds stream, and a sample needs an index: they are read once, into memory, and by a single rank only.
     """
     train = _read_split(data, data.train_split)
-    return Sources(train, test=None if data.test_split is None else _read_split(data, data.test_split))
+    test = None if data.test_split is None else _read_split(data, data.test_split)
+    return Sources(train, test, class_names=train.class_names)
 
 
-def _read_split(data: DataSettings, split: str) -> Source:
+def _read_split(data: DataSettings, split: str) -> "_Indexed | _Streamed":
     from timm.data.dataset import IterableImageDataset
     from timm.data.dataset_factory import create_dataset
 
+    # timm would clip 16-bit images; `to_rgb` converts them. Tensorflow's images have 8 bits, and timm needs their mode.
+    mode = "RGB" if data.name.startswith("tfds/") else ""
     root = None if data.dir is None else str(Path(data.dir).expanduser())
     try:
         with _offline(data.download):
-            dataset = create_dataset(data.name, root=root, split=split, download=data.download)
+            dataset = create_dataset(data.name, root=root, split=split, download=data.download, input_img_mode=mode)
     except Exception as error:  # what the libraries behind timm raise is of no one class
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -52,7 +56,9 @@ class _Indexed:
     """A data set of timm's, or of torchvision's, that is asked by index."""
 
     def __init__(self, dataset: Any, name: str) -> None:
-        self.dataset, self.name = dataset, name
+        self.dataset, self.name, self.class_names = dataset, name, _class_names(dataset)
+        if hasattr(dataset, "loader"):  # torchvision's own would clip 16-bit images
+            dataset.loader = decode_path
         labels = torch.as_tensor(_labels(dataset), dtype=torch.int64)
         self.labels = labels[:, 0] if labels.dim() == 2 else labels  # QMNIST's first column is the class
 
@@ -61,10 +67,14 @@ class _Indexed:
         if hasattr(self.dataset, "reader"):  # timm's own __getitem__ would take the next image for one that is damaged
             return decode(self.dataset.reader[row][0], name)
         try:
-            image: Image.Image = self.dataset[row][0].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+            with accepted_formats_only():
+                return to_rgb(self.dataset[row][0], name)
+        except NOT_AN_IMAGE as error:
             raise UserError(f"the image {name} does not decode ({error}); replace it or remove it") from None
-        return image
+
+    def file_name(self, row: int) -> str | None:
+        files = getattr(self.dataset, "imgs", None)  # of torchvision's sets in folders: (path, label)
+        return None if files is None else str(files[row][0])
 
 
 def _labels(dataset: Any) -> Any:
@@ -73,7 +83,20 @@ def _labels(dataset: Any) -> Any:
         return list(reader.iter_targets())
     if hasattr(reader, "targets"):
         return reader.targets
-    return [dataset[row][1] for row in range(len(dataset))]  # decodes every image once: nothing else is offered
+    with accepted_formats_only():
+        return [dataset[row][1] for row in range(len(dataset))]  # decodes every image once: nothing else is offered
+
+
+def _class_names(dataset: Any) -> tuple[str, ...] | None:
+    """The names of the classes by label, None if the data set has none."""
+    reader = getattr(dataset, "reader", dataset)
+    names = getattr(reader, "classes", None)
+    if names is None:
+        label_of = getattr(reader, "class_to_idx", None) or {}
+        names = sorted(label_of, key=label_of.__getitem__)
+        if [label_of[name] for name in names] != list(range(len(names))):
+            return None
+    return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names) or None
 
 
 class _Streamed:
@@ -85,17 +108,28 @@ class _Streamed:
                 f"{name} streams, and every rank would see another part of it; run it in one process, or make a folder "
                 "of images of it (data.name=image_folder)"
             )
-        self._pixels, labels = [], []
-        for image, label in dataset:
-            self._pixels.append(np.asarray(image.convert("RGB")))
-            labels.append(int(label))
+        self.class_names = _class_names(dataset)
+        self._pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        try:
+            with accepted_formats_only():
+                for image, label in dataset:
+                    self._pixels.append(np.asarray(to_rgb(image, f"{len(labels)} of {name}")))
+                    labels.append(int(label))
+        except NOT_AN_IMAGE as error:
+            raise UserError(f"the image {len(labels)} of {name} does not decode ({error}); replace it") from None
         expected = getattr(dataset.reader, "num_samples", 0) or len(labels)
         if len(labels) != expected:
-            raise UserError(f"{name} gave {len(labels)} images of {expected}: timm drops what does not decode; mend it")
+            raise UserError(
+                f"{name} gave {len(labels)} images of {expected}: timm drops what does not decode; replace those images"
+            )
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def image(self, row: int) -> Image.Image:
         return Image.fromarray(self._pixels[row])
+
+    def file_name(self, row: int) -> None:
+        return None
 
 
 @contextlib.contextmanager

@@ -31,11 +31,12 @@ def read_cifar(data: DataSettings) -> Sources:
             _read(data, cls, files, f"unpack {cls.url} (MD5 {cls.tgz_md5}) in {root}", root=root, train=is_train)
             for is_train in (True, False)
         )
+    class_names = tuple(train.classes)
     sources = [ArraySource(found.data, np.asarray(found.targets)) for found in (train, test)]
     if data.name == "cifar100_lt":
         sources[0] = _thinned(sources[0], data.imbalance_factor)
         sources[1] = _thinned(sources[1], data.imbalance_factor) if data.thin_test else sources[1]
-    return Sources(train=sources[0], test=sources[1])
+    return Sources(train=sources[0], test=sources[1], class_names=class_names)
 
 
 def read_svhn(data: DataSettings) -> Sources:
@@ -50,7 +51,7 @@ def read_svhn(data: DataSettings) -> Sources:
             how = f"put {url} there"
             found.append(_read(data, datasets.SVHN, {name: (root / name, md5)}, how, root=root, split=split))
     train, test = (ArraySource(np.ascontiguousarray(one.data.transpose(0, 2, 3, 1)), one.labels) for one in found)
-    return Sources(train=train, test=test)
+    return Sources(train=train, test=test, class_names=tuple("0123456789"))
 
 
 def _root(data: DataSettings) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 from dynexit.errors import Failure, UserError
 from dynexit.record.manifest import MANIFEST
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, DONE, FAILED, RunDir
+from dynexit.run_dir import BUDGETS, CLASSES, DONE, FAILED, RunDir
 from dynexit.study.grid import Point, digest
 from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import POINT_STAGES
@@ -76,6 +76,15 @@ def _is_of(folder: Path, checkpoint_sha256: str) -> bool:
 def finished_jobs(point: Point) -> list[str]:
     """The jobs of the point that left DONE, in order."""
     return [stage for stage in POINT_STAGES if RunDir(point, stage).is_marked]
+
+
+def class_names(point: Point) -> list[str] | None:
+    """The names of the classes by label, as prepare stored them; None in folders of versions that stored none."""
+    try:
+        names: list[str] = RunDir(point, "prepare").read_json(CLASSES)["names"]
+    except FileNotFoundError:
+        return None
+    return names
 
 
 def failure_reason(point: Point) -> str | None:

@@ -17,6 +17,7 @@ from dynexit.data import Split, load_batches
 from dynexit.deploy.engine import Answers, Engine
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
+from dynexit.jobs.finished import class_names
 from dynexit.jobs.load import begin, load_heads
 from dynexit.record.shards import Record
 from dynexit.run_dir import HEADS, RunDir, atomic_write
@@ -60,7 +61,7 @@ def run_infer(points: Sequence[Point]) -> None:
     }
     identity = digest([chosen.point_id, chosen.configuration, settings.model_dump(mode="json")])
     directory = RunDir(point, "infer", identity)
-    _write_predictions(directory / "predictions.csv", answers, samples)
+    _write_predictions(directory / "predictions.csv", answers, samples, class_names(point))
     directory.write_json("summary.json", summary)
     directory.mark_done(["predictions.csv", "summary.json"])
     _print(summary, directory / "predictions.csv")
@@ -157,19 +158,23 @@ def _compare(
     }
 
 
-def _write_predictions(path: Path, answers: Answers, samples: Split) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+def _write_predictions(path: Path, answers: Answers, samples: Split, class_names: Sequence[str] | None) -> None:
+    """One row per sample. Classes without names have their numbers; samples without files have empty cells."""
+    labels, predictions = samples.labels.tolist(), answers.prediction_B.tolist()
+    files = samples.file_names() or [""] * len(samples)
+
+    def name(label: int) -> str:
+        return str(label) if class_names is None else class_names[label]
+
+    # a file's name may hold bytes that are no UTF-8
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["index", "label", "prediction", "exit"])
-        writer.writerows(
-            zip(
-                range(len(samples)),
-                samples.labels.tolist(),
-                answers.prediction_B.tolist(),
-                answers.exit_B.tolist(),
-                strict=True,
-            )
-        )
+        writer.writerow(["index", "label", "prediction", "exit", "label_name", "prediction_name", "file"])
+        names = (map(name, labels), map(name, predictions), files)
+        writer.writerows(zip(range(len(samples)), labels, predictions, answers.exit_B.tolist(), *names, strict=True))
 
 
 def _print(summary: dict[str, Any], predictions: Path) -> None:

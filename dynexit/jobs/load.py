@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from dynexit.core.cost import ExitCosts
-from dynexit.data import DataSets, check_colours, describe_data, load_data, workers_of
+from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
+from dynexit.jobs.finished import class_names
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
@@ -27,6 +28,8 @@ def check_model(config: Config, *, weights: bool) -> None:
     backbone = build_model(config, weights=weights and config.backbone.weights != "pretrained")
     if config.backbone.weights == "pretrained" and config.prepare.num_epochs == 0:
         check_colours(config.data, vars(backbone.model)["default_cfg"])
+    if config.prepare.num_epochs == 0:
+        check_class_order(config.data)
     MultiExit(backbone, _positions(config, backbone))
     if (config.record.topk or 1) > backbone.num_classes:
         raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
@@ -62,6 +65,7 @@ def begin(point: Point) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
     with ranks.failing_together():
         data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
         model, costs = load_model(point, ranks)
+        _check_classes(class_names(point), data)
     return ranks, data, model, costs
 
 
@@ -76,6 +80,17 @@ def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
     if not METHODS[config.train.method].has_gates:
         costs = dataclasses.replace(costs, gate_macs=(0,) * len(costs.positions))
     return MultiExit(backbone, costs.positions, costs.head_types).to(ranks.device), costs
+
+
+def _check_classes(names: list[str] | None, data: DataSets) -> None:
+    pairs = zip(names or (), data.class_names, strict=False)
+    differing = next(((i, before, now) for i, (before, now) in enumerate(pairs) if before != now), None)
+    if differing:
+        label, before, now = differing
+        raise UserError(
+            f"class {label} was {before!r} when the backbone was prepared and is {now!r} now; restore the data set's "
+            "folders (or the file of data.class_order), or start a new study with name=NAME"
+        )
 
 
 def load_heads(

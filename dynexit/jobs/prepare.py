@@ -1,15 +1,16 @@
 """The prepare job: fits the backbone to the data set."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from dynexit.data import load_data, workers_of
+from dynexit.data import DataSets, check_class_order, load_data, workers_of
 from dynexit.dist import Ranks
 from dynexit.jobs.load import build_model, ranks_of
 from dynexit.models.macs import exit_costs
 from dynexit.progress import Progress
-from dynexit.run_dir import BACKBONE, COSTS, METRICS, RunDir
+from dynexit.run_dir import BACKBONE, CLASSES, COSTS, METRICS, RunDir
 from dynexit.study.grid import Point
 from dynexit.study.schema import Config
 from dynexit.train.checkpoint import Checkpoints
@@ -27,6 +28,17 @@ def _remarks(config: Config, ranks: Ranks) -> Iterator[str]:
         yield "the backbone is random: prepare.num_epochs is 0 and backbone.weights is not set"
 
 
+def _chance_remark(accuracy: float, data: DataSets) -> Iterator[str]:
+    """A warning if the accuracy on validation is no better than guessing, within two standard deviations."""
+    chance, num_samples = 1 / data.num_classes, len(data.validation)
+    if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / num_samples):
+        yield (
+            f"warning: the backbone, used as it is, is right on {accuracy:.4f} of {num_samples} validation images, "
+            f"near chance ({chance:.4f}); check backbone.weights, data.class_order and data.normalisation, or fit it "
+            "with prepare.num_epochs"
+        )
+
+
 def run_prepare(points: Sequence[Point]) -> None:
     """Fits the backbone that the points share to the data set: backbone.safetensors, costs.json, metrics.jsonl."""
     config, directory = points[0].config, RunDir(points[0], "prepare")
@@ -38,6 +50,8 @@ def run_prepare(points: Sequence[Point]) -> None:
         check_installed(stage)
     settings = config.prepare
     with ranks.failing_together():
+        if settings.num_epochs == 0:
+            check_class_order(config.data)
         data = load_data(config.data, workers_of(config.dist, ranks.device))
         torch.manual_seed(config.data.seed)
         backbone = build_model(config, weights=True)
@@ -49,7 +63,7 @@ def run_prepare(points: Sequence[Point]) -> None:
     task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
     checkpoints = Checkpoints(directory.path, config.dist.checkpoint_seconds)
     progress = Progress("prepare", directory.path, config.dist.log_seconds, quiet=not ranks.is_main)
-    for remark in _remarks(config, ranks):
+    for remark in (*data.remarks, *_remarks(config, ranks)):
         progress.say(remark)
     fit(
         task,
@@ -61,14 +75,18 @@ def run_prepare(points: Sequence[Point]) -> None:
         checkpoints=checkpoints,
         progress=progress,
     )
+    if settings.num_epochs == 0 and config.backbone.weights is not None:
+        for remark in _chance_remark(task.accuracy(), data):
+            progress.say(remark)
     weights = task.weights()
     with ranks.failing_together():
         if not ranks.is_main:
             return
         directory.save_tensors(BACKBONE, weights)
         directory.write_json(COSTS, costs.to_json())
+        directory.write_json(CLASSES, {"names": data.class_names})
         directory.write_lines(METRICS, task.rows)
         if task.rows:
             progress.say(f"the backbone is right on {task.rows[-1]['validation_accuracy']:.4f} of the validation split")
-        directory.mark_done([BACKBONE, COSTS, METRICS])
+        directory.mark_done([BACKBONE, CLASSES, COSTS, METRICS])
         checkpoints.clear()

@@ -10,7 +10,7 @@ from dynexit.core.confidence import gate_features
 from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, load_batches
 from dynexit.dist import Ranks
-from dynexit.jobs.finished import default_topk, is_recorded, recorded_splits
+from dynexit.jobs.finished import class_names, default_topk, is_recorded, recorded_splits
 from dynexit.jobs.load import begin, load_heads, ranks_of
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
@@ -83,10 +83,12 @@ def _outputs(
 def _record_header(point: Point, split: str, data: DataSets) -> dict[str, Any]:
     heads = RunDir(point, "train").digest(HEADS)
     backbone = RunDir(point, "prepare").digest(BACKBONE)
+    names = class_names(point)
     return {
         "checkpoint_sha256": heads,
         "backbone_sha256": backbone,
         "point_id": point.id,
         "split": split,
         "num_classes": data.num_classes,
+        **({} if names is None else {"class_names": names}),
     }

@@ -16,7 +16,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
 from dynexit.errors import Failure
-from dynexit.jobs.finished import SPLITS, check_budgets, missing_reason, report_identity
+from dynexit.jobs.finished import SPLITS, check_budgets, class_names, missing_reason, report_identity
 from dynexit.record.shards import Record
 from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
@@ -188,7 +188,7 @@ def write_report(
         figures,
         study_text,
         points_table=[{**point.values, "id": point.id} for point in points],
-        notes=[*_NOTES, *_beyond(points), *([ORIGIN] if published else []), *failed],
+        notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
         sections=[_uncertainty(points, rows)],
         describe=describe,
@@ -208,6 +208,7 @@ def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow]) -> PageSect
     return uncertainty_section(found, share, classes, directory / "uncertainty.png")
 
 
+_MOST_CLASSES = 20  # that the page names
 _PARETO_CAPTION = (
     "Test accuracy against mean MACs relative to the bare backbone. The front was chosen on validation and is drawn "
     "with its test values."
@@ -229,6 +230,15 @@ def _beyond(points: Sequence[Point]) -> list[str]:
         f"Exits also learned from the backbone's own classifier (train.distillation = {', '.join(map(str, weights))}), "
         "which goes beyond the methods as published; 0 trains them as published."
     ]
+
+
+def _classes(point: Point) -> list[str]:
+    """The names of the classes, if they are known: all of few, else the first."""
+    names = class_names(point)
+    if names is None:
+        return []
+    more = f" and {len(names) - _MOST_CLASSES} more" if len(names) > _MOST_CLASSES else ""
+    return [f"{len(names)} classes: {', '.join(names[:_MOST_CLASSES])}{more}."]
 
 
 def published_beside(point: Point) -> list[PublishedPoint]:

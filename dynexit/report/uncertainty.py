@@ -138,16 +138,22 @@ def read_outputs(record: Record, costs: ExitCosts, configuration: Configuration 
     )
 
 
-def measure(calibration: ExitOutputs, test: ExitOutputs, fitted: dict[int, float] | None = None) -> Iterator[Measure]:
+def measure(
+    calibration: ExitOutputs,
+    test: ExitOutputs,
+    fitted: dict[int, float] | None = None,
+    quantile: str = "finite_sample",
+) -> Iterator[Measure]:
     """All figures of one configuration, fitted on `calibration` and judged on `test`.
 
-    `fitted` holds temperatures by row of the record, for all configurations on the same samples, and is added to.
+    `quantile` is that of conformal_quantile. `fitted` holds temperatures by row of the record, for all configurations
+    on the same samples, and is added to.
     """
     yield Measure("num_samples", len(test.exit_index_N))
     yield from _calibration_errors(calibration, test, {} if fitted is None else fitted)
     scores_LN = 1 - calibration.label_probability_LN.astype(np.float64)
     for variant in CONFORMAL_VARIANTS:
-        threshold_AL = conformal_thresholds(scores_LN, calibration.exit_index_N, ALPHAS, variant)
+        threshold_AL = conformal_thresholds(scores_LN, calibration.exit_index_N, ALPHAS, variant, quantile)
         for alpha, threshold_L in zip(ALPHAS, threshold_AL, strict=True):
             yield from _sets(test, test.exit_index_N, threshold_L, variant=variant, alpha=alpha)
             if alpha != ALPHA:
@@ -219,6 +225,7 @@ def uncertainties(points: Sequence[Point], rows: Sequence[ReportRow]) -> list[Un
     by_id = {identity: point for point in reversed(points) for identity in point.ids.values()}
     found: dict[int, Uncertainty] = {}
     fitted: dict[tuple[str, float], dict[int, float]] = {}
+    quantile = points[0].config.report.quantile
     # record by record, so that one at a time is held in memory
     for place in sorted(range(len(front)), key=lambda i: by_id[front[i].test.point_id].ids["record"]):
         point = by_id[front[place].test.point_id]
@@ -229,7 +236,7 @@ def uncertainties(points: Sequence[Point], rows: Sequence[ReportRow]) -> list[Un
         if held_back_N.any():
             calibration = calibration.of(held_back_N)
         temperatures = fitted.setdefault((point.ids["record"], share), {})
-        found[place] = Uncertainty(front[place], tuple(measure(calibration, test, temperatures)))
+        found[place] = Uncertainty(front[place], tuple(measure(calibration, test, temperatures, quantile)))
     return [found[place] for place in range(len(front))]
 
 

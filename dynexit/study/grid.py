@@ -26,6 +26,7 @@ SWEEPABLE = tuple(
     for name in (sections_of_methods() if section == METHOD else [section])
 )
 _MOST_POINTS = 10**6
+_SPLIT_FORMAT = "splits by class"  # of what is held out; in the ids of data sets that are divided by their labels
 _FORMAT = 1  # of what the jobs write; a change of meaning raises it and with it every id
 
 
@@ -193,7 +194,11 @@ def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, 
         config = base
         for dotted, value in mine.items():
             config = _with_value(config, dotted, value)
-        cache[cache_key] = (getattr(config, name), canonical_json(getattr(config, name)))
+        value = getattr(config, name)
+        text = canonical_json(value)
+        if name == "data" and value.name != "digits":
+            text += _SPLIT_FORMAT
+        cache[cache_key] = (value, text)
     return cache[cache_key]
 
 
@@ -209,7 +214,10 @@ def canonical_json(value: Any) -> str:
         dumped = value.model_dump(mode="json")
         for name, field in type(value).model_fields.items():
             extra = field.json_schema_extra
-            if isinstance(extra, dict) and not extra["changes_results"]:
+            if not isinstance(extra, dict):
+                continue
+            is_omitted = extra["omit_default"] and getattr(value, name) == field.get_default(call_default_factory=True)
+            if is_omitted or not extra["changes_results"]:
                 del dumped[name]
         value = dumped
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

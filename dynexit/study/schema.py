@@ -34,6 +34,13 @@ class DataSettings(Section):
     num_classes: int | None = key(
         None, "classes, where the data set's name or its folders do not say it (timm's), or a part of ImageNet", ge=2
     )
+    class_order: str | None = key(
+        None,
+        "order of the class folders: torchvision (as strings), timm (naturally, without case), or a file with one name "
+        "per line; null takes torchvision's, and is refused where timm's differs and prepare.num_epochs is 0",
+        min_length=1,
+        omit_default=True,
+    )
     image_size: int = key(32, "height and width of the images the backbone sees", "pixels", ge=8)
     transform: Literal["pad_crop", "timm", "none"] | None = key(
         None, "augmentation: random crop of the padded image and flip, timm's, or none; null takes the data set's own"
@@ -65,7 +72,8 @@ class DataSettings(Section):
     )
     check_images: Literal["none", "headers", "pixels"] | None = key(
         None,
-        "what is read of every image, once, before the backbone is fitted; null: pixels of an image_folder, else none",
+        "what is read of every image, once, before the backbone is fitted; null: pixels of an image_folder, else none "
+        "(alpha is dropped, palettes and CMYK become RGB, integers are scaled by their depth, EXIF rotation ignored)",
         changes_results=False,
     )
     noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
@@ -183,6 +191,10 @@ class SearchSettings(Section):
 
 class ReportSettings(Section):
     title: str | None = key(None, "heading of the report; null takes the study's name")
+    quantile: Literal["finite_sample", "reference"] = key(
+        "finite_sample",
+        "rank of the score that bounds conformal sets: with its promised coverage, or as JEI-DNN's code",
+    )
     published: Literal["auto", "none"] = key("auto", "auto draws what a paper's authors recorded for it beside")
     mlflow: bool = key(True, "whether the results are written to MLflow too")
     tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")

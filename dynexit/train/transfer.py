@@ -169,7 +169,7 @@ class TransferTask:
         self.ranks.all_reduce([self.loss_sum])
         loss = (self.loss_sum[0] / self.loss_sum[1]).item()
         self.loss_sum.zero_()
-        self.rows.append({"epoch": epoch, "loss": loss, "validation_accuracy": self._accuracy()})
+        self.rows.append({"epoch": epoch, "loss": loss, "validation_accuracy": self.accuracy()})
 
     def _refuse_losses_that_are_not_finite(self) -> None:
         by_rank = self.not_finite.clone()
@@ -183,8 +183,8 @@ class TransferTask:
             )
 
     @torch.no_grad()
-    def _accuracy(self) -> float:
-        """Accuracy of the whole backbone on validation, each rank taking its share of every batch."""
+    def accuracy(self) -> float:
+        """Accuracy of the whole backbone on validation, each rank taking its share of every batch; called on all."""
         self.backbone.model.eval()
         correct_count = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)
         order = list(range(len(self.validation)))

@@ -66,15 +66,52 @@ def test_ece_refuses_nothing_and_the_unknown() -> None:
     assert str(error.value) == "binning 'equal' is unknown; it is one of quantile, width"
 
 
-def test_conformal_quantile_is_the_order_statistic_at_its_level() -> None:
+@pytest.mark.parametrize("num_samples", [1, 9, 10, 19, 20, 99, 100, 1000])
+def test_conformal_quantile_is_the_score_of_its_rank(num_samples: int) -> None:
+    scores = np.random.default_rng(3).random(num_samples)
+    for thousandths in (10, 50, 100, 300, 900):
+        rank = -(-(num_samples + 1) * (1000 - thousandths) // 1000)  # in integers
+        expected = sorted(scores)[rank - 1] if rank <= num_samples else 1.0
+        assert conformal_quantile(scores, thousandths / 1000) == expected
+    assert conformal_quantile(np.zeros(0), 0.05) == 1.0
+
+
+@pytest.mark.parametrize("num_samples", [10, 100, 1000])
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1])
+def test_sets_cover_as_promised_from_few_samples_on(num_samples: int, alpha: float) -> None:
+    rng = np.random.default_rng(8)
+    num_trials, num_new = 400_000 // num_samples, 50
+    covered = {"finite_sample": 0, "reference": 0}
+    for _ in range(num_trials):
+        label_probability = rng.beta(3, 1, num_samples + num_new)
+        scores, new = 1 - label_probability[:num_samples], label_probability[num_samples:, None]
+        for quantile in covered:
+            threshold = np.array([conformal_quantile(scores, alpha, quantile)])
+            covered[quantile] += conformal_sets(new, np.zeros(num_new, dtype=np.int64), threshold).sum()
+    coverage = {quantile: count / (num_trials * num_new) for quantile, count in covered.items()}
+    rank = min(math.ceil((num_samples + 1) * (1 - alpha) - 1e-9), num_samples + 1)
+    # the mean of a rank's coverage is rank / (N + 1); of a trial it varies by at most 1 / (2 sqrt(N + 2))
+    error = 4 * (0.5 / math.sqrt(num_samples + 2) + 0.5 / math.sqrt(num_new)) / math.sqrt(num_trials)
+    error *= 2 * math.sqrt(alpha)  # the deviation of a share near 1
+    assert coverage["finite_sample"] >= 1 - alpha - error
+    assert coverage["finite_sample"] == pytest.approx(rank / (num_samples + 1), abs=error)
+    if (num_samples, alpha) == (10, 0.01):
+        assert coverage["finite_sample"] == 1
+        assert coverage["reference"] == pytest.approx(10 / 11, abs=0.005)  # short of the promised 0.99
+
+
+def test_the_references_quantile_is_the_order_statistic_at_its_level() -> None:
     rng = np.random.default_rng(3)
     for num_samples in (1, 2, 19, 20, 99, 100, 250):
         scores = rng.random(num_samples)
         for alpha in (0.01, 0.1, 0.3, 0.9):
             level = min(1.0, math.ceil((num_samples + 1) * (1 - alpha)) / num_samples)
             expected = sorted(scores)[math.ceil(level * (num_samples - 1))]
-            assert conformal_quantile(scores, alpha) == expected
-    assert conformal_quantile(np.zeros(0), 0.05) == 0.95
+            assert conformal_quantile(scores, alpha, "reference") == expected
+    assert conformal_quantile(np.zeros(0), 0.05, "reference") == 0.95
+    with pytest.raises(ValueError) as error:
+        conformal_quantile(np.zeros(3), 0.05, "exact")
+    assert str(error.value) == "quantile 'exact' is unknown; it is one of finite_sample, reference"
 
 
 @pytest.mark.parametrize("alpha", [0, 1, -0.1, 1.5])
@@ -94,7 +131,7 @@ def test_conformal_thresholds_choose_their_samples() -> None:
     for a, alpha in enumerate(alphas):
         every = [conformal_quantile(scores[l], alpha) for l in range(3)]  # noqa: E741
         own = [conformal_quantile(scores[l, exit_index == l], alpha) for l in range(3)]  # noqa: E741
-        assert own[2] == 1 - alpha
+        assert own[2] == 1  # nobody: every class
         assert thresholds["general"][a].tolist() == [conformal_quantile(gated, alpha)] * 3
         assert thresholds["gated_all"][a].tolist() == every
         assert thresholds["gated_strict"][a].tolist() == own

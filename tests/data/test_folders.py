@@ -125,12 +125,12 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         "1 of 2 class folders in DIR hold no images (dog); known are files"
     )
     assert text({"train": PETS, "val": {"cat": 1, "emu": 1, "fox": 1}}) == (
-        "DIR/val holds 3 class folders and the training images 3: it lacks dog and has fox besides; all splits must "
-        "have the same classes"
+        "DIR/val holds 3 class folders and the training images 3: it lacks dog and also has fox; all splits "
+        "must have the same classes"
     )
     assert text({"": PETS}, num_classes=4) == "data.num_classes = 4: image_folder has 3 classes; remove the key"
     assert text({"": {"cat": 9}}) == ("image_folder in data.dir = DIR has 1 class; a classifier needs two at least")
-    assert text({"val": PETS}) == "data.dir = DIR: there is val but no train beside it"
+    assert text({"val": PETS}) == "data.dir = DIR: there is val but no train folder next to it"
     assert text({"": PETS}, num_test=10) == (
         "data.num_validation = 2 and data.num_test = 10 leave none of 12 images for training; make them smaller"
     )

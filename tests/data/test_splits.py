@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynexit.data import DataSets, Split, Workers, epoch_batches, load_batches, load_data, workers_of
+from dynexit.data.splits import stratified_order
 from dynexit.errors import UserError
 from dynexit.study.schema import DataSettings, DistSettings
 from tests.data.on_disk import write_folders
@@ -131,3 +132,27 @@ def test_memory_is_pinned_for_a_gpu_only() -> None:
     assert workers_of(dist, torch.device("cuda")) == Workers(3, False, True, 4)
     assert workers_of(dist, torch.device("cpu")) == Workers(3, False, False, 4)
     assert not workers_of(DistSettings(pin_memory=False), torch.device("cuda")).pin_memory
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 3, 40], [100] * 7, [500, 3, 90, 1, 1]])
+def test_every_part_of_a_stratified_order_has_the_classes_shares(counts: list[int]) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    num_samples = len(labels)
+    order = stratified_order(labels, 3)
+    assert torch.equal(order.sort().values, torch.arange(num_samples))
+    assert not torch.equal(order, stratified_order(labels, 4))
+    assert not torch.equal(order, order.sort().values)
+    for start, end in ((0, num_samples // 5), (num_samples // 5, num_samples // 2), (0, num_samples // 2)):
+        found = labels[order[start:end]].bincount(minlength=len(counts))
+        share = torch.tensor(counts) * (end - start) / num_samples
+        assert (found - share).abs().max() < 2
+    last = labels[order[num_samples - len(counts) :]]
+    assert sorted(last.tolist()) == list(range(len(counts)))  # one of each class comes last
+
+
+def test_held_out_splits_are_stratified(tmp_path: Path) -> None:
+    write_folders(tmp_path, {"": {"cat": 40, "dog": 20}})
+    for seed in range(5):
+        data = load_data(folder_data(tmp_path, seed=seed, num_validation=6, num_test=12))
+        assert data.validation.labels.bincount().tolist() == [4, 2]
+        assert data.test.labels.bincount().tolist() == [8, 4]

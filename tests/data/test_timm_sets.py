@@ -138,7 +138,7 @@ def test_labels_outside_the_classes_are_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError) as caught:
         load_data(timm_data("hfds/a/b", None, num_classes=3))
     assert str(caught.value) == (
-        "hfds/a/b has labels from 0 to 3, and its 3 classes need labels from 0 to 2; mend data.num_classes or the "
+        "hfds/a/b has labels from 0 to 3, and its 3 classes need labels from 0 to 2; correct data.num_classes or the "
         "labels"
     )
 

@@ -139,7 +139,7 @@ class Case:
         level = exit_policy.exit_index_from_gates(self.gates)[0].numpy()
         alphas = calibration.ALPHAS
         thresholds = {
-            variant: calibration.conformal_thresholds(scores, level, alphas, variant)
+            variant: calibration.conformal_thresholds(scores, level, alphas, variant, "reference")
             for variant in calibration.CONFORMAL_VARIANTS
         }
         result: dict[str, np.ndarray | Between] = {

@@ -54,9 +54,9 @@ def slow_exit(probability_LNK: np.ndarray, n: int) -> int:
 
 
 def slow_quantile(scores: list[float], alpha: float) -> float:
-    """The score after the ceil((n + 1)(1 - alpha))-th smallest, as the published code takes it; or the largest."""
-    ordered = sorted(scores)
-    return ordered[min(math.ceil((len(ordered) + 1) * (1 - alpha)), len(ordered) - 1)]
+    """The ceil((n + 1)(1 - alpha))-th smallest score, or one that takes in every class."""
+    rank = math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9)
+    return sorted(scores)[rank - 1] if rank <= len(scores) else 1.0
 
 
 def measured(tmp_path: Path, topk: int = CLASSES) -> tuple[list[Measure], list, list]:
@@ -104,6 +104,16 @@ def test_coverage_and_size_equal_loops(tmp_path: Path) -> None:
             assert value(measures, "coverage", *which) == pytest.approx(covered / 310, abs=1e-9)
             assert value(measures, "set_size", *which) == pytest.approx(size / 310, abs=1e-9)
             assert value(measures, "greatest_set_size", *which) == pytest.approx(size / 310, abs=1e-9)
+
+
+def test_the_quantile_of_the_reference_is_kept(tmp_path: Path) -> None:
+    splits = [record(tmp_path / name, seed, count)[0] for seed, (name, count) in enumerate((("v", 240), ("t", 310)))]
+    calibration, test = (read_outputs(one, COSTS, CONFIGURATION, "max_probability") for one in splits)
+    sizes = {}
+    for quantile in ("finite_sample", "reference"):
+        found = list(measure(calibration, test, quantile=quantile))
+        sizes[quantile] = value(found, "set_size", "taken", None, "general", 0.05)
+    assert sizes["finite_sample"] < sizes["reference"]  # whose score is one rank higher
 
 
 def test_parts_add_up_to_the_whole(tmp_path: Path) -> None:

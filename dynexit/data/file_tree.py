@@ -1,0 +1,129 @@
+"""Finds the images below a folder per class: hidden entries, links and files of other kinds are skipped and counted."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dynexit.data.pixels import EXTENSIONS
+from dynexit.errors import UserError
+
+_NUM_NAMED = 5  # of many names, as many are shown
+_Identity = tuple[int, int]  # of a folder, whatever path leads to it
+
+
+@dataclasses.dataclass
+class FileTree:
+    """The images below a folder's class folders, and what was skipped there."""
+
+    names: list[str]  # relative to the folder
+    class_names: list[str]  # one for each name
+    num_hidden: int = 0
+    num_links: int = 0  # to folders that are read already
+    other_suffixes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    subfolders: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # images in each
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns the first names, and how many more there are."""
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return ", ".join(names[:_NUM_NAMED]) + more
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is skipped: `.ipynb_checkpoints`, `._copy.jpg`, `__MACOSX`."""
+    return name.startswith(".") or name.upper() == "__MACOSX"
+
+
+def visible_folders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, sorted as strings, without hidden ones."""
+    return sorted(entry.name for entry in _entries(folder) if _is_folder(entry) and not is_hidden(entry.name))
+
+
+def read_tree(folder: Path, class_names: Sequence[str]) -> FileTree:
+    """The images in the class folders at any depth, in the order that torchvision lists them in.
+
+    A folder is read once, whatever links lead to it; links to a class folder or to a folder around it are skipped.
+    Raises UserError if two class folders are one, or if a folder cannot be read.
+    """
+    tree = FileTree([], [])
+    seen: dict[_Identity, str] = {_identity(parent): "" for parent in (folder.resolve(), *folder.resolve().parents)}
+    for name in class_names:
+        first = seen.setdefault(_identity(folder / name), name)
+        if first != name:
+            raise UserError(
+                f"{folder}: the class folder {name} is a link to "
+                f"{f'the class folder {first}' if first else 'a folder around it'}; remove it"
+            )
+    for name in sorted(class_names):
+        found = sorted((where, file) for where, file in _walk(folder, name, tree, seen))
+        tree.names += [os.path.join(where, file) for where, file in found]
+        tree.class_names += [name] * len(found)
+        tree.subfolders.update(where.split(os.sep)[1] for where, _ in found if os.sep in where)
+    return tree
+
+
+def _walk(folder: Path, start: str, tree: FileTree, seen: dict[_Identity, str]) -> Iterator[tuple[str, str]]:
+    """Yields (folder, file name) of the images below `start`, both relative; adds what is skipped to `tree`."""
+    left = [start]
+    while left:
+        where = left.pop()
+        for entry in _entries(folder / where):
+            if is_hidden(entry.name):
+                tree.num_hidden += 1
+            elif _is_folder(entry):
+                identity = _identity(Path(entry.path))
+                if identity in seen:
+                    tree.num_links += 1
+                else:
+                    seen[identity] = start
+                    left.append(os.path.join(where, entry.name))
+            elif entry.name.lower().endswith(EXTENSIONS):
+                yield where, entry.name
+            else:
+                tree.other_suffixes[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read ({error.strerror}); correct its permissions") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False
+
+
+def _identity(folder: Path) -> _Identity:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _by_count(counts: collections.Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def remarks_of(folder: Path, tree: FileTree) -> Iterator[str]:
+    """Yields a line for each kind of entry that was skipped, and for images that lie deeper than their class folder."""
+    if tree.num_hidden:
+        yield f"{folder}: skipped {tree.num_hidden} hidden files and folders, as .ipynb_checkpoints or __MACOSX"
+    if tree.num_links:
+        yield f"{folder}: skipped {tree.num_links} links to folders that are read already"
+    if tree.other_suffixes:
+        counts = [f"{count} {suffix}" for suffix, count in _by_count(tree.other_suffixes)]
+        yield (
+            f"{folder}: skipped {tree.other_suffixes.total()} files that are no images by their suffix "
+            f"({some(counts)}); read are {' '.join(EXTENSIONS)}"
+        )
+    if tree.subfolders:
+        counts = [f"{count} in {name}" for name, count in _by_count(tree.subfolders)]
+        yield (
+            f"{folder}: {tree.subfolders.total()} images lie in folders inside the class folders ({some(counts)}); "
+            "each has the class of its outermost folder"
+        )

@@ -1,0 +1,29 @@
+"""Which keys enter an id."""
+
+from dynexit.study.grid import Point, expand
+from dynexit.study.schema import Config, DataSettings
+
+
+def point(**data: object) -> Point:
+    (found,) = expand(Config(data=DataSettings.model_validate(data)), {})
+    return found
+
+
+def test_ids_of_finished_digits_studies_stay() -> None:
+    assert point().ids == {
+        "prepare": "14900848667d",
+        "train": "0b4a222d7451",
+        "record": "302ac909daf3",
+        "search": "2c6564a860d8",
+    }
+
+
+def test_stratified_splits_have_ids_of_their_own() -> None:
+    for name, before in (("cifar10", "1326429ca858"), ("image_folder", "158a170e820a")):
+        assert point(name=name).ids["prepare"] != before
+
+
+def test_a_class_order_enters_the_id_unless_it_is_the_default() -> None:
+    ids = [point(name="image_folder", class_order=order).id for order in (None, "torchvision", "timm", "names.txt")]
+    assert len(set(ids)) == 4
+    assert ids[0] == point(name="image_folder").id
