@@ -1,7 +1,7 @@
 """Records into DIRECTORY while being killed: python killed_recorder.py DIRECTORY SEED KILLS
 
-Each time 1 to 3 ranks (child processes) record what is missing and are killed (SIGKILL) at a random moment; then two are
-left to end. Prints how often a kill hit.
+Each time 1 to 3 ranks (child processes) record what is missing and are killed (SIGKILL) at a random moment; then two
+are left to end. Prints how often a kill hit.
 """
 
 import os
@@ -37,7 +37,8 @@ def _child(planned: Plan, rank: int) -> int:
 
 def wait(children: list[int]) -> bool:
     """Whether all ended well."""
-    return not any([os.waitpid(pid, 0)[1] for pid in children])
+    statuses = [os.waitpid(pid, 0)[1] for pid in children]
+    return not any(statuses)
 
 
 def main(directory: Path, seed: int, kills: int) -> None:
