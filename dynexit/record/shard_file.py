@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from dynexit.errors import Failure
 from dynexit.record.manifest import SHARED, Layout, Shard, shard_file
@@ -19,13 +18,41 @@ _DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype(np.int64), "I32": np.dtype(
 
 
 def write_shard(directory: Path, batches: tuple[int, int], arrays: dict[str, np.ndarray], num_members: int) -> Shard:
-    """Writes the shard of `batches` (first and last) atomically and returns its entry for the manifest."""
-    content = save(arrays)
-    with atomic_write(directory / shard_file(*batches)) as temporary:
-        temporary.write_bytes(content)
-    header = content[: 8 + int.from_bytes(content[:8], "little")]
-    crc32 = tuple(_crc32_member(header, member_arrays(arrays, member)) for member in range(num_members))
-    return Shard(*batches, len(arrays["index"]), len(content), crc32, hashlib.sha256(content).hexdigest())
+    """Writes the shard of `batches` (first and last) atomically and returns its entry for the manifest.
+
+    The arrays must be contiguous. They are written piece by piece: `save` of safetensors copies them twice.
+    """
+    names = _in_order(arrays)
+    header = _safetensors_header({name: arrays[name] for name in names})
+    sha256, crc32 = hashlib.sha256(header), [zlib.crc32(header)] * num_members
+    with atomic_write(directory / shard_file(*batches)) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name in names:
+            for member, array in enumerate([arrays[name]] if name in SHARED else arrays[name]):
+                file.write(array.data)
+                sha256.update(array.data)
+                for summed in range(num_members) if name in SHARED else [member]:
+                    crc32[summed] = zlib.crc32(array.data, crc32[summed])
+        num_bytes = file.tell()
+    texts = tuple(f"{one:08x}" for one in crc32)
+    return Shard(*batches, len(arrays["index"]), num_bytes, texts, sha256.hexdigest())
+
+
+def _in_order(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The names of arrays as they are written and summed."""
+    return sorted(arrays, key=lambda name: (name not in SHARED, name))
+
+
+def _safetensors_header(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """What stands before the arrays, which follow one another, in a safetensors file."""
+    entries, start = {}, 0
+    for name, array in arrays.items():
+        (dtype,) = (text for text, known in _DTYPES.items() if known == array.dtype)
+        place = [start, start := start + array.nbytes]
+        entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
 
 
 def member_arrays(arrays: Mapping[str, np.ndarray], member: int) -> dict[str, np.ndarray]:
@@ -96,7 +123,7 @@ def check_size(directory: Path, shard: Shard) -> None:
 
 def _crc32_member(header: bytes, arrays: Mapping[str, np.ndarray]) -> str:
     crc32 = zlib.crc32(header)
-    for name in sorted(arrays, key=lambda name: (name not in SHARED, name)):
+    for name in _in_order(arrays):
         crc32 = zlib.crc32(np.ascontiguousarray(arrays[name]).data, crc32)
     return f"{crc32:08x}"
 

@@ -1,5 +1,5 @@
-import errno
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -266,28 +266,23 @@ def test_wrong_calls_are_refused_at_once(tmp_path: Path) -> None:
     assert files(tmp_path) == {}
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_bytes = Path.write_bytes
-
-    def fill(path: Path, content: bytes) -> int:
-        if "000004-000005" in path.name:
-            write_bytes(path, content[:100])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_bytes(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", fill)
+def test_a_shard_that_cannot_be_written_leaves_nothing_half_written(whole: Path, tmp_path: Path) -> None:
+    record_rank(plan(both(tmp_path)), stop_after=4)
     path = tmp_path / "shards" / "shard-000004-000005.safetensors"
-    message = f"{path} could not be written: No space left on device; make room or mend the permissions, then run again"
-    with pytest.raises(Failure, match=f"^{message}$"):
-        record_all(both(tmp_path))
+    planned, limits = plan(both(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "shards" / "shard-000002-000003.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+    try:
+        with pytest.raises(Failure) as failure:
+            record_rank(planned)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(failure.value).startswith(f"{path} could not be written: File too large; make room or ")
     assert set(files(tmp_path / "shards")) == {
-        "manifest-rank0of1.json",
+        "manifest-complete.json",
         "shard-000000-000001.safetensors",
         "shard-000002-000003.safetensors",
     }
-    monkeypatch.undo()
     record_all(both(tmp_path))
     assert files(tmp_path) == files(whole)
 

@@ -221,7 +221,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda d: (d / SECOND).unlink(), "{shard} is missing although its manifest lists it"),
     "truncated": (
         lambda d: (d / SECOND).write_bytes((d / SECOND).read_bytes()[:-1]),
-        "{shard} has 2247 bytes instead of 2248",
+        "{shard} has {bytes} bytes instead of {more}",
     ),
     "duplicate samples": (
         copy_first_over_second,
@@ -241,11 +241,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_record_is_refused_when_opened(directory: Path, damage: str) -> None:
     act, message = DAMAGES[damage]
+    size = (directory / SECOND).stat().st_size
     act(directory)
     with pytest.raises(Failure) as failure:
         Record.open(directory)
     quoted = "'" + str(directory).replace("'", "'\"'\"'") + "'"
-    assert str(failure.value).startswith(message.format(shard=directory / SECOND, directory=directory))
+    expected = message.format(shard=directory / SECOND, directory=directory, bytes=size - 1, more=size)
+    assert str(failure.value).startswith(expected)
     assert str(failure.value).endswith(
         f"; move it aside with `mv {quoted} {quoted}.damaged` and run the same command again to remake it"
     )
