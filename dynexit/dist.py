@@ -2,14 +2,21 @@
 
 Gradients of what trains are summed here, each rank's weighted by its count, so a batch means the same at any world
 size. The frozen backbone is wrapped in nothing.
+
+Tensors are summed in the main process group (NCCL on GPUs). Objects and waiting go through a second one over gloo,
+where ranks may work for hours before they meet. It finds out at once if another rank has died.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +24,9 @@ from torch import Tensor
 from dynexit.errors import Failure, UserError
 
 T = TypeVar("T")
+
+_TIMEOUT_SECONDS = 1800.0  # torch's own default
+_LONGEST_WAIT = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Ranks:
     global_rank: int
     world_size: int
     device: torch.device
+    side_group: Any = None  # a torch.distributed.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -57,12 +68,20 @@ class Ranks:
         return [bool(count) for count in counts.tolist()]
 
     def broadcast(self, value: T) -> T:
-        """The main rank's `value`, on every rank."""
+        """The main rank's `value`, on every rank; waits for it as long as it takes."""
         if self.world_size == 1:
             return value
         values = [value if self.is_main else None]
-        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
+        torch.distributed.broadcast_object_list(values, src=0, group=self.side_group)
         return values[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in order of the ranks, on every rank; waits for them as long as it takes."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value, group=self.side_group)
+        return values
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -78,9 +97,7 @@ class Ranks:
             yield
         except (Failure, UserError) as error:
             own = (isinstance(error, UserError), str(error))  # of a subclass not each comes through a pickle
-        errors: list[tuple[bool, str] | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(errors, own)
-        for is_users, text in filter(None, errors):
+        for is_users, text in filter(None, self.gather(own)):
             shared = UserError(text) if is_users else Failure(text)
             shared.on_all_ranks = True
             raise shared
@@ -88,27 +105,136 @@ class Ranks:
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(group=self.side_group)
 
 
-def start_ranks(device: str = "auto", num_threads: int | None = None, timeout_seconds: float | None = None) -> Ranks:
+@dataclasses.dataclass(frozen=True)
+class Gpus:
+    """What torch and this machine have of GPUs."""
+
+    usable: bool  # by torch
+    file: str  # the device file of one that this process may open, or ''
+    driver: str  # the version of the loaded driver, or ''
+
+
+def find_gpus(root: Path = Path("/"), visible: str | None = None) -> Gpus:
+    """Returns what there is of GPUs; `root` has the folders dev and proc, `visible` is CUDA_VISIBLE_DEVICES.
+
+    A GPU that `visible` hides, or that a cluster's control group does not let this process open, does not count.
+    """
+    hidden = visible is not None and visible.strip() in ("", "-1", "NoDevFiles")
+    files = [] if hidden else sorted((root / "dev").glob("nvidia[0-9]*"))
+    driver = ""
+    with contextlib.suppress(OSError):
+        text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        driver = (re.findall(r"\s(\d+\.\d[\d.]*)\s", text) or [""])[0]
+    return Gpus(torch.cuda.is_available(), next((str(path) for path in files if _opens(path)), ""), driver)
+
+
+def _opens(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+def choose_device(device: str, gpus: Gpus) -> str:
+    """Returns cpu or cuda for a `dist.device` of auto, cpu or cuda.
+
+    Raises UserError where cuda is asked for and torch can use no GPU, and where there is a GPU that torch cannot use:
+    training on the CPU instead would take days without a word.
+    """
+    if device == "cpu" or (device == "auto" and not gpus.usable and not gpus.file):
+        return "cpu"
+    if gpus.usable:
+        return "cuda"
+    what = f"torch cannot use the GPU {gpus.file}" if gpus.file else "torch finds no GPU"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        what += f" (CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r})"
+    driver = f"the NVIDIA driver is {gpus.driver}" if gpus.driver else "no NVIDIA driver is loaded"
+    wheel = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    raise UserError(
+        f"dist.device = {device!r}: {what}; {driver}, torch {torch.__version__} is {wheel}; install a driver and a "
+        "wheel of torch that fit each other (a container needs the driver's libraries: --nv, --gpus), or set "
+        "dist.device=cpu"
+    )
+
+
+def start_ranks(
+    device: str = "auto",
+    num_threads: int | None = None,
+    timeout_seconds: float | None = None,
+    probe: Callable[[], Gpus] | None = None,
+) -> Ranks:
     """Joins the process group that torchrun, accelerate or SLURM announced in the environment, if any.
 
-    `device` is auto, cpu or cuda; auto takes a GPU where there is one. A rank that waits for the others for longer than
-    `timeout_seconds` raises; what the first call of a process says of it holds.
+    `device` is auto, cpu or cuda; auto takes a GPU if there is one. All ranks have one device type before the group
+    starts. In `Ranks.all_reduce` and `Ranks.any` a rank raises that waits for the others for longer than
+    `timeout_seconds`; the first call of a process sets it. `probe` returns this machine's GPUs (default: `find_gpus`).
+    Raises UserError, on all ranks, as choose_device, and where some ranks would use a GPU and others the CPU.
     """
     from accelerate import PartialState
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    use_cpu = device == "cpu" or not torch.cuda.is_available()
-    announced = int(os.environ.get("WORLD_SIZE", "1")) > 1 and timeout_seconds is not None
-    options = {"timeout": datetime.timedelta(seconds=timeout_seconds or 0)} if announced else {}
-    state = PartialState(cpu=use_cpu, **options)
-    return Ranks(state.process_index, state.num_processes, state.device)
+    gpus = probe() if probe else find_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        chosen = _join(device, gpus, datetime.timedelta(seconds=timeout_seconds or _TIMEOUT_SECONDS))
+    else:
+        chosen = choose_device(device, gpus)
+    state = PartialState(cpu=chosen == "cpu")
+    return Ranks(state.process_index, state.num_processes, state.device, _side_group())
+
+
+def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
+    """Starts the process group once all ranks have the same device type, which it returns."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    problem = chosen = ""
+    try:
+        chosen = choose_device(device, gpus)
+    except UserError as error:
+        problem = str(error)
+    store.set(f"device/{rank}", json.dumps([chosen, problem, f"rank {rank} on {socket.gethostname()}"]))
+    found = [json.loads(store.get(f"device/{other}")) for other in range(world_size)]
+    problems = [f"{where}: {text}" for _, text, where in found if text]
+    if not problems and len({kind for kind, _, _ in found}) > 1:
+        with_gpu, without = (next(where for k, _, where in found if k == kind) for kind in ("cuda", "cpu"))
+        problems = [
+            f"dist.device = {device!r}: {with_gpu} has a GPU and {without} has none; ask for nodes of one kind, or set "
+            "dist.device=cpu"
+        ]
+    if problems:
+        store.set(f"device/read/{rank}", "")
+        if rank == 0:  # the store ends with this process
+            store.wait([f"device/read/{other}" for other in range(world_size)])
+        shared = UserError(problems[0])
+        shared.on_all_ranks = True
+        raise shared
+    torch.distributed.init_process_group(
+        "nccl" if chosen == "cuda" else "gloo",
+        store=torch.distributed.distributed_c10d.PrefixStore("ranks", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    return chosen
+
+
+_side_groups: list[Any] = []
+
+
+def _side_group() -> Any:
+    """The group for objects and for waiting: over gloo, and with a time-out of its own. None for a single process."""
+    if not _side_groups and torch.distributed.is_available() and torch.distributed.is_initialized():
+        _side_groups.append(torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT))
+    return next(iter(_side_groups), None)
 
 
 def stop_ranks() -> None:
     """Leaves the process group; without this an interpreter may abort at exit."""
+    _side_groups.clear()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -68,10 +68,18 @@ def run_stage(stage: str, points: Sequence[Point]) -> None:
 
 
 def digests(study_dir: Path) -> dict[str, str]:
-    """SHA-256 of everything in a study's folder that must not depend on when it was interrupted."""
+    """SHA-256 of everything in a study's folder that must not depend on when it was interrupted.
+
+    Of a record: of all that reading it gives, since its shards depend on who was recorded together.
+    """
+    from tests.reference.fake_outputs import contents
+
     results = (".safetensors", ".csv", "configurations.json", "manifest.json", "metrics.jsonl", "costs.json")
-    return {
-        str(path.relative_to(study_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(study_dir.rglob("*"))
-        if path.name.endswith(results) and "infer" not in path.parts
-    }
+    found = {}
+    for path in sorted(study_dir.rglob("*")):
+        folders = path.relative_to(study_dir).parts[:-1]
+        moved_aside = any("." in name for name in folders)
+        if path.name.endswith(results) and not moved_aside and not {"infer", "shards"} & set(folders):
+            read = contents(path.parent) if path.name == "manifest.json" else {"": path.read_bytes()}
+            found[str(path.relative_to(study_dir))] = hashlib.sha256(b"".join(read.values())).hexdigest()
+    return found

@@ -199,9 +199,10 @@ def last_step(progress: Path) -> int:
         ("train/*/heads.safetensors", "alter", "was altered (its SHA-256 is not the one in DONE)"),
         ("train/*/heads.safetensors", "truncate", "bytes instead of"),
         ("prepare/*/backbone.safetensors", "remove", "is missing although its job is finished"),
-        ("record/*/test/*.safetensors", "alter", ".safetensors"),
-        ("record/*/validation/*.safetensors", "truncate", ".safetensors"),
-        ("record/*/validation/*.safetensors", "remove", ".safetensors"),
+        ("shards/*/*.safetensors", "alter", ".safetensors"),
+        ("shards/*/*.safetensors", "truncate", ".safetensors"),
+        ("shards/*/*.safetensors", "remove", ".safetensors"),
+        ("record/*/test/manifest.json", "truncate", "manifest.json is damaged"),
         ("search/*/configurations.json", "truncate", "bytes instead of"),
         ("train/*/DONE", "truncate", "DONE is damaged"),
     ],
@@ -229,8 +230,7 @@ def test_damage_is_refused_by_name_and_mended_by_the_command_it_names(
     assert command.startswith("mv runs/tiny_study/")
     subprocess.run(command.split(), cwd=copy, check=True)
     dynexit(copy, "run", TINY)
-    aside = (".damaged", ".stale")
-    kept = {k: v for k, v in digests(copy / "runs" / "tiny_study").items() if not any(word in k for word in aside)}
+    kept = digests(copy / "runs" / "tiny_study")
     expected_digests = digests(finished / "runs" / "tiny_study")
     assert kept.keys() == expected_digests.keys()
     different = {name for name in kept if kept[name] != expected_digests[name]}
@@ -242,7 +242,7 @@ def test_damage_is_refused_by_name_and_mended_by_the_command_it_names(
     assert all(name.startswith((*own, "report/")) for name in different)
     if different:
         for split in ("validation", "test"):
-            header = json.loads((copy / "runs/tiny_study" / own[1] / split / "manifest.json").read_text())["header"]
+            header = json.loads((copy / "runs/tiny_study" / own[1] / split / "manifest.json").read_text())["headers"][0]
             assert header["checkpoint_sha256"] == kept[f"{own[0]}heads.safetensors"]
         assert "0 other differences" in dynexit(copy, "infer", TINY).stdout
         before, after = (load_file(f / "runs" / "tiny_study" / remade / "heads.safetensors") for f in (finished, copy))

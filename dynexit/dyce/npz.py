@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynexit.errors import UserError
-from dynexit.record.manifest import MANIFEST, STATISTICS, Layout
+from dynexit.record.manifest import MANIFEST, SHARED, STATISTICS, Layout
+from dynexit.record.plan import finish, make_plan
 from dynexit.record.shards import Record, ShardWriter
 from dynexit.run_dir import atomic_write
 
@@ -201,12 +202,14 @@ def convert(source: Path | str, destination: Path | str, head_types: Sequence[st
 
 
 def _write_shards(record: Record, directory: Path) -> None:
-    writer = ShardWriter(directory, record.layout, record.header, rank=0, world_size=1)
+    plan = make_plan([directory], [record.header], record.layout)
+    writer = ShardWriter(plan)
     (arrays,) = record.parts()
+    of_one_member = {name: array if name in SHARED else array[None] for name, array in arrays.items()}
     for batch in writer.missing_batches:
         samples = slice(*record.layout.sample_range(batch))
-        writer.add(batch, {name: array[..., samples] for name, array in arrays.items()})
-    writer.close()
+        writer.add(batch, {name: array[..., samples] for name, array in of_one_member.items()})
+    finish(plan, writer.shards)
 
 
 def _check(path: Path, layout: Layout, content: Mapping[str, np.ndarray]) -> None:
@@ -250,7 +253,6 @@ def _layout_of(
         num_gates=0,
         num_samples=num_samples,
         batch_size=_BATCH_SIZE,
-        batches_per_shard=4,
         statistics=tuple(name for name in STATISTICS if name == STATISTICS[0] or name in content),
     ), {"checkpoint_sha256": None, "source": path.name, "meta_info": meta}
 

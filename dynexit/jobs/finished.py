@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure, UserError
-from dynexit.record.manifest import MANIFEST
-from dynexit.record.shards import Record
+from dynexit.record.shards import Record, has_shards
 from dynexit.run_dir import BUDGETS, CLASSES, DONE, FAILED, RunDir
 from dynexit.study.grid import Point, digest
 from dynexit.study.schema import RecordSettings
@@ -30,19 +29,20 @@ def default_topk(num_classes: int) -> int:
 def is_recorded(point: Point, *, check_sizes: bool = False, check_bytes: bool = False) -> bool:
     """Whether `point` has a finished record of every split.
 
-    A split that was moved aside is not there and will be recorded again, alone. Raises Failure, naming the shard, with
-    `check_sizes` where one is missing or of another size, and with `check_bytes` also where one of a small record (up
-    to 64 MiB a split) was altered; of a larger one that is found when the shard is first read.
+    A split that was moved aside, or its folder of shards, is recorded again. Raises Failure, naming the file, where a
+    manifest is damaged; with `check_sizes` where a shard is missing or of another size, and with `check_bytes` also
+    where one of a small record (up to 64 MiB a split) was altered; in a larger one that is found when the shard is
+    first read.
     """
     directory = RunDir(point, "record")
     if not directory.is_done(check_bytes=check_bytes):
         return False
     folders = [directory / split for split in recorded_splits(point.config.record)]
-    if not all((folder / MANIFEST).is_file() for folder in folders):
+    if not all(map(has_shards, folders)):
         return False
     for folder in folders if check_sizes or check_bytes else ():
         record = Record.open(folder)
-        if check_bytes and sum(path.stat().st_size for path in folder.iterdir()) <= _MOST_CHECKED_BYTES:
+        if check_bytes and record.layout.num_bytes(record.num_samples) <= _MOST_CHECKED_BYTES:
             for _ in record.parts():
                 pass  # reading a part checks its bytes
     return True

@@ -1,4 +1,4 @@
-"""The record job: what every exit of the points says of each sample, from one pass of the backbone."""
+"""The record job: the output of every exit of the points for each sample, from one pass of the backbone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,68 +8,100 @@ from torch import Tensor
 
 from dynexit.core.confidence import gate_features
 from dynexit.core.cost import ExitCosts
-from dynexit.data import DataSets, load_batches
+from dynexit.data import DataSets, Split, load_batches
 from dynexit.dist import Ranks
 from dynexit.jobs.finished import class_names, default_topk, is_recorded, recorded_splits
 from dynexit.jobs.load import begin, load_heads, ranks_of
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
+from dynexit.record.manifest import Layout, Shard
+from dynexit.record.plan import Plan, finish, make_plan
 from dynexit.record.recorder import Recorder
 from dynexit.run_dir import BACKBONE, COSTS, HEADS, RunDir
-from dynexit.study.grid import Point
+from dynexit.study.grid import Point, digest
+from dynexit.study.methods import METHODS
 
 
 def run_record(points: Sequence[Point]) -> None:
-    """Records what every exit of all `points` says of every split asked for, from one pass of the backbone."""
-    points = ranks_of(points[0].config).broadcast([point for point in points if not is_recorded(point)])
-    if not points:
+    """Records the outputs of every exit of all `points` for every split asked for, from one pass of the backbone."""
+    ranks = ranks_of(points[0].config)
+    with ranks.failing_together():
+        is_missing = ranks.is_main and not all(is_recorded(point) for point in points)
+    if not ranks.broadcast(is_missing):
         return
     ranks, data, model, costs = begin(points[0])
     with ranks.failing_together():
-        _record_splits(points, ranks, data, model, costs)
+        # a stack of its own for every point: the bits of a record do not depend on who else is recorded
+        members = [load_heads([point], model, costs, ranks) for point in points]
+        plans = _plans(points, ranks, data, costs) if ranks.is_main else {}
+    plans = ranks.broadcast(plans)
+    shards: dict[str, list[Shard]] = {}
     with ranks.failing_together():
-        for point in points if ranks.is_main else []:
-            directory = RunDir(point, "record")
-            directory.write_json(COSTS, costs.to_json())
-            directory.mark_done([COSTS])
+        for split, plan in plans.items():
+            directory, log_seconds = plan.directories[0].parent, points[0].config.dist.log_seconds
+            progress = Progress(f"record {split}", directory, log_seconds, quiet=not ranks.is_main)
+            shards[split] = _record(plan, data.split(split), ranks, model, members, progress)
+    of_all_ranks = ranks.gather(shards)
+    with ranks.failing_together():
+        if ranks.is_main:
+            for split, plan in plans.items():
+                finish(plan, [shard for shards in of_all_ranks for shard in shards[split]])
+            for point in points:
+                run_dir = RunDir(point, "record")
+                run_dir.write_json(COSTS, costs.to_json())
+                run_dir.mark_done([COSTS])
 
 
-def _record_splits(points: Sequence[Point], ranks: Ranks, data: DataSets, model: MultiExit, costs: ExitCosts) -> None:
-    """This rank's shards of every split, for all points."""
+def _plans(points: Sequence[Point], ranks: Ranks, data: DataSets, costs: ExitCosts) -> dict[str, Plan]:
+    """The plan of every split. The points share shards in a folder whose name depends on all that is in them."""
     config = points[0].config
-    # a stack of its own for every point: the bits of a record do not depend on who else is recorded
-    members = [load_heads([point], model, costs, ranks) for point in points]
-    has_gates = members[0][1] is not None
-    directories = [RunDir(point, "record") for point in points]
+    plans = {}
     for split in recorded_splits(config.record):
-        samples = data.split(split)
-        recorder = Recorder(
-            [directory / split for directory in directories],
-            [_record_header(point, split, data) for point in points],
-            exits=[(position, head_type) for position in costs.positions for head_type in costs.head_types],
+        layout = Layout(
+            exits=tuple((position, head_type) for position in costs.positions for head_type in costs.head_types),
             topk=config.record.topk or default_topk(data.num_classes),
-            num_samples=len(samples),
+            num_gates=len(costs.positions) if METHODS[config.train.method].has_gates else 0,
+            num_samples=len(data.split(split)),
             batch_size=config.record.batch_size,
-            num_gates=len(costs.positions) if has_gates else 0,
+        )
+        headers = [_record_header(point, split, data) for point in points]
+        identity = digest([[point.ids["record"] for point in points], headers])
+        plans[split] = make_plan(
+            [RunDir(point, "record") / split for point in points],
+            headers,
+            layout,
+            shards_dir=RunDir(points[0], "shards", identity).path,
             samples_per_shard=config.record.samples_per_shard,
-            rank=ranks.global_rank,
             world_size=ranks.world_size,
         )
-        progress = Progress(f"record {split}", directories[0].path, config.dist.log_seconds, quiet=not ranks.is_main)
-        with recorder, torch.no_grad():
-            missing = recorder.missing_batches()
-            ranges = [range(*recorder.layout.sample_range(batch)) for batch in missing]
-            progress.start(len(missing))
-            for batch, loaded in zip(missing, load_batches(samples, ranges), strict=True):
-                index_B, images, labels_B = loaded
-                features, final_BK = model.features(images.to(ranks.device))
-                outputs = [_outputs(heads, gates, features) for heads, gates in members]
-                logits_MPBK = torch.cat([logits for logits, _ in outputs])
-                gate_MGB = torch.cat([gate for _, gate in outputs if gate is not None]) if has_gates else None
-                recorder.add(batch, index_B, labels_B, logits_MPBK, gate_MGB, backbone_logits_BK=final_BK)
-                progress.advance(len(labels_B), {})
-        progress.finish()
+    return plans
+
+
+def _record(
+    plan: Plan,
+    samples: Split,
+    ranks: Ranks,
+    model: MultiExit,
+    members: Sequence[tuple[StackedHeads, StackedGates | None]],
+    progress: Progress,
+) -> list[Shard]:
+    """Records this rank's share of a split, for all points; the shards that it wrote."""
+    with Recorder(plan, ranks.global_rank) as recorder, torch.no_grad():
+        missing = recorder.missing_batches()
+        ranges = [range(*recorder.layout.sample_range(batch)) for batch in missing]
+        progress.start(len(missing))
+        for batch, loaded in zip(missing, load_batches(samples, ranges), strict=True):
+            index_B, images, labels_B = loaded
+            features, final_BK = model.features(images.to(ranks.device))
+            outputs = [_outputs(heads, gates, features) for heads, gates in members]
+            logits_MPBK = torch.cat([logits for logits, _ in outputs])
+            gates_MGB = [gate for _, gate in outputs if gate is not None]
+            gate_MGB = torch.cat(gates_MGB) if gates_MGB else None
+            recorder.add(batch, index_B, labels_B, logits_MPBK, gate_MGB, backbone_logits_BK=final_BK)
+            progress.advance(len(labels_B), {})
+    progress.finish()
+    return recorder.shards
 
 
 def _outputs(

@@ -10,75 +10,54 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynexit.errors import Failure, UserError
-from dynexit.record.manifest import STATISTICS, ExitRow, Layout
+from dynexit.record.manifest import ExitRow, Shard
+from dynexit.record.plan import Plan
+from dynexit.record.shard_file import member_arrays
 from dynexit.record.shards import ShardWriter
 from dynexit.run_dir import move_aside
 
 _QUEUED_BATCHES = 4
-_MAX_SHARD_BYTES = 64 << 20
-_MIN_SHARD_SAMPLES = 2048
-_NUM_SHARDS = 64
 
 
 class Recorder:
-    """Writes one record per member of a pack from one stream of batches: this rank's share of each.
+    """Records one rank's share of a plan, for all members of a pack from one stream of batches.
 
-    `directories` and `headers` have one entry per member; a header holds free facts about the record (JSON), among
-    them `checkpoint_sha256`. `exits` are the rows (position, head type), position-major, without the backbone.
-    A shard holds at most `samples_per_shard` samples but at least a batch; the default is a 64th of the samples, within
-    2048 samples and 64 MiB. Batches and shards are the same whatever the world size (see Layout), and shards that are
-    already complete are not made again.
-
-        with Recorder(...) as recorder:
+        plan = make_plan(directories, headers, layout, shards_dir=...)
+        with Recorder(plan) as recorder:
             for batch in recorder.missing_batches():
                 recorder.add(batch, index_B, label_B, logits_MRBK, gate_MGB)
+        finish(plan, recorder.shards)
 
     An error of the writing thread (disk full, NaN, a wrong sample) is raised by the next `add` or by `close`.
     Leaving the block by an exception keeps the complete shards and drops the rest.
     """
 
-    def __init__(
-        self,
-        directories: Sequence[Path],
-        headers: Sequence[Mapping[str, Any]],
-        *,
-        exits: Sequence[ExitRow],
-        topk: int,
-        num_samples: int,
-        batch_size: int,
-        num_gates: int = 0,
-        samples_per_shard: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if len(headers) != len(directories) or not all("checkpoint_sha256" in header for header in headers):
-            raise ValueError("every directory needs a header with a checkpoint_sha256")
-        if samples_per_shard is None:
-            bytes_per_sample = 12 + 4 * (len(exits) + 1) * (2 * topk + len(STATISTICS) - 1) + 4 * num_gates
-            wanted = max(_MIN_SHARD_SAMPLES, -(-num_samples // _NUM_SHARDS))
-            samples_per_shard = min(wanted, _MAX_SHARD_BYTES // bytes_per_sample)
-        per_shard = max(samples_per_shard // batch_size, 1)
-        self.layout = Layout(tuple(exits), topk, num_gates, num_samples, batch_size, per_shard)
-        self._writers = [
-            ShardWriter(directory, self.layout, header, rank, world_size)
-            for directory, header in zip(directories, headers, strict=True)
-        ]
-        self._missing = sorted({batch for writer in self._writers for batch in writer.missing_batches})
+    def __init__(self, plan: Plan, rank: int = 0) -> None:
+        if not all("checkpoint_sha256" in header for header in plan.manifest.headers):
+            raise ValueError("every header needs a checkpoint_sha256")
+        self.layout = plan.manifest.layout
+        self._directories = plan.directories
+        self._writer = ShardWriter(plan, rank)
+        self._missing = self._writer.missing_batches
         self._to_add = set(self._missing)
         self._queue: queue.Queue[_Outputs | None] = queue.Queue(_QUEUED_BATCHES)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards that were written here."""
+        return self._writer.shards
+
     def missing_batches(self) -> list[int]:
-        """This rank's batches that were not in a complete shard of every member at the start, in order."""
+        """This rank's batches that were in no complete shard at the start, in order."""
         return list(self._missing)
 
     def add(
@@ -126,11 +105,9 @@ class Recorder:
         return {name: torch.cat((a, last[name].expand(len(a), *last[name].shape)), 1) for name, a in arrays.items()}
 
     def close(self) -> None:
-        """Waits until everything is written; the last rank to end leaves one merged manifest per record."""
+        """Waits until everything is written."""
         self._end()
         self._raise_error()
-        for writer in self._writers:
-            writer.close()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -163,7 +140,7 @@ class Recorder:
         backbone_logits_BK: Tensor | None,
     ) -> None:
         first, stop = self.layout.sample_range(batch)
-        members, size, classes = len(self._writers), stop - first, logits_MRBK.shape[-1]
+        members, size, classes = len(self._directories), stop - first, logits_MRBK.shape[-1]
         rows = len(self.layout.rows) - (backbone_logits_BK is not None)
         expected = {
             "index": (index_B, (size,)),
@@ -188,7 +165,7 @@ class Recorder:
             except (Failure, UserError) as error:
                 self._error = error
             except Exception as error:
-                self._error = Failure(f"recording into {self._writers[0].directory} failed: {error!r}")
+                self._error = Failure(f"recording into {self._directories[0]} failed: {error!r}")
                 self._error.__cause__ = error
 
     def _write_batch(self, outputs: "_Outputs") -> None:
@@ -206,13 +183,12 @@ class Recorder:
         wrong = np.flatnonzero((label < 0) | (label >= outputs.num_classes))
         if len(wrong):
             raise Failure(
-                f"sample {index[wrong[0]]} has label {label[wrong[0]]}, outside 0 to {outputs.num_classes - 1}; mend "
+                f"sample {index[wrong[0]]} has label {label[wrong[0]]}, outside 0 to {outputs.num_classes - 1}; fix "
                 "the data set or the number of classes"
             )
-        for member, writer in enumerate(self._writers):
-            own = {name: array[member] for name, array in arrays.items()}
-            _check_finite(own, index, self.layout.rows, writer.directory)
-            writer.add(outputs.batch, {"index": index, "label": label, **own})
+        for member, directory in enumerate(self._directories):
+            _check_finite(member_arrays(arrays, member), index, self.layout.rows, directory)
+        self._writer.add(outputs.batch, {"index": index, "label": label, **arrays})
 
 
 @dataclass(frozen=True)

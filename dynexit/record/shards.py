@@ -3,7 +3,6 @@
 Shapes: N samples, n samples of one shard, R rows (every head type at every position, then the backbone), G gates.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,48 +16,24 @@ from dynexit.record.manifest import (
     ExitRow,
     Layout,
     Manifest,
-    check_same_record,
-    merge_manifests,
+    Shard,
     read_manifests,
-    shard_file,
 )
-from dynexit.record.shard_file import MappedShard, check_size, write_shard
+from dynexit.record.plan import Plan
+from dynexit.record.shard_file import MappedShard, write_shard
 from dynexit.run_dir import move_aside
 
 
 class ShardWriter:
-    """One rank's share of one record: rank r writes the shards r, r + world_size, ...
+    """Writes one rank's shards of a plan. A shard counts as complete once a manifest in the plan's folder lists it."""
 
-    Shards are the same files whatever the world size, so a record may be continued with another one. A shard counts as
-    complete once a manifest in `directory` lists it; the others of this rank are written anew.
-    Raises Failure where `directory` holds another record, or lacks a shard that its manifest lists.
-    """
-
-    def __init__(self, directory: Path, layout: Layout, header: Mapping[str, Any], rank: int, world_size: int) -> None:
-        self.directory = directory
-        self.layout = layout
-        self._path = directory / f"manifest-rank{rank}of{world_size}.json"
-        expected = Manifest(layout, json.loads(json.dumps(header)), ())
-        found = read_manifests(directory) or expected
-        check_same_record(directory, found, expected)
-        complete = {shard.file: shard for shard in found.shards}
-        for shard in complete.values():
-            check_size(directory, shard)
-        own = {shard_file(*batches): batches for batches in layout.shard_batches()[rank::world_size]}
-        self._manifest = replace(expected, shards=tuple(complete[file] for file in own if file in complete))
-        self._shard_of = {
-            batch: batches
-            for file, batches in own.items()
-            if file not in complete
-            for batch in range(batches[0], batches[1] + 1)
-        }
+    def __init__(self, plan: Plan, rank: int = 0) -> None:
+        self.shards: list[Shard] = []  # written
+        self._plan = plan
+        self._path = plan.folder / f"manifest-rank{rank}of{len(plan.shares)}.json"
+        self._shard_of = {batch: shard for shard in plan.shares[rank] for batch in range(shard[0], shard[1] + 1)}
         self._buffers: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._filled: dict[tuple[int, int], set[int]] = {}
-        left_by = [self._path.name, *(shard_file(*batches) for batches in set(self._shard_of.values()))]
-        left_by += [MANIFEST] if world_size == 1 else []  # another rank may be writing it just now
-        for file in left_by:
-            for path in directory.glob(f".{file}.*.tmp"):  # what a killed writer left
-                path.unlink(missing_ok=True)
 
     @property
     def missing_batches(self) -> list[int]:
@@ -66,36 +41,26 @@ class ShardWriter:
         return sorted(self._shard_of)
 
     def add(self, batch: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes the arrays of one batch, named and shaped as Layout.arrays; writes the shard that it completes.
+        """Takes the arrays of one missing batch; writes the shard that it completes.
 
-        A batch that is already in a complete shard is passed over.
+        They are named and shaped as Layout.arrays; all but `index` and `label` have a leading member axis.
         """
-        if batch not in self._shard_of:
-            return
+        layout, num_members = self._plan.manifest.layout, self._plan.manifest.num_members
         batches = self._shard_of[batch]
-        first, stop = self.layout.sample_range(*batches)
+        first, stop = layout.sample_range(*batches)
         if batches not in self._buffers:
-            promised = self.layout.arrays(stop - first).items()
-            self._buffers[batches] = {name: np.empty(shape, dtype) for name, (dtype, shape) in promised}
+            expected = layout.shard_arrays(stop - first, num_members).items()
+            self._buffers[batches] = {name: np.empty(shape, dtype) for name, (dtype, shape) in expected}
             self._filled[batches] = set()
-        start, end = self.layout.sample_range(batch)
+        start, end = layout.sample_range(batch)
         for name, target in self._buffers[batches].items():
             target[..., start - first : end - first] = arrays[name]
         self._filled[batches].add(batch)
         if len(self._filled[batches]) == batches[1] - batches[0] + 1:
-            self._write(batches)
-
-    def _write(self, batches: tuple[int, int]) -> None:
-        shard = write_shard(self.directory, batches, self._buffers.pop(batches))
-        self._manifest = replace(self._manifest, shards=(*self._manifest.shards, shard))
-        self._manifest.write(self._path)
-        for batch in self._filled.pop(batches):
-            del self._shard_of[batch]
-
-    def close(self) -> None:
-        """Drops what is in no complete shard, and merges the manifests if this rank was the last."""
-        self._buffers.clear()
-        merge_manifests(self.directory)
+            self.shards.append(write_shard(self._plan.folder, batches, self._buffers.pop(batches), num_members))
+            replace(self._plan.manifest, shards=tuple(self.shards)).write(self._path)
+            for batch in self._filled.pop(batches):
+                del self._shard_of[batch]
 
 
 class Part(Protocol):
@@ -126,20 +91,27 @@ class Record:
         """The record in `directory`, if each of its samples is there exactly once.
 
         Sizes, types, shapes and indices are checked here, a shard's checksum when its contents are first read.
-        Raises UserError where there is no record; Failure, naming the shard, where the record is not finished, where a
-        shard is missing, truncated or foreign, or where it is not of the checkpoint `checkpoint_sha256`.
+        Raises UserError where there is no record, or where its folder was moved away from the shards that its manifest
+        names; Failure, naming the shard, where the record is not finished, where a shard is missing, truncated or
+        foreign, or where it is not of the checkpoint `checkpoint_sha256`.
         """
         directory = Path(directory)
         manifest = read_manifests(directory)
         if manifest is None:
             raise UserError(f"there is no record in {directory} (no {MANIFEST}); give a directory that `record` wrote")
-        found = manifest.header.get("checkpoint_sha256")
+        if len(manifest.headers) != 1:
+            raise UserError(
+                f"{directory} holds the shards of {len(manifest.headers)} records; give the folder of one of them, "
+                "record/ID/SPLIT of the study"
+            )
+        (header,) = manifest.headers
+        found = header.get("checkpoint_sha256")
         if checkpoint_sha256 is not None and found != checkpoint_sha256:
             raise Failure(
                 f"{directory} is the record of another checkpoint ({found}, expected {checkpoint_sha256}); "
                 f"{move_aside(directory)}"
             )
-        return cls(manifest.layout, manifest.header, list(_checked_parts(directory, manifest)), directory)
+        return cls(manifest.layout, header, list(_checked_parts(directory, manifest)), directory)
 
     @property
     def num_samples(self) -> int:
@@ -234,15 +206,26 @@ class Record:
         return self._kept[key]
 
 
+def has_shards(directory: Path) -> bool:
+    """Whether `directory` holds a finished record whose folder of shards is there.
+
+    False for a record or a folder of shards that was moved aside. Raises Failure where the manifest is damaged.
+    """
+    path = directory / MANIFEST
+    return path.is_file() and Manifest.read(path).shards_folder(directory).is_dir()
+
+
 def _checked_parts(directory: Path, manifest: Manifest) -> Iterator[Part]:
-    listed = {shard.file: shard for shard in manifest.shards}
-    promised = [shard_file(*batches) for batches in manifest.layout.shard_batches()]
-    for file in listed:
-        if file not in promised:
-            raise Failure(f"{directory / file} holds batches that other shards hold too; {move_aside(directory)}")
-    for file in promised:
-        if file not in listed:
-            finished = (directory / MANIFEST).exists()
-            remedy = move_aside(directory) if finished else "recording is not finished: run the same command again"
-            raise Failure(f"{directory / file} is missing from the manifest (a gap); {remedy}")
-        yield MappedShard(directory, manifest.layout, listed[file])
+    folder = manifest.shards_folder(directory)
+    if not folder.is_dir():
+        raise UserError(
+            f"{directory} has its shards in {folder}, which does not exist; copy a record together with the folder "
+            "`shards` of its study, or run `dynexit record` on the study again"
+        )
+    gap = manifest.gap()
+    if gap:
+        finished = (directory / MANIFEST).exists()
+        remedy = move_aside(directory) if finished else "recording is not finished: run the same command again"
+        raise Failure(f"{directory}: {gap}; {remedy}")
+    for shard in sorted(manifest.shards, key=lambda shard: shard.first_batch):
+        yield MappedShard(folder, manifest.layout, shard, manifest.num_members, manifest.first_member)

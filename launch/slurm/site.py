@@ -125,6 +125,13 @@ def site_contradictions(site: Site, config: Config) -> list[str]:
             f"dist.tasks_per_node = {config.dist.tasks_per_node}: should be at most the site profile's gpus_per_node, "
             f"{site.gpus_per_node}"
         )
+    if config.dist.device != "cpu" and config.dist.tasks_per_node < site.gpus_per_node:
+        found.append(
+            f"dist.tasks_per_node = {config.dist.tasks_per_node}: would leave GPUs of each node unused, as the site "
+            f"profile has gpus_per_node = {site.gpus_per_node} and a rank uses one; set "
+            f"dist.tasks_per_node={site.gpus_per_node} in the study, or "
+            f"gpus_per_node: {config.dist.tasks_per_node} in the profile"
+        )
     own = sorted(name for name in map(_long_name, site.sbatch) if name in OWN_OPTIONS)
     if own:
         found.append(f"sbatch = {', '.join(own)}: dynexit sets that itself; take it out of the site profile")

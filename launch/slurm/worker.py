@@ -66,7 +66,8 @@ class ClusterTask:
         from dynexit.dist import start_ranks, stop_ranks
 
         dist = self.jobs[0].points[0].config.dist
-        ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
+        needs_device = any(job.stage not in _ALONE for job in self.jobs)  # without, its node may have no GPU
+        ranks = start_ranks(dist.device if needs_device else "cpu", dist.num_threads, dist.timeout_seconds)
         notes.wait_until_there()
         work = _Work(notes, ranks, self.jobs, dist.max_retries)
         work.take_up(ranks.broadcast(notes.given_up() if ranks.is_main else []))

@@ -18,6 +18,7 @@ import timm
 import torch
 
 from dynexit.record.manifest import Layout
+from dynexit.record.plan import finish, make_plan
 from dynexit.record.recorder import Recorder
 from dynexit.record.shards import Record, ShardWriter
 
@@ -57,21 +58,21 @@ def one_pass(
         for _ in range(num_batches):
             model(images)
     else:
-        with Recorder(
+        exits = tuple((block, "linear") for block in range(NUM_EXITS))
+        plan = make_plan(
             [directory / str(member) for member in range(num_members)],
             [{"checkpoint_sha256": "0"}] * num_members,
-            exits=[(block, "linear") for block in range(NUM_EXITS)],
-            topk=1,
-            num_samples=num_batches * BATCH_SIZE,
-            batch_size=BATCH_SIZE,
-            num_gates=NUM_EXITS,
-        ) as recorder:
+            Layout(exits, topk=1, num_gates=NUM_EXITS, num_samples=num_batches * BATCH_SIZE, batch_size=BATCH_SIZE),
+            shards_dir=directory / "shards",
+        )
+        with Recorder(plan) as recorder:
             for batch in recorder.missing_batches():
                 logits, backbone_logits, gates = model(images)
                 index = torch.arange(*recorder.layout.sample_range(batch))
                 in_add -= time.thread_time()
                 recorder.add(batch, index, label, logits, gates, backbone_logits_BK=backbone_logits)
                 in_add += time.thread_time()
+        finish(plan, recorder.shards)
     synchronize()
     end = time.perf_counter(), time.process_time()
     return (end[0] - start[0]) / num_batches, (end[1] - start[1]) / num_batches, in_add / num_batches
@@ -108,16 +109,16 @@ def reading(num_samples: int) -> None:
         num_gates=0,
         num_samples=num_samples,
         batch_size=256,
-        batches_per_shard=78,
     )
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(Path(folder), layout, {"checkpoint_sha256": "0"}, rank=0, world_size=1)
+        plan = make_plan([Path(folder)], [{"checkpoint_sha256": "0"}], layout)
+        writer = ShardWriter(plan)
         start = time.perf_counter()
         for batch in writer.missing_batches:
             first, stop = layout.sample_range(batch)
-            numbers = generator.random((81, 1, stop - first), np.float32)
-            arrays = dict.fromkeys(("margin", "entropy", "label_probability"), numbers[:, 0])
+            numbers = generator.random((1, 81, 1, stop - first), np.float32)
+            arrays = dict.fromkeys(("margin", "entropy", "label_probability"), numbers[:, :, 0])
             writer.add(
                 batch,
                 {
@@ -128,7 +129,7 @@ def reading(num_samples: int) -> None:
                     **arrays,
                 },
             )
-        writer.close()
+        finish(plan, writer.shards)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         print(f"{num_samples} samples x 80 exits: {size / 1e9:.2f} GB written in {time.perf_counter() - start:.1f} s")
         record = timed("open", lambda: Record.open(folder))

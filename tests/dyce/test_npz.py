@@ -13,7 +13,7 @@ from dynexit.dyce.npz import convert, read_npz, write_npz
 from dynexit.errors import UserError
 from dynexit.record import OutputRecorder
 from dynexit.record.shards import Record
-from tests.reference.fake_outputs import files, record_rank
+from tests.reference.fake_outputs import contents, files, record_all
 
 EXITS, BATCH, CLASSES = 4, 6, 9
 
@@ -168,10 +168,10 @@ def test_npz_to_shards_and_back_is_the_same(tmp_path: Path) -> None:
 
 
 def test_shards_to_npz_and_back_lose_nothing(tmp_path: Path) -> None:
-    record_rank([tmp_path / "shards"])
+    record_all([tmp_path / "shards"])
     convert(tmp_path / "shards", tmp_path / "r.npz")
     convert(tmp_path / "r.npz", tmp_path / "back")
-    assert files(tmp_path / "back") == files(tmp_path / "shards")
+    assert contents(tmp_path / "back") == contents(tmp_path / "shards")
     record, given = Record.open(tmp_path / "shards"), read_npz(tmp_path / "r.npz")
     for kind in record.layout.statistics:
         assert np.array_equal(given.confidence(kind), record.confidence(kind))
@@ -234,7 +234,7 @@ def test_head_types_must_divide_the_exits(tmp_path: Path) -> None:
 
 
 def test_a_meta_info_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
-    record_rank([tmp_path / "shards"])
+    record_all([tmp_path / "shards"])
     write_npz(Record.open(tmp_path / "shards"), tmp_path / "r.npz")
     with np.load(tmp_path / "r.npz") as file:
         arrays = dict(file)

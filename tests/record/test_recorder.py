@@ -1,5 +1,5 @@
-import errno
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -14,7 +14,8 @@ from dynexit.core.confidence import CONFIDENCES, LOGIT_CONFIDENCES
 from dynexit.errors import Failure, UserError
 from dynexit.record import recorder as recorder_module
 from dynexit.record import shard_file
-from dynexit.record.manifest import BACKBONE_ROW
+from dynexit.record.manifest import BACKBONE_ROW, Layout
+from dynexit.record.plan import finish, make_plan
 from dynexit.record.recorder import Recorder, statistics
 from dynexit.record.shards import Record
 from tests.reference.fake_outputs import (
@@ -22,13 +23,16 @@ from tests.reference.fake_outputs import (
     CLASSES,
     EXITS,
     GATES,
+    LAYOUT,
     MEMBERS,
     NUM_SAMPLES,
-    SETTINGS,
     TOPK,
+    contents,
     files,
     headers,
     outputs,
+    plan,
+    record_all,
     record_rank,
     slow_statistics,
 )
@@ -44,8 +48,14 @@ def both(directory: Path) -> list[Path]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The records of two members, written by one rank."""
     directory = tmp_path_factory.mktemp("whole")
-    record_rank(both(directory))
+    record_all(both(directory))
     return directory
+
+
+def assert_same_records(directory: Path, whole: Path) -> None:
+    for one, other in zip(both(directory), both(whole), strict=True):
+        assert contents(one) == contents(other)
+    assert not [path for path in directory.rglob("*") if path.name.startswith((".", "manifest-"))]
 
 
 def test_statistics_equal_the_definitions() -> None:
@@ -92,49 +102,63 @@ def test_a_record_holds_what_the_model_said(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_any_number_of_ranks_leaves_the_same_files(whole: Path, tmp_path: Path, world_size: int) -> None:
+def test_any_world_size_records_the_same_bits(whole: Path, tmp_path: Path, world_size: int) -> None:
+    planned = plan(both(tmp_path), world_size)
     with ThreadPoolExecutor(world_size) as ranks:
-        list(ranks.map(lambda rank: record_rank(both(tmp_path), rank, world_size), range(world_size)))
-    assert files(tmp_path) == files(whole)
+        written = list(ranks.map(lambda rank: record_rank(planned, rank), range(world_size)))
+    finish(planned, [shard for shards in written for shard in shards])
+    assert_same_records(tmp_path, whole)
 
 
-def test_recording_goes_on_with_another_world_size(whole: Path, tmp_path: Path) -> None:
-    record_rank(both(tmp_path), 0, 2, stop_after=3)  # one shard and a half
-    assert len(list(tmp_path.rglob("shard-*"))) == 2
-    record_rank(both(tmp_path), 1, 2, stop_after=2)
-    for rank in (2, 0, 1):
-        record_rank(both(tmp_path), rank, 3)
-    assert files(tmp_path) == files(whole)
-
-
-def test_complete_shards_are_not_made_again_whatever_else_is_missing(whole: Path, tmp_path: Path) -> None:
-    record_rank(both(tmp_path)[:1])
+def test_resumes_with_another_world_size(whole: Path, tmp_path: Path) -> None:
+    planned = plan(both(tmp_path), 2)
+    record_rank(planned, 0, stop_after=3)  # one shard and a half
+    record_rank(planned, 1, stop_after=2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard-*")}
-    record_rank(both(tmp_path))
+    assert len(before) == 2
+    planned = plan(both(tmp_path), 3)
+    assert sum(last - first + 1 for share in planned.shares for first, last in share) == 13 - 4
+    record_rank(planned, 2)
+    record_all(both(tmp_path), 2)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert files(tmp_path) == files(whole)
-    with Recorder(both(tmp_path), headers(), **SETTINGS) as recorder:
-        assert recorder.missing_batches() == []
+    assert_same_records(tmp_path, whole)
+
+
+def test_a_complete_record_gets_its_manifest_again(whole: Path, tmp_path: Path) -> None:
+    record_all(both(tmp_path))
+    before = files(tmp_path)
+    (tmp_path / "b" / "manifest.json").unlink()
+    planned = plan(both(tmp_path), 4)
+    assert planned.shares == ((), (), (), ())
+    finish(planned, [])
+    assert files(tmp_path) == before
+
+
+def test_members_share_their_shards(whole: Path) -> None:
+    assert {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()} == {
+        "a/manifest.json",
+        "b/manifest.json",
+        "shards/manifest.json",
+        *(f"shards/shard-{first:06d}-{min(first + 1, 12):06d}.safetensors" for first in range(0, 13, 2)),
+    }
 
 
 @pytest.mark.slow
-def test_a_recorder_killed_at_any_moment_resumes_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+def test_killed_recorders_resume_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.reference.killed_recorder", str(tmp_path), "3", "15"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    hits, status = map(int, done.stdout.split())
-    assert status == 0
-    assert hits >= 3
-    assert files(tmp_path / "a") == files(whole / "a")
-    assert files(tmp_path / "b") == files(whole / "b")
+    assert int(done.stdout) >= 3
+    assert_same_records(tmp_path, whole)
 
 
 def test_backbone_logits_may_come_once_for_all_members(tmp_path: Path) -> None:
     _, label, logits, gates = outputs(0, NUM_SAMPLES)
     logits[1, -1] = logits[0, -1]
     for name in ("apart", "together"):
-        with Recorder(both(tmp_path / name), headers(), **SETTINGS) as recorder:
+        planned = plan(both(tmp_path / name))
+        with Recorder(planned) as recorder:
             for batch in recorder.missing_batches():
                 samples = slice(*recorder.layout.sample_range(batch))
                 index = torch.arange(samples.start, samples.stop)
@@ -143,33 +167,24 @@ def test_backbone_logits_may_come_once_for_all_members(tmp_path: Path) -> None:
                 else:
                     exits, last = logits[:, :-1, samples], logits[0, -1, samples]
                     recorder.add(batch, index, label[samples], exits, gates[:, :, samples], backbone_logits_BK=last)
+        finish(planned, recorder.shards)
     assert files(tmp_path / "apart") == files(tmp_path / "together")
 
 
 def test_a_backbone_alone_without_gates(tmp_path: Path) -> None:
     _, label, logits, _ = outputs(0, 7)
-    settings = {"exits": [], "topk": 1, "num_samples": 7, "batch_size": 4}
-    with Recorder([tmp_path / "r"], headers(1), **settings) as recorder, torch.inference_mode():
+    planned = make_plan([tmp_path / "r"], headers(1), Layout((), topk=1, num_gates=0, num_samples=7, batch_size=4))
+    with Recorder(planned) as recorder, torch.inference_mode():
         for batch, samples in ((0, slice(0, 4)), (1, slice(4, 7))):
             index = torch.arange(samples.start, samples.stop)
             last = logits[0, -1, samples]
             recorder.add(batch, index, label[samples], torch.empty(1, 0, len(index), CLASSES), backbone_logits_BK=last)
+    finish(planned, recorder.shards)
     record = Record.open(tmp_path / "r")
     assert record.rows == (BACKBONE_ROW,)
     assert record.positions == record.head_types == ()
     assert record.gate is None
     assert np.array_equal(record.prediction(), logits[0, -1:].argmax(-1))
-
-
-def test_default_shards_are_bounded_in_bytes_and_few(tmp_path: Path) -> None:
-    def per_shard(**settings: int) -> int:
-        recorder = Recorder([], [], exits=EXITS, batch_size=50, **settings)
-        recorder.close()
-        return recorder.layout.batches_per_shard
-
-    assert per_shard(topk=1, num_samples=500) == 40  # 2,048 samples, in whole batches
-    assert per_shard(topk=1, num_samples=640_000) == 200  # a 64th
-    assert per_shard(topk=5, num_samples=64_000_000) * 50 * (12 + 4 * 7 * 13) <= 64 << 20
 
 
 def test_add_returns_while_a_shard_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,16 +196,18 @@ def test_add_returns_while_a_shard_is_being_written(tmp_path: Path, monkeypatch:
         return write(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("dynexit.record.shards.write_shard", slow_write)
-    with Recorder(both(tmp_path), headers(), **SETTINGS) as recorder:
+    planned = plan(both(tmp_path))
+    with Recorder(planned) as recorder:
         for batch in recorder.missing_batches():
             if batch == 5:
                 release.set()  # without a thread we would never get here: batch 1 completes a shard
             recorder.add(batch, *outputs(*recorder.layout.sample_range(batch)))
+    finish(planned, recorder.shards)
     assert Record.open(tmp_path / "a").num_samples == NUM_SAMPLES
 
 
 def add_batch(directory: Path, batch: int = 0, **changes: torch.Tensor) -> None:
-    with Recorder(both(directory), headers(), **SETTINGS) as recorder:
+    with Recorder(plan(both(directory))) as recorder:
         first, stop = recorder.layout.sample_range(batch)
         index, label, logits, gates = outputs(min(first, stop - 1), stop)
         tensors = {"index_B": index, "label_B": label, "logits_MRBK": logits, "gate_MGB": gates, **changes}
@@ -210,7 +227,7 @@ def test_a_sample_out_of_place_is_refused(tmp_path: Path) -> None:
 def test_a_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
     _, label, _, _ = outputs(0, BATCH_SIZE)
     label[3] = CLASSES
-    message = "sample 3 has label 11, outside 0 to 10; mend the data set or the number of classes"
+    message = "sample 3 has label 11, outside 0 to 10; fix the data set or the number of classes"
     with pytest.raises(Failure, match=f"^{message}$"):
         add_batch(tmp_path, label_B=label)
 
@@ -242,35 +259,31 @@ def test_wrong_calls_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^batch 13 is not missing here, or was already added$"):
         add_batch(tmp_path, 13, index_B=label)
     with pytest.raises(ValueError, match="checkpoint_sha256"):
-        Recorder([tmp_path], [{}], **SETTINGS)
+        Recorder(make_plan([tmp_path], [{}], LAYOUT))
+    with pytest.raises(ValueError, match="several need a folder for their shards"):
+        make_plan(both(tmp_path), headers(), LAYOUT)
     assert gates.shape == (MEMBERS, GATES, BATCH_SIZE)
     assert files(tmp_path) == {}
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_bytes = Path.write_bytes
-
-    def fill(path: Path, content: bytes) -> int:
-        if "000004-000005" in path.name:
-            write_bytes(path, content[:100])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_bytes(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", fill)
-    path = tmp_path / "a" / "shard-000004-000005.safetensors"
-    message = f"{path} could not be written: No space left on device; make room or mend the permissions, then run again"
-    with pytest.raises(Failure, match=f"^{message}$"):
-        record_rank(both(tmp_path))
-    left = set(files(tmp_path / "a"))
-    assert left == {
-        "manifest-rank0of1.json",
+def test_a_shard_that_cannot_be_written_leaves_nothing_half_written(whole: Path, tmp_path: Path) -> None:
+    record_rank(plan(both(tmp_path)), stop_after=4)
+    path = tmp_path / "shards" / "shard-000004-000005.safetensors"
+    planned, limits = plan(both(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "shards" / "shard-000002-000003.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+    try:
+        with pytest.raises(Failure) as failure:
+            record_rank(planned)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(failure.value).startswith(f"{path} could not be written: File too large; make room or ")
+    assert set(files(tmp_path / "shards")) == {
+        "manifest-complete.json",
         "shard-000000-000001.safetensors",
         "shard-000002-000003.safetensors",
     }
-    monkeypatch.undo()
-    record_rank(both(tmp_path))
+    record_all(both(tmp_path))
     assert files(tmp_path) == files(whole)
 
 
@@ -282,11 +295,11 @@ def test_an_unforeseen_error_of_the_writing_thread_reaches_the_caller(
 
     monkeypatch.setattr(recorder_module, "_check_finite", broken)
     with pytest.raises(Failure, match=r"^recording into .*/a failed: KeyError\('surprise'\)$"):
-        record_rank(both(tmp_path))
+        record_all(both(tmp_path))
 
 
 def interrupted(directory: Path) -> None:
-    with Recorder(both(directory), headers(), **SETTINGS) as recorder:
+    with Recorder(plan(both(directory))) as recorder:
         for batch in recorder.missing_batches():
             recorder.add(batch, *outputs(*recorder.layout.sample_range(batch)))
             if batch == 8:
@@ -305,10 +318,12 @@ def test_leaving_by_an_exception_keeps_complete_shards_only(tmp_path: Path) -> N
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_records_what_the_cpu_records(whole: Path, tmp_path: Path) -> None:
-    with Recorder(both(tmp_path), headers(), **SETTINGS) as recorder:
+    planned = plan(both(tmp_path))
+    with Recorder(planned) as recorder:
         for batch in recorder.missing_batches():
             index, label, logits, gates = outputs(*recorder.layout.sample_range(batch))
             recorder.add(batch, index, label, logits.cuda(), gates.cuda())
+    finish(planned, recorder.shards)
     on_cpu, on_gpu = Record.open(whole / "b"), Record.open(tmp_path / "b")
     for k in range(TOPK):
         assert np.array_equal(on_cpu.prediction(k), on_gpu.prediction(k))

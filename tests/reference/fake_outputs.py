@@ -8,18 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from dynexit.record.manifest import Layout, Shard
+from dynexit.record.plan import Plan, finish, make_plan
 from dynexit.record.recorder import Recorder
+from dynexit.record.shards import Record
 
 MEMBERS, CLASSES, GATES, TOPK, NUM_SAMPLES, BATCH_SIZE = 2, 11, 5, 3, 103, 8
 EXITS = [(position, head_type) for position in (1, 2, 4) for head_type in ("linear", "mlp1x20")]
-SETTINGS: dict[str, Any] = {
-    "exits": EXITS,
-    "topk": TOPK,
-    "num_samples": NUM_SAMPLES,
-    "batch_size": BATCH_SIZE,
-    "num_gates": GATES,
-    "samples_per_shard": 17,  # two batches
-}
+LAYOUT = Layout(tuple(EXITS), TOPK, GATES, NUM_SAMPLES, BATCH_SIZE)
+SAMPLES_PER_SHARD = 17  # two batches
 
 
 def outputs(first: int, stop: int, members: Sequence[int] = range(MEMBERS)) -> tuple[torch.Tensor, ...]:
@@ -42,12 +39,40 @@ def headers(num_members: int = MEMBERS) -> list[dict[str, Any]]:
     return [{"checkpoint_sha256": f"{member:064d}", "split": "validation"} for member in range(num_members)]
 
 
-def record_rank(directories: Sequence[Path], rank: int = 0, world_size: int = 1, stop_after: int | None = None) -> None:
-    """Records this rank's share; with `stop_after` only that many of its missing batches."""
-    with Recorder(directories, headers(len(directories)), rank=rank, world_size=world_size, **SETTINGS) as recorder:
+def plan(directories: Sequence[Path], world_size: int = 1) -> Plan:
+    """The plan for records in these folders; several have their shards in `shards` next to them."""
+    shards_dir = directories[0].parent / "shards" if len(directories) > 1 else None
+    return make_plan(
+        directories,
+        headers(len(directories)),
+        LAYOUT,
+        shards_dir=shards_dir,
+        samples_per_shard=SAMPLES_PER_SHARD,
+        world_size=world_size,
+    )
+
+
+def record_rank(planned: Plan, rank: int = 0, stop_after: int | None = None) -> list[Shard]:
+    """Records this rank's share; with `stop_after` only that many of its missing batches. Returns the shards."""
+    with Recorder(planned, rank) as recorder:
         for batch in recorder.missing_batches()[:stop_after]:
             samples = recorder.layout.sample_range(batch)
-            recorder.add(batch, *outputs(*samples, range(len(directories))))
+            recorder.add(batch, *outputs(*samples, range(len(planned.directories))))
+    return recorder.shards
+
+
+def record_all(directories: Sequence[Path], world_size: int = 1) -> None:
+    """Records all that is missing, rank after rank."""
+    planned = plan(directories, world_size)
+    finish(planned, [shard for rank in range(world_size) for shard in record_rank(planned, rank)])
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The bytes of every array of a record, and its header and layout."""
+    record = Record.open(directory)
+    parts = list(record.parts())
+    arrays = {name: np.concatenate([part[name] for part in parts], -1).tobytes() for name in parts[0]}
+    return {**arrays, "header": repr(record.header).encode(), "layout": repr(record.layout).encode()}
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -11,6 +11,8 @@ import torch
 from dynexit.core.calibration import ALPHAS, CONFORMAL_VARIANTS, ece
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration
+from dynexit.record.manifest import Layout
+from dynexit.record.plan import finish, make_plan
 from dynexit.record.recorder import Recorder
 from dynexit.record.shards import Record
 from dynexit.report.table import FrontPoint
@@ -39,11 +41,12 @@ def record(directory: Path, seed: int, num_samples: int, topk: int = CLASSES) ->
     logits_RNK, label_N = logits(seed, num_samples)
     exits = [(position, head) for position in POSITIONS for head in HEADS]
     header = {"checkpoint_sha256": "0", "num_classes": CLASSES}
-    with Recorder(
-        [directory], [header], exits=exits, topk=topk, num_samples=num_samples, batch_size=num_samples, num_gates=3
-    ) as recorder:
+    layout = Layout(tuple(exits), topk, num_gates=3, num_samples=num_samples, batch_size=num_samples)
+    plan = make_plan([directory], [header], layout)
+    with Recorder(plan) as recorder:
         gate_MGB = torch.rand(1, 3, num_samples, generator=torch.Generator().manual_seed(seed))
         recorder.add(0, torch.arange(num_samples), label_N, logits_RNK[None], gate_MGB)
+    finish(plan, recorder.shards)
     return Record.open(directory), torch.softmax(logits_RNK, -1).numpy()[list(ROWS)], label_N.numpy()
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dynexit.record.manifest import Layout
+from dynexit.record.manifest import SHARED, Layout
+from dynexit.record.plan import finish, make_plan
 from dynexit.record.shards import ShardWriter
 from dynexit.search.problem import Problem
 
@@ -44,10 +45,11 @@ def write_shards(directory: Path, problem: Problem, gates: bool = False, num_cla
         num_gates=len(costs.positions) if gates else 0,
         num_samples=problem.num_samples,
         batch_size=64,
-        batches_per_shard=2,
         statistics=("max_probability", "margin"),
     )
-    writer = ShardWriter(directory, layout, {"num_classes": num_classes, "checkpoint_sha256": "0"}, 0, 1)
+    header = {"num_classes": num_classes, "checkpoint_sha256": "0"}
+    plan = make_plan([directory], [header], layout, samples_per_shard=128)
+    writer = ShardWriter(plan)
     arrays = {
         "index": np.arange(problem.num_samples),
         "label": label_N.astype(np.int32),
@@ -59,8 +61,9 @@ def write_shards(directory: Path, problem: Problem, gates: bool = False, num_cla
         arrays["gate"] = problem.confidence_PHN[:, 0]
     for batch in writer.missing_batches:
         samples = slice(*layout.sample_range(batch))
-        writer.add(batch, {name: array[..., samples] for name, array in arrays.items()})
-    writer.close()
+        of_one_member = {name: array if name in SHARED else array[None] for name, array in arrays.items()}
+        writer.add(batch, {name: array[..., samples] for name, array in of_one_member.items()})
+    finish(plan, writer.shards)
     return directory
 
 
