@@ -21,7 +21,7 @@ from dynexit.record.manifest import (
 )
 from dynexit.record.plan import Plan
 from dynexit.record.shard_file import MappedShard, write_shard
-from dynexit.run_dir import move_aside
+from dynexit.run_dir import move_aside, read_json
 
 
 class ShardWriter:
@@ -209,10 +209,14 @@ class Record:
 def has_shards(directory: Path) -> bool:
     """Whether `directory` holds a finished record whose folder of shards is there.
 
-    False for a record or a folder of shards that was moved aside. Raises Failure where the manifest is damaged.
+    False for a record or a folder of shards that was moved aside. Raises Failure where the manifest is no JSON.
     """
-    path = directory / MANIFEST
-    return path.is_file() and Manifest.read(path).shards_folder(directory).is_dir()
+    try:
+        content = read_json(directory / MANIFEST)  # not Manifest.read: a plan asks this of thousands of records
+    except FileNotFoundError:
+        return False
+    shards_dir = content.get("shards_dir", ".") if isinstance(content, dict) else "."
+    return isinstance(shards_dir, str) and (directory / shards_dir).is_dir()
 
 
 def _checked_parts(directory: Path, manifest: Manifest) -> Iterator[Part]:
