@@ -32,6 +32,7 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
     "config.json",
 )
 BUDGETS = "budgets.json"
+STUDY = "study.yaml"  # in a study's folder: the study that was run there, with every key
 MEMBERS, BEGUN = "members.json", ".begun"  # of a pack: its points; and there from its beginning until it is through
 
 
