@@ -1,6 +1,7 @@
 """What the commands on studies do: run and its stages, config, ui, status, logs, cancel, retry, aggregate."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -71,6 +72,15 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _hint_at_other_keys(study: LoadedStudy) -> None:
+    """Prints a hint if other points were run in the study's folder, as with overrides of its keys."""
+    folder = study.directory
+    with contextlib.suppress(UserError):  # there is no study, or one of another version
+        there = {point.id for point in load_study(folder).points}
+        if there.isdisjoint(point.id for point in study.points):
+            print(f"dynexit: {folder} was run with other keys; `dynexit status {folder}` shows its points")
+
+
 def _print_status(study: LoadedStudy, watch: bool) -> bool:
     """Returns whether there is more to watch. Raises UserError if the study's folder is away and nobody watches."""
     from launch.slurm.queue_view import QueueView
@@ -87,6 +97,8 @@ def _print_status(study: LoadedStudy, watch: bool) -> bool:
     if not study.directory.is_dir():
         print(f"dynexit: {study.directory} is not there: nothing of this study was run yet, or not with this folder")
     states = study_status(study, jobs)
+    if all(one.state == "waiting" for one in states):
+        _hint_at_other_keys(study)
     report, is_over = report_state(study, jobs)
     print(table(states, report), flush=True)
     return watch and not (is_over and all(one.state in OVER for one in states))

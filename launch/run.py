@@ -5,12 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from dynexit.errors import UserError
 from dynexit.jobs.finished import check_budgets, finished_jobs
 from dynexit.run_dir import STUDY, write_text
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import resolved_yaml
+from dynexit.study.schema import Config
 from dynexit.study.stages import INFER, STAGES, stages_until
+from dynexit.study.validation import sentences
 from launch.checks import check_models, folders_elsewhere
 from launch.local import run_here, run_local
 from launch.lock import hold
@@ -29,6 +33,7 @@ def run_study(study: Study, until: str, on: str, site: Path | None, arguments: S
     process that loads it again. Raises UserError for a mistake of the request, the study or its models.
     """
     stages, profile = _checked_request(until, on, site)
+    _check_name(study)
     if num_ranks() > 1:
         return _run_with_ranks(study, until, on, arguments)
     check_is_there(study.directory)
@@ -64,6 +69,14 @@ def _checked_request(until: str, on: str, site: Path | None) -> tuple[tuple[str,
     if on == "slurm" and until == INFER.name:
         raise UserError("infer runs --on here or --on local; run it where the study's folder is")
     return stages_until(until), load_site(site) if on == "slurm" else None
+
+
+def _check_name(study: Study) -> None:
+    """Raises UserError if the name, which a renamed folder gave, could not be read again."""
+    try:
+        Config(name=study.config.name)
+    except ValidationError as error:
+        raise UserError(f"{sentences(error)[0]}; rename the folder {study.directory}") from None
 
 
 def _submit(study: Study, stages: Sequence[str], site: Site) -> None:
