@@ -15,7 +15,7 @@ import pytest
 import dynexit
 from dynexit.errors import Failure, UserError
 from dynexit.study.validation import all_keys
-from launch.__main__ import build_parser
+from launch.__main__ import build_parser, main
 from tests.command_line import ENVIRONMENT, ROOT, TINY
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -150,6 +150,34 @@ def options_of(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
 def test_commands_and_options_are_the_documented_ones() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) ?\|$", section("Commands"), re.MULTILINE)
     assert {name: set(re.findall(r"`(--[\w-]+)`", options)) for name, options in rows} == options_of(build_parser())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [
+        (None, 0, ""),
+        (Failure("NaN"), 1, "dynexit: NaN\n"),
+        (OSError("disk full"), 1, "dynexit: disk full; fix it, then run the same command again\n"),
+        (UserError("no such key"), 2, "dynexit: no such key\n"),
+        (KeyboardInterrupt(), 130, "dynexit: interrupted; the same command resumes from there\n"),
+    ],
+    ids=repr,
+)
+def test_exit_statuses_are_the_documented_ones(
+    error: BaseException | None,
+    status: int,
+    printed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def convert(*_: Path) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("dynexit.dyce.npz.convert", convert)
+    assert main(["convert", "a.npz", "b"]) == status
+    assert capsys.readouterr().err == printed
+    assert re.search(rf"\b{status} \w", section("Commands").partition("Exit statuses:")[2])
 
 
 def test_no_key_of_a_study_has_disappeared() -> None:
