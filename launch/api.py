@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure, UserError
-from dynexit.report.table import SPLITS, Row, read_csv
+from dynexit.jobs.finished import SPLITS
+from dynexit.report.table import Row, read_csv
 from dynexit.run_dir import STUDY
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study as read_study

@@ -147,9 +147,12 @@ def options_of(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
     }
 
 
-def test_commands_and_options_are_the_documented_ones() -> None:
+def test_commands_are_documented_and_keep_their_options() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) ?\|$", section("Commands"), re.MULTILINE)
-    assert {name: set(re.findall(r"`(--[\w-]+)`", options)) for name, options in rows} == options_of(build_parser())
+    found = options_of(build_parser())
+    assert [name for name, _ in rows] == list(found)
+    for name, options in rows:
+        assert set(re.findall(r"`(--[\w-]+)`", options)) <= found[name], name
 
 
 @pytest.mark.parametrize(
