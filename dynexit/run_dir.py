@@ -33,6 +33,7 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
 )
 BUDGETS = "budgets.json"
 CLASSES = "classes.json"
+STUDY = "study.yaml"  # in a study's folder: the study that was run there, with every key
 MEMBERS, BEGUN = "members.json", ".begun"  # of a pack: its points; and there from its beginning until it is through
 
 

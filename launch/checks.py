@@ -1,54 +1,35 @@
-"""What can be known to be wrong before anything starts: mistakes of the study, and models that do not fit it."""
+"""What can be known to be wrong with a study before anything starts: missing files, and models that do not fit it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dynexit.study.grid import Study
-    from dynexit.study.schema import Config
+from dynexit.errors import UserError
+from dynexit.study.grid import Study
+from dynexit.study.keys import DATA_SETS
+from dynexit.study.schema import Config
+from launch.plan import missing_jobs
 
 
-def find_misfits(kinds: "Iterable[tuple[Config, bool]]", *, with_data: bool = False) -> list[str]:
-    """A sentence for each model that does not fit its configuration; whether weights are looked at comes with each.
+def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> None:
+    """Raises UserError for all missing files, and if there are none for all models that do not fit.
 
-    `with_data` also for a data.dir that must be set.
+    Builds one model of every kind that is not trained yet, which imports torch. A plan needs neither data nor the files
+    of weights; files of weights that are there must fit. With `data_is_here` false only other machines need the data.
     """
+    kinds = _untrained_kinds(study)
     mistakes: list[str] = []
-    for config, weights in kinds:
-        from dynexit.data import check_dir
-        from dynexit.errors import UserError
-        from dynexit.jobs.load import check_model
-
-        try:
-            check_model(config, weights=weights)
-            if with_data:
-                check_dir(config.data)
-        except UserError as error:
-            mistakes.append(str(error))
-    return list(dict.fromkeys(mistakes))
+    for config, reads_weights in [] if dry_run else kinds:
+        mistakes += _missing_weights(config) if reads_weights else []
+        mistakes += _missing_data(config, data_is_here)
+    if not mistakes:
+        mistakes = _misfits(kinds, dry_run=dry_run)
+    if mistakes:
+        raise UserError("\n".join(dict.fromkeys(mistakes)))
 
 
-def checked_study(path: Path, overrides: Sequence[str], misfits: Callable[..., list[str]] = find_misfits) -> "Study":
-    """The study, its points' keys checked. UserError with every mistake, those of the model's among them."""
-    from dynexit.errors import UserError
-    from dynexit.study.read import StudyError, load_study
-
-    try:
-        return load_study(path, overrides)
-    except StudyError as mistakes:
-        rest = [] if mistakes.config is None else [(mistakes.config, True)]
-        raise UserError("\n".join([str(mistakes), *misfits(rest)])) from None
-
-
-def check_models(study: "Study", *, dry_run: bool, misfits: Callable[..., list[str]] = find_misfits) -> None:
-    """Builds one model of every kind that is not trained yet, for UserError where one does not fit.
-
-    A plan can be made without the files of weights; where they are, they must fit.
-    """
-    from dynexit.errors import UserError
-    from launch.plan import missing_jobs
-
+def _untrained_kinds(study: Study) -> list[tuple[Config, bool]]:
+    """A configuration for every kind of model that is not trained yet, and whether its file of weights will be read."""
     kinds: dict[str, tuple[Config, bool]] = {}
     keys: dict[tuple[Any, ...], str] = {}  # points share the sections that they do not differ in
     for stage in ("train", "prepare"):
@@ -58,18 +39,42 @@ def check_models(study: "Study", *, dry_run: bool, misfits: Callable[..., list[s
             same = (*map(id, sections), *rest)
             if same not in keys:
                 keys[same] = repr((sections, rest))
-            kinds[keys[same]] = (config, stage == "prepare")  # the file of weights is read no more after that
-    looked_at = [
-        (config, first and (not dry_run or Path(config.backbone.weights or "").is_file()))
-        for config, first in kinds.values()
-    ]
-    mistakes = misfits(looked_at, with_data=not dry_run)
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+            kinds[keys[same]] = (config, stage == "prepare")  # later stages read the prepared backbone
+    return list(kinds.values())
 
 
-def folders_elsewhere(study: "Study") -> list[str]:
-    """A sentence for each data folder that this machine does not have; the nodes of a cluster may."""
+def _missing_weights(config: Config) -> Iterator[str]:
+    weights = config.backbone.weights
+    if weights not in (None, "pretrained") and not Path(weights).is_file():
+        fault = "is no file" if Path(weights).exists() else "does not exist"
+        yield f"weights file {weights!r} {fault}: give the path of a .safetensors or .pth file, or 'pretrained'"
+
+
+def _missing_data(config: Config, is_here: bool) -> Iterator[str]:
+    data = config.data
+    if data.name == "digits" or data.name not in DATA_SETS:
+        return  # part of scikit-learn; a data set of timm is looked for by timm
+    if data.dir is None:
+        yield f"data.dir is not set; {data.name} needs it: the folder with its files"
+    elif is_here and not data.download and not Path(data.dir).expanduser().is_dir():
+        yield f"data.dir = {data.dir}: there is no such folder; it should be the folder with the files of {data.name}"
+
+
+def _misfits(kinds: Sequence[tuple[Config, bool]], *, dry_run: bool) -> list[str]:
+    mistakes = []
+    for config, reads_weights in kinds:
+        from dynexit.jobs.load import check_model
+
+        is_there = Path(config.backbone.weights or "").is_file()
+        try:
+            check_model(config, weights=reads_weights and (not dry_run or is_there))
+        except UserError as error:
+            mistakes.append(str(error))
+    return mistakes
+
+
+def folders_elsewhere(study: Study) -> list[str]:
+    """Returns a message for each data folder that this machine does not have; the nodes of a cluster may."""
     data = (point.config.data for point in study.points)
     folders = dict.fromkeys(one.dir for one in data if one.dir and not one.download)
     return [

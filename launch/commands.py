@@ -1,56 +1,28 @@
-"""Commands that follow a study on a cluster: status, logs, cancel, retry; and aggregate, for many studies."""
+"""What the commands on studies do: run and its stages, config, ui, status, logs, cancel, retry, aggregate."""
 
 import argparse
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dynexit.errors import Failure, UserError
+from dynexit.study.stages import INFER, STAGES
+from launch.api import LoadedStudy, load_study
 
 if TYPE_CHECKING:
-    from dynexit.study.grid import Point, Study
+    from dynexit.study.grid import Point
     from launch.slurm.submissions import Submitted
 
 _WATCH_SECONDS = 30
 _LOG_LINES = 40
 
 
-def add_commands(commands: Any) -> None:
-    """Adds the commands to the command line."""
-    status = _command(commands, "status", "state, step, last figures, attempts and log of every point", _status)
-    status.add_argument(
-        "--watch", action="store_true", help=f"print it again every {_WATCH_SECONDS} s until all is over"
-    )
-    _command(commands, "logs", "the end of what the jobs of a point printed", _logs, "POINT")
-    _command(commands, "cancel", "take a study's jobs, or those of some points, out of the queue", _cancel, "POINT")
-    retry = _command(commands, "retry", "submit again what failed or is missing, and nothing else", _retry)
-    retry.add_argument("--site", type=Path, metavar="SITE.yaml", help="default: as it was submitted before")
-    aggregate = commands.add_parser(
-        "aggregate", help="operating points of any number of studies as one table (CSV)", description=_aggregate.__doc__
-    )
-    aggregate.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a study's folder, or runs/")
-    aggregate.add_argument("--output", type=Path, metavar="FILE.csv", help="default: the terminal")
-    aggregate.set_defaults(tool=_aggregate)
-
-
-def _command(
-    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None], points: str = ""
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + "."
-    )
-    command.add_argument("study", type=Path, metavar="STUDY.yaml")
-    what = "ids of points (or how they begin), and overrides of the study's keys" if points else "overrides"
-    command.add_argument("words", nargs="*", metavar=f"{points} key.path=value".strip(), help=what)
-    command.set_defaults(tool=run)
-    return command
-
-
-def _study_of(options: argparse.Namespace) -> "tuple[Study, list[Point]]":
-    """The study, and the points that were named (all where none was)."""
-    from dynexit.errors import UserError
-    from dynexit.study.read import load_study
-
+def _load(options: argparse.Namespace) -> tuple[LoadedStudy, "list[Point]"]:
+    """The study, and the points whose ids were named among its overrides; all if none was."""
     study = load_study(options.study, [word for word in options.words if "=" in word])
     names = [word for word in options.words if "=" not in word]
     chosen: list[Point] = []
@@ -63,16 +35,54 @@ def _study_of(options: argparse.Namespace) -> "tuple[Study, list[Point]]":
     return study, chosen if names else list(study.points)
 
 
-def _status(options: argparse.Namespace) -> None:
-    study, _ = _study_of(options)
+def _run(options: argparse.Namespace) -> int:
+    from launch.run import print_messages
+
+    study = load_study(options.study, options.words)
+    until = "report" if options.command == "run" else options.command
+    if options.dry_run:
+        print(study.dry_run(until, options.on, options.site))
+        return 0
+    failures = study.run_jobs(until, options.on, options.site)
+    print_messages(failures)
+    return 1 if failures else 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from dynexit.study.read import resolved_yaml
+
+    print(resolved_yaml(load_study(options.study, options.words)), end="")
+    return 0
+
+
+def _ui(options: argparse.Namespace) -> int:
+    config = load_study(options.study, options.words).config
+    uri = config.report.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = uri or f"sqlite:///{(Path(config.runs_dir) / 'mlflow.db').resolve()}"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    os.execv(command[0], command)
+
+
+def _status(options: argparse.Namespace) -> int:
+    study, _ = _load(options)
     while _print_status(study, options.watch):
         time.sleep(_WATCH_SECONDS)
         print("\n" + time.strftime("%H:%M:%S"))
+    return 0
 
 
-def _print_status(study: "Study", watch: bool) -> bool:
-    """Whether there is more to watch. Raises UserError where the study's folder is away, and nobody watches."""
-    from dynexit.errors import UserError
+def _hint_at_other_keys(study: LoadedStudy) -> None:
+    """Prints a hint if other points were run in the study's folder, as with overrides of its keys."""
+    folder = study.directory
+    with contextlib.suppress(UserError):  # there is no study, or one of another version
+        there = {point.id for point in load_study(folder).points}
+        if there.isdisjoint(point.id for point in study.points):
+            print(f"dynexit: {folder} was run with other keys; `dynexit status {folder}` shows its points")
+
+
+def _print_status(study: LoadedStudy, watch: bool) -> bool:
+    """Returns whether there is more to watch. Raises UserError if the study's folder is away and nobody watches."""
     from launch.slurm.queue_view import QueueView
     from launch.status import OVER, report_state, study_status, table
 
@@ -87,16 +97,17 @@ def _print_status(study: "Study", watch: bool) -> bool:
     if not study.directory.is_dir():
         print(f"dynexit: {study.directory} is not there: nothing of this study was run yet, or not with this folder")
     states = study_status(study, jobs)
+    if all(one.state == "waiting" for one in states):
+        _hint_at_other_keys(study)
     report, is_over = report_state(study, jobs)
     print(table(states, report), flush=True)
     return watch and not (is_over and all(one.state in OVER for one in states))
 
 
-def _logs(options: argparse.Namespace) -> None:
-    from dynexit.errors import UserError
+def _logs(options: argparse.Namespace) -> int:
     from launch.slurm.submissions import all_submitted, check_is_there
 
-    study, points = _study_of(options)
+    study, points = _load(options)
     check_is_there(study.directory)
     printed = False
     ids = {identity for point in points for identity in point.ids.values()}
@@ -114,37 +125,37 @@ def _logs(options: argparse.Namespace) -> None:
         raise UserError(
             f"no job of these points has printed anything; their own logs are in {study.directory / 'pack'}"
         )
+    return 0
 
 
-def _cancel(options: argparse.Namespace) -> None:
+def _cancel(options: argparse.Namespace) -> int:
     from launch.slurm.submissions import cancel, check_is_there, live_jobs
 
-    study, points = _study_of(options)
+    study, points = _load(options)
     check_is_there(study.directory)
     named = any("=" not in word for word in options.words)
     ids = {identity for point in points for stage, identity in point.ids.items() if stage != "prepare"}
     live = [job for job, _ in live_jobs(study.directory) if not named or ids & set(job.work)]
     if not live:
-        print("nothing of it is in the queue")
-        return
+        print("no jobs of this study are queued")
+        return 0
     cancel(live)
     chosen = {point.id for point in points}
     for job in live:
         others = set(job.work) - chosen  # the ids of trainings are those of points
         with_others = f", and with it {len(others)} other points of its task" if others and job.stage == "train" else ""
         print(f"cancelled {job.stage} {job.job_id}{with_others}")
+    return 0
 
 
-def _retry(options: argparse.Namespace) -> None:
-    from dynexit.errors import UserError
-    from dynexit.study.stages import STAGES
+def _retry(options: argparse.Namespace) -> int:
     from launch.lock import hold
     from launch.plan import check_identity
     from launch.slurm.site import Site, load_site
     from launch.slurm.submissions import check_is_there, last_site
     from launch.slurm.submit import submit_study
 
-    study, _ = _study_of(options)
+    study, _ = _load(options)
     check_is_there(study.directory)
     before = last_site(study.directory)
     if options.site is None and before is None:
@@ -153,11 +164,10 @@ def _retry(options: argparse.Namespace) -> None:
     with hold(study.directory):
         check_identity(study)
         print("\n".join(submit_study(study, tuple(STAGES), site)))
+    return 0
 
 
-def _aggregate(options: argparse.Namespace) -> None:
-    """Operating points of all finished points of any number of studies, also while others still run, as CSV."""
-    from dynexit.errors import Failure
+def _aggregate(options: argparse.Namespace) -> int:
     from dynexit.jobs.aggregate import aggregate
 
     text, left_out = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
@@ -168,4 +178,18 @@ def _aggregate(options: argparse.Namespace) -> None:
 
         write_text(options.output, text)
     if left_out:
-        raise Failure(f"not in the table, for what is told above: {', '.join(map(str, left_out))}")
+        raise Failure(f"not in the table, for the reasons above: {', '.join(map(str, left_out))}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    **dict.fromkeys(("run", *STAGES, INFER.name), _run),
+    "config": _config,
+    "ui": _ui,
+    "status": _status,
+    "logs": _logs,
+    "cancel": _cancel,
+    "retry": _retry,
+    "aggregate": _aggregate,
+}
+"""By name what a command does; each returns the exit status."""

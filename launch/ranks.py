@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import finished_jobs
 from dynexit.study.grid import Study
 from launch.local import run_here
@@ -34,23 +35,25 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def prepare_alone(study: Study, arguments: Sequence[str]) -> int:
-    """The main rank prepares the backbone in a process without ranks; the others wait. An exit status.
+def prepare_alone(study: Study, arguments: Sequence[str]) -> None:
+    """The main rank prepares the backbone in a process without ranks; the others wait.
 
     With several ranks batch normalisation would see another batch than the study's: they prepare together, in
-    `run_together`, only where the study says so.
+    `run_together`, only where the study says so. Raises UserError or Failure if that process, which prints why, failed.
     """
     if done_together("prepare", study.config.dist):
-        return 0
+        return
     if not is_main():
         while missing_jobs(study, "prepare"):
             time.sleep(_POLL_SECONDS)  # whoever started the ranks ends them all if the main one fails
-        return 0
+        return
     if not missing_jobs(study, "prepare"):
-        return 0
+        return
     alone = {name: value for name, value in os.environ.items() if name not in _ANNOUNCEMENT}
     command = [sys.executable, "-m", "launch", "prepare", *arguments]
-    return subprocess.run(command, env=alone, check=False).returncode
+    status = subprocess.run(command, env=alone, check=False).returncode
+    if status:
+        raise (UserError if status == 2 else Failure)(f"`dynexit prepare` failed with exit status {status}; see above")
 
 
 def run_together(study: Study, stages: Sequence[str]) -> list[str]:

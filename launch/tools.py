@@ -100,9 +100,9 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
 def _search_records(options: argparse.Namespace) -> None:
     from dynexit.jobs.search_records import RecordFiles, search_records, weights_of
     from dynexit.search.budgets import budgets_of
-    from dynexit.search.driver import SearchSettings
+    from dynexit.search.driver import SearchRequest
 
-    settings = SearchSettings(
+    settings = SearchRequest(
         accuracy_weights=weights_of(options.accuracy_weights),
         budgets=budgets_of(vars(options)),
         risk=options.risk,

@@ -126,7 +126,7 @@ def test_many_studies_are_one_table_without_those_that_are_damaged(copy: Path) -
     rest = dynexit(copy, "aggregate", "runs", status=1)
     assert rest.stdout == whole.stdout
     assert "runs/damaged: left out, since runs/damaged/search/" in rest.stderr
-    assert rest.stderr.endswith("dynexit: not in the table, for what is told above: runs/damaged\n")
+    assert rest.stderr.endswith("dynexit: not in the table, for the reasons above: runs/damaged\n")
 
 
 def test_local_processes_give_the_same_results(finished: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_ctrl_c_saves_and_goes_on(finished: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "the state is saved; the same command goes on from there" in err
+    assert "the state is saved; the same command resumes from there" in err
     assert "goes on after epoch" in dynexit(tmp_path, "run", TINY, slow).stdout
     assert digests(tmp_path / "runs" / "tiny_study") == digests(finished / "runs" / "tiny_study")
 
@@ -166,7 +166,7 @@ def test_local_processes_end_with_their_launcher_and_save(finished: Path, tmp_pa
     study = ("train", TINY, "dist.checkpoint_seconds=1000", "train.num_epochs=20")
     shutil.copytree(finished / "runs" / "tiny_study" / "prepare", tmp_path / "runs" / "tiny_study" / "prepare")
     pack = tmp_path / "runs" / "tiny_study" / "pack"
-    ends = [(signal.SIGKILL, -9, ""), (signal.SIGTERM, 130, "dynexit: stopped by SIGTERM; the same command goes on")]
+    ends = [(signal.SIGKILL, -9, ""), (signal.SIGTERM, 130, "dynexit: stopped by SIGTERM; the same command resumes")]
     for number, status, told in ends:
         step = max(map(last_step, pack.glob("*/progress.json")), default=0)
         process = start(tmp_path, *study, "--on", "local")
@@ -269,10 +269,10 @@ def test_mistakes_in_the_study_end_with_status_2(finished: Path, tmp_path: Path)
     together = {
         "train.num_epoch=3": "train.num_epoch is not a key; did you mean train.num_epochs?",
         "record.topk=many": "record.topk = 'many': should be a valid integer",
-        "backbone.name=resnet19": "unknown backbone 'resnet19'",
         "sweep.seed=[]": "sweep.seed = []: the grid is empty",
     }
     alone = {
+        "backbone.name=resnet19": "unknown backbone 'resnet19'",
         "data.name=digit": "no data set of this name; known are digits",
         "exits.positions=[0, 9]": "exit positions [0, 9] do not fit resnet18",
         "record.topk=11": "record.topk = 11: should be at most the classes, 10",

@@ -19,11 +19,11 @@ def interrupted_load(loader, module):
         signal.setitimer(signal.ITIMER_REAL, 1e-3)
     return load(loader, module)
 
-def dispatch(options):
+def call(options):
     import scipy.optimize
 
 importlib.machinery.ExtensionFileLoader.exec_module = interrupted_load
-program._dispatch = dispatch
+program._call = call
 sys.exit(program.main(["ui", "study.yaml"]))
 """
 
@@ -31,7 +31,7 @@ sys.exit(program.main(["ui", "study.yaml"]))
 def test_ctrl_c_while_a_compiled_module_is_loaded() -> None:
     command = [sys.executable, "-c", CTRL_C_WHILE_A_MODULE_IS_LOADED]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stderr == "dynexit: interrupted; the same command goes on from there\n"
+    assert done.stderr == "dynexit: interrupted; the same command resumes from there\n"
     assert done.returncode == 130
 
 

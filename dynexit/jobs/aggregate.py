@@ -10,20 +10,18 @@ from pathlib import Path
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import finished_jobs
 from dynexit.jobs.report import collect_rows
-from dynexit.run_dir import RunDir
+from dynexit.run_dir import STUDY, RunDir
 from dynexit.search.operating_points import write_csv
 from dynexit.study.read import load_study
-
-_STUDY = "study.yaml"
 
 
 def study_folders(directories: Sequence[Path]) -> list[Path]:
     """The folders of studies that `directories` are or hold, each once. Raises UserError for one without any."""
     found: dict[Path, Path] = {}
     for directory in directories:
-        folders = sorted(path.parent for path in directory.rglob(_STUDY))
+        folders = sorted(path.parent for path in directory.rglob(STUDY))
         if not folders:
-            raise UserError(f"there is no study in {directory}; give a folder that holds a {_STUDY}, or runs/")
+            raise UserError(f"there is no study in {directory}; give a folder that holds a {STUDY}, or runs/")
         found |= {folder.resolve(): folder for folder in folders}
     return list(found.values())
 
@@ -51,7 +49,7 @@ def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[
 
 
 def _rows(folder: Path, say: Callable[[str], None]) -> list[dict[str, str]]:
-    points = load_study(folder / _STUDY).at(folder).points
+    points = load_study(folder / STUDY).at(folder).points
     ready = [point for point in points if "search" in finished_jobs(point)]
     say(f"{folder}: {len(ready)} of {len(points)} points are finished")
     for point, stage in itertools.product(ready, ("record", "search")):

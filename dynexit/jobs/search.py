@@ -12,7 +12,7 @@ from dynexit.progress import Progress
 from dynexit.record.shards import Record
 from dynexit.run_dir import BUDGETS, COSTS, HEADS, RunDir
 from dynexit.search.budgets import Budget, Unattainable, budgets_of, latency_costs
-from dynexit.search.driver import SearchDriver, SearchEntry, SearchSettings
+from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.methods import fixed_configurations
 from dynexit.search.problem import Problem
@@ -60,7 +60,7 @@ def _search_point(point: Point) -> int:
     }
     held_back = calibration_samples(point.config.data, settings.calibration_share, problems["validation"].num_samples)
     problems["validation"] = problems["validation"].of(~held_back)
-    how = SearchSettings(
+    how = SearchRequest(
         accuracy_weights=parse_weights(settings.accuracy_weights),
         budgets=budgets_of(dict(settings)),
         risk=settings.risk,

@@ -14,7 +14,7 @@ from dynexit.dyce.inputs import parse_costs, read_json_file, read_problems
 from dynexit.errors import UserError
 from dynexit.run_dir import write_json
 from dynexit.search.budgets import Unattainable, latency_costs
-from dynexit.search.driver import SearchDriver, SearchEntry, SearchSettings
+from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest
 from dynexit.search.operating_points import ReportRow, write_csv
 from dynexit.search.problem import Problem, with_gates
 from dynexit.study.keys import parse_weights
@@ -37,7 +37,7 @@ class RecordFiles:
     exit_confidence: str = "max_probability"
 
 
-def search_records(files: RecordFiles, settings: SearchSettings, out: Path) -> list[dict[str, Any]]:
+def search_records(files: RecordFiles, settings: SearchRequest, out: Path) -> list[dict[str, Any]]:
     """Searches, writes `configurations.json` and `operating_points.csv` into `out`, and prints a table. Returns the
     entries of the former: one per accuracy weight, then one per budget, then the certified one.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SearchSettings:
+class SearchRequest:
     """What is searched, and how. Raises UserError for an unknown method and for counts that are too small.
 
     `method` is for the accuracy weights; budgets are met by the exact search. `normalize` maps accuracy and cost to
@@ -81,7 +81,7 @@ class SearchDriver:
     """
 
     def __init__(
-        self, problems: Mapping[str, Problem], settings: SearchSettings, times: ExitCosts | None = None
+        self, problems: Mapping[str, Problem], settings: SearchRequest, times: ExitCosts | None = None
     ) -> None:
         self.problems, self.settings, self.times = problems, settings, times
         self._costed = {name: self._with_cost(problem) for name, problem in problems.items()}
@@ -257,7 +257,7 @@ def search_record(
         raise UserError(f"targets given: {', '.join(given) or 'none'}; give exactly one of {', '.join(targets)}")
     problem = Problem.from_record(record, costs, confidence)
     budgets = [Budget(name, value) for name, value in given.items() if name in KINDS]
-    settings = SearchSettings([] if accuracy_weight is None else [accuracy_weight], budgets)
+    settings = SearchRequest([] if accuracy_weight is None else [accuracy_weight], budgets)
     driver = SearchDriver({"record": problem}, settings, None if relative_latency is None else problem.costs)
     entry = driver.budgets()[0] if budgets else driver.weights()[0]
     if isinstance(entry, Unattainable):

@@ -16,7 +16,7 @@ from dynexit.errors import UserError
 from dynexit.jobs.search_records import RecordFiles, search_records, weights_of
 from dynexit.record.shards import Record
 from dynexit.search.budgets import KINDS, Unattainable, budgets_of, latency_costs
-from dynexit.search.driver import SearchSettings, search_record
+from dynexit.search.driver import SearchRequest, search_record
 from dynexit.search.exact import sweep
 from dynexit.search.operating_points import read_csv
 from dynexit.search.problem import Problem
@@ -53,7 +53,7 @@ def search(*, out, accuracy_weights=None, **options) -> list[dict]:
     names = RecordFiles.__dataclass_fields__
     files = RecordFiles(**{name: options.pop(name) for name in names if name in options})
     budgets = budgets_of({kind: options.pop(kind) for kind in KINDS if kind in options})
-    return search_records(files, SearchSettings(weights_of(accuracy_weights), budgets, **options), out)
+    return search_records(files, SearchRequest(weights_of(accuracy_weights), budgets, **options), out)
 
 
 def test_the_entries_hold_the_search_on_train_and_its_figures_on_both(files, problems, capsys):

@@ -6,7 +6,7 @@ import pytest
 from dynexit.core.tradeoff import Configuration
 from dynexit.errors import UserError
 from dynexit.search.budgets import Budget, Unattainable
-from dynexit.search.driver import SearchDriver, SearchEntry, SearchSettings, without_gaps
+from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest, without_gaps
 from dynexit.search.exact import sweep
 from dynexit.search.problem import objective_of
 from tests.reference.exit_problems import random_problem
@@ -25,7 +25,7 @@ def test_entries_are_the_sweeps_judged_on_all_records() -> None:
     generator = np.random.default_rng(0)
     problems = {name: random_problem(generator, 57, 4, 3) for name in ("validation", "test", "other")}
     found = sweep(problems["validation"], WEIGHTS, starts=2)
-    entries = SearchDriver(problems, SearchSettings(WEIGHTS, starts=2)).weights()
+    entries = SearchDriver(problems, SearchRequest(WEIGHTS, starts=2)).weights()
     assert [entry.configuration for entry in entries] == [result.configuration for result in found]
     for entry, result in zip(entries, found, strict=True):
         assert entry.objective == result.objective
@@ -38,7 +38,7 @@ def test_additive_heads_pay_for_every_exit_before_the_last() -> None:
     for _ in range(6):
         problems = {name: random_problem(generator, 41, 5, 1) for name in ("validation", "test")}
         plain, additive = (
-            SearchDriver(problems, SearchSettings(WEIGHTS, starts=2, additive=additive)).weights()
+            SearchDriver(problems, SearchRequest(WEIGHTS, starts=2, additive=additive)).weights()
             for additive in (False, True)
         )
         for before, after in zip(plain, additive, strict=True):
@@ -58,17 +58,17 @@ def test_additive_heads_pay_for_every_exit_before_the_last() -> None:
 def test_what_was_asked_for_is_checked() -> None:
     problems = {"one": random_problem(np.random.default_rng(0), 57, 3, 2)}
     with pytest.raises(UserError, match="starts is -1, allowed is 0 or more"):
-        SearchSettings(starts=-1)
+        SearchRequest(starts=-1)
     with pytest.raises(UserError, match=r"accuracy weight is 1\.5, allowed is 0 to 1"):
-        SearchDriver(problems, SearchSettings([0.5, 1.5]))
+        SearchDriver(problems, SearchRequest([0.5, 1.5]))
     with pytest.raises(UserError, match=r"relative_latency is 0\.5, but time is known only"):
-        SearchDriver(problems, SearchSettings(budgets=[Budget("relative_latency", 0.5)]))
+        SearchDriver(problems, SearchRequest(budgets=[Budget("relative_latency", 0.5)]))
 
 
 def test_an_unattainable_budget_is_an_entry_too() -> None:
     problems = {"one": random_problem(np.random.default_rng(0), 57, 3, 2)}
     budgets = [Budget("relative_macs", 0.0001), Budget("relative_macs", 0.9)]
-    missed, met = SearchDriver(problems, SearchSettings(budgets=budgets)).budgets()
+    missed, met = SearchDriver(problems, SearchRequest(budgets=budgets)).budgets()
     assert isinstance(missed, Unattainable)
     assert missed.nearest > 0.0001
     assert isinstance(met, SearchEntry)

@@ -153,7 +153,7 @@ def test_cancel_leaves_nothing_behind(cluster: Cluster, reference: Path) -> None
     wait_until(lambda: not processes_of("cancelled"), "the end of its processes", 60)
     assert not [path for path in (reference.parent / "cancelled").rglob("*") if "tmp" in path.name]
     assert cluster.status(*study).splitlines()[-1] == "6 cancelled"
-    assert "nothing of it is in the queue" in dynexit(cluster.folder, "cancel", TINY, *study).stdout
+    assert "no jobs of this study are queued" in dynexit(cluster.folder, "cancel", TINY, *study).stdout
 
 
 def test_with_accounting_on_a_users_limit_is_asked_for_and_held_also_from_within_a_job(

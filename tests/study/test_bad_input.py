@@ -102,8 +102,10 @@ def test_a_data_folder_is_asked_for_before_anything_starts_and_may_be_on_the_nod
     Path("cifar.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     assert main(["run", "cifar.yaml", "--dry-run"]) == 0
     capsys.readouterr()
-    folder = "the folder with its files (data.download=true puts them there)"
-    assert refused(capsys, "run", "cifar.yaml") == f"dynexit: data.dir is not set; cifar10 needs it: {folder}\n"
+    assert (
+        refused(capsys, "run", "cifar.yaml")
+        == "dynexit: data.dir is not set; cifar10 needs it: the folder with its files\n"
+    )
     assert not Path("runs").exists()
     given = load_study(Path("cifar.yaml"), ["data.dir=scratch"])
     there = "data.dir = scratch: there is no such folder here; the jobs will look for it on their nodes"

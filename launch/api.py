@@ -1,0 +1,110 @@
+"""The public Python API that starts work: `dynexit.load_study` and what it returns."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynexit.errors import Failure, UserError
+from dynexit.jobs.finished import SPLITS
+from dynexit.run_dir import STUDY
+from dynexit.search.operating_points import ReportRow, read_csv
+from dynexit.study.grid import Study
+from dynexit.study.read import load_study as read_study
+from launch.plan import report_is_done
+from launch.run import dry_run, run_study
+
+
+class OperatingPoints(list[ReportRow]):
+    """Operating points, each a dataclass whose fields are the columns of operating_points.csv."""
+
+    def to_pandas(self) -> Any:
+        """Returns them as a pandas.DataFrame, a column per field. Raises UserError if pandas is not installed."""
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("pandas is not installed; install it with `pip install pandas`") from None
+        names = [field.name for field in dataclasses.fields(ReportRow)]
+        return pandas.DataFrame([dataclasses.asdict(row) for row in self], columns=names)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedStudy(Study):
+    """A study that can be run. `source` and `overrides` are what it was loaded from."""
+
+    source: Path = Path()
+    overrides: tuple[str, ...] = ()
+
+    def run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> None:
+        """Does all missing jobs up to `until`: prepare, train, record, search, report or infer.
+
+        `on` is here (this process), local (processes of their own) or slurm, which submits the jobs to the cluster of
+        the profile `site` and returns. Prints what `dynexit run` prints. Raises UserError for a mistake in the request,
+        the study or its files, and Failure with a line for each job that failed.
+        """
+        failures = self.run_jobs(until, on, site)
+        if failures:
+            raise Failure("\n".join(failures))
+
+    def run_jobs(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> list[str]:
+        """As `run`; returns the messages of the jobs that failed instead of raising Failure."""
+        return run_study(self, until, on, _path(site), [str(self.source), *self.overrides])
+
+    def dry_run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> str:
+        """Returns points, packs, ids and resources of what `run` would do, as text. Starts nothing."""
+        return dry_run(self, until, on, _path(site))
+
+    def operating_points(self, split: str = "test", *, front: bool = True) -> OperatingPoints:
+        """Returns the finished study's operating points on a split (validation or test), as the report has them.
+
+        With `front` those on the front, which is chosen on validation whatever the split, else all. Raises UserError
+        for another split, and if there is no report of exactly these points.
+        """
+        if split not in SPLITS:
+            raise UserError(f"split is {split!r}, allowed are {', '.join(SPLITS)}; name one of them")
+        if not report_is_done(self):
+            raise UserError(f"{self.directory} has no report of these points; make it with run() first")
+        rows = read_csv(self.directory / "report" / "operating_points.csv")
+        return OperatingPoints(row for row in rows if row.split == split and (row.on_front or not front))
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def load_study(source: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> LoadedStudy:
+    """Returns the study in a YAML file, or the one that was run in a run folder (runs/NAME), every key checked.
+
+    `overrides` map dotted keys to values, as {"train.num_epochs": 5}, or are texts as ["train.num_epochs=5"]; a list
+    sweeps a key that takes none. Imports no torch. Raises UserError with a line for every mistake.
+    """
+    source = Path(source)
+    if isinstance(overrides, str):
+        raise UserError(f"overrides are {overrides!r}; give a dictionary, or a list of texts as [{overrides!r}]")
+    if isinstance(overrides, Mapping):
+        overrides = [f"{name}={_yaml_text(value)}" for name, value in overrides.items()]
+    if source.is_dir():
+        study = _study_of_folder(source, overrides)
+    else:
+        study = read_study(source, overrides)
+    parts = {field.name: getattr(study, field.name) for field in dataclasses.fields(Study)}
+    return LoadedStudy(**parts, source=source, overrides=tuple(overrides))
+
+
+def _yaml_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)  # JSON is YAML; paths become texts
+
+
+def _study_of_folder(folder: Path, overrides: Sequence[str]) -> Study:
+    if not (folder / STUDY).is_file():
+        raise UserError(
+            f"{folder} is no study's run folder: it has no {STUDY}; give a study's YAML file, or a folder that "
+            "`dynexit run` made"
+        )
+    for name in (override.partition("=")[0] for override in overrides):
+        if name in ("name", "runs_dir"):
+            raise UserError(f"{name} cannot be set for a run folder, whose name and place it is; move {folder} instead")
+    if folder.name in ("", ".."):
+        folder = folder.resolve()  # `.` has no name
+    return read_study(folder / STUDY, overrides).at(folder)

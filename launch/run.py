@@ -1,0 +1,163 @@
+"""Running a study: the jobs that are missing, in order, here, as local processes, or on a SLURM cluster."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dynexit.errors import UserError
+from dynexit.jobs.finished import check_budgets, finished_jobs
+from dynexit.run_dir import STUDY, write_text
+from dynexit.study.grid import Point, Study
+from dynexit.study.read import resolved_yaml
+from dynexit.study.schema import Config
+from dynexit.study.stages import INFER, STAGES, stages_until
+from dynexit.study.validation import sentences
+from launch.checks import check_models, folders_elsewhere
+from launch.local import run_here, run_local
+from launch.lock import hold
+from launch.plan import Job, check_identity, describe_plan, missing_jobs, report_is_done
+from launch.ranks import is_main, num_ranks, prepare_alone, run_together
+from launch.slurm.site import Site, load_site
+from launch.slurm.submissions import check_is_there, check_queue
+
+PLACES = ("here", "local", "slurm")
+
+
+def run_study(study: Study, until: str, on: str, site: Path | None, arguments: Sequence[str]) -> list[str]:
+    """Does the missing jobs up to the stage `until`. Returns the messages of those that failed.
+
+    `on` is one of PLACES; slurm submits the jobs and returns. `arguments` are the study's on the command line, for a
+    process that loads it again. Raises UserError for a mistake of the request, the study or its models.
+    """
+    stages, profile = _checked_request(until, on, site)
+    _check_name(study)
+    if num_ranks() > 1:
+        return _run_with_ranks(study, until, on, arguments)
+    check_is_there(study.directory)
+    check_models(study, dry_run=False, data_is_here=profile is None)
+    if profile is not None:
+        _submit(study, stages, profile)
+        return []
+    with hold(study.directory):
+        check_identity(study)
+        check_queue(study)
+        return _run_stages(study, stages, until, on)
+
+
+def dry_run(study: Study, until: str, on: str, site: Path | None) -> str:
+    """Returns points, packs, ids and resources of what would be done, as text. Raises UserError as `run_study` does."""
+    stages, profile = _checked_request(until, on, site)
+    plan = [describe_plan(study, stages, on)]
+    if profile is not None:
+        from launch.slurm.submit import describe_submission
+
+        plan.append(describe_submission(study, stages, profile))
+    check_models(study, dry_run=True)
+    return "\n".join(plan)
+
+
+def _checked_request(until: str, on: str, site: Path | None) -> tuple[tuple[str, ...], Site | None]:
+    """The stages asked for, and the cluster's profile with `on` slurm."""
+    for name, value, allowed in (("until", until, (*STAGES, INFER.name)), ("on", on, PLACES)):
+        if value not in allowed:
+            raise UserError(f"{name} is {value!r}, allowed are {', '.join(allowed)}; name one of them")
+    if on != "slurm" and site is not None:
+        raise UserError(f"--site is for --on slurm, and this is --on {on}")
+    if on == "slurm" and until == INFER.name:
+        raise UserError("infer runs --on here or --on local; run it where the study's folder is")
+    return stages_until(until), load_site(site) if on == "slurm" else None
+
+
+def _check_name(study: Study) -> None:
+    """Raises UserError if the name, which a renamed folder gave, could not be read again."""
+    try:
+        Config(name=study.config.name)
+    except ValidationError as error:
+        raise UserError(f"{sentences(error)[0]}; rename the folder {study.directory}") from None
+
+
+def _submit(study: Study, stages: Sequence[str], site: Site) -> None:
+    from launch.slurm.submit import submit_study
+
+    print_messages(folders_elsewhere(study))
+    with hold(study.directory):
+        check_identity(study)
+        _write_study(study)
+        print("\n".join(submit_study(study, stages, site)))
+
+
+def _run_with_ranks(study: Study, until: str, on: str, arguments: Sequence[str]) -> list[str]:
+    """One of the processes of `torchrun -m launch` or `accelerate launch -m launch`."""
+    if on != "here" or until == INFER.name:
+        what = INFER.name if until == INFER.name else f"--on {on}"
+        raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
+    stages = stages_until(until)
+    if is_main():  # the others are ended with it
+        check_is_there(study.directory)
+        check_models(study, dry_run=False)
+    prepare_alone(study, arguments)
+    failures = run_together(study, stages)
+    rest = [stage for stage in stages if stage in ("search", "report")]
+    if is_main() and rest:
+        with hold(study.directory):
+            failures += _run_stages(study, rest, until, on)
+    return failures
+
+
+def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> list[str]:
+    failures: list[str] = []
+    _write_study(study)
+    did_something = False
+    left = study if stages[0] == next(iter(STAGES)) else _with_finished(study, "record")
+    for stage in stages:
+        if not left.points:
+            break
+        if stage == "report":
+            jobs = [] if report_is_done(study) else [Job("report", study.points)]
+        else:
+            jobs = missing_jobs(left, stage, check_bytes=True)
+        if jobs:
+            did_something = True
+            failures += _run_jobs(jobs, on, study)
+        if stage != "report":
+            left = _with_finished(left, stage)
+        if stage == "search":
+            check_budgets(left.points)
+    if not did_something and until != INFER.name:
+        print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
+    if "report" in stages and report_is_done(study):
+        _print_result(study)
+    if until == INFER.name and not failures:
+        failures += _run_jobs([Job(INFER.name, left.points)], on, study)
+    return failures
+
+
+def _write_study(study: Study) -> None:
+    write_text(study.directory / STUDY, resolved_yaml(study, with_meanings=False))
+
+
+def _with_finished(study: Study, stage: str) -> Study:
+    points: tuple[Point, ...] = tuple(point for point in study.points if stage in finished_jobs(point))
+    return dataclasses.replace(study, points=points)
+
+
+def _run_jobs(jobs: Sequence[Job], on: str, study: Study) -> list[str]:
+    return run_here(jobs) if on == "here" else run_local(jobs, study.directory / "submitted")
+
+
+def print_messages(messages: Sequence[str]) -> None:
+    """Prints each message on a line of standard error."""
+    for text in messages:
+        print(f"dynexit: {text}", file=sys.stderr)
+
+
+def _print_result(study: Study) -> None:
+    from dynexit.report.terminal import short_table
+    from dynexit.search.operating_points import read_csv
+
+    directory = study.directory / "report"
+    print(short_table(read_csv(directory / "operating_points.csv")))
+    print(f"report: {directory / 'report.html'}")

@@ -1,0 +1,74 @@
+"""The commands that follow a study take its YAML file or the folder in which it was run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynexit.study.grid import Study
+from dynexit.study.read import load_study, resolved_yaml
+from launch.__main__ import main
+from tests.command_line import TINY
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A study that `run` began with overrides; the working directory holds runs/."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    study = load_study(TINY, ["seed=[7]", "train.num_epochs=3"])
+    study.directory.mkdir(parents=True)
+    (study.directory / "study.yaml").write_text(resolved_yaml(study, with_meanings=False), encoding="utf-8")
+    return study
+
+
+@pytest.mark.parametrize("folder", ["runs/tiny_study", "runs/tiny_study/", ".", "elsewhere"])
+def test_status_of_a_run_folder_shows_its_points(
+    study: Study, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if folder == ".":
+        monkeypatch.chdir(study.directory)
+    elif folder == "elsewhere":
+        study.directory.rename(folder)
+    assert main(["status", folder]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines[1:-2]] == [point.id for point in study.points]
+    assert lines[-2:] == ["report: to do", "3 waiting"]
+
+
+def test_status_of_the_yaml_names_the_folder_of_other_points(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    hint = "dynexit: runs/tiny_study was run with other keys; `dynexit status runs/tiny_study` shows its points"
+    assert main(["status", str(TINY)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == hint
+    assert main(["status", str(TINY), "seed=[7]", "train.num_epochs=3"]) == 0
+    assert hint not in capsys.readouterr().out
+
+
+def test_other_commands_take_the_run_folder(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, point = "runs/tiny_study", study.points[0].id
+    assert main(["config", folder]) == 0
+    assert capsys.readouterr().out == resolved_yaml(study)
+    assert main(["logs", folder, point]) == 2
+    assert capsys.readouterr().err.startswith("dynexit: no job of these points has printed anything")
+    assert main(["logs", folder, "0000"]) == 2
+    assert capsys.readouterr().err.startswith("dynexit: no point's id begins with '0000'")
+    assert main(["cancel", folder, point]) == 0
+    assert capsys.readouterr().out == "no jobs of this study are queued\n"
+    assert main(["retry", folder]) == 2
+    assert capsys.readouterr().err.startswith("dynexit: runs/tiny_study was never submitted")
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda path, command: started.append([path, *command]))
+    main(["ui", folder])
+    store = f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    assert started == [[sys.executable, sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]]
+
+
+def test_a_run_folder_keeps_its_name(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "runs/tiny_study", "name=other"]) == 2
+    assert capsys.readouterr().err == (
+        "dynexit: name cannot be set for a run folder, whose name and place it is; move runs/tiny_study instead\n"
+    )
+    assert main(["status", "runs"]) == 2
+    assert capsys.readouterr().err.startswith("dynexit: runs is no study's run folder: it has no study.yaml; give ")
