@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dynexit.models.multi_exit import MultiExit as MultiExit
     from dynexit.record.shards import Record as Record
     from dynexit.search.budgets import Budget as Budget
+    from dynexit.search.driver import search_record as search_record
     from launch.api import load_study as load_study
 
     __version__: str

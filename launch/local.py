@@ -1,78 +1,39 @@
-"""Running jobs: in this process, or through submitit as processes of their own, with the ranks that the study asks."""
+"""Running jobs: in this process, or as processes of this machine, with the ranks that the study asks for.
+
+A worker gets its job from the launcher's pipe and leaves its result as JSON in a folder of this launch alone. Nothing
+that an earlier launch or somebody else left is read.
+"""
 
 import contextlib
 import dataclasses
+import json
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dynexit.errors import Failure, Interrupted, UserError
-from dynexit.study.schema import DistSettings
+from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
+from dynexit.run_dir import read_json, write_json
+from dynexit.study.grid import Point
+from dynexit.study.schema import Config, DistSettings
 from dynexit.study.stages import stage_of
 from launch.lock import work_for
 from launch.plan import Job, done_together
-from launch.slurm.queue_view import last_error
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 _ENDING_SECONDS = 30
 _LOST_SECONDS = 10  # in which the other ranks find out by themselves
 
 
-@dataclasses.dataclass(frozen=True)
-class LocalTask:
-    """What submitit calls: one job. After a time-out the same call, made again, goes on where it stopped.
-
-    Where there are several ranks, they meet at `port` of this machine. SIGTERM ends it, a training at its step, saved.
-    """
-
-    launcher: int
-    port: int | None = None
-
-    def __call__(self, job: Job) -> str | UserError:
-        """Runs the job; the text of what failed, or nothing; the user's mistake as what it is."""
-        signal.signal(signal.SIGTERM, _interrupt)
-        work_for(self.launcher, job.study_dir)
-        if self.port is not None:
-            self._join_ranks(self.port, job)
-        try:
-            text = run_job(job)
-        except UserError as error:
-            return UserError(str(error))  # of a subclass not each comes through a pickle
-        if self.port is not None:
-            from dynexit.dist import stop_ranks
-
-            stop_ranks()
-        return text
-
-    @staticmethod
-    def _join_ranks(port: int, job: Job) -> None:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        from dynexit.dist import start_ranks
-
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist = job.points[0].config.dist
-        start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
-
-    def checkpoint(self, job: Job) -> Any:
-        """What submitit submits again when it must stop this process."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self, job)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(f"stopped by {signal.Signals(number).name}")
-
-
 def run_job(job: Job) -> str:
-    """Runs a job in this process; returns the sentence of a failure (of the run, not of the request), or ''."""
+    """Runs a job in this process. Returns the message of a failure (of the run, not of the request), or ''."""
     try:
         stage_of(job.stage).runner()(job.points)
     except Failure as failure:
@@ -81,106 +42,165 @@ def run_job(job: Job) -> str:
 
 
 def run_here(jobs: Sequence[Job]) -> list[str]:
-    """Runs the jobs one after the other; one that fails stops no other. Returns the sentences of the failures."""
+    """Runs the jobs one after the other; one that fails stops no other. Returns the messages of the failures."""
     return [text for text in map(run_job, jobs) if text]
 
 
-@dataclasses.dataclass
-class _Running:
-    """A job that runs as processes of this machine."""
+class _LocalJob:
+    """A job that runs as `num_ranks` processes of this machine."""
 
-    job: Job
-    submitted: Any
-    gpus: list[int]
-    attempt: int
-    lost_at: float | None = None  # when a rank was first seen to be gone
+    def __init__(self, job: Job, path: Path, gpus: list[int], num_ranks: int) -> None:
+        """`path` is where the logs and results of the ranks are, without their endings."""
+        self.job, self.path, self.gpus = job, path, gpus
+        self.timed_out = False
+        self.lost_at: float | None = None  # when a rank was first seen to be missing
+        self.started = time.monotonic()
+        text = json.dumps(_to_json(job)).encode()
+        port = _free_port() if num_ranks > 1 else None
+        self.ranks = [self._start(rank, num_ranks, port) for rank in range(num_ranks)]
+        for process in self.ranks:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # its log has the reason
+                process.stdin.write(text)
+
+    def _start(self, rank: int, num_ranks: int, port: int | None) -> "subprocess.Popen[bytes]":
+        environment = dict(os.environ)
+        dist = self.job.points[0].config.dist
+        if self.gpus or dist.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
+        if port is not None:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+            environment |= {name: str(value) for name, value in numbers.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "launch.local", str(os.getpid()), str(self.result_path(rank))]
+        with self.log_path(rank, "out").open("wb") as out, self.log_path(rank, "err").open("wb") as err:
+            # in a session of its own: only the launcher hears Ctrl-C
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=out, stderr=err, env=environment, start_new_session=True
+            )
+
+    def result_path(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}-rank{rank}.json")
+
+    def log_path(self, rank: int, kind: str) -> Path:
+        return self.path.with_name(f"{self.path.name}-rank{rank}.{kind}")
+
+    def is_over(self) -> bool:
+        """Whether all ranks have ended. Ends those that wait for a lost one, and all after the time limit."""
+        alive = [process for process in self.ranks if process.poll() is None]
+        if alive and any(process.returncode for process in self.ranks):
+            self.lost_at = self.lost_at or time.monotonic()
+            if time.monotonic() - self.lost_at > _LOST_SECONDS:
+                for process in alive:
+                    process.kill()
+        limit = 60 * self.job.points[0].config.dist.timeout_minutes
+        if alive and not self.timed_out and time.monotonic() - self.started > limit:
+            self.timed_out = True
+            self.terminate()
+        return not alive
+
+    def terminate(self) -> None:
+        """Asks the ranks to end; trainings save first."""
+        for process in self.ranks:
+            if process.poll() is None:
+                process.terminate()
+
+    def failure(self) -> tuple[str, bool]:
+        """Returns the message of the failure, or '', and whether it was a crash, so that another try may help.
+
+        Raises UserError for the user's mistake.
+        """
+        results = [read_json(path) for path in map(self.result_path, range(len(self.ranks))) if path.is_file()]
+        if len(results) < len(self.ranks) or any(process.returncode for process in self.ranks):
+            logs = [self.log_path(rank, "err") for rank in range(len(self.ranks))]
+            reason = _last_error(logs) or _exit_statuses(self.ranks)
+            return f"{self.job.name} failed: {reason} (log {', '.join(map(str, logs))})", True
+        for result in results:
+            if result["user_error"]:
+                raise UserError(result["user_error"])
+        return next((result["failure"] for result in results if result["failure"]), ""), False
 
 
 def run_local(jobs: Sequence[Job], folder: Path) -> list[str]:
     """Runs the jobs as processes of this machine, otherwise as `run_here`; a mistake of the user's ends the others.
 
     Each gets GPUs of its own, one a rank, and the next starts when one has ended; without GPUs as many run at a time as
-    the CPUs carry. A job that crashed is tried `dist.max_retries` times more. Raises UserError where the study asks for
-    more ranks than there are GPUs.
+    the CPUs carry. A job that crashed is tried `dist.max_retries` times more. Logs and results are in a new folder in
+    `folder`. Raises UserError if the study asks for more ranks than there are GPUs.
     """
-    import submitit
-
-    executor = submitit.LocalExecutor(folder=folder)
     dist = jobs[0].points[0].config.dist
-    ranks = dist.tasks_per_node if done_together(jobs[0].stage, dist) else 1
-    places = _places(dist, ranks)
+    num_ranks = dist.tasks_per_node if done_together(jobs[0].stage, dist) else 1
+    places = _places(dist, num_ranks)
+    launch_dir = _new_folder(folder)
     waiting, failures = [(job, 1) for job in jobs], list[str]()
-    running: list[_Running] = []
-    with _signals(_interrupt, signal.SIGTERM), _ending(running):
-        while waiting or running:
+    running: dict[_LocalJob, int] = {}
+    with _terminable(), _ending(running):
+        for number in range(10**9):
             while waiting and places:
                 (job, attempt), gpus = waiting.pop(0), places.pop(0)
-                executor.update_parameters(
-                    timeout_min=dist.timeout_minutes, tasks_per_node=ranks, visible_gpus=gpus, gpus_per_node=len(gpus)
-                )
-                with _signals(signal.SIG_IGN, signal.SIGINT):  # of Ctrl-C only the launcher is to hear
-                    submitted = executor.submit(LocalTask(os.getpid(), _free_port() if ranks > 1 else None), job)
-                running.append(_Running(job, submitted, gpus, attempt))
-                where = f"process {submitted.job_id}" + (f", {ranks} ranks" if ranks > 1 else "")
-                log = submitted.task(0).paths.stdout
-                print(f"{job.name}: {where}, log {log}", flush=True)
-            for entry in [entry for entry in running if entry.submitted.done()]:
-                running.remove(entry)
-                places.append(entry.gpus)
-                failed, crashed = _outcome(entry.job, entry.submitted)
-                if crashed and entry.attempt <= dist.max_retries:
-                    print(f"{failed}; tried again, {entry.attempt} of {dist.max_retries}", flush=True)
-                    waiting.append((entry.job, entry.attempt + 1))
-                elif failed:
-                    failures.append(failed)
-            for entry in running if ranks > 1 else []:
-                _end_if_a_rank_is_lost(entry, ranks)
+                path = launch_dir / f"{job.stage}-{number:04d}-{len(waiting):04d}-try{attempt}"
+                local = _LocalJob(job, path, gpus, num_ranks)
+                running[local] = attempt
+                where = f"process {local.ranks[0].pid}" + (f", {num_ranks} ranks" if num_ranks > 1 else "")
+                print(f"{job.name}: {where}, log {local.log_path(0, 'out')}", flush=True)
+            if not running:
+                break
+            for local in [local for local in running if local.is_over()]:
+                attempt = running.pop(local)
+                places.append(local.gpus)
+                failure, crashed = ("", False) if local.timed_out else local.failure()
+                if local.timed_out:
+                    print(f"{local.job.name}: reached the time limit and resumes", flush=True)
+                    waiting.append((local.job, attempt))
+                elif crashed and attempt <= dist.max_retries:
+                    print(f"{failure}; tried again, {attempt} of {dist.max_retries}", flush=True)
+                    waiting.append((local.job, attempt + 1))
+                elif failure:
+                    failures.append(failure)
             time.sleep(_POLL_SECONDS if running else 0)
     return failures
 
 
+def _new_folder(folder: Path) -> Path:
+    """Makes a folder that no other launch has, which only this user may enter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(10**6):
+        with contextlib.suppress(FileExistsError):
+            path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{f'-{number}' if number else ''}"
+            path.mkdir(mode=0o700)
+            return path
+    raise Failure(f"{folder} has no free name for a launch")
+
+
 @contextlib.contextmanager
-def _signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in numbers}
+def _terminable() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
-        for number, one in before.items():
-            signal.signal(number, one)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 
 @contextlib.contextmanager
-def _ending(running: Sequence[_Running]) -> Iterator[None]:
+def _ending(running: dict[_LocalJob, int]) -> Iterator[None]:
     """Ends what runs when the block is left: trainings save, and what has not ended after a while is killed."""
-    import psutil
-
     try:
         yield
     finally:
-        processes = []
-        for entry in running:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                submitits = psutil.Process(int(entry.submitted.job_id))
-                processes += [submitits, *submitits.children()]
-                submitits.terminate()  # it passes that on
-        for process in psutil.wait_procs(processes, timeout=_ENDING_SECONDS)[1]:
-            process.kill()
-
-
-def _end_if_a_rank_is_lost(entry: _Running, ranks: int) -> None:
-    """Kills the other ranks some seconds after one has gone before its time: they might wait for it for long."""
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        alive = [child for child in psutil.Process(int(entry.submitted.job_id)).children() if child.is_running()]
-        tasks = [entry.submitted.task(rank) for rank in range(ranks)]
-        through = sum(task.paths.result_pickle.exists() and task.exception() is None for task in tasks)
-        if not alive or len(alive) + through >= ranks:
-            return
-        entry.lost_at = entry.lost_at or time.monotonic()
-        if time.monotonic() - entry.lost_at > _LOST_SECONDS:
-            for child in alive:
-                child.kill()
+        for local in running:
+            local.terminate()
+        deadline = time.monotonic() + _ENDING_SECONDS
+        for process in [process for local in running for process in local.ranks]:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _places(dist: DistSettings, ranks: int) -> list[list[int]]:
@@ -194,6 +214,14 @@ def _places(dist: DistSettings, ranks: int) -> list[list[int]]:
     return [gpus[i : i + ranks] for i in range(0, len(gpus) - ranks + 1, ranks)]
 
 
+def visible_gpus() -> list[int]:
+    """The numbers of the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [int(number) for number in visible.split(",") if number.strip().isdigit()]
+    return list(range(len(list(Path("/proc/driver/nvidia/gpus").glob("*")))))
+
+
 def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -201,26 +229,74 @@ def _free_port() -> int:
         return port
 
 
-def _outcome(job: Job, submitted: Any) -> tuple[str, bool]:
-    """The sentence of a job's failure, or '', and whether it crashed, so that another try may help."""
-    import submitit
+def _exit_statuses(processes: "Sequence[subprocess.Popen[bytes]]") -> str:
+    """What is known of processes that ended without an error message."""
+    statuses = [
+        f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+        for status in (process.returncode for process in processes)
+    ]
+    return "; ".join(f"rank {rank} {status}" for rank, status in enumerate(statuses))
 
+
+def _last_error(logs: Sequence[Path]) -> str:
+    """The last error that a rank printed, rather than what the others said of its end; '' if none did."""
+    found = []
+    for path in logs:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if re.match(r"(\[rank\d+\]:)?\s*\S*(Error|Exception|Killed)\b", line)]
+        found += [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in errors[-1:]]
+    own = [line for line in found if "Connection" not in line and "gloo" not in line.lower()]
+    return (own or found or [""])[0]
+
+
+def _to_json(job: Job) -> dict[str, Any]:
+    points = [
+        {**dataclasses.asdict(dataclasses.replace(point, config=None)), "config": point.config.model_dump(mode="json")}  # type: ignore[arg-type]
+        for point in job.points
+    ]
+    return {"stage": job.stage, "points": points}
+
+
+def _from_json(content: dict[str, Any]) -> Job:
+    points = (
+        Point(**{**point, "config": Config.model_validate(point["config"]), "sweep_keys": tuple(point["sweep_keys"])})
+        for point in content["points"]
+    )
+    return Job(content["stage"], tuple(points))
+
+
+def main(launcher: int, result_path: Path) -> int:
+    """A worker: runs the job that comes from standard input. SIGTERM ends it, a training at its step, saved."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    job = _from_json(json.loads(sys.stdin.buffer.read()))
+    work_for(launcher, job.study_dir)
+    result = {"failure": "", "user_error": ""}
     try:
-        texts = submitted.results()
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
-        logs = sorted(submitted.task(0).paths.folder.glob(f"{submitted.job_id}_*_log.err"))
-        last = [line for line in str(error).strip().splitlines() if line.strip()][-1:]
-        said = last_error(logs) or " ".join(line for line in last if " INFO " not in line) or "it ended without a word"
-        return f"{job.name} failed: {said} (log {', '.join(map(str, logs))})", True
-    for text in texts:
-        if isinstance(text, UserError):
-            raise text
-    return next(filter(None, texts), ""), False  # all ranks say the same
+        with unmasked_interrupts():
+            if "WORLD_SIZE" in os.environ:
+                _join_ranks(job.points[0].config.dist)
+            result["failure"] = run_job(job)
+    except UserError as error:
+        result["user_error"] = str(error)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    if "WORLD_SIZE" in os.environ:
+        from dynexit.dist import stop_ranks
+
+        stop_ranks()
+    write_json(result_path, result)
+    return 0
 
 
-def visible_gpus() -> list[int]:
-    """All that this process may use; submitit's local processes see none unless they are named."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [int(number) for number in visible.split(",") if number.strip().isdigit()]
-    return list(range(len(list(Path("/proc/driver/nvidia/gpus").glob("*")))))
+def _join_ranks(dist: DistSettings) -> None:
+    from dynexit.dist import start_ranks
+
+    start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
+
+
+if __name__ == "__main__":
+    status = main(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of a process group that was left may abort an interpreter

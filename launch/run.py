@@ -119,11 +119,15 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> lis
             jobs = [] if report_is_done(study) else [Job("report", study.points)]
         else:
             jobs = missing_jobs(left, stage, check_bytes=True)
-        if jobs:
-            did_something = True
-            failures += _run_jobs(jobs, on, study)
+        failed = _run_jobs(jobs, on, study) if jobs else []
+        did_something = did_something or bool(jobs)
+        failures += failed
         if stage != "report":
-            left = _with_finished(left, stage)
+            before, left = left, _with_finished(left, stage)
+            if not failed and len(left.points) < len(before.points):
+                lost = next(point for point in before.points if point not in left.points)
+                count = len(before.points) - len(left.points)
+                failures.append(f"{stage}: {count} points have no results, although no job failed; first: {lost.label}")
         if stage == "search":
             check_budgets(left.points)
     if not did_something and until != INFER.name:

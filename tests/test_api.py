@@ -20,7 +20,6 @@ from tests.command_line import ENVIRONMENT, ROOT, TINY
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-PENDING = ("search_record",)  # written on another branch; empty when it is merged
 # prints what a test asks of a process that ran `dynexit ARGUMENTS`
 WATCHED = """
 import json, resource, sys
@@ -49,7 +48,7 @@ def watched(folder: Path, *arguments: str | Path) -> dict[str, Any]:
 
 
 def test_every_name_is_importable_and_documented() -> None:
-    for name in set(dynexit.__all__) - set(PENDING):
+    for name in dynexit.__all__:
         assert getattr(dynexit, name)
         assert name in dir(dynexit)
         assert f"`{name}" in section("The Python API")
@@ -60,7 +59,7 @@ def test_every_name_is_importable_and_documented() -> None:
 def test_editors_see_the_names_that_exist() -> None:
     text = Path(dynexit.__file__).read_text(encoding="utf-8")
     seen = dict(reversed(found) for found in re.findall(r"^    from (\S+) import (\w+) as \2$", text, re.MULTILINE))
-    assert seen == {name: module for name, module in dynexit._MODULES.items() if name not in PENDING}
+    assert seen == dynexit._MODULES
 
 
 def test_import_is_cheap() -> None:
@@ -210,8 +209,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[s
         patch.chdir(folder)
         variables: dict[str, Any] = {}
         for number, example in enumerate(EXAMPLES):
-            if not any(name in example for name in PENDING):
-                exec(compile(example, f"docs/api.md, example {number}", "exec"), variables)
+            exec(compile(example, f"docs/api.md, example {number}", "exec"), variables)
         yield folder, variables
 
 
@@ -225,8 +223,7 @@ def test_the_examples_run(ran: tuple[Path, dict[str, Any]]) -> None:
     assert {point.key for point in front} == {point.key for point in everything if point.on_front}
     assert list(variables["table"]["accuracy"]) == [point.accuracy for point in everything]
     assert variables["logits"].shape == (1, 10)
-    if not PENDING:
-        assert 0 < variables["best"].point.relative_macs <= 1
+    assert 0 < variables["best"].point.relative_macs <= 1
 
 
 @pytest.mark.slow

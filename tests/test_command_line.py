@@ -174,7 +174,7 @@ def test_local_processes_end_with_their_launcher_and_save(finished: Path, tmp_pa
         while max(map(last_step, pack.glob("*/progress.json")), default=0) <= step and time.monotonic() < deadline:
             time.sleep(0.02)
         workers = psutil.Process(process.pid).children(recursive=True)
-        assert len(workers) == 2  # submitit's, and the training
+        assert len(workers) == 1
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == status, err
