@@ -13,7 +13,9 @@ demo: $(STAMP)
 test: check
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
 
+# words of an idiom that the project's English does without
 check: $(STAMP)
+	@! git grep -nwiE 'told|anew|mend|mends|mended|besides|thereof' -- dynexit launch tests README.md slurm docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy

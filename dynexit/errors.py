@@ -4,20 +4,20 @@ import contextlib
 from collections.abc import Iterator
 
 
-class Told(Exception):  # noqa: N818  what a user reads is its text alone
-    """What is told in one sentence. With several ranks `on_all_ranks` says that the others raised it too."""
+class Reported(Exception):  # noqa: N818  users read its text alone
+    """An error that is reported by its message alone. `on_all_ranks` says that all ranks raised it."""
 
     on_all_ranks = False
 
 
-class UserError(Told):
+class UserError(Reported):
     """The user's mistake: a key, a value, a file that is not there. Exit status 2.
 
     The message is one sentence that names the key or file, the value, what is allowed and what to do.
     """
 
 
-class Failure(Told):
+class Failure(Reported):
     """Something that went wrong although the request was sound: damaged files, NaN, a full disk. Exit status 1.
 
     The message is one sentence that names the file or member and the remedy.

@@ -29,7 +29,7 @@ class Progress:
         self._started = self._last_said = time.monotonic()
 
     def start(self, num_steps: int, step: int = 0) -> None:
-        """Begins counting to `num_steps`, from `step` where a run goes on."""
+        """Begins counting to `num_steps`, from `step` if a run resumes."""
         self._begin(step, num_steps)
         if not self.quiet and sys.stderr.isatty():
             from tqdm import tqdm
@@ -57,7 +57,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
         content = {"step": self.step, "num_steps": self.num_steps, "figures": {k: repr(v) for k, v in values.items()}}
-        with contextlib.suppress(Failure):  # a full disk is told of by what cannot do without
+        with contextlib.suppress(Failure):  # a full disk is reported by the writers that need it
             write_json(self.directory / PROGRESS, {**content, "images_per_second": rate, "seconds_left": left})
 
     def say(self, text: str) -> None:

@@ -34,7 +34,7 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
 BUDGETS = "budgets.json"
 CLASSES = "classes.json"
 STUDY = "study.yaml"  # in a study's folder: the study that was run there, with every key
-MEMBERS, BEGUN = "members.json", ".begun"  # of a pack: its points; and there from its beginning until it is through
+MEMBERS, BEGUN = "members.json", ".begun"  # of a pack: its points; a mark that exists until the pack is complete
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise Failure(
-            f"{path} could not be written: {reason}; make room or mend the permissions, then run again"
+            f"{path} could not be written: {reason}; free space or fix the permissions, then run again"
         ) from error
     finally:
         if temporary is not None:
@@ -99,7 +99,7 @@ def sha256_file(path: Path) -> str:
 
 
 def move_aside(directory: Path) -> str:
-    """The remedy for a damaged output: a shell command that moves it aside, so that the next run makes it anew."""
+    """The remedy for a damaged output: a shell command that moves it aside, so that the next run recreates it."""
     number = sum(1 for _ in directory.parent.glob(f"{directory.name}.damaged*"))  # mv would put it into a folder
     source, last = shlex.quote(str(directory)), f"damaged{number or ''}"
     return f"move it aside with `mv {source} {source}.{last}` and run the same command again to remake it"
@@ -123,7 +123,7 @@ def mark_done(directory: Path, identity: str, files: Sequence[str]) -> None:
 def is_done(directory: Path, identity: str, *, check_bytes: bool = False) -> bool:
     """Whether `directory` holds the finished work `identity`.
 
-    False where there is no DONE. Raises Failure, naming the file and the command that mends it, where DONE is of
+    False where there is no DONE. Raises Failure, naming the file and the command that fixes it, if DONE is of
     another id or damaged, or where a promised file is missing or has another size (with `check_bytes`, other bytes).
     """
     try:

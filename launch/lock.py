@@ -16,7 +16,7 @@ from typing import IO
 from dynexit.errors import UserError
 
 _LOCK, _WORKERS = ".lock", ".workers"
-_ENDING_SECONDS = 90.0  # in which processes find out that their launcher is gone, end their step and save
+_ENDING_SECONDS = 90.0  # in which processes find out that their launcher has ended, end their step and save
 _POLL_SECONDS = 0.5
 
 
@@ -62,18 +62,18 @@ def _locked(file: IO[str], kind: int, wait: float = 0.0) -> bool:
 
 
 def _wait_for_workers(study_dir: Path) -> None:
-    started, told = time.monotonic(), False
+    started, announced = time.monotonic(), False
     with (study_dir / _WORKERS).open("a", encoding="utf-8") as workers:
         while not _locked(workers, fcntl.LOCK_EX, _POLL_SECONDS):
-            if not told:
-                told = True
+            if not announced:
+                announced = True
                 print(f"{study_dir}: waits for processes of a launcher that was killed to save and end", flush=True)
             if time.monotonic() - started > _ENDING_SECONDS:
                 raise UserError(f"processes of a launcher that was killed still work on {study_dir}; end them first")
 
 
 def work_for(launcher: int, study_dir: Path) -> None:
-    """Makes this process one that works for the process `launcher`: it is told to end (SIGTERM) when that is gone."""
+    """Makes this process one that works for the process `launcher`: it gets SIGTERM when that has ended."""
     import psutil
 
     process = psutil.Process(launcher)

@@ -158,7 +158,7 @@ def test_ctrl_c_saves_and_goes_on(finished: Path, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "the state is saved; the same command resumes from there" in err
-    assert "goes on after epoch" in dynexit(tmp_path, "run", TINY, slow).stdout
+    assert "resuming after epoch" in dynexit(tmp_path, "run", TINY, slow).stdout
     assert digests(tmp_path / "runs" / "tiny_study") == digests(finished / "runs" / "tiny_study")
 
 
@@ -167,7 +167,7 @@ def test_local_processes_end_with_their_launcher_and_save(finished: Path, tmp_pa
     shutil.copytree(finished / "runs" / "tiny_study" / "prepare", tmp_path / "runs" / "tiny_study" / "prepare")
     pack = tmp_path / "runs" / "tiny_study" / "pack"
     ends = [(signal.SIGKILL, -9, ""), (signal.SIGTERM, 130, "dynexit: stopped by SIGTERM; the same command resumes")]
-    for number, status, told in ends:
+    for number, status, message in ends:
         step = max(map(last_step, pack.glob("*/progress.json")), default=0)
         process = start(tmp_path, *study, "--on", "local")
         deadline = time.monotonic() + 120
@@ -178,13 +178,13 @@ def test_local_processes_end_with_their_launcher_and_save(finished: Path, tmp_pa
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == status, err
-        assert err.startswith(told)
+        assert err.startswith(message)
         assert "Traceback" not in err
         if number == signal.SIGTERM:
             assert not psutil.wait_procs(workers, timeout=0)[1]
     dynexit(tmp_path, *study)
     lines = next(pack.glob("*/log.txt")).read_text().splitlines()
-    assert sum("goes on after epoch" in line for line in lines) == 2  # nothing but a signal can have saved
+    assert sum("resuming after epoch" in line for line in lines) == 2  # nothing but a signal can have saved
     dynexit(tmp_path, *study, "name=undisturbed")
     assert digests(tmp_path / "runs" / "tiny_study") == digests(tmp_path / "runs" / "undisturbed")
 

@@ -1,4 +1,4 @@
-"""An interrupt at an unfriendly moment is still told as one."""
+"""An interrupt while a compiled module is loaded is still reported as an interrupt."""
 
 import subprocess
 import sys

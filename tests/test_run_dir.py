@@ -38,7 +38,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Failure, match=r"file/inner could not be written: .*; make room or mend the permissions"):
+    with pytest.raises(Failure, match=r"file/inner could not be written: .*; free space or fix the permissions"):
         write_text(tmp_path / "file" / "inner", "")
 
 

@@ -45,7 +45,7 @@ def _read_split(data: DataSettings, split: str) -> "_Indexed | _Streamed":
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{data.name}, split {split}, was looked for in data.dir = {data.dir} and could not be opened ({text}); "
-            "mend that, or set data.download=true where it may be fetched"
+            "fix that, or set data.download=true if it may be fetched"
         ) from None
     if isinstance(dataset, IterableImageDataset):
         return _Streamed(dataset, f"{data.name}, split {split}")

@@ -1,4 +1,4 @@
-"""Early exit that really stops early: samples that leave are dropped from the batch, the rest goes on.
+"""Early exit that really stops early: samples that leave are dropped from the batch, the others continue.
 
 Shapes: B batch, b samples still in it, P positions, K classes.
 """

@@ -1,7 +1,7 @@
 """DyCE's recorder and its `.npz` files (Wang et al., DyCE, arXiv 2403.01695), and their conversion from and to shards.
 
 Its files hold `label` (N, 1), `confs` and `preds` (R, N, k): the softmax probabilities of the top-k classes and the
-classes, rows position-major with the backbone last. Ours hold int32, and beside these what shards know besides.
+classes, rows position-major with the backbone last. Ours hold int32, and also everything else that shards hold.
 
 Shapes: E exits, R rows (exits, then the backbone), N samples, B batch, C classes.
 """
@@ -117,7 +117,7 @@ class OutputRecorder:
         if len(fits) == 2 and layout is None:
             raise UserError(
                 f"ee_out has shape {exits_shape}, as many exits as samples, so that (N, B, C) and (B, N, C) cannot be "
-                'told apart; say which with layout="NBC" or layout="BNC"'
+                'distinguished; say which with layout="NBC" or layout="BNC"'
             )
         return layout or fits[0]
 
@@ -244,7 +244,7 @@ def _layout_of(
         )
     if rest:
         raise UserError(
-            f"{path} has {rows - 1} exits besides the backbone, which {len(head_types)} head types "
+            f"{path} has {rows - 1} exits and the backbone, which {len(head_types)} head types "
             f"({', '.join(head_types)}) at every position cannot make; give the head types that were recorded"
         )
     return Layout(

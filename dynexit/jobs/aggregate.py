@@ -29,8 +29,8 @@ def study_folders(directories: Sequence[Path]) -> list[Path]:
 def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[str, list[Path]]:
     """CSV: a row per operating point and split of every finished point, the study's folder first; and who is not in it.
 
-    `on_front` is within the study. Columns that a study has not stay empty. `say` is told how much of a study is in it,
-    and why one is left out.
+    `on_front` is within the study. Columns that a study does not have are empty. `say` receives how much of each study
+    is included, and why one is left out.
     """
     rows: list[dict[str, str]] = []
     left_out = []

@@ -97,7 +97,7 @@ def failure_reason(point: Point) -> str | None:
 
 
 def missing_reason(point: Point) -> str:
-    """Why a point is not in the report, as a sentence."""
+    """Returns why a point is not in the report."""
     finished = finished_jobs(point)
     missing = next((stage for stage in POINT_STAGES if stage not in finished), "report")
     return failure_reason(point) or f"{point.label}: {missing} is not done"
@@ -119,13 +119,13 @@ def check_budgets(points: Sequence[Point]) -> None:
         for entry in RunDir(point, "search").read_json(BUDGETS):
             ((kind, value), *_) = entry["budget"].items()
             if "unattainable" in entry:
-                told = f"{entry['unattainable']} ({point.label})"
-                refused.setdefault((kind, value), {}).setdefault(entry["nearest"], told)
+                message = f"{entry['unattainable']} ({point.label})"
+                refused.setdefault((kind, value), {}).setdefault(entry["nearest"], message)
             else:
                 attained.add((kind, value))
     texts = [
-        told[max(told) if kind == "min_accuracy" else min(told)]
-        for (kind, value), told in refused.items()
+        message[max(message) if kind == "min_accuracy" else min(message)]
+        for (kind, value), message in refused.items()
         if (kind, value) not in attained
     ]
     if texts:

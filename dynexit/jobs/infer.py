@@ -75,7 +75,7 @@ def run_infer(points: Sequence[Point]) -> None:
 def choose(rows: Sequence[ReportRow], relative_macs: float | None, source: str) -> ReportRow:
     """The validation row of the best operating point within the budget: highest accuracy, then fewest MACs.
 
-    Raises UserError where there is none, naming the nearest that can be had.
+    Raises UserError if there is none, naming the nearest attainable one.
     """
     candidates = [r for r in rows if r.split == "validation" and r.source != "backbone" and source in ("any", r.source)]
     if not candidates:

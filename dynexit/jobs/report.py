@@ -161,7 +161,7 @@ def write_report(
 ) -> list[ReportRow]:
     """Writes report/ in the study's folder: tables, figures and report.html; returns the rows of operating_points.csv.
 
-    `points` are recorded and searched; `failed` says in a sentence each what is missing and why.
+    `points` are recorded and searched; `failed` has an error message for each missing point.
     """
     rows = collect_rows(points)
     settings, study_dir = points[0].config.report, points[0].study_dir

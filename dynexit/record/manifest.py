@@ -29,7 +29,7 @@ RANK_MANIFESTS = "manifest-*.json"
 BACKBONE_ROW = (-1, "backbone")
 """The last row of every record: the backbone's own classifier."""
 STATISTICS = (*LOGIT_CONFIDENCES, "label_probability")
-"""What is known of each row and sample besides its predictions; all in [0, 1]."""
+"""What is recorded of each row and sample in addition to its predictions; all in [0, 1]."""
 
 SHARED = ("index", "label")
 """The arrays that are the same for all members of a shard."""
@@ -268,7 +268,7 @@ def read_manifests(directory: Path) -> Manifest | None:
         for shard in manifest.shards:
             if shards.setdefault(shard.file, shard) != shard:
                 raise Failure(
-                    f"{path} lists {shard.file} once more with other contents (a duplicate); {move_aside(directory)}"
+                    f"{path} lists {shard.file} again with other contents (a duplicate); {move_aside(directory)}"
                 )
     return replace(first, shards=tuple(shards.values()))
 

@@ -25,7 +25,7 @@ _MOST_METRICS, _MOST_PARAMS, _LONGEST_PARAM = 800, 100, 6000
 
 
 class TrackedPoint(TypedDict, total=False):
-    """What MLflow is told of a point. `history` holds (step, value) pairs for every metric that was followed."""
+    """What is written to MLflow for a point. `history` holds (step, value) pairs for every metric that was followed."""
 
     id: Required[str]
     name: str
@@ -85,7 +85,7 @@ def log_study(
     except Exception as error:  # whatever mlflow, its database or its server raise
         reason = _without_password((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
         path = _sqlite_path(tracking_uri)
-        remedy = "check MLFLOW_TRACKING_URI" if path is None else f"mend {path}, or move it aside,"
+        remedy = "check MLFLOW_TRACKING_URI" if path is None else f"fix {path}, or move it aside,"
         raise Failure(
             f"MLflow at {_without_password(tracking_uri)} did not take the results: {reason}; "
             f"the report in {report_dir} is complete, so {remedy} and report again"
@@ -147,7 +147,7 @@ def _runs(client: Any, experiment_id: str, study_id: str) -> dict[str, Any]:
 
 
 def _write_run(client: Any, experiment_id: str, run: Any, point: TrackedPoint, tags: Mapping[str, str]) -> str:
-    """The id of the run that now holds `point`. The tag that says so is written last, so a torn write is mended."""
+    """Returns the id of the run that now holds `point`. The content's tag is last, so an interrupted write is repeated."""
     params = {key: _param(value) for key, value in point.get("params", {}).items()}
     content = _content(point, params, tags)
     if run is not None and run.data.tags.get(CONTENT_TAG) == content:
@@ -190,10 +190,10 @@ def _write_values(
 
 
 def _content(point: TrackedPoint, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
-    """A hash of everything a run is told, the bytes of its artifacts included."""
+    """A hash of everything that is written to a run, the bytes of its artifacts included."""
     artifacts = {path.name: sha256_file(path) for path in point.get("artifacts", ())}
-    told = [params, point.get("metrics", {}), point.get("history", {}), artifacts, tags, point.get("name", "")]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    content = [params, point.get("metrics", {}), point.get("history", {}), artifacts, tags, point.get("name", "")]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _param(value: Any) -> str:

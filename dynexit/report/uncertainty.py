@@ -35,7 +35,7 @@ from dynexit.search.problem import Problem
 from dynexit.study.grid import Point
 
 ALPHA = 0.05
-"""Miscoverage level that the page shows and exits are told apart at; the table has all of ALPHAS for whole points."""
+"""Miscoverage level that the page shows and that exits are listed at; the table has all of ALPHAS for whole points."""
 
 
 @dataclass(frozen=True)

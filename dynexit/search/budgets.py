@@ -157,7 +157,7 @@ def _bisect(front: Front, limit: _Limit, cheap: Candidate, accurate: Candidate) 
 
 def _climb(front: Front, limit: _Limit, start: Candidate) -> list[Candidate]:
     """The best within the limit that single changes lead to, each better than the one before; none where `start`
-    exceeds it and no change mends that. Between two corners of the front lie configurations that no weight asks for.
+    exceeds it and no change avoids that. Between two corners of the front lie configurations that no weight asks for.
     """
     climbed = [start] if limit.keeps(start.correct, start.macs) else []
     while True:

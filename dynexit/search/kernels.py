@@ -12,7 +12,7 @@ import numpy as np
 Arrays: TypeAlias = tuple[np.ndarray, ...]
 """Arrays that a kernel takes together; its docstring has their names."""
 
-# Compiled code holds these as constants; they live here because it is compiled anew when this file changes.
+# Compiled code holds these as constants; they live here because it is compiled again when this file changes.
 OFF = -1
 """The head type of no exit."""
 MAX_SAMPLES = 1 << 30
@@ -199,7 +199,7 @@ def build(position: int, state_N: np.ndarray, code_PNH: np.ndarray, table_PHQB: 
 def best_exit(
     position: int, per_mac: float, per_correct: float, refine: bool, arrays: Arrays
 ) -> tuple[int, int, int, float]:
-    """(head, last sample to leave, first arriving sample to stay, gain); a sample is -1 where there is none.
+    """(head, last sample to leave, first arriving sample to stay, gain); a sample is -1 if there is none.
 
     `arrays`: path_macs_Q, head_macs_PH, head_P, count_FQ, right_F, table_PHQB, edges_PHB, order_PHN, state_N.
     """

@@ -15,7 +15,7 @@ from dynexit.search.kernels import OFF
 from dynexit.search.rows import EVERYONE, Rows, midpoint
 
 MAX_POSITIONS = 62  # where a sample would leave is a bit each, in 64 with a sign
-_BULK = 2  # more than half of the samples moved: the tables are made anew when next read
+_BULK = 2  # more than half of the samples moved: the tables are rebuilt when next read
 
 
 class Tables:

@@ -101,8 +101,8 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str
     """What is wrong with the sweep, value by value, as sentences. In a list of `zipped` a value may come again."""
     lengths = {name: len(sweep[name]) for name in zipped if isinstance(sweep[name], list)}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        yield f"sweep.zip: its lists go together and should be equally long, but {told}"
+        lengths_text = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        yield f"sweep.zip: its lists go together and should be equally long, but {lengths_text}"
     axes = [len(values) for name, values in sweep.items() if isinstance(values, list) and name not in zipped]
     num_points = math.prod((*axes, max(lengths.values(), default=1)))
     if num_points > _MOST_POINTS:
@@ -120,7 +120,7 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str
         elif len(values) > 1 and not changes_results(name):
             yield f"sweep.{name}: results do not depend on this key; give one value, or make a study for each"
         elif name not in zipped and len(set(map(_hashable, values))) < len(values):
-            yield f"sweep.{name} = {values!r}: a value stands in it twice"
+            yield f"sweep.{name} = {values!r}: has a duplicate value"
         else:
             for value in values:
                 try:

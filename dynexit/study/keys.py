@@ -43,7 +43,7 @@ def _known_data_set(name: str) -> str:
 
 def no_duplicates(values: Any) -> Any:
     if isinstance(values, list) and len(set(values)) != len(values):
-        raise ValueError("a value stands in it twice")
+        raise ValueError("has a duplicate value")
     return values
 
 

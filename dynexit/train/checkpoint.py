@@ -46,17 +46,17 @@ class Checkpoints:
         write_text(self.directory / BEGUN, "")
 
     def check(self) -> None:
-        """Raises Failure where the folder is gone or another: one without its file system would be made anew."""
+        """Raises Failure if the folder is missing or another one. A new one could lie below a lost mount."""
         if not (self.directory / BEGUN).exists():
             raise Failure(
                 f"{self.directory} is no longer the folder that the job began in: it was moved, or its file system is "
-                "gone; bring it back and run again, which goes on at the last checkpoint"
+                "gone; bring it back and run again to resume at the last checkpoint"
             )
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Writes the state after `step` steps and removes all but the two newest.
 
-        Raises Failure on a full disk and where the folder is gone.
+        Raises Failure on a full disk and if the folder is missing.
         """
         began = time.perf_counter()
         self.check()
@@ -88,6 +88,6 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Removes every checkpoint; the job is through."""
+        """Removes every checkpoint; the job is complete."""
         for path in (*self.directory.glob("checkpoint-*"), self.directory / BEGUN):
             path.unlink(missing_ok=True)

@@ -60,7 +60,7 @@ def fit(
         tensors, facts = saved
         task.restore(tensors, facts["task"])
         epoch, position = facts["epoch"], facts["position"]
-        progress.say(f"goes on after epoch {epoch}, batch {position}")
+        progress.say(f"resuming after epoch {epoch}, batch {position}")
     per_epoch = -(-len(split) // global_batch_size)
     progress.start(num_epochs * per_epoch, epoch * per_epoch + position)
 

@@ -55,7 +55,7 @@ def test_what_timm_cannot_open_is_said_with_the_place(tmp_path: Path, name: str,
     text = str(caught.value)
     assert text.startswith(f"{name}, split train, was looked for in data.dir = {tmp_path} and could not be opened (")
     assert part in text
-    assert text.endswith("); mend that, or set data.download=true where it may be fetched")
+    assert text.endswith("); fix that, or set data.download=true if it may be fetched")
     assert "\n" not in text
     capsys.readouterr()  # timm says what to install
 

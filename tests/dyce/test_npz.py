@@ -71,7 +71,7 @@ def test_output_recorder_without_exits(tmp_path: Path) -> None:
 def test_an_ambiguous_layout_is_asked_for() -> None:
     model_out, ee_out, _ = logits(EXITS)
     message = (
-        r"^ee_out has shape \(4, 4, 9\), as many exits as samples, so that \(N, B, C\) and \(B, N, C\) cannot be told "
+        r"^ee_out has shape \(4, 4, 9\), as many exits as samples, so that \(N, B, C\) and \(B, N, C\) cannot be "
         'apart; say which with layout="NBC" or layout="BNC"$'
     )
     with pytest.raises(UserError, match=message):
@@ -228,7 +228,7 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
 
 def test_head_types_must_divide_the_exits(tmp_path: Path) -> None:
     dyce_file(tmp_path / "r.npz")
-    message = r"has 4 exits besides the backbone, which 3 head types \(a, b, c\) at every position cannot make"
+    message = r"has 4 exits and the backbone, which 3 head types \(a, b, c\) at every position cannot make"
     with pytest.raises(UserError, match=message):
         read_npz(tmp_path / "r.npz", ["a", "b", "c"])
 

@@ -170,7 +170,7 @@ def test_arguments_that_the_model_does_not_take() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "told"),
+    ("name", "arguments", "message"),
     [
         ("resnet18", {"layers": [1, 1]}, r"with \{'layers': \[1, 1\]\} takes no images of 32x32 pixels \(.*layer3"),
         ("resnet18", {"block": "x"}, "cannot be built with"),
@@ -185,8 +185,8 @@ def test_arguments_that_the_model_does_not_take() -> None:
         ("t2t_vit_7", {"num_classes": 0}, r"arguments.num_classes is not for the study to set: weights come from "),
     ],
 )
-def test_arguments_that_make_no_model(name: str, arguments: dict[str, object], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_arguments_that_make_no_model(name: str, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build_backbone(name, arguments=arguments, num_classes=2, image_size=32)
 
 

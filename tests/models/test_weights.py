@@ -232,7 +232,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, state: dict[str, Tensor])
 def test_tensors_that_are_no_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
     norm, not_finite = state["norm.weight"], state["norm.weight"].clone()
     not_finite[3] = float("nan")
-    for name, value, told in (
+    for name, value, message in (
         ("norm.weight", norm.to(torch.complex64), "norm.weight is complex; give a file of whole, plain weights"),
         ("norm.weight", norm.to_sparse(), "norm.weight is not dense; give a file of whole"),
         ("norm.weight", not_finite, "norm.weight holds values that are not finite; give"),
@@ -246,7 +246,7 @@ def test_tensors_that_are_no_weights(tmp_path: Path, state: dict[str, Tensor]) -
         ("pos_embed", torch.ones(1, 0, 24), r"1 have another shape \(first: pos_embed \(1, 0, 24\) instead of"),
     ):
         path = save(tmp_path / "odd.pth", {**state, name: value})
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             t2t(path)
     path = save(tmp_path / "odd.pth", {**state, "head.weight": torch.ones(())})  # as one of other classes: left out
     assert t2t(path).model.head.weight.shape == (7, 24)

@@ -129,8 +129,8 @@ def test_another_study_of_the_name_has_its_own_runs(runs_dir):
     report(runs_dir, [point(0)], study_id="s2")
     client = client_of(runs_dir)
     runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
-    told = sorted((run.data.tags["dynexit.study_id"], run.data.tags.get(POINT_TAG, "")) for run in runs)
-    assert told == [("s1", ""), ("s1", "p0"), ("s2", ""), ("s2", "p0")]
+    found = sorted((run.data.tags["dynexit.study_id"], run.data.tags.get(POINT_TAG, "")) for run in runs)
+    assert found == [("s1", ""), ("s1", "p0"), ("s2", ""), ("s2", "p0")]
 
 
 def test_a_torn_report_is_mended(runs_dir, monkeypatch):
@@ -150,10 +150,10 @@ def test_a_torn_report_is_mended(runs_dir, monkeypatch):
     monkeypatch.undo()
     torn, _ = read(runs_dir)
     assert CONTENT_TAG not in torn["p0"].data.tags
-    mended, histories = report(runs_dir, [point(0), point(1)])
-    assert ids(mended)["p0"] == ids(torn)["p0"]
+    repeated, histories = report(runs_dir, [point(0), point(1)])
+    assert ids(repeated)["p0"] == ids(torn)["p0"]
     assert len(histories["p0", "loss"]) == 4
-    assert set(mended) == {None, "p0", "p1"}
+    assert set(repeated) == {None, "p0", "p1"}
 
 
 def test_large_points_are_written_whole_in_few_batches(runs_dir, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_failure_is_one_sentence_that_says_the_report_is_safe(runs_dir, monkey
         report(runs_dir, [point(0)])
     assert str(failure.value) == (
         f"MLflow at sqlite:///{runs_dir}/mlflow.db did not take the results: (sqlite3.DatabaseError) file is not a "
-        f"database; the report in {runs_dir}/report is complete, so mend {runs_dir}/mlflow.db, or move it aside, and "
+        f"database; the report in {runs_dir}/report is complete, so fix {runs_dir}/mlflow.db, or move it aside, and "
         "report again"
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9/")

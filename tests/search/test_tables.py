@@ -1,4 +1,4 @@
-"""Tables that follow a configuration equal tables made anew, bit for bit; rows and thresholds keep their rules."""
+"""Tables that follow a configuration equal rebuilt tables, bit for bit; rows and thresholds keep their rules."""
 
 import numpy as np
 import pytest
@@ -37,16 +37,16 @@ def test_tables_after_many_moves_equal_tables_made_anew(levels):
     updated = 0
     for _ in range(40):
         wander(generator, wandered, 10)
-        anew = LineSearch(problem, wandered.rows)
-        anew.move_to(wandered.candidate().exits)
+        rebuilt = LineSearch(problem, wandered.rows)
+        rebuilt.move_to(wandered.candidate().exits)
         for position in range(5):
             updated += bool(wandered.tables.fresh_P[position])
-            for search in (wandered, anew):
+            for search in (wandered, rebuilt):
                 search.tables.best_exit(position, 1e-6, 1e-3)
         assert wandered.tables.fresh_P.all()
         for name in ("table_PHQB", "count_FQ", "right_F", "head_P", "threshold_P"):
-            np.testing.assert_array_equal(getattr(wandered.tables, name), getattr(anew.tables, name))
-        assert wandered.candidate() == anew.candidate()
+            np.testing.assert_array_equal(getattr(wandered.tables, name), getattr(rebuilt.tables, name))
+        assert wandered.candidate() == rebuilt.candidate()
         assert (wandered.candidate().correct, wandered.candidate().macs) == exit_search.evaluate(
             problem, list(wandered.candidate().exits)
         )

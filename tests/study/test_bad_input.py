@@ -1,4 +1,4 @@
-"""What a user gets wrong is told in one sentence, with exit status 2, before anything is trained."""
+"""A user's mistake is reported in one line, with exit status 2, before anything is trained."""
 
 from pathlib import Path
 
@@ -63,8 +63,8 @@ def test_weights_that_do_not_fit_are_refused_by_the_plan_and_before_the_first_jo
 
 def test_a_last_batch_of_one_image_is_known_before_training(study: str, capsys: pytest.CaptureFixture[str]) -> None:
     alone = ("prepare.global_batch_size=3", "data.image_size=8", "data.num_test=3", "data.num_validation=3")
-    told = refused(capsys, "prepare", study, "backbone.weights=null", *alone)
-    assert told == (
+    message = refused(capsys, "prepare", study, "backbone.weights=null", *alone)
+    assert message == (
         "dynexit: prepare.global_batch_size = 3: leaves a rank with a single image at once, from which a batch norm "
         "learns nothing; change it, or prepare.micro_batch_size\n"
     )

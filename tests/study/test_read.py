@@ -140,9 +140,9 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("sweep: {train.method: [jei_dnn, dyce]}", ("search.confidence=gate",), "sweep.train.method = 'dyce': search.confidence = 'gate': should be another where train.method is dyce, which trains no gates"),
         ("seed: 1\nsweep: {seed: [0]}", (), "seed is both set and swept; keep one of the two"),
         ("sweep: {seed: 3}", (), "sweep.seed = 3: should be a list of values"),
-        ("sweep: {seed: [1, 1]}", (), "sweep.seed = [1, 1]: a value stands in it twice"),
+        ("sweep: {seed: [1, 1]}", (), "sweep.seed = [1, 1]: has a duplicate value"),
         ("sweep: {data.dir: [a, b]}", (), "sweep.data.dir: results do not depend on this key; give one value, or make a study for each"),
-        ("sweep: {exits.positions: [[1], [2], [1]]}", (), "sweep.exits.positions = [[1], [2], [1]]: a value stands in it twice"),
+        ("sweep: {exits.positions: [[1], [2], [1]]}", (), "sweep.exits.positions = [[1], [2], [1]]: has a duplicate value"),
         ("", (f"sweep.seed={list(range(1001))}", f"sweep.data.seed={list(range(1000))}"), "sweep: 1,001,000 points; at most 1,000,000 are allowed; shorten a list, or make two studies"),
         ("", (f"name={'n' * 201}",), f"name = '{'n' * 119}... (203 characters): string should have at most 200 characters"),
         ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, dyce, record, search"),
@@ -198,8 +198,8 @@ def test_zipped_keys_take_their_values_together(tmp_path: Path) -> None:
     assert (again.points, again.sweep, again.zipped) == (first.points, first.sweep, first.zipped)
     assert [p.config.seed for p in study(tmp_path, text, "data.seed=9").points] == [0, 1, 0, 1]
     uneven = "sweep: {zip: {seed: [0, 1], data.seed: [4]}}"
-    told = "sweep.zip: its lists go together and should be equally long, but seed has 2, data.seed has 1"
-    assert mistakes(tmp_path, uneven) == [told]
+    message = "sweep.zip: its lists go together and should be equally long, but seed has 2, data.seed has 1"
+    assert mistakes(tmp_path, uneven) == [message]
     assert mistakes(tmp_path, "sweep: {zip: {sed: [1]}}") == ["sweep.sed is not a key; did you mean seed?"]
     assert mistakes(tmp_path, "sweep: {zip: 3}")[0].startswith("sweep.zip = 3: should map keys that are swept nowhere")
 

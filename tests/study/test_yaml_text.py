@@ -66,8 +66,8 @@ def test_merge_keys_are_refused_by_name(tmp_path: Path) -> None:
     text = "data: &a {seed: 1}\ntrain: {<<: *a}\n"
     assert refusal(tmp_path, text) == f"the study s.yaml cannot be read as YAML: {merge} (line 2, column 9)"
     override = "train={<<: {num_epochs: 9}}"
-    told = f"train: '{{<<: {{num_epochs: 9}}}}' is not a YAML value: {merge} (line 1, column 2)"
-    assert refusal(tmp_path, "", override) == told
+    message = f"train: '{{<<: {{num_epochs: 9}}}}' is not a YAML value: {merge} (line 1, column 2)"
+    assert refusal(tmp_path, "", override) == message
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def test_world_sizes_1_2_and_3_agree_and_ranks_stop_together(tmp_path: Path) -> 
         assert largest_difference(alone, ranks[0]) <= 1e-10
     # a signal that one rank alone gets in the middle of an epoch has all of them save that step
     stopped = train(tmp_path / "stopped", 2, "signal")
-    told = {(tmp_path / "stopped" / f"rank{rank}.txt").read_text() for rank in (0, 1)}
-    assert told == {"stopped by a signal in epoch 4 after batch 4; the state is saved"}
+    messages = {(tmp_path / "stopped" / f"rank{rank}.txt").read_text() for rank in (0, 1)}
+    assert messages == {"stopped by a signal in epoch 4 after batch 4; the state is saved"}
     resumed = train(tmp_path / "stopped", 2)
     undisturbed = load_file(tmp_path / "2" / "rank0.safetensors")
     assert largest_difference(stopped[0], undisturbed) > 0
@@ -48,15 +48,15 @@ def test_checkpoints_are_as_far_apart_with_two_ranks_as_with_one(tmp_path: Path)
 
 def test_what_stops_the_main_rank_alone_is_told_by_all(tmp_path: Path) -> None:
     train(tmp_path / "full", 2, "full")
-    told = {(tmp_path / "full" / f"rank{rank}.txt").read_text() for rank in (0, 1)}
-    assert len(told) == 1
-    assert "checkpoint-0000000010.safetensors could not be written: Is a directory" in told.pop()
+    messages = {(tmp_path / "full" / f"rank{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    assert "checkpoint-0000000010.safetensors could not be written: Is a directory" in messages.pop()
 
 
 def test_nan_on_one_rank_stops_the_member_everywhere_and_is_told(tmp_path: Path) -> None:
     ranks = train(tmp_path / "poisoned", 2, "nan")
     others = [name for name in ranks[0] if not name.startswith("2.")]
     assert all((ranks[0][name] == ranks[1][name]).all() for name in others)
-    told = (tmp_path / "poisoned" / "stopped.txt").read_text()
-    assert told.startswith("seed=1 ce_ic_tradeoff=0.3: the ")
-    assert "was not finite at step 31 on rank 1; the member was stopped and its last good state kept" in told
+    messages = (tmp_path / "poisoned" / "stopped.txt").read_text()
+    assert messages.startswith("seed=1 ce_ic_tradeoff=0.3: the ")
+    assert "was not finite at step 31 on rank 1; the member was stopped and its last good state kept" in messages
