@@ -82,7 +82,7 @@ def _hint_at_other_keys(study: LoadedStudy) -> None:
 
 
 def _print_status(study: LoadedStudy, watch: bool) -> bool:
-    """Returns whether there is more to watch. Raises UserError if the study's folder is unavailable and nobody watches."""
+    """Returns whether there is more to watch. Raises UserError if the folder is unavailable and nobody watches."""
     from launch.slurm.queue_view import QueueView
     from launch.status import OVER, report_state, study_status, table
 

@@ -147,7 +147,7 @@ def _runs(client: Any, experiment_id: str, study_id: str) -> dict[str, Any]:
 
 
 def _write_run(client: Any, experiment_id: str, run: Any, point: TrackedPoint, tags: Mapping[str, str]) -> str:
-    """Returns the id of the run that now holds `point`. The content's tag is last, so an interrupted write is repeated."""
+    """Returns the id of the run that now holds `point`. The content's tag is last: torn writes are repeated."""
     params = {key: _param(value) for key, value in point.get("params", {}).items()}
     content = _content(point, params, tags)
     if run is not None and run.data.tags.get(CONTENT_TAG) == content:

@@ -10,6 +10,28 @@ from dynexit.study.methods import METHODS
 from dynexit.study.schema import SECTIONS, Config, method_settings
 from dynexit.study.yaml_text import shorten
 
+ALIASES = {
+    "arch": "backbone.name",
+    "model": "backbone.name",
+    "backbone": "backbone.name",
+    "weights": "backbone.weights",
+    "weights_path": "backbone.weights",
+    "pretrained": "backbone.weights",
+    "dataset": "data.name",
+    "data_dir": "data.dir",
+    "img_size": "data.image_size",
+    "input_size": "data.image_size",
+    "lr": "train.learning_rate",
+    "b": "train.global_batch_size",
+    "batch": "train.global_batch_size",
+    "batch_size": "train.global_batch_size",
+    "epoch": "train.num_epochs",
+    "epochs": "train.num_epochs",
+    "num_epoch": "train.num_epochs",
+    "ce_ic_tradeoff": "jei_dnn.ce_ic_tradeoff",
+}
+"""Names of other programs, as JEI-DNN's, DyCE's and timm's options, and the keys that mean the same here."""
+
 
 def all_keys() -> list[str]:
     """Every dotted key of the schema, in its order."""
@@ -25,13 +47,19 @@ def changes_results(dotted: str) -> bool:
 
 
 def unknown_key(dotted: str) -> str:
-    """That there is no such key, and which one may be meant."""
+    """Returns that there is no such key, and which one may be meant."""
     known = all_keys()
-    same_end = [name for name in known if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
-    near = same_end or difflib.get_close_matches(dotted, [*known, *SECTIONS, "sweep"], n=1, cutoff=0.6)
+    section, _, last = dotted.rpartition(".")
+    alias = ALIASES.get(last.lower().replace("-", "_"))
+    same_end = [name for name in known if name.rpartition(".")[2] == last]
+    if alias is not None:
+        here = f"{section}.{alias.rpartition('.')[2]}"
+        near = [here if here in known else alias]
+    else:
+        near = same_end or difflib.get_close_matches(dotted, [*known, *SECTIONS, "sweep"], n=1, cutoff=0.6)
     if not near:
         by_end = {name.rpartition(".")[2]: name for name in known}
-        near = [by_end[end] for end in difflib.get_close_matches(dotted.rpartition(".")[2], by_end, n=1)]
+        near = [by_end[end] for end in difflib.get_close_matches(last, by_end, n=1)]
     hint = f"did you mean {near[0]}?" if near else "`dynexit config STUDY.yaml` lists all keys"
     return f"{dotted} is not a key; {hint}"
 

@@ -11,7 +11,7 @@ from dynexit.study.grid import Study, fixed_values
 from dynexit.study.keys import parse_weights
 from dynexit.study.read import load_study, resolved_yaml
 from dynexit.study.schema import SECTIONS, Config
-from dynexit.study.validation import all_keys
+from dynexit.study.validation import ALIASES, all_keys
 
 SMALL = "sweep: {seed: [0, 1], jei_dnn.ce_ic_tradeoff: [0.1, 1]}\n"
 
@@ -116,7 +116,7 @@ sweep: {seed: [], train.batch_size: [1], jei_dnn.head_loss: [paper, papers], see
         "train.num_epoch is not a key; did you mean train.num_epochs?",
         "recrod is not a key; did you mean record?",
         "sweep.seed = []: the grid is empty; give at least one value or remove the key",
-        "sweep.train.batch_size is not a key; did you mean record.batch_size?",
+        "sweep.train.batch_size is not a key; did you mean train.global_batch_size?",
         "sweep.jei_dnn.head_loss = 'papers': should be 'reference', 'paper' or 'single'",
         "sweep.seeds is not a key; did you mean seed?",
     ]
@@ -279,3 +279,21 @@ def test_a_range_of_weights_is_no_number_of_minutes(tmp_path: Path) -> None:
     for text in ("search: {accuracy_weights: 0:1:0.25}", ""):
         found = study(tmp_path, text, "search.accuracy_weights=0:1:0.25")
         assert found.config.search.accuracy_weights == "0:1:0.25"
+
+
+def test_names_of_other_programs_lead_to_the_key(tmp_path: Path) -> None:
+    for name, key in (
+        ("arch", "backbone.name"),
+        ("dataset", "data.name"),
+        ("lr", "train.learning_rate"),
+        ("prepare.lr", "prepare.learning_rate"),
+        ("b", "train.global_batch_size"),
+        ("batch_size", "train.global_batch_size"),
+        ("num_epoch", "train.num_epochs"),
+        ("prepare.epochs", "prepare.num_epochs"),
+        ("weights-path", "backbone.weights"),
+        ("backbone.arch", "backbone.name"),
+        ("ce_ic_tradeoff", "jei_dnn.ce_ic_tradeoff"),
+    ):
+        assert mistakes(tmp_path, "", f"{name}=1") == [f"{name} is not a key; did you mean {key}?"]
+    assert set(ALIASES.values()) <= set(all_keys())
