@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynexit.data.splits import DataSets, Split, Workers
+from dynexit.data.splits import DataSets, Split, Workers, stratified_order
 from dynexit.errors import UserError
 from dynexit.study.schema import DataSettings
 
@@ -36,7 +36,7 @@ def load_digits(data: DataSettings, workers: Workers) -> DataSets:
     originals = torch.from_numpy(digits.images.astype(np.float32) / 16.0)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     num_train = num_train_digits(data)
-    order = torch.from_numpy(np.random.default_rng([data.seed, 0]).permutation(len(labels)))
+    order = stratified_order(labels, data.seed)
     ends = (num_train, num_train + data.num_validation, len(labels))
     views = (data.num_train_views, data.num_evaluation_views, data.num_evaluation_views)
     splits: list[Split] = []

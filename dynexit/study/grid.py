@@ -26,7 +26,7 @@ SWEEPABLE = tuple(
     for name in (sections_of_methods() if section == METHOD else [section])
 )
 _MOST_POINTS = 10**6
-_SPLIT_FORMAT = "splits by class"  # of what is held out; in the ids of data sets that are divided by their labels
+_SPLIT_FORMAT = "splits by class"  # of what is held out; in every id
 _FORMAT = 1  # of what the jobs write; a change of meaning raises it and with it every id
 
 
@@ -196,9 +196,7 @@ def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, 
             config = _with_value(config, dotted, value)
         value = getattr(config, name)
         text = canonical_json(value)
-        if name == "data" and value.name != "digits":
-            text += _SPLIT_FORMAT
-        cache[cache_key] = (value, text)
+        cache[cache_key] = (value, text + (_SPLIT_FORMAT if name == "data" else ""))
     return cache[cache_key]
 
 

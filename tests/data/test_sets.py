@@ -48,6 +48,7 @@ def test_digits_hold_no_original_in_two_splits() -> None:
     origins = [set(split.origin.tolist()) for split in (data.train, data.validation, data.test)]
     assert [len(origin) for origin in origins] == [1797 - 110, 50, 60]
     assert len(set.union(*origins)) == 1797
+    assert data.validation.labels.bincount().tolist() == [5] * 10
     assert (data.train.images.shape, data.train.images.dtype) == ((2 * 1687, 1, 32, 32), torch.float32)
     with pytest.raises(UserError, match=r"leave 97 of 1797 digits for training; make them smaller$"):
         describe_data(DataSettings(num_validation=1300))  # before anything is read
