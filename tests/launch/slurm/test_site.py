@@ -94,8 +94,8 @@ def test_contradictions_with_the_study() -> None:
 
 def test_gpus_that_no_rank_would_use_are_refused() -> None:
     assert site_contradictions(Site(gpus_per_node=8), Config()) == [
-        "dist.tasks_per_node = 1: would leave GPUs of each node unused, as the site profile has gpus_per_node = 8 and a "
-        "rank uses one; set dist.tasks_per_node=8 in the study, or gpus_per_node: 1 in the profile"
+        "dist.tasks_per_node = 1: would leave GPUs of each node unused, as the site profile has gpus_per_node = 8 and "
+        "a rank uses one; set dist.tasks_per_node=8 in the study, or gpus_per_node: 1 in the profile"
     ]
     assert site_contradictions(Site(gpus_per_node=8), Config(dist=Dist(tasks_per_node=8))) == []
     assert site_contradictions(Site(gpus_per_node=1), Config()) == []
