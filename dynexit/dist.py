@@ -143,7 +143,7 @@ def choose_device(device: str, gpus: Gpus) -> str:
     """Returns cpu or cuda for a `dist.device` of auto, cpu or cuda.
 
     Raises UserError where cuda is asked for and torch can use no GPU, and where there is a GPU that torch cannot use:
-    training on the CPU instead would take days without a word.
+    training on the CPU instead would take days, and nothing would say why.
     """
     if device == "cpu" or (device == "auto" and not gpus.usable and not gpus.file):
         return "cpu"

@@ -36,9 +36,9 @@ class Task:
         """Runs the job; the text of what failed, or nothing; the user's mistake as what it is."""
         signal.signal(signal.SIGTERM, _interrupt)
         work_for(self.launcher, job.study_dir)
-        if self.port is not None:
-            self._join_ranks(self.port, job)
         try:
+            if self.port is not None:
+                self._join_ranks(self.port, job)
             text = run_job(job)
         except UserError as error:
             return UserError(str(error))  # of a subclass not each comes through a pickle
