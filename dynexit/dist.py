@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, is_transient
 
 T = TypeVar("T")
 
@@ -77,12 +77,13 @@ class Ranks:
         try:
             yield
         except (Failure, UserError) as error:
-            own = (isinstance(error, UserError), str(error))  # of a subclass not each comes through a pickle
-        errors: list[tuple[bool, str] | None] = [None] * self.world_size
+            # of a subclass not each comes through a pickle
+            own = (isinstance(error, UserError), str(error), is_transient(error))
+        errors: list[tuple[bool, str, bool] | None] = [None] * self.world_size
         torch.distributed.all_gather_object(errors, own)
-        for is_users, text in filter(None, errors):
+        for is_users, text, may_succeed in filter(None, errors):
             shared = UserError(text) if is_users else Failure(text)
-            shared.on_all_ranks = True
+            shared.on_all_ranks, shared.is_transient = True, may_succeed
             raise shared
 
     def barrier(self) -> None:

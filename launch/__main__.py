@@ -120,14 +120,14 @@ def _run(study: "Study", options: argparse.Namespace, misfits: Callable[..., lis
     from launch.lock import hold
     from launch.plan import check_identity
     from launch.ranks import num_ranks
-    from launch.slurm.submissions import check_is_there, check_queue
+    from launch.slurm.submissions import check_listed, check_queue
 
     stages = stages_until("report" if options.command == "run" else options.command)
     if options.dry_run:
         return _print_plan(study, stages, options, misfits)
     if num_ranks() > 1:
         return _run_with_ranks(study, stages, options)
-    check_is_there(study.directory)
+    check_listed(study.directory)
     check_models(study, dry_run=False, misfits=misfits)
     if options.on == "slurm":
         return _submit(study, stages, options)
@@ -164,13 +164,13 @@ def _run_with_ranks(study: "Study", stages: Sequence[str], options: argparse.Nam
     from launch.checks import check_models
     from launch.lock import hold
     from launch.ranks import is_main, prepare_alone, run_together
-    from launch.slurm.submissions import check_is_there
+    from launch.slurm.submissions import check_listed
 
     if options.on != "here" or options.command == "infer":
         what = "infer" if options.command == "infer" else f"--on {options.on}"
         raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
     if is_main():  # the others are ended with it
-        check_is_there(study.directory)
+        check_listed(study.directory)
         check_models(study, dry_run=False)
     status = prepare_alone(study, [str(options.study), *options.overrides])
     if status:

@@ -15,8 +15,8 @@ from dynexit.errors import Failure, Interrupted, UserError
 from dynexit.study.schema import DistSettings
 from dynexit.study.stages import stage_of
 from launch.lock import work_for
+from launch.log_errors import last_error
 from launch.plan import Job, done_together
-from launch.slurm.queue_view import last_error
 
 _POLL_SECONDS = 0.5
 _ENDING_SECONDS = 30

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 from dynexit.core.cost import ExitCosts
+from dynexit.errors import end_if_stopped
 from dynexit.jobs.finished import recorded_splits
 from dynexit.progress import Progress
 from dynexit.record.shards import Record
@@ -32,6 +33,7 @@ def run_search(points: Sequence[Point]) -> None:
         progress.start(len(missing))
         for num_samples in _search_all(missing):
             progress.advance(num_samples, {})
+            end_if_stopped()
         progress.finish()
 
 

@@ -14,7 +14,8 @@ from dynexit.errors import Failure, UserError
 from launch.slurm.site import Site
 
 DEFAULT_ARRAY_SIZE = 1001  # SLURM's MaxArraySize where nobody set another
-# what users may have told the commands; more, as SQUEUE_PARTITION or a job's own numbers, would make them lie
+QUERY_SECONDS = 30  # between two questions for the queue
+# options that users may give the commands by the environment; others, as SQUEUE_PARTITION, would change their answers
 OF_USERS = (
     *("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"),
     *(f"SBATCH_{name}" for name in ("ACCOUNT", "CLUSTERS", "CONSTRAINT", "PARTITION", "QOS", "RESERVATION")),
@@ -68,9 +69,11 @@ class _Refusal(Failure):
 
 def ask(command: Sequence[str]) -> str:
     """What a command printed. Raises Failure where it is missing, fails or does not answer."""
-    told = {name: value for name, value in os.environ.items() if name in OF_USERS or not name.startswith(_OPTIONS)}
+    environment = {
+        name: value for name, value in os.environ.items() if name in OF_USERS or not name.startswith(_OPTIONS)
+    }
     try:
-        done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except FileNotFoundError:
         raise Failure(f"there is no {command[0]} on this machine; submit from a node of the cluster") from None
     except subprocess.TimeoutExpired:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launch.slurm.job_script import script_after, script_before
 
 from dynexit.study.schema import DistSettings
-from launch.slurm.job_script import script_after, script_before
 from launch.slurm.worker import ClusterTask
 from tests.command_line import TINY, digests, dynexit
 from tests.slurm.conftest import Cluster, wait_until

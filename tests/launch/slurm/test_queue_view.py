@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
+from launch.slurm.queue_view import QueueView, last_error, live_state
 
 from dynexit.errors import UserError
 from dynexit.run_dir import write_json
 from dynexit.study.read import load_study
 from launch.slurm import cluster, submissions
 from launch.slurm.cluster import QueuedJob
-from launch.slurm.queue_view import QueueView, last_error, live_state
 from launch.slurm.submissions import Submission, Submitted, all_submitted, settled_jobs
 from launch.status import report_state, study_status
 from tests.command_line import TINY

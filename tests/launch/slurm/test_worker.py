@@ -15,6 +15,9 @@ from typing import cast
 
 import pytest
 import torch
+from launch.slurm.interruptions import Terminated, interruptible, watched
+from launch.slurm.job_script import script_after, script_before
+from launch.slurm.notes import Notes
 
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, Interrupted
@@ -23,9 +26,6 @@ from dynexit.study.grid import Point
 from dynexit.study.schema import DistSettings
 from launch.plan import Job
 from launch.slurm import interruptions, notes
-from launch.slurm.interruptions import Terminated, interruptible, watched
-from launch.slurm.job_script import script_after, script_before
-from launch.slurm.notes import Notes
 from launch.slurm.submissions import Submitted
 from launch.slurm.worker import ClusterTask, _ready, _Work
 
