@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,15 +125,11 @@ def reason_path(job: Path, rank: int) -> Path:
     return job.with_name(f"{job.name}_{rank}.reason.json")
 
 
-def read_reasons(job: Path, restart: int) -> dict[int, RankReason]:
-    """By rank what the ranks of the job's start number `restart` left."""
-    found = {}
-    for path in job.parent.glob(f"{job.name}_*.reason.json"):
-        rank = re.fullmatch(rf"{re.escape(job.name)}_(\d+)\.reason\.json", path.name)
-        content = next(_objects(path), {})
-        if rank and content.get("restart") == restart:
-            found[int(rank.group(1))] = RankReason(path, **content)
-    return found
+def read_reason(job: Path, rank: int, restart: int) -> RankReason | None:
+    """What a rank of the job's start number `restart` left, or None."""
+    path = reason_path(job, rank)
+    content = next(_objects(path), {})
+    return RankReason(path, **content) if content.get("restart") == restart else None
 
 
 def restart_count() -> int:

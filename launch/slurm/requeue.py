@@ -29,7 +29,7 @@ from launch.slurm.attempts import (
     append_ends,
     packs_left,
     read_attempts,
-    read_reasons,
+    read_reason,
     restart_count,
 )
 
@@ -124,7 +124,9 @@ def main(job: str, status: str, seconds: str, limits_json: str) -> None:
     if before.is_superseded(restart_count()):  # SLURM took this node for dead and runs the job on another
         print(Decision(False, int(status) or 1))
         return
-    ends = attempt_ends(read_reasons(Path(job), restart_count()), int(status), float(seconds), limits)
+    found = {rank: read_reason(Path(job), rank, restart_count()) for rank in range(int(os.environ["SLURM_NTASKS"]))}
+    reasons = {rank: reason for rank, reason in found.items() if reason is not None}
+    ends = attempt_ends(reasons, int(status), float(seconds), limits)
     node, now = os.environ.get("SLURM_JOB_NODELIST", ""), time.strftime("%FT%T")
     ends = [dataclasses.replace(end, node=node, end=now) for end in ends]
     decision = decide([*before.ends, *ends], limits)
@@ -146,7 +148,6 @@ def script_before(folder: Path, umask: int) -> list[str]:
         # one task of an array has the array's SLURM_JOB_ID, which would requeue them all
         'this="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"',
         f'job={shlex.quote(str(folder))}/"$this"',
-        'rm -f "$job"_*.reason.json',
         'restart="${SLURM_RESTART_COUNT:-0}" node="$SLURM_JOB_NODELIST"',
         "start=$(date +%FT%T)",
         """printf '{"start": "%s", "restart": %d, "node": "%s"}\\n' "$start" "$restart" "$node" >> "$job.jsonl\"""",

@@ -1,4 +1,4 @@
-"""What was submitted for a study, and what became of it: one folder per submission, with its jobs' logs and attempts."""
+"""What was submitted for a study and what became of it: a folder per submission, with its jobs' logs and attempts."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.run_dir import folders_in_place, read_json, write_json
 from dynexit.study.grid import Point, Study
 from launch.slurm import cluster
-from launch.slurm.attempts import CRASHED, FAILED, Attempts, RankReason, read_attempts, read_reasons
+from launch.slurm.attempts import CRASHED, FAILED, Attempts, RankReason, read_attempts, read_reason
 from launch.slurm.cluster import QueuedJob
 
 _LIST = "jobs.json"
@@ -51,7 +51,7 @@ class Submitted:
     def main_reason(self) -> RankReason:
         """What the main rank of the last attempt says: the pack that it is at, and those that it finished."""
         restart = max((count for _, count, _ in self.attempts.starts), default=0)
-        return read_reasons(self.path, restart).get(0, RankReason(self.path))
+        return read_reason(self.path, 0, restart) or RankReason(self.path)
 
     @property
     def is_cancelled(self) -> bool:
@@ -59,9 +59,15 @@ class Submitted:
 
     def logs(self) -> list[Path]:
         """What its ranks printed: outputs first, then errors, by rank."""
-        found = self.folder.glob(f"{self.job_id}_*_log.*")
-        logs = [path for path in found if path.name.rsplit("_", 2)[0] == self.job_id]
-        return sorted(logs, key=lambda path: (path.suffix != ".out", len(path.name), path.name))
+        return logs_by_job(self.folder).get(self.job_id, [])
+
+
+def logs_by_job(folder: Path) -> dict[str, list[Path]]:
+    """What the ranks of a submission's jobs printed, from one look at the folder: by job id, outputs first."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*_log.*"), key=lambda path: (path.suffix != ".out", len(path.name), path.name)):
+        found.setdefault(path.name.rsplit("_", 2)[0], []).append(path)  # 7_2_0_log.out: of the job 7_2 rank 0
+    return found
 
 
 class Submission:
@@ -223,7 +229,7 @@ class QueueView:
             except Failure as failure:
                 self.unanswered = str(failure) if self._jobs else ""
         self.unlisted = unlisted(study_dir, self._queue or {})
-        self._logs = functools.cache(Submitted.logs)
+        self._logs = functools.cache(logs_by_job)
 
     def of(self, point: Point, missing: str) -> ClusterState | None:
         """Of the job that does the point's work `missing`, or the report; None if none was submitted."""
@@ -254,7 +260,7 @@ class QueueView:
             reason = now["error"] if now else noted.error if noted and noted.reason == FAILED else str(noted or "")
             reason = reason or _unnoted_end(job, entry)
         attempts, node = self._tries(jobs, work)
-        logs = self._logs(job)
+        logs = self._logs(job.folder).get(job.job_id, [])
         printed = [path for path in logs if failed and path.suffix == ".err" and path.stat().st_size]
         log = next(iter([*printed, *logs]), job.folder)
         return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
