@@ -80,18 +80,19 @@ def decide(ends: Sequence[End], limits: RequeueLimits) -> Decision:
 
 
 def attempt_ends(reasons: Mapping[int, RankReason], status: int, seconds: float, limits: RequeueLimits) -> list[End]:
-    """How the packs of an attempt ended, and the attempt itself, by its ranks' reasons and srun's exit status."""
+    """How the packs of an attempt ended, and the attempt itself, by its ranks' reasons and srun's exit status.
+
+    Empty if it is left to SLURM.
+    """
     main = reasons.get(0, RankReason(Path()))
     ends = [End(**one) for one in main.finished]
     alone = next((one for one in reasons.values() if one.word == FAILED), None)  # others waited for that rank
     if alone is not None:
         return [*ends, End(FAILED, alone.pack, status, alone.error)]
-    if (status == 0 or main.word == COMPLETED) and ends:
-        return ends
-    if status == 0:  # there was no room to note it
-        return [End(COMPLETED, pack) for pack in range(limits.num_packs)]
-    if main.word == COMPLETED:  # nothing was left to do
-        return [End(FAILED, None, status)]
+    if status == 0 and not main.word:  # so srun ends when a node fails, after which SLURM requeues the job
+        return []
+    if main.word == COMPLETED:
+        return ends or [End(FAILED, None, status)]  # nothing was left to do
     reason = _reason({one.word for one in reasons.values()}, status, seconds < limits.seconds_in_time)
     error = _cause([one.error for one in reasons.values() if one.error], status) if reason == CRASHED else ""
     return [*ends, End(reason, main.pack, status, error)]
@@ -121,12 +122,12 @@ def main(job: str, status: str, seconds: str, limits_json: str) -> None:
     """Notes how an attempt ended and prints the decision."""
     limits, path = RequeueLimits(**json.loads(limits_json)), Path(f"{job}.jsonl")
     before = read_attempts(path)
-    if before.is_superseded(restart_count()):  # SLURM took this node for dead and runs the job on another
-        print(Decision(False, int(status) or 1))
-        return
     found = {rank: read_reason(Path(job), rank, restart_count()) for rank in range(int(os.environ["SLURM_NTASKS"]))}
     reasons = {rank: reason for rank, reason in found.items() if reason is not None}
     ends = attempt_ends(reasons, int(status), float(seconds), limits)
+    if not ends or before.is_superseded(restart_count()):  # SLURM runs the job on another node
+        print(Decision(False, int(status) or 1))
+        return
     node, now = os.environ.get("SLURM_JOB_NODELIST", ""), time.strftime("%FT%T")
     ends = [dataclasses.replace(end, node=node, end=now) for end in ends]
     decision = decide([*before.ends, *ends], limits)

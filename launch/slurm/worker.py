@@ -67,8 +67,6 @@ class ClusterTask:
 
     def __call__(self, job: Path, reason: RankReason) -> int:
         """Does the packs that are left, and returns the exit status: 1 if one of them failed, now or before."""
-        from dynexit.dist import stop_ranks
-
         ranks = _start_ranks(self.packs[0][0])
         ends = read_attempts(job.with_name(f"{job.name}.jsonl")).ends
         left = ranks.broadcast(packs_left(ends, len(self.packs), self.max_retries) if ranks.is_main else [])
@@ -86,11 +84,14 @@ class ClusterTask:
         reason.pack, reason.word = None, COMPLETED
         if ranks.is_main:
             reason.write()
-        stop_ranks()
+        if ranks.world_size > 1:
+            from dynexit.dist import stop_ranks
+
+            stop_ranks()
         return int(len(completed) < len(self.packs))
 
 
-def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks") -> list[str]:
+def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks | _OneRank") -> list[str]:
     """Does the jobs of a pack for the points whose input is complete, and returns the error messages of the others.
 
     Raises what another try may repair, and _FailedAlone if one of several ranks failed.
@@ -107,7 +108,7 @@ def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks") -> list[str]:
     return errors
 
 
-def _run(job: "Job", ranks: "Ranks") -> list[str]:
+def _run(job: "Job", ranks: "Ranks | _OneRank") -> list[str]:
     """Runs a job; returns the error message of a failure that another try would repeat, if any."""
     from dynexit.study.stages import stage_of
 
@@ -147,15 +148,23 @@ def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
     return dataclasses.replace(job, points=tuple(ready)), list(dict.fromkeys(damaged)), missing
 
 
-def _start_ranks(job: "Job") -> "Ranks":
-    """Joins the job's ranks; a single process needs no others, and a search no device."""
+class _OneRank:
+    """What `Ranks` is for a job of one process, without torch: a search needs none."""
+
+    is_main, world_size = True, 1
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def _start_ranks(job: "Job") -> "Ranks | _OneRank":
+    """Joins the job's ranks, if it has several."""
+    if int(os.environ["SLURM_NTASKS"]) == 1:
+        return _OneRank()
     import submitit
-    import torch
 
-    from dynexit.dist import Ranks, start_ranks
+    from dynexit.dist import start_ranks
 
-    if submitit.JobEnvironment().num_tasks == 1:
-        return Ranks(0, 1, torch.device("cpu"))
     # a port that the job's last attempt left may be taken for a minute
     number = int(os.environ["SLURM_JOB_ID"]) * 7 + restart_count()
     os.environ["MASTER_PORT"] = str(20000 + number % 12000)  # below the ports that Linux gives to others

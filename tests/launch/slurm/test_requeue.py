@@ -127,7 +127,7 @@ def test_packs_of_an_attempt_end_one_by_one() -> None:
     alone = {0: RankReason(Path(), pack=1, word=CRASHED, error="gloo"), 1: RankReason(Path(), 0, 1, [], FAILED, "full")}
     assert attempt_ends(alone, 1, 10, THREE) == [End(FAILED, 1, 1, "full")]
     assert decide([End(FAILED, None, 1)], ONE).requeue is False
-    assert attempt_ends({}, 0, 10, THREE) == [End(COMPLETED, i) for i in range(3)]  # a full disk kept no reason
+    assert attempt_ends({}, 0, 10, THREE) == []  # as of a node that failed: SLURM requeues the job
 
 
 CLOSED = "RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.1.1]:15771."
@@ -225,6 +225,8 @@ def test_script_notes_and_requeues(tmp_path: Path) -> None:
     assert [end.reason for end in attempts.ends] == [PREEMPTED, CRASHED, CRASHED]
     assert [(count, node) for _, count, node in attempts.starts] == [(0, "n1"), (1, "n1"), (2, "n1")]
     assert str(attempts.ends[-1]).endswith(" on n1 with exit status 137")
+    done = [{"pack": 0, "reason": COMPLETED, "error": ""}]
+    RankReason(reason_path(tmp_path / "7_2", 0), 3, None, done, COMPLETED).write()
     assert run_script(tmp_path, 0, restart=3) == (0, "")
     assert noted(tmp_path)[-1] == COMPLETED
 
@@ -253,7 +255,7 @@ def test_script_leaves_a_cancelled_job_alone(tmp_path: Path) -> None:
 def test_script_ends_on_sigterm_and_ignores_sigusr2(tmp_path: Path) -> None:
     assert run_script(tmp_path, 75, meanwhile="kill -TERM $$") == (143, "")
     assert noted(tmp_path) == []
-    assert run_script(tmp_path, 0, meanwhile="kill -USR2 $$") == (0, "")
+    assert run_script(tmp_path, 75, meanwhile="kill -USR2 $$") == (75, "requeue 7_2\n")
 
 
 def test_script_of_a_superseded_attempt_notes_nothing(tmp_path: Path) -> None:
