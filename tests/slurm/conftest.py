@@ -8,27 +8,29 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from launch.slurm.attempts import COMPLETED, Attempts, read_attempts
-from tests.command_line import ENVIRONMENT, ROOT, TINY, dynexit
+from tests.command_line import ENVIRONMENT, ROOT, SERVER, TINY, run_in_fork
 from tests.conftest import require
 
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
 SITE = ROOT / "slurm" / "sites" / "devcluster.yaml"
 _HANGS_SECONDS = 900  # of one wait; not a measure of speed
 
-Scenario = Iterator[Callable[[], object]]  # yields what it waits for
+Condition = Callable[[], object]
+Scenario = Generator[Condition, None, None]  # yields what it waits for
+Call = Generator[Condition, None, str]  # the same, and returns what a command printed
 
 
 class Cluster:
     """Commands of the running cluster `place`, and studies submitted to it from `folder`."""
 
     def __init__(self, place: Path, folder: Path) -> None:
-        self.place, self.folder = place, folder
+        self.place, self.folder, self.num_calls = place, folder, 0
 
     @staticmethod
     def run(*command: str) -> str:
@@ -42,13 +44,26 @@ class Cluster:
     def study(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def submit(self, *overrides: str, jobs: str = "run", site: Path = SITE) -> str:
-        """Submits the study, all of it or up to `jobs`; what was printed."""
-        return dynexit(self.folder, jobs, TINY, *overrides, "--on", "slurm", "--site", site).stdout
+    def call(self, command: str, *arguments: str | Path, status: int = 0) -> Call:
+        """Runs `dynexit` on the study while other scenarios go on; returns what it printed (of an error, that)."""
+        words = [command, str(TINY), *map(str, arguments)]
+        self.num_calls += 1
+        with tempfile.TemporaryDirectory() as printed:
+            process = SERVER.Process(target=run_in_fork, args=(self.folder, words, ENVIRONMENT, Path(printed)))
+            process.start()
+            yield lambda: process.exitcode is not None
+            self.num_calls -= 1
+            out, err = ((Path(printed) / name).read_text() for name in ("out", "err"))
+        assert process.exitcode == status, f"exit status {process.exitcode}\n{out}\n{err}"
+        return err if status else out
 
-    def status(self, *overrides: str) -> list[str]:
+    def submit(self, *overrides: str, jobs: str = "run", site: Path = SITE) -> Call:
+        """Submits the study, all of it or up to `jobs`."""
+        return self.call(jobs, *overrides, "--on", "slurm", "--site", site)
+
+    def status(self, *overrides: str) -> Generator[Condition, None, list[str]]:
         """The lines of `status`: a head, a line for every point, the report, the counts."""
-        return dynexit(self.folder, "status", TINY, *overrides).stdout.splitlines()
+        return (yield from self.call("status", *overrides)).splitlines()
 
     def job(self, name: str) -> str:
         """The id of the job whose name is `name`."""
@@ -61,7 +76,7 @@ class Cluster:
         """Whether jobs of the study wait or run."""
         return any(line.startswith(f"{study}-") for line in self.squeue("--format=%j").splitlines())
 
-    def is_over(self, study: str) -> Callable[[], bool]:
+    def is_over(self, study: str) -> Condition:
         return lambda: not self.is_live(study)
 
     def attempts(self, study: str, stage: str = "train") -> list[Attempts]:
@@ -91,12 +106,12 @@ class Cluster:
 def run_side_by_side(scenarios: Mapping[str, Scenario]) -> dict[str, BaseException | None]:
     """Runs all scenarios at once, each up to what it waits for; what each raised, if anything."""
     outcomes: dict[str, BaseException | None] = {}
-    waits: dict[str, tuple[float, Callable[[], object]]] = {name: (0.0, lambda: True) for name in scenarios}
+    waits: dict[str, tuple[float, Condition]] = {name: (0.0, lambda: True) for name in scenarios}
     while waits:
         for name, (since, is_there) in list(waits.items()):
             try:
                 if is_there():
-                    waits[name] = (time.monotonic(), next(scenarios[name]))  # type: ignore[call-overload]
+                    waits[name] = (time.monotonic(), next(scenarios[name]))
                 elif time.monotonic() - since > _HANGS_SECONDS:
                     raise AssertionError(f"{name} waits for ever\n{Cluster.run('squeue', '-t', 'all')}")
             except StopIteration:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -12,14 +12,15 @@ import yaml
 
 from launch.slurm.attempts import Attempts, read_attempts
 from launch.slurm.requeue import RequeueLimits, script_after, script_before
-from tests.command_line import TINY, digests, dynexit, start
-from tests.slurm.conftest import SITE, Cluster, Scenario, run_side_by_side
+from tests.command_line import TINY, digests, start
+from tests.slurm.conftest import SITE, Cluster, Condition, Scenario, run_side_by_side
 from tests.slurm.processes import is_alive, ranks_of, waits_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
 CLUSTER: dict[str, str] = {}
 LONG = ("sweep.jei_dnn.ce_ic_tradeoff=[1]", "train.num_epochs=40", "train.global_batch_size=20", "report.mlflow=false")
 RARELY, OFTEN = "dist.checkpoint_seconds=1000", "dist.checkpoint_seconds=1"
+Begun = Generator[Condition, None, tuple[str, ...]]
 TWO_RANKS = ("train.num_epochs=20", "dist.tasks_per_node=2")
 
 
@@ -31,11 +32,16 @@ def own_site(cluster: Cluster, **keys: object) -> Path:
 
 
 def reference(cluster: Cluster) -> Scenario:
-    """A study that nothing disturbs, with one rank, and its training with two."""
+    """A study that nothing disturbs."""
     process = start(cluster.folder, "run", TINY, *LONG, RARELY, "name=reference")
     yield lambda: process.poll() is not None
     assert process.returncode == 0, process.communicate()
     process.communicate()
+
+
+def two_ranks(cluster: Cluster) -> Scenario:
+    """The training of two ranks that nothing disturbs."""
+    yield is_prepared(cluster)
     with_prepare(cluster, "two-ranks")
     process = start(cluster.folder, "train", TINY, *LONG, RARELY, *TWO_RANKS, "name=two-ranks", "--on", "local")
     yield lambda: process.poll() is not None
@@ -53,11 +59,12 @@ def with_prepare(cluster: Cluster, name: str) -> None:
     subprocess.run(["cp", "-r", cluster.study("reference") / "prepare", cluster.study(name)], check=True)
 
 
-def begin(cluster: Cluster, name: str, *more: str, jobs: str = "run", site: Path = SITE) -> tuple[str, ...]:
-    """Submits a study that has the reference's backbone; its overrides."""
+def begin(cluster: Cluster, name: str, *more: str, jobs: str = "run", site: Path = SITE) -> Begun:
+    """Submits a study that has the reference's backbone; returns its overrides."""
+    yield is_prepared(cluster)
     with_prepare(cluster, name)
     study = (*LONG, f"name={name}", *more)
-    cluster.submit(*study, jobs=jobs, site=site)
+    yield from cluster.submit(*study, jobs=jobs, site=site)
     return study
 
 
@@ -69,9 +76,8 @@ def make_room(cluster: Cluster, node: str) -> None:
 
 def stopped(cluster: Cluster) -> Scenario:
     """A training gets SIGUSR2, is requeued by scontrol, and makes room for an urgent job."""
-    yield is_prepared(cluster)
     assert subprocess.run(["sacct"], capture_output=True, check=False).returncode  # accounting is off
-    study = begin(cluster, "stopped", RARELY, site=own_site(cluster, cpus_per_task=2))  # a node of its own
+    study = yield from begin(cluster, "stopped", RARELY, site=own_site(cluster, cpus_per_task=2))  # a node of its own
     yield lambda: cluster.is_at_step("stopped", 100)
     job = cluster.job("stopped-train")
     cluster.run("scancel", "--signal=USR2", job)
@@ -84,18 +90,17 @@ def stopped(cluster: Cluster) -> Scenario:
     yield lambda: cluster.ends("stopped") == ["preempted", "preempted"]
     yield cluster.is_over("stopped")
     assert cluster.num_starts("stopped") == 4
-    assert [line.split()[-3:-1] for line in cluster.status(*study)[1:3]] == [
+    assert [line.split()[-3:-1] for line in (yield from cluster.status(*study))[1:3]] == [
         ["4", cluster.attempts("stopped")[0].node]
     ] * 2
 
 
 def timed_out(cluster: Cluster) -> Scenario:
     """The time of a training is up; it is stopped until SLURM's signal came, so that it is not complete before."""
-    yield is_prepared(cluster)
     later = 'case "$SLURM_JOB_NAME,$SLURM_RESTART_COUNT" in *-train,) ;; *) '
     later += 'scontrol update JobId="$SLURM_JOB_ID" TimeLimit=30 ;; esac'  # what follows has more time
     site = own_site(cluster, time_minutes=1, signal_delay_seconds=15, setup=[later])
-    begin(cluster, "timed-out", RARELY, site=site)
+    yield from begin(cluster, "timed-out", RARELY, site=site)
     yield lambda: cluster.is_at_step("timed-out", 1) or cluster.ends("timed-out")
     ranks = [] if cluster.ends("timed-out") else ranks_of(cluster.job("timed-out-train"))
     for rank in ranks:
@@ -110,24 +115,22 @@ def timed_out(cluster: Cluster) -> Scenario:
 
 def fragile(cluster: Cluster) -> Scenario:
     """On a site that cancels what it preempts, and gives no time to save, `retry` continues."""
-    yield is_prepared(cluster)
     site = own_site(cluster, partition="fragile", cpus_per_task=2)
-    study = begin(cluster, "fragile", OFTEN, site=site)
+    study = yield from begin(cluster, "fragile", OFTEN, site=site)
     yield lambda: cluster.is_at_step("fragile", 300)
     make_room(cluster, cluster.node(cluster.job("fragile-train")))
     yield cluster.is_over("fragile")
-    lines = cluster.status(*study)
+    lines = yield from cluster.status(*study)
     assert lines[-1] == "2 failed"
     assert "train job" in lines[1]
-    said = dynexit(cluster.folder, "retry", TINY, *study).stdout
+    said = yield from cluster.call("retry", *study)
     assert "train: 1 task, 1 pack" in said
     yield cluster.is_over("fragile")
 
 
 def killed(cluster: Cluster) -> Scenario:
     """A rank is killed twice: the other one ends, and the job goes on elsewhere."""
-    yield is_prepared(cluster)
-    begin(cluster, "killed", OFTEN, *TWO_RANKS, jobs="train")
+    yield from begin(cluster, "killed", OFTEN, *TWO_RANKS, jobs="train")
     for attempt, step in ((1, 100), (2, 400)):
         yield lambda step=step: cluster.is_at_step("killed", step)
         job = cluster.job("killed-train")
@@ -145,9 +148,8 @@ def killed(cluster: Cluster) -> Scenario:
 
 def silent(cluster: Cluster) -> Scenario:
     """A rank on another node stops answering: the job ends, and `status` and `logs` say why."""
-    yield is_prepared(cluster)
     limits = ("dist.timeout_seconds=60", "dist.max_retries=0", "dist.nodes=2")
-    study = begin(cluster, "silent", RARELY, *limits, jobs="train")
+    study = yield from begin(cluster, "silent", RARELY, *limits, jobs="train")
     yield lambda: cluster.is_at_step("silent", 50)
     job = cluster.job("silent-train")
     ranks = ranks_of(job)
@@ -156,18 +158,19 @@ def silent(cluster: Cluster) -> Scenario:
     yield lambda: cluster.ends("silent") == ["crashed"]
     yield cluster.is_over("silent")
     assert not any(map(is_alive, ranks))
-    lines = cluster.status(*study)
+    lines = yield from cluster.status(*study)
     assert lines[-1] == "2 failed"
     assert "Timed out waiting 60000ms" in lines[1]
     assert "; crashed " in lines[1]
     point = lines[1].split()[2]
-    assert "Timed out waiting 60000ms" in dynexit(cluster.folder, "logs", TINY, point, *study).stdout
+    assert "Timed out waiting 60000ms" in (yield from cluster.call("logs", point, *study))
 
 
 def dead_node(cluster: Cluster) -> Scenario:
     """SLURM loses a node and starts the job elsewhere; what hung on the node ends when it goes on."""
-    yield is_prepared(cluster)
-    begin(cluster, "dead-node", OFTEN, site=own_site(cluster, cpus_per_task=2))  # no other's job is on its node
+    yield from begin(
+        cluster, "dead-node", OFTEN, site=own_site(cluster, cpus_per_task=2)
+    )  # no other's job is on its node
     yield lambda: cluster.is_at_step("dead-node", 300)
     job = cluster.job("dead-node-train")
     node = cluster.node(job)
@@ -215,7 +218,7 @@ def array(cluster: Cluster) -> Scenario:
     assert starts() == [1, 1, 2]
 
 
-SCENARIOS = (reference, stopped, timed_out, fragile, killed, silent, dead_node, array)
+SCENARIOS = (reference, two_ranks, stopped, timed_out, fragile, killed, silent, dead_node, array)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dynexit.study.read import load_study
 from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
 from tests.slurm.conftest import SITE, Cluster, Scenario, run_side_by_side
 from tests.slurm.processes import is_alive, processes_of
@@ -50,15 +51,17 @@ def with_prepare(cluster: Cluster, name: str) -> None:
 def sweep(cluster: Cluster) -> Scenario:
     """Arrays are split by MaxArraySize, and the controller is restarted while they run."""
     study = (*ALONE, "name=sweep")
-    said = cluster.submit(*study)
+    said = yield from cluster.submit(*study)
     assert [line.split(":")[0] for line in said.splitlines()[:-1]] == ["prepare", *["train", "search"] * 2, "report"]
     assert "train: 3 tasks, 3 packs" in said
     assert "train: 1 task, 1 pack" in said
-    assert cluster.status(*study)[-1].startswith("4 ")
-    error = dynexit(cluster.folder, "run", TINY, *study, status=2).stderr
+    assert (yield from cluster.status(*study))[-1].startswith("4 ")
+    error = yield from cluster.call("run", *study, status=2)
     assert "jobs of runs/sweep are in the cluster's queue" in error
-    assert "nothing to submit, all of it is done or in the queue" in cluster.submit(*study)
-    yield lambda: cluster.is_at_step("sweep", 1)  # srun waits a minute before it asks again for a step
+    again = yield from cluster.submit(*study)
+    assert [line.split(":")[0] for line in again.splitlines()] == ["report", "logs"]  # in place of the one before
+    assert cluster.squeue("--name=sweep-report", "--format=%i").split() == [again.split("job ")[1].split()[0]]
+    yield lambda: cluster.is_at_step("sweep", 1) and cluster.num_calls == 0
     controller = int((cluster.place / "pid" / "slurmctld.pid").read_text())
     os.kill(controller, signal.SIGTERM)
     while is_alive(controller):  # without giving way: the others' questions would find no controller
@@ -67,20 +70,20 @@ def sweep(cluster: Cluster) -> Scenario:
     while "UP" not in subprocess.run(["scontrol", "ping"], capture_output=True, text=True, check=False).stdout:
         pass
     yield cluster.is_over("sweep")
-    assert re.fullmatch(r"report: done, .*report\.html", cluster.status(*study)[-2])
-    assert cluster.status(*study)[-1] == "4 done"
-    assert "nothing to submit" in cluster.submit(*study)
+    assert re.fullmatch(r"report: done, .*report\.html", (yield from cluster.status(*study))[-2])
+    assert (yield from cluster.status(*study))[-1] == "4 done"
+    assert "nothing to submit" in (yield from cluster.submit(*study))
 
 
 def ranks(cluster: Cluster) -> Scenario:
     """Two nodes with two ranks train and record."""
     yield is_prepared(cluster)
     with_prepare(cluster, "ranks")
-    cluster.submit(*UNEVEN, "name=ranks", "dist.nodes=2", "dist.tasks_per_node=2")
+    yield from cluster.submit(*UNEVEN, "name=ranks", "dist.nodes=2", "dist.tasks_per_node=2")
     yield cluster.is_over("ranks")
     for stage in ("prepare", "train"):
         shutil.copytree(cluster.study("ranks") / stage, cluster.study("recorded") / stage)
-    dynexit(cluster.folder, "run", TINY, *UNEVEN, "name=recorded")
+    yield from cluster.call("run", *UNEVEN, "name=recorded")
 
 
 def failing(cluster: Cluster) -> Scenario:
@@ -89,33 +92,33 @@ def failing(cluster: Cluster) -> Scenario:
     study = ("sweep.seed=[0]", *ALONE, "name=failing", "dist.max_retries=0")
     with_prepare(cluster, "failing")
     directory = cluster.study("failing")
+    first = load_study(TINY, study).points[0].id
+    in_the_way = directory / "train" / first / "heads.safetensors"
+    in_the_way.mkdir(parents=True)
     site = cluster.folder / "site.yaml"
     site.write_text(SITE.read_text() + "constraint: nowhere\n")
-    submit = ("run", TINY, *study, "--on", "slurm", "--site", site)
-    error = dynexit(cluster.folder, *submit, status=2).stderr
+    submit = ("run", *study, "--on", "slurm", "--site", site)
+    error = yield from cluster.call(*submit, status=2)
     assert error == "dynexit: the cluster would not take train: 2 tasks, 2 packs: Invalid feature specification\n"
     assert not cluster.is_live("failing")
     assert not list((directory / "slurm").glob("*"))
     site.write_text(SITE.read_text())
-    dynexit(cluster.folder, *submit)
-    first = cluster.status(*study)[1].split()[2]
-    in_the_way = directory / "train" / first / "heads.safetensors"
-    in_the_way.mkdir(parents=True)
+    yield from cluster.call(*submit)
     yield cluster.is_over("failing")
-    lines = cluster.status(*study)
+    lines = yield from cluster.status(*study)
     assert lines[-1] == "1 failed, 1 done"
     assert "heads.safetensors could not be written: Is a directory; make room or" in lines[1]
-    assert "could not be written: Is a directory" in dynexit(cluster.folder, "logs", TINY, first, *study).stdout
+    assert "could not be written: Is a directory" in (yield from cluster.call("logs", first, *study))
     in_the_way.rmdir()
     site.write_text(SITE.read_text() + "setup: [touch /tmp/dynexit-was-here]\n")
-    refused = dynexit(cluster.folder, "retry", TINY, *study, status=2).stderr
+    refused = yield from cluster.call("retry", *study, status=2)
     assert "has changed or belongs to another user; name the profile with --site" in refused
     assert not cluster.is_live("failing")
     site.write_text(SITE.read_text())
-    said = dynexit(cluster.folder, "retry", TINY, *study).stdout
+    said = yield from cluster.call("retry", *study)
     assert "train: 1 task, 1 pack" in said
     yield cluster.is_over("failing")
-    assert cluster.status(*study)[-1] == "2 done"
+    assert (yield from cluster.status(*study))[-1] == "2 done"
 
 
 def cancelled(cluster: Cluster) -> Scenario:
@@ -123,22 +126,23 @@ def cancelled(cluster: Cluster) -> Scenario:
     yield is_prepared(cluster)
     study = (*ALONE, "name=cancelled", "train.num_epochs=1000")
     with_prepare(cluster, "cancelled")
-    cluster.submit(*study)
-    point = cluster.status(*study)[1].split()[2]
+    yield from cluster.submit(*study)
+    point = (yield from cluster.status(*study))[1].split()[2]
     yield lambda: processes_of("cancelled")
-    said = dynexit(cluster.folder, "cancel", TINY, point, *study).stdout.splitlines()
+    said = (yield from cluster.call("cancel", point, *study)).splitlines()
     assert [line.split()[1] for line in said] == ["train", "search"]
-    yield lambda: "1 cancelled" in cluster.status(*study)[-1]
-    dynexit(cluster.folder, "cancel", TINY, *study)
+    yield lambda: len(cluster.squeue("--name=cancelled-train", "--format=%i").split()) == 3
+    assert "1 cancelled" in (yield from cluster.status(*study))[-1]
+    yield from cluster.call("cancel", *study)
     yield cluster.is_over("cancelled")
-    said = dynexit(cluster.folder, "retry", TINY, *study).stdout
+    said = yield from cluster.call("retry", *study)
     assert "train: 3 tasks, 3 packs" in said
-    dynexit(cluster.folder, "cancel", TINY, *study)
+    yield from cluster.call("cancel", *study)
     yield cluster.is_over("cancelled")
     yield lambda: not processes_of("cancelled")
     assert not [path for path in cluster.study("cancelled").rglob("*") if "tmp" in path.name]
-    assert cluster.status(*study)[-1] == "4 cancelled"
-    assert "nothing of it is in the queue" in dynexit(cluster.folder, "cancel", TINY, *study).stdout
+    assert (yield from cluster.status(*study))[-1] == "4 cancelled"
+    assert "nothing of it is in the queue" in (yield from cluster.call("cancel", *study))
 
 
 def percent(cluster: Cluster) -> Scenario:
@@ -148,9 +152,9 @@ def percent(cluster: Cluster) -> Scenario:
     runs = cluster.folder / "50%_%j"
     shutil.move(cluster.folder / "runs" / "percent", runs / "percent")
     study = ("sweep.seed=[0]", *QUICK, "name=percent", f"runs_dir={runs}")
-    cluster.submit(*study)
+    yield from cluster.submit(*study)
     yield cluster.is_over("percent")
-    assert cluster.status(*study)[-1] == "2 done"
+    assert (yield from cluster.status(*study))[-1] == "2 done"
     folder = runs / "percent" / "slurm" / "0001"
     assert folder.stat().st_mode & 0o777 == 0o700
     pickles = list(folder.glob("*_submitted.pkl"))
@@ -213,21 +217,26 @@ def test_limits_of_accounting_hold(
     cluster: Cluster, outcomes: dict[str, BaseException | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for a study that is submitted from within a job."""
-    study = (*ALONE, "name=accounted")
     with_prepare(cluster, "accounted")
     cluster.run("sacctmgr", "--immediate", "modify", "user", "root", "set", "MaxSubmitJobs=6")
     with monkeypatch.context() as within:
         for name, value in IN_A_JOB.items():  # srun refuses that memory together with the site's
             within.setitem(ENVIRONMENT, name, value)
-        said = cluster.submit(*study)
-        assert "failed" not in cluster.status(*study)
-    assert "train: 2 tasks, 4 packs" in said  # and as many that search, and the report
-    assert "search: 2 tasks" in said
-    assert run_side_by_side({"accounted": iter([cluster.is_over("accounted")])}) == {"accounted": None}
+        assert run_side_by_side({"accounted": accounted(cluster)}) == {"accounted": None}
     assert digests(cluster.study("accounted")) == digests(cluster.study("reference"))
-    assert cluster.status(*study)[-1] == "4 done"
     seen = cluster.run("sacct", "--allocations", "--noheader", "--parsable2", "--format=JobName,State").splitlines()
-    assert [line for line in seen if line.startswith("accounted-")] == [
-        f"accounted-{stage}|COMPLETED" for stage in ("train", "train", "search", "search", "report")
+    assert sorted(line for line in seen if line.startswith("accounted-")) == [
+        f"accounted-{stage}|COMPLETED" for stage in ("report", "search", "search", "train", "train")
     ]
     assert not list(cluster.study("accounted").glob("slurm/*/7_3.*"))
+
+
+def accounted(cluster: Cluster) -> Scenario:
+    """A task does several packs in turn, since the user may not have more jobs."""
+    study = (*ALONE, "name=accounted")
+    said = yield from cluster.submit(*study)
+    assert "train: 2 tasks, 4 packs" in said
+    assert "search: 2 tasks" in said
+    assert "failed" not in "".join((yield from cluster.status(*study)))
+    yield cluster.is_over("accounted")
+    assert (yield from cluster.status(*study))[-1] == "4 done"
