@@ -41,10 +41,13 @@ def _work(pack: Pack) -> dict[str, list[str]]:
     return {job.stage: sorted({p.ids[job.stage] for p in job.points}) for job in pack if job.stage != "report"}
 
 
-def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live) -> list[Array]:
+def plan_arrays(
+    study: Study, stages: Sequence[str], limits: Limits, live: Live, ending: Live | None = None
+) -> list[Array]:
     """The arrays that do what of `stages` is neither done nor queued, in the order of submission.
 
-    Raises UserError if the cluster's limits leave no room for them.
+    `ending` are cancelled jobs that have not ended: their work is submitted again, to start when they have.
+    Raises UserError if the cluster's limits leave no room.
     """
     prepare = [
         ((job,),) for job in missing_jobs(study, "prepare") if ("prepare", job.points[0].ids["prepare"]) not in live
@@ -64,7 +67,8 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live)
         mine = TRAINING if stage in TRAINING else (stage,)
         tasks = tuple(tuple(tuple(job for job in pack if job.stage in mine) for pack in packs) for packs in part)
         ids = {(job.stage, p.ids[job.stage]) for packs in tasks for pack in packs for job in pack for p in job.points}
-        queued = {live[one].partition("_")[0] for one in ids & live.keys()} - {*after}
+        others = {**(ending or {}), **live}
+        queued = {others[one].partition("_")[0] for one in ids & others.keys()} - {*after}
         arrays.append(Array(stage, tasks, (*after, *sorted(queued))))
 
     for stage, packs, count, after in zip(

@@ -2,6 +2,7 @@
 
 Only the job's batch host appends: a line when an attempt starts, and a line for every way in which a pack, or the
 attempt, ended. The ranks leave a reason file each, written whole, which the batch host reads when they have ended.
+A job is named by a path here: its folder and its id.
 """
 
 import collections
@@ -14,6 +15,7 @@ from typing import Any
 
 PREEMPTED, TIMED_OUT, CRASHED, FAILED, COMPLETED = "preempted", "timed-out", "crashed", "failed", "completed"
 STOPPED, TERMINATED = "stopped", "terminated"  # words of a rank: ended by SIGUSR2, by SIGTERM
+STOPPED_STATUS = 75  # exit status of a rank that a signal stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +30,10 @@ class End:
     end: str = ""
 
     def __str__(self) -> str:
-        told = f"{self.reason} {self.end} on {self.node or '?'}" + f" with exit status {self.status}" * (
+        text = f"{self.reason} {self.end} on {self.node or '?'}" + f" with exit status {self.status}" * (
             self.status > 0
         )
-        return f"{self.error}; {told}" if self.error else told
+        return f"{self.error}; {text}" if self.error else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +54,22 @@ class Attempts:
         """Whether SLURM started the job again after its start number `restart`."""
         return any(count > restart for _, count, _ in self.starts)
 
-    def last(self, pack: int | None) -> End | None:
+    def last(self, pack: int) -> End | None:
         """How `pack`, or an attempt in which no pack was reached, ended the last time."""
         return next((end for end in reversed(self.ends) if end.pack in (pack, None)), None)
 
 
-def read_attempts(path: Path) -> Attempts:
-    """The attempts in a file; none if there is no file. A line that a full disk cut off is left out."""
-    starts, ends, has_ended = [], [], False
-    for line in _objects(path):
-        has_ended = "reason" in line
-        if has_ended:
-            ends.append(End(**line))
-        else:
-            starts.append((line["start"], line["restart"], line["node"]))
-    return Attempts(tuple(starts), tuple(ends), has_ended)
+def attempts_path(job: Path) -> Path:
+    """Where the attempts at a job are."""
+    return job.with_name(f"{job.name}.jsonl")
+
+
+def read_attempts(job: Path) -> Attempts:
+    """The attempts at a job; none if there is no file. A line that a full disk cut off is left out."""
+    lines = list(_objects(attempts_path(job)))
+    starts = tuple((line["start"], line["restart"], line["node"]) for line in lines if "start" in line)
+    ends = tuple(End(**line) for line in lines if "reason" in line)
+    return Attempts(starts, ends, bool(lines) and "reason" in lines[-1])
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
@@ -81,9 +84,9 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def append_ends(path: Path, ends: Sequence[End]) -> None:
+def append_ends(job: Path, ends: Sequence[End]) -> None:
     """Adds lines to the file, in one write. For the batch host alone."""
-    with path.open("a", encoding="utf-8") as file:
+    with attempts_path(job).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(dataclasses.asdict(end)) + "\n" for end in ends))
 
 
@@ -121,7 +124,7 @@ class RankReason:
 
 
 def reason_path(job: Path, rank: int) -> Path:
-    """Where a rank of the job leaves its reason; `job` is the folder and the job's id."""
+    """Where a rank of the job leaves its reason."""
     return job.with_name(f"{job.name}_{rank}.reason.json")
 
 

@@ -16,26 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.slurm.attempts import (
-    COMPLETED,
-    CRASHED,
-    FAILED,
-    PREEMPTED,
-    STOPPED,
-    TERMINATED,
-    TIMED_OUT,
-    End,
-    RankReason,
-    append_ends,
-    packs_left,
-    read_attempts,
-    read_reason,
-    restart_count,
-)
+from launch.slurm import attempts
+from launch.slurm.attempts import COMPLETED, CRASHED, FAILED, PREEMPTED, TIMED_OUT, End, RankReason
 
-STOPPED_STATUS = 75  # exit status of a rank that a signal stopped
-_BY_SIGNAL = (STOPPED_STATUS, 140, 143)  # 128 + SIGUSR2, 128 + SIGTERM: no rank was killed
-_BEFORE_HANDLING = 140  # SIGUSR2 before the program could handle it
+_BEFORE_HANDLING = 140  # 128 + SIGUSR2, before the program could handle it
+_BY_SIGNAL = (attempts.STOPPED_STATUS, 140, 143)  # 143 is 128 + SIGTERM: no rank was killed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +50,7 @@ class Decision:
 def decide(ends: Sequence[End], limits: RequeueLimits) -> Decision:
     """What follows from the ends of all attempts so far, the last of which is that of the attempt that just ended."""
     last = ends[-1]
-    left = packs_left(ends, limits.num_packs, limits.max_retries)
+    left = attempts.packs_left(ends, limits.num_packs, limits.max_retries)
     same = [end for end in ends if end.reason == last.reason]
     if last.reason in (TIMED_OUT, PREEMPTED):
         again = len(same) <= (limits.max_timeouts if last.reason == TIMED_OUT else limits.max_preemptions)
@@ -100,11 +85,10 @@ def attempt_ends(reasons: Mapping[int, RankReason], status: int, seconds: float,
 
 def _reason(words: set[str], status: int, is_in_time: bool) -> str:
     """Why the ranks ended. srun ends the ranks beside one that was killed by SIGTERM, as a preemption may end all."""
-    by_signal = STOPPED in words or (CRASHED not in words and status == _BEFORE_HANDLING)
-    by_signal = by_signal or (TERMINATED in words and CRASHED not in words and status in _BY_SIGNAL)
-    if by_signal:
-        return PREEMPTED if is_in_time else TIMED_OUT
-    return CRASHED
+    by_signal = attempts.STOPPED in words
+    if CRASHED not in words:
+        by_signal |= status == _BEFORE_HANDLING or (attempts.TERMINATED in words and status in _BY_SIGNAL)
+    return CRASHED if not by_signal else PREEMPTED if is_in_time else TIMED_OUT
 
 
 def _cause(errors: Sequence[str], status: int) -> str:
@@ -118,25 +102,22 @@ def _cause(errors: Sequence[str], status: int) -> str:
     return (own or silent or list(errors) or [""])[0]
 
 
-def main(job: str, status: str, seconds: str, limits_json: str) -> None:
-    """Notes how an attempt ended and prints the decision."""
-    limits, path = RequeueLimits(**json.loads(limits_json)), Path(f"{job}.jsonl")
-    before = read_attempts(path)
-    found = {rank: read_reason(Path(job), rank, restart_count()) for rank in range(int(os.environ["SLURM_NTASKS"]))}
-    reasons = {rank: reason for rank, reason in found.items() if reason is not None}
-    ends = attempt_ends(reasons, int(status), float(seconds), limits)
-    if not ends or before.is_superseded(restart_count()):  # SLURM runs the job on another node
-        print(Decision(False, int(status) or 1))
-        return
+def main(job: Path, status: int, seconds: float, limits: RequeueLimits) -> Decision:
+    """Notes how an attempt ended and returns the decision."""
+    restart, before = attempts.restart_count(), attempts.read_attempts(job)
+    found = {rank: attempts.read_reason(job, rank, restart) for rank in range(int(os.environ["SLURM_NTASKS"]))}
+    ends = attempt_ends({rank: one for rank, one in found.items() if one is not None}, status, seconds, limits)
+    if not ends or before.is_superseded(restart):  # SLURM runs the job on another node
+        return Decision(False, status or 1)
     node, now = os.environ.get("SLURM_JOB_NODELIST", ""), time.strftime("%FT%T")
     ends = [dataclasses.replace(end, node=node, end=now) for end in ends]
     decision = decide([*before.ends, *ends], limits)
     try:
-        append_ends(path, ends)
+        attempts.append_ends(job, ends)
     except OSError as error:  # what is not noted would not be counted
-        print(f"{path} could not be written: {error}; the job is not requeued", file=sys.stderr)
-        decision = Decision(False, decision.status)
-    print(decision)
+        print(f"the end of {job} could not be noted: {error}; the job is not requeued", file=sys.stderr)
+        return Decision(False, decision.status)
+    return decision
 
 
 def script_before(folder: Path, umask: int) -> list[str]:
@@ -186,4 +167,4 @@ def script_after(python: str, limits: RequeueLimits) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), RequeueLimits(**json.loads(sys.argv[4]))))

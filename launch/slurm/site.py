@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,7 +135,7 @@ def load_site(path: Path | None) -> Site:
         site = Site.model_validate(raw)
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(_sentence(path, item) for item in error.errors()))) from None
-    wrong = [name for name, text in _texts(raw) if CONTROL.search(text) and name != "setup"]
+    wrong = [name for name, value in raw.items() if name != "setup" and not "".join(texts_of(value)).isprintable()]
     if wrong:
         raise UserError(f"{path}: {wrong[0]} holds a control character, as a line break; only setup may")
     site._source = {"path": str(path.absolute()), "sha256": hashlib.sha256(content).hexdigest()}
@@ -161,20 +161,11 @@ def load_last_site(source: Mapping[str, Any] | None, study_dir: Path) -> Site:
     return site
 
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # would end a line of a script
-
-
-def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """All texts in a profile, keys too, with the names of the profile's keys that they are under."""
-    if isinstance(values, dict):
-        for one, value in values.items():
-            yield name or str(one), str(one)
-            yield from _texts(value, name or str(one))
-    elif isinstance(values, list):
-        for value in values:
-            yield from _texts(value, name)
-    else:
-        yield name, str(values)
+def texts_of(value: Any) -> list[str]:
+    """All texts in a value of a profile, keys too."""
+    if isinstance(value, dict):
+        return [text for pair in value.items() for one in pair for text in texts_of(one)]
+    return [text for one in value for text in texts_of(one)] if isinstance(value, list) else [str(value)]
 
 
 def _sentence(path: Path, item: Any) -> str:
@@ -189,20 +180,18 @@ def _sentence(path: Path, item: Any) -> str:
     return f"{path}: {name} is not a key; {hint}"
 
 
-# how sbatch, submitit and other launchers call it
-SBATCH_NAMES = {
-    "time": "time_minutes",
-    "timeout_min": "time_minutes",
-    "mem": "mem_gb",
-    "memory": "mem_gb",
-    "gres": "gpus_per_node",
-    "gpus": "gpus_per_node",
-    "image": "container",
-    "tmpdir": "scratch_dir",
-    "nodes": "dist.nodes of the study",
-    "tasks_per_node": "dist.tasks_per_node of the study",
-    "slurm_array_parallelism": "array_parallelism",
-}
+# how sbatch and other launchers call it
+SBATCH_NAMES = {"time": "time_minutes", "timeout_min": "time_minutes", "mem": "mem_gb", "memory": "mem_gb"}
+SBATCH_NAMES |= {"gres": "gpus_per_node", "gpus": "gpus_per_node", "nodes": "dist.nodes of the study"}
+SBATCH_NAMES |= {"tasks_per_node": "dist.tasks_per_node of the study"}
+# options that are keys of the profile or the study
+_OF_OTHER_KEYS = {name: SBATCH_NAMES[name.removesuffix("-min")] for name in ("time", "time-min", "nodes")}
+_OF_OTHER_KEYS |= dict.fromkeys(("ntasks", "ntasks-per-node"), SBATCH_NAMES["tasks_per_node"])
+_OF_OTHER_KEYS |= {"cpus-per-task": "cpus_per_task"}
+# options by which jobs are chained, found, stopped and requeued
+_OWN_OPTIONS = re.compile(
+    "array|comment|dependency|error|kill-on-invalid-dep|no-requeue|output|parsable|requeue|signal|wait"
+)
 
 
 def site_contradictions(site: Site, config: Config) -> list[str]:
@@ -215,36 +204,8 @@ def site_contradictions(site: Site, config: Config) -> list[str]:
             f"dist.tasks_per_node = {config.dist.tasks_per_node}: should be at most the site profile's gpus_per_node, "
             f"{site.gpus_per_node}"
         )
-    own = sorted(name for name in site.sbatch if name in OWN_OPTIONS)
+    own = sorted(filter(_OWN_OPTIONS.fullmatch, site.sbatch))
     if own:
         found.append(f"sbatch = {', '.join(own)}: dynexit sets that itself; take it out of the site profile")
-    for name in sorted(site.sbatch):
-        if name in _OF_OTHER_KEYS:
-            found.append(f"sbatch = {name}: that is {_OF_OTHER_KEYS[name]}")
-    return found
-
-
-# options that are keys of the profile or the study
-_OF_OTHER_KEYS = {
-    "time": SBATCH_NAMES["time"],
-    "time-min": SBATCH_NAMES["time"],
-    "nodes": SBATCH_NAMES["nodes"],
-    "ntasks": SBATCH_NAMES["tasks_per_node"],
-    "ntasks-per-node": SBATCH_NAMES["tasks_per_node"],
-    "cpus-per-task": "cpus_per_task",
-}
-
-# options by which jobs are chained, found, stopped and requeued
-OWN_OPTIONS = (
-    "array",
-    "comment",
-    "dependency",
-    "error",
-    "kill-on-invalid-dep",
-    "no-requeue",
-    "output",
-    "parsable",
-    "requeue",
-    "signal",
-    "wait",
-)
+    others = sorted(name for name in site.sbatch if name in _OF_OTHER_KEYS)
+    return found + [f"sbatch = {name}: that is {_OF_OTHER_KEYS[name]}" for name in others]

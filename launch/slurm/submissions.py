@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from launch.slurm.attempts import CRASHED, FAILED, Attempts, RankReason, read_at
 from launch.slurm.cluster import QueuedJob
 
 _LIST = "jobs.json"
-_SETTLE_TRIES = 4
 
 Work = Mapping[str, Sequence[str]]  # stage -> ids of what is done
 
@@ -45,7 +43,7 @@ class Submitted:
     @functools.cached_property
     def attempts(self) -> Attempts:
         """How often it was started, and how that ended."""
-        return read_attempts(self.folder / f"{self.job_id}.jsonl")
+        return read_attempts(self.path)
 
     @functools.cached_property
     def main_reason(self) -> RankReason:
@@ -140,25 +138,6 @@ def cancel(jobs: Sequence[Submitted]) -> None:
     for job in jobs:
         (job.folder / f"{job.job_id}.cancelled").touch()
     cluster.cancel_jobs([job.job_id for job in jobs])
-
-
-def settled_jobs(study_dir: Path, queue: Mapping[str, QueuedJob]) -> list[tuple[Submitted, QueuedJob]]:
-    """As `live_jobs`, when those have ended that are ending now: before that it is not known if one is requeued.
-
-    Raises UserError if that takes minutes.
-    """
-    first: set[str] | None = None  # of a large sweep there is always one that ends
-    for _ in range(_SETTLE_TRIES):
-        live = live_jobs(study_dir, queue)
-        found = {job.job_id for job, entry in live if entry.state == "COMPLETING"}
-        first = found if first is None else first & found
-        ending = sorted(first)
-        if not ending:
-            return live
-        print(f"waiting until {_first(ending)} of {study_dir} have ended", flush=True)
-        time.sleep(cluster.QUERY_SECONDS)
-        queue = cluster.queue()
-    raise UserError(f"jobs of {study_dir} are ending ({_first(ending)}); run it again when squeue shows them no more")
 
 
 def _first(job_ids: Sequence[str]) -> str:

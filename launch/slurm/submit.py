@@ -17,8 +17,8 @@ from launch.slurm import cluster
 from launch.slurm.arrays import TRAINING, Array, Live, plan_arrays, resolve
 from launch.slurm.cluster import QueuedJob
 from launch.slurm.requeue import RequeueLimits, script_after, script_before
-from launch.slurm.site import CONTROL, Site, site_contradictions
-from launch.slurm.submissions import Submission, Submitted, live_jobs, settled_jobs, unlisted
+from launch.slurm.site import Site, site_contradictions
+from launch.slurm.submissions import Submission, Submitted, live_jobs, unlisted
 from launch.slurm.worker import ClusterTask
 
 _EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
@@ -56,12 +56,12 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     if not cluster.is_here():
         raise UserError("there is no sbatch on this machine; submit from a node of the cluster, or run --on here")
     check_site(study, site)
-    cluster.check_request(site, study.config.dist.nodes, site.minutes(study.config.dist))
+    cluster.check_time(site, site.minutes(study.config.dist))
     queue = cluster.queue()
     if message := unlisted(study.directory, queue):
         raise UserError(message)
-    queued = settled_jobs(study.directory, queue)
-    arrays = plan_arrays(study, stages, cluster.limits(site, _num_live(queue)), _live(queued))
+    queued = live_jobs(study.directory, queue)
+    arrays = plan_arrays(study, stages, cluster.limits(site, _num_live(queue)), *_live_and_ending(queued))
     if not arrays:
         return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
     lines = _rehearse(study, site, arrays)
@@ -119,7 +119,7 @@ def _rehearse(study: Study, site: Site, arrays: Sequence[Array]) -> list[str]:
     for array in largest.values():
         script = _executor(study, site, array, "", study.directory / "slurm" / "NNNN").script(len(array.tasks))
         try:
-            reason = cluster.rehearse(script, site.for_stage(array.stage).partition)
+            reason = cluster.rehearse(script, site.for_stage(array.stage))
         except UserError as refusal:
             raise UserError(f"the cluster would not take {describe_array(array)}: {refusal}") from None
         if reason:
@@ -134,8 +134,11 @@ def _num_live(queue: dict[str, QueuedJob]) -> int:
     return sum(entry.is_live for entry in queue.values())
 
 
-def _live(queued: Sequence[tuple[Submitted, QueuedJob]]) -> Live:
-    return {work: job.job_id for job, _ in queued for work in job.work}
+def _live_and_ending(queued: Sequence[tuple[Submitted, QueuedJob]]) -> tuple[Live, Live]:
+    """What is queued, by its work; apart from that what was cancelled and has not ended."""
+    parts = [[job for job, _ in queued if job.is_cancelled == is_ending] for is_ending in (False, True)]
+    live, ending = ({work: job.job_id for job in jobs for work in job.work} for jobs in parts)
+    return live, ending
 
 
 def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
@@ -143,13 +146,13 @@ def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
     check_site(study, site)
     notes = []
     try:
-        cluster.check_request(site, study.config.dist.nodes, site.minutes(study.config.dist))
+        cluster.check_time(site, site.minutes(study.config.dist))
         queue = cluster.queue()
-        limits, live = cluster.limits(site, _num_live(queue)), _live(live_jobs(study.directory, queue))
+        limits, live = cluster.limits(site, _num_live(queue)), _live_and_ending(live_jobs(study.directory, queue))
     except Failure as failure:  # a plan can be looked at anywhere
         notes.append(f"no cluster answers here ({failure}): its limits and queue are left out")
-        limits, live = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs), {}
-    arrays = plan_arrays(study, stages, limits, live)
+        limits, live = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs), ({}, {})
+    arrays = plan_arrays(study, stages, limits, *live)
     notes += [] if notes else _rehearse(study, site, arrays)
     blocks = [*notes, f"queue: {len(arrays)} submissions, {sum(len(array.tasks) for array in arrays)} jobs"]
     blocks.append(_expected_hours(study, site, arrays))
@@ -241,8 +244,7 @@ def check_site(study: Study, site: Site) -> None:
     """Raises UserError if profile and study do not fit together, or a name would end a line of the script."""
     mistakes = site_contradictions(site, study.config)
     texts = {"name": study.config.name, "runs_dir": str(study.directory.absolute()), "the interpreter": sys.executable}
-    mistakes += [
-        f"{name} = {text!r}: holds a control character" for name, text in texts.items() if CONTROL.search(text)
-    ]
+    wrong = {name: text for name, text in texts.items() if not text.isprintable()}
+    mistakes += [f"{name} = {text!r}: holds a control character" for name, text in wrong.items()]
     if mistakes:
         raise UserError("\n".join(mistakes))

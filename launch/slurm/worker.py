@@ -21,29 +21,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynexit.errors import (
-    Failure,
-    Interrupted,
-    UserError,
-    end_if_stopped,
-    is_transient,
-    received_signals,
-    request_stop,
-    unmasked_interrupts,
-)
-from launch.slurm.attempts import (
-    COMPLETED,
-    CRASHED,
-    FAILED,
-    STOPPED,
-    TERMINATED,
-    RankReason,
-    packs_left,
-    read_attempts,
-    reason_path,
-    restart_count,
-)
-from launch.slurm.requeue import STOPPED_STATUS
+from dynexit import errors
+from dynexit.errors import Failure, UserError
+from launch.slurm import attempts
+from launch.slurm.attempts import COMPLETED, FAILED, STOPPED_STATUS, RankReason
 
 if TYPE_CHECKING:
     from dynexit.dist import Ranks
@@ -58,6 +39,15 @@ class _FailedAlone(Exception):  # noqa: N818  its text is the rank's error messa
     """One of several ranks failed, and the others wait for it."""
 
 
+class _OneRank:
+    """What `Ranks` is for a job of one process, without torch: a search needs none."""
+
+    is_main, world_size = True, 1
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
 @dataclasses.dataclass(frozen=True)
 class ClusterTask:
     """The work of one task of an array: packs, each with the jobs that are done for it in turn."""
@@ -68,19 +58,18 @@ class ClusterTask:
     def __call__(self, job: Path, reason: RankReason) -> int:
         """Does the packs that are left, and returns the exit status: 1 if one of them failed, now or before."""
         ranks = _start_ranks(self.packs[0][0])
-        ends = read_attempts(job.with_name(f"{job.name}.jsonl")).ends
-        left = ranks.broadcast(packs_left(ends, len(self.packs), self.max_retries) if ranks.is_main else [])
+        ends = attempts.read_attempts(job).ends
+        left = attempts.packs_left(ends, len(self.packs), self.max_retries)
         completed = {end.pack for end in ends if end.reason == COMPLETED}
-        for pack in left:
-            end_if_stopped()
+        for pack in ranks.broadcast(left):
+            errors.end_if_stopped()
             reason.pack = pack
             if ranks.is_main:
                 reason.write()
-            errors = do_pack(self.packs[pack], ranks)
-            reason.finished.append(
-                {"pack": pack, "reason": FAILED if errors else COMPLETED, "error": "; ".join(errors)}
-            )
-            completed |= set() if errors else {pack}
+            found = do_pack(self.packs[pack], ranks)
+            finished = {"pack": pack, "reason": FAILED if found else COMPLETED, "error": "; ".join(found)}
+            reason.finished.append(finished)
+            completed |= set() if found else {pack}
         reason.pack, reason.word = None, COMPLETED
         if ranks.is_main:
             reason.write()
@@ -96,16 +85,16 @@ def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks | _OneRank") -> list[str]:
 
     Raises what another try may repair, and _FailedAlone if one of several ranks failed.
     """
-    errors: list[str] = []
+    found: list[str] = []
     for job in jobs:
         ready, damaged, missing = ranks.broadcast(split_by_input(job) if ranks.is_main else (job, [], []))
-        new = damaged + ([] if errors else missing)  # what the job before did not make has its message already
+        new = damaged + ([] if found else missing)  # what the job before did not make has its message already
         for text in new if ranks.is_main else []:
             print(text, file=sys.stderr, flush=True)
-        errors += new
+        found += new
         if ready.points:
-            errors += _run(ready, ranks)
-    return errors
+            found += _run(ready, ranks)
+    return found
 
 
 def _run(job: "Job", ranks: "Ranks | _OneRank") -> list[str]:
@@ -113,11 +102,11 @@ def _run(job: "Job", ranks: "Ranks | _OneRank") -> list[str]:
     from dynexit.study.stages import stage_of
 
     try:
-        with unmasked_interrupts():
+        with errors.unmasked_interrupts():
             stage_of(job.stage).runner()(job.points)
         return []
     except (Failure, UserError, OSError) as error:
-        if is_transient(error) or (isinstance(error, OSError) and error.errno not in _FAILURES):
+        if errors.is_transient(error) or (isinstance(error, OSError) and error.errno not in _FAILURES):
             raise
         if ranks.world_size > 1 and not getattr(error, "on_all_ranks", False):
             raise _FailedAlone(str(error)) from error
@@ -148,15 +137,6 @@ def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
     return dataclasses.replace(job, points=tuple(ready)), list(dict.fromkeys(damaged)), missing
 
 
-class _OneRank:
-    """What `Ranks` is for a job of one process, without torch: a search needs none."""
-
-    is_main, world_size = True, 1
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
 def _start_ranks(job: "Job") -> "Ranks | _OneRank":
     """Joins the job's ranks, if it has several."""
     if int(os.environ["SLURM_NTASKS"]) == 1:
@@ -166,7 +146,7 @@ def _start_ranks(job: "Job") -> "Ranks | _OneRank":
     from dynexit.dist import start_ranks
 
     # a port that the job's last attempt left may be taken for a minute
-    number = int(os.environ["SLURM_JOB_ID"]) * 7 + restart_count()
+    number = int(os.environ["SLURM_JOB_ID"]) * 7 + attempts.restart_count()
     os.environ["MASTER_PORT"] = str(20000 + number % 12000)  # below the ports that Linux gives to others
     submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     dist = job.points[0].config.dist
@@ -178,11 +158,9 @@ def load_task(path: Path) -> Any:
     deadline = time.monotonic() + _PICKLE_SECONDS
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(1)
-    folder = path.parent.stat()
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        status = os.fstat(file.fileno())
-        mode = stat.S_IMODE(status.st_mode) & 0o077 or stat.S_IMODE(folder.st_mode) & 0o077
-        if mode or {status.st_uid, folder.st_uid} != {os.geteuid()}:
+        both = (os.fstat(file.fileno()), path.parent.stat())
+        if any(one.st_uid != os.geteuid() or stat.S_IMODE(one.st_mode) & 0o077 for one in both):
             raise UserError(
                 f"{path} and its folder should belong to the user who runs the job, with modes 0600 and 0700; "
                 "submit the study again"
@@ -190,12 +168,12 @@ def load_task(path: Path) -> Any:
         return pickle.load(file).function
 
 
-def _watch(attempts: Path, restart: int) -> None:
+def _watch(job: Path, restart: int) -> None:
     """Ends this process if SLURM, which took its node for dead, has started the job again: two must not write."""
     while True:
         time.sleep(_WATCH_SECONDS)
         with contextlib.suppress(OSError):
-            if read_attempts(attempts).is_superseded(restart):
+            if attempts.read_attempts(job).is_superseded(restart):
                 print("SLURM has started this job again elsewhere; this process ends", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -203,25 +181,25 @@ def _watch(attempts: Path, restart: int) -> None:
 def main(folder: Path) -> int:
     """Runs this rank and returns its exit status."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, request_stop)
+        signal.signal(number, errors.request_stop)
     array, environment = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ
     job = folder / (f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"])
-    reason = RankReason(reason_path(job, int(environment["SLURM_PROCID"])), restart_count())
-    threading.Thread(target=_watch, args=(job.with_name(f"{job.name}.jsonl"), reason.restart), daemon=True).start()
+    reason = RankReason(attempts.reason_path(job, int(environment["SLURM_PROCID"])), attempts.restart_count())
+    threading.Thread(target=_watch, args=(job, reason.restart), daemon=True).start()
     try:
-        return int(load_task(job.with_name(f"{job.name}_submitted.pkl"))(job, reason))
+        return int(load_task(folder / f"{job.name}_submitted.pkl")(job, reason))
     except BaseException as error:
-        status = 1
-        if received_signals:  # SIGTERM is also what srun sends to the ranks beside one that was killed
-            print(error if isinstance(error, Interrupted) else f"stopped: {error!r}", file=sys.stderr, flush=True)
-            reason.word = STOPPED if signal.SIGUSR2 in received_signals else TERMINATED
-            status = STOPPED_STATUS
+        reason.error, status = str(error), 1
+        if errors.received_signals:  # SIGTERM is also what srun sends to the ranks beside one that was killed
+            print(error if isinstance(error, errors.Interrupted) else f"stopped: {error!r}", file=sys.stderr)
+            is_asked = signal.SIGUSR2 in errors.received_signals
+            reason.word, status = attempts.STOPPED if is_asked else attempts.TERMINATED, STOPPED_STATUS
         elif isinstance(error, (UserError, _FailedAlone)):
-            print(error, file=sys.stderr, flush=True)
-            reason.word, reason.error = FAILED, str(error)
+            print(error, file=sys.stderr)
+            reason.word = FAILED
         else:
             traceback.print_exc()
-            reason.word, reason.error = CRASHED, f"{type(error).__name__}: {error}"
+            reason.word, reason.error = attempts.CRASHED, f"{type(error).__name__}: {error}"
         reason.write()
         return status
 

@@ -95,6 +95,14 @@ def test_new_work_waits_for_queued_work_on_the_same_folder(tmp_path: Path) -> No
     assert arrays[2].after == (1, "72")
 
 
+def test_work_of_cancelled_jobs_starts_when_they_have_ended(tmp_path: Path) -> None:
+    one = study(tmp_path)
+    ending = {("train", one.points[0].ids["train"]): "71_0"}
+    arrays = plan_arrays(one, ALL, Limits(1001, None), {}, ending)
+    assert stages(arrays) == [("prepare", 1), ("train", 6), ("search", 6), ("report", 1)]
+    assert arrays[1].after == (0, "71")
+
+
 def test_several_records_of_one_training_share_its_task(tmp_path: Path) -> None:
     one = study(tmp_path, "sweep.search.num_random_starts=[0, 1]")
     arrays = plan_arrays(one, ALL, Limits(1001, None), {})

@@ -204,7 +204,7 @@ def run_script(
 
 
 def noted(folder: Path) -> Sequence[str]:
-    return [end.reason for end in read_attempts(folder / "7_2.jsonl").ends]
+    return [end.reason for end in read_attempts(folder / "7_2").ends]
 
 
 def leave_reason(folder: Path, rank: int, restart: int, word: str) -> None:
@@ -221,7 +221,7 @@ def test_script_notes_and_requeues(tmp_path: Path) -> None:
         "requeue 7_2\nupdate JobId=7_2 ExcNodeList=n1\n",
     )
     assert run_script(tmp_path, 137, restart=2) == (137, "")
-    attempts = read_attempts(tmp_path / "7_2.jsonl")
+    attempts = read_attempts(tmp_path / "7_2")
     assert [end.reason for end in attempts.ends] == [PREEMPTED, CRASHED, CRASHED]
     assert [(count, node) for _, count, node in attempts.starts] == [(0, "n1"), (1, "n1"), (2, "n1")]
     assert str(attempts.ends[-1]).endswith(" on n1 with exit status 137")
@@ -271,10 +271,10 @@ def test_an_end_that_cannot_be_noted_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_cut_line_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "7.jsonl"
-    assert read_attempts(path).starts == ()
+    job, path = tmp_path / "7", tmp_path / "7.jsonl"
+    assert read_attempts(job).starts == ()
     path.write_text('{"start": "x", "restart": 0, "node": "n1"}\n{"start": "y", "rest\n')
-    append_ends(path, [End(CRASHED, 0, 1, "torn")])
-    attempts = read_attempts(path)
+    append_ends(job, [End(CRASHED, 0, 1, "torn")])
+    attempts = read_attempts(job)
     assert (len(attempts.starts), attempts.ends, attempts.has_ended) == (1, (End(CRASHED, 0, 1, "torn"),), True)
     assert json.loads(path.read_text().splitlines()[-1])["error"] == "torn"

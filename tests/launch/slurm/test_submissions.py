@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dynexit.errors import UserError
 from dynexit.run_dir import write_json
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
-from launch.slurm import cluster, submissions
+from launch.slurm import cluster
 from launch.slurm.attempts import COMPLETED, CRASHED, FAILED, End, RankReason, append_ends, reason_path
 from launch.slurm.cluster import QueuedJob
-from launch.slurm.submissions import QueueView, Submission, Submitted, all_submitted, live_state, settled_jobs, unlisted
+from launch.slurm.submissions import QueueView, Submission, Submitted, all_submitted, live_state, unlisted
 from launch.status import report_state, study_status
 from tests.command_line import TINY
 
@@ -44,7 +43,7 @@ def note(path: Path, *starts: str, ends: Sequence[End] = ()) -> None:
     )
     with path.open("a") as file:
         file.writelines(lines)
-    append_ends(path, ends)
+    append_ends(path.with_suffix(""), ends)
 
 
 def prepared(study: Study) -> Study:
@@ -148,11 +147,13 @@ def test_each_pack_of_a_task_has_its_own_state(study: Study, queue: Queue) -> No
     assert [one.figures for one in study_status(study)][3] == "no space"  # reported while others run
     assert [one.attempts for one in study_status(study)][3:5] == ["1", "1"]
     queue.clear()
-    append_ends(path, [End(FAILED, 3, 0, "no space"), End(CRASHED, 4, 1, "KeyError: 'x'", "dev3", "then")])
+    append_ends(
+        path.with_suffix(""), [End(FAILED, 3, 0, "no space"), End(CRASHED, 4, 1, "KeyError: 'x'", "dev3", "then")]
+    )
     figures = [one.figures for one in study_status(study)]
     assert figures[3:5] == ["no space", "KeyError: 'x'; crashed then on dev3 with exit status 1"]
     assert figures[5] == "train job 7 ended without an error message"
-    append_ends(path, [End(COMPLETED, 5)])
+    append_ends(path.with_suffix(""), [End(COMPLETED, 5)])
     assert study_status(study)[5].figures.startswith("completed")
 
 
@@ -167,23 +168,6 @@ def test_an_attempt_that_noted_no_end_is_told_by_its_state(study: Study, queue: 
     assert {one.figures for one in study_status(study)} == {"train job 7 ended as NODE_FAIL"}
     (submission.folder / "7.cancelled").touch()
     assert {one.state for one in study_status(study)} == {"cancelled"}
-
-
-def test_jobs_that_are_ending_are_waited_for(study: Study, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = [[{"train": ["a"]}], [{"train": ["b"]}]]
-    Submission(study, None).add(["7", "8"], "train", work)
-    waited: list[float] = []
-    monkeypatch.setattr(submissions.time, "sleep", waited.append)
-    states = ["COMPLETING", "COMPLETING", "PENDING"]
-    monkeypatch.setattr(cluster, "queue", lambda: queued("7", states[min(len(waited), 2)]))
-    assert [entry.state for _, entry in settled_jobs(study.directory, cluster.queue())] == ["PENDING"]
-    assert waited == [30, 30]  # no two questions come closer
-    monkeypatch.setattr(cluster, "queue", lambda: queued(str(7 + len(waited) % 2), "COMPLETING"))
-    assert settled_jobs(study.directory, cluster.queue())  # of a large sweep there is always one that ends
-    assert len(waited) == 3
-    monkeypatch.setattr(cluster, "queue", lambda: queued("7", "COMPLETING"))
-    with pytest.raises(UserError, match=r"are ending \(7\); run it again when squeue shows them no more"):
-        settled_jobs(study.directory, cluster.queue())
 
 
 def test_a_refused_submission_is_taken_back(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

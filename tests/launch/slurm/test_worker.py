@@ -142,7 +142,7 @@ def test_a_crash_ends_the_program_in_its_pack(rank: Path, monkeypatch: pytest.Mo
     assert (status, reason.word, reason.pack, reason.error) == (1, CRASHED, 1, "RuntimeError: torn")
     assert [one["pack"] for one in reason.finished] == [0]
     ends = [End(COMPLETED, 0), End(CRASHED, 1), End(CRASHED, 1)]
-    append_ends(rank / "7_2.jsonl", ends)
+    append_ends(rank / "7_2", ends)
     begun.clear()
     status, reason = run(rank, *packs)
     assert begun == ["train c-train", "record c-train"]
@@ -257,11 +257,11 @@ def test_only_an_own_private_pickle_is_loaded(rank: Path) -> None:
 
 
 def test_a_superseded_process_ends(tmp_path: Path) -> None:
-    attempts = tmp_path / "7_2.jsonl"
+    job, attempts = tmp_path / "7_2", tmp_path / "7_2.jsonl"
     attempts.write_text('{"start": "x", "restart": 1, "node": "n1"}\n')
     code = "import sys, pathlib; from launch.slurm import worker; worker._WATCH_SECONDS = 0.01; print(flush=True)"
     code += "; worker._watch(pathlib.Path(sys.argv[1]), 1)"
-    command = [sys.executable, "-c", code, attempts]
+    command = [sys.executable, "-c", code, job]
     with subprocess.Popen(
         command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
