@@ -41,9 +41,7 @@ def _work(pack: Pack) -> dict[str, list[str]]:
     return {job.stage: sorted({p.ids[job.stage] for p in job.points}) for job in pack if job.stage != "report"}
 
 
-def plan_arrays(
-    study: Study, stages: Sequence[str], limits: Limits, live: Live, ending: Live | None = None
-) -> list[Array]:
+def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live, ending: Live) -> list[Array]:
     """The arrays that do what of `stages` is neither done nor queued, in the order of submission.
 
     `ending` are cancelled jobs that have not ended: their work is submitted again, to start when they have.
@@ -56,21 +54,22 @@ def plan_arrays(
     chains.append(_recordings(study, chains[0], live) if "record" in stages else [])
     chains.append(_searches(study, [*chains[0], *chains[1]], live) if "search" in stages else [])
     num_alone = int(stages[-1] == "report")
-    costs = [1 + ("search" in stages), 1 + ("search" in stages), 1]  # jobs of a chain
+    costs = [1 + ("search" in stages)] * 2 + [1]  # jobs of a chain
     counts = _num_tasks(limits, len(prepare) + num_alone, [len(one) for one in chains], costs)
-    arrays = [Array("prepare", tuple(part)) for part in _split(prepare, limits.array_size)]
-    after_prepare = (*range(len(arrays)), *_jobs_of(live, "prepare"))
-    training = tuple(_jobs_of(live, *TRAINING))
+    arrays: list[Array] = []
 
     def add(stage: str, part: Sequence[Sequence[Pack]], after: tuple[int | str, ...]) -> None:
         """Adds an array that does the packs' jobs of its stage, after what is queued for the same work."""
         mine = TRAINING if stage in TRAINING else (stage,)
         tasks = tuple(tuple(tuple(job for job in pack if job.stage in mine) for pack in packs) for packs in part)
         ids = {(job.stage, p.ids[job.stage]) for packs in tasks for pack in packs for job in pack for p in job.points}
-        others = {**(ending or {}), **live}
-        queued = {others[one].partition("_")[0] for one in ids & others.keys()} - {*after}
-        arrays.append(Array(stage, tasks, (*after, *sorted(queued))))
+        queued = {(live.get(one) or ending[one]).partition("_")[0] for one in ids & {*live, *ending}}
+        arrays.append(Array(stage, tasks, (*after, *sorted(queued - {*after}))))
 
+    for part in _split(prepare, limits.array_size):
+        add("prepare", part, ())
+    after_prepare = (*range(len(arrays)), *_jobs_of(live, "prepare"))
+    training = tuple(_jobs_of(live, *TRAINING))
     for stage, packs, count, after in zip(
         ("train", "record", "search"), chains, counts, (after_prepare, training, training), strict=True
     ):

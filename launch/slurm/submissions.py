@@ -75,8 +75,7 @@ class Submission:
         """`site` is where the site profile is, and its digest."""
         root = study.directory / "slurm"
         root.mkdir(parents=True, exist_ok=True)
-        number = next(n for n in itertools.count(1) if not (root / f"{n:04d}").exists())
-        self.folder = root / f"{number:04d}"
+        self.folder = next(path for n in itertools.count(1) if not (path := root / f"{n:04d}").exists())
         self.folder.mkdir(mode=0o700)  # it holds what the jobs will run
         self._content: dict[str, Any] = {"site": site, "arrays": []}
 
@@ -89,8 +88,6 @@ class Submission:
         """Cancels what was submitted, and says what became of it; '' if nothing was."""
         if not self._content["arrays"]:
             shutil.rmtree(self.folder)
-            with contextlib.suppress(OSError):
-                self.folder.parent.rmdir()  # the first submission's
             return ""
         try:
             cancel(list(_jobs(self.folder / _LIST)))
@@ -140,39 +137,29 @@ def cancel(jobs: Sequence[Submitted]) -> None:
     cluster.cancel_jobs([job.job_id for job in jobs])
 
 
-def _first(job_ids: Sequence[str]) -> str:
-    return " ".join(job_ids[:5]) + (" ..." if len(job_ids) > 5 else "")
-
-
 def unlisted(study_dir: Path, queue: Mapping[str, QueuedJob]) -> str:
     """An error message if the queue has jobs of the study that none of its lists knows, or ''."""
     mine = {job.job_id for job in queue.values() if job.is_live and job.study == str(study_dir.absolute())}
-    if mine:
-        mine -= {job.job_id for job in all_submitted(study_dir)}
-    found = sorted({job_id.partition("_")[0] for job_id in mine})
-    if not found:
-        return ""
-    return (
-        f"jobs of {study_dir} are queued ({_first(found)}) that no list in that folder knows: its file system is "
-        "unavailable, or the launcher was killed while it submitted; make the folder available and run this again, or "
-        f"`scancel {' '.join(found)}`"
+    mine -= {job.job_id for job in all_submitted(study_dir)} if mine else set()
+    found = " ".join(sorted({job_id.partition("_")[0] for job_id in mine}))
+    return found and (
+        f"jobs of {study_dir} are queued ({found}) that no list in that folder knows: its file system is unavailable, "
+        f"or the launcher was killed while it submitted; make it available and run this again, or `scancel {found}`"
     )
 
 
 def check_listed(study_dir: Path) -> None:
     """Raises UserError if the queue has jobs of the study that none of its lists knows."""
-    if cluster.is_here():
-        with contextlib.suppress(Failure):  # with no queue to ask there is nothing to say
-            message = unlisted(study_dir, cluster.queue())
-            if message:
-                raise UserError(message)
+    with contextlib.suppress(Failure):  # with no queue to ask there is nothing to say
+        if cluster.is_here() and (message := unlisted(study_dir, cluster.queue())):
+            raise UserError(message)
 
 
 def check_queue(study: Study) -> None:
     """Raises UserError if jobs of the study wait or run: nobody else may write what they write."""
-    live = live_jobs(study.directory)
+    live = [job.job_id for job, _ in live_jobs(study.directory)]
     if live:
-        names = _first([job.job_id for job, _ in live])
+        names = " ".join(live[:5]) + " ..." * (len(live) > 5)
         raise UserError(
             f"{len(live)} jobs of {study.directory} are in the cluster's queue ({names}); wait for them, "
             "or cancel them with `dynexit cancel`"

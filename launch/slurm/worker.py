@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from dynexit import errors
@@ -37,15 +38,6 @@ _FAILURES = (errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.EDQUOT)  # another 
 
 class _FailedAlone(Exception):  # noqa: N818  its text is the rank's error message
     """One of several ranks failed, and the others wait for it."""
-
-
-class _OneRank:
-    """What `Ranks` is for a job of one process, without torch: a search needs none."""
-
-    is_main, world_size = True, 1
-
-    def broadcast(self, value: Any) -> Any:
-        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +72,7 @@ class ClusterTask:
         return int(len(completed) < len(self.packs))
 
 
-def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks | _OneRank") -> list[str]:
+def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks") -> list[str]:
     """Does the jobs of a pack for the points whose input is complete, and returns the error messages of the others.
 
     Raises what another try may repair, and _FailedAlone if one of several ranks failed.
@@ -97,7 +89,7 @@ def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks | _OneRank") -> list[str]:
     return found
 
 
-def _run(job: "Job", ranks: "Ranks | _OneRank") -> list[str]:
+def _run(job: "Job", ranks: "Ranks") -> list[str]:
     """Runs a job; returns the error message of a failure that another try would repeat, if any."""
     from dynexit.study.stages import stage_of
 
@@ -137,10 +129,10 @@ def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
     return dataclasses.replace(job, points=tuple(ready)), list(dict.fromkeys(damaged)), missing
 
 
-def _start_ranks(job: "Job") -> "Ranks | _OneRank":
-    """Joins the job's ranks, if it has several."""
+def _start_ranks(job: "Job") -> Any:
+    """Joins the job's ranks, if it has several; one alone needs no torch, as for a search."""
     if int(os.environ["SLURM_NTASKS"]) == 1:
-        return _OneRank()
+        return SimpleNamespace(is_main=True, world_size=1, broadcast=lambda value: value)
     import submitit
 
     from dynexit.dist import start_ranks

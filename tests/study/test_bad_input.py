@@ -133,8 +133,8 @@ def test_a_study_whose_file_system_is_away_is_not_taken_for_new(
     said = refused(capsys, command[0], study, *command[1:])
     assert said == (
         "dynexit: jobs of runs/study are queued (7 8) that no list in that folder knows: its file system is "
-        "unavailable, or the launcher was killed while it submitted; make the folder available and run this again, "
-        "or `scancel 7 8`\n"
+        "unavailable, or the launcher was killed while it submitted; make it available and run this again, or "
+        "`scancel 7 8`\n"
     )
     assert not Path("runs").exists()  # where it would be in the way of what comes back
     jobs.clear()

@@ -32,12 +32,12 @@ def ids_of(array: Array, stage: str) -> list[list[str]]:
 
 def test_a_fresh_sweep(tmp_path: Path) -> None:
     one = study(tmp_path)
-    arrays = plan_arrays(one, ALL, Limits(1001, None), {})
+    arrays = plan_arrays(one, ALL, Limits(1001, None), {}, {})
     assert stages(arrays) == [("prepare", 1), ("train", 6), ("search", 6), ("report", 1)]
     assert [array.after for array in arrays] == [(), (0,), (1,), (2,)]
     assert [[[job.stage for job in pack] for pack in packs] for packs in arrays[1].tasks] == [[["train", "record"]]] * 6
     assert ids_of(arrays[1], "train") == ids_of(arrays[1], "record") == ids_of(arrays[2], "search")
-    assert stages(plan_arrays(one, ALL[:2], Limits(1001, None), {})) == [("prepare", 1), ("train", 6)]
+    assert stages(plan_arrays(one, ALL[:2], Limits(1001, None), {}, {})) == [("prepare", 1), ("train", 6)]
     work = arrays[1].work()[0][0]
     assert work == {"train": [one.points[0].ids["train"]], "record": [one.points[0].ids["record"]]}
 
@@ -46,7 +46,7 @@ def test_a_fresh_sweep(tmp_path: Path) -> None:
 @pytest.mark.parametrize("array_size", [1, 2, 4, 1001])
 def test_every_point_exactly_once_within_any_limits(tmp_path: Path, array_size: int, new_jobs: int | None) -> None:
     one = study(tmp_path)
-    arrays = plan_arrays(one, ALL, Limits(array_size, new_jobs), {})
+    arrays = plan_arrays(one, ALL, Limits(array_size, new_jobs), {}, {})
     assert all(1 <= len(array.tasks) <= array_size for array in arrays)
     assert all(pack for array in arrays for packs in array.tasks for pack in packs)
     if new_jobs is not None:
@@ -60,7 +60,7 @@ def test_every_point_exactly_once_within_any_limits(tmp_path: Path, array_size: 
 
 def test_no_room_in_the_queue(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the queue has room for 3 more jobs of yours and the study needs 4 at once"):
-        plan_arrays(study(tmp_path), ALL, Limits(1001, 3), {})
+        plan_arrays(study(tmp_path), ALL, Limits(1001, 3), {}, {})
 
 
 def test_the_parts_of_a_short_queue_never_exceed_it() -> None:
@@ -78,7 +78,7 @@ def test_queued_work_is_not_submitted_again(tmp_path: Path) -> None:
     live |= {("train", point.id): f"71_{i}" for i, point in enumerate(one.points[:4])}
     live |= {("record", point.ids["record"]): f"71_{i}" for i, point in enumerate(one.points[:3])}
     live |= {("search", point.ids["search"]): f"72_{i}" for i, point in enumerate(one.points[:2])}
-    arrays = plan_arrays(one, ALL, Limits(1001, None), live)
+    arrays = plan_arrays(one, ALL, Limits(1001, None), live, {})
     assert stages(arrays) == [("train", 2), ("search", 2), ("record", 1), ("search", 1), ("search", 1), ("report", 1)]
     assert [array.after for array in arrays] == [("70",), (0,), ("71",), (2,), ("71",), (1, 3, 4, "72")]
     assert ids_of(arrays[0], "train") == [[point.id] for point in one.points[4:]]
@@ -90,7 +90,7 @@ def test_new_work_waits_for_queued_work_on_the_same_folder(tmp_path: Path) -> No
     """As after a training that failed, whose search still waits for the others of its array."""
     one = study(tmp_path)
     live = {("search", one.points[0].ids["search"]): "72_0"}
-    arrays = plan_arrays(one, ALL, Limits(1001, None), live)
+    arrays = plan_arrays(one, ALL, Limits(1001, None), live, {})
     assert stages(arrays) == [("prepare", 1), ("train", 6), ("search", 6), ("report", 1)]
     assert arrays[2].after == (1, "72")
 
@@ -105,7 +105,7 @@ def test_work_of_cancelled_jobs_starts_when_they_have_ended(tmp_path: Path) -> N
 
 def test_several_records_of_one_training_share_its_task(tmp_path: Path) -> None:
     one = study(tmp_path, "sweep.search.num_random_starts=[0, 1]")
-    arrays = plan_arrays(one, ALL, Limits(1001, None), {})
+    arrays = plan_arrays(one, ALL, Limits(1001, None), {}, {})
     assert stages(arrays)[1:3] == [("train", 6), ("search", 6)]
     assert [len(ids) for ids in ids_of(arrays[1], "record")] == [1] * 6
     assert [len(ids) for ids in ids_of(arrays[2], "search")] == [2] * 6

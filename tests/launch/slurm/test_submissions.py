@@ -174,7 +174,7 @@ def test_a_refused_submission_is_taken_back(study: Study, monkeypatch: pytest.Mo
     cancelled: list[str] = []
     monkeypatch.setattr(cluster, "cancel_jobs", cancelled.extend)
     assert Submission(study, None).take_back() == ""
-    assert not (study.directory / "slurm").exists()
+    assert not list((study.directory / "slurm").iterdir())
     submission = Submission(study, None)
     assert submission.folder.stat().st_mode & 0o777 == 0o700
     submission.add(["7"], "prepare", [[{"prepare": ["p"]}]])
