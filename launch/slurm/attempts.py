@@ -107,6 +107,7 @@ class RankReason:
 
     path: Path
     restart: int = 0
+    num_packs: int = 0
     pack: int | None = None
     finished: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     word: str = ""

@@ -28,6 +28,7 @@ class RequeueLimits:
     """How often a job is tried again, how long it may run before a signal means a time-out, and nodes to avoid."""
 
     num_packs: int
+    """The most of a task of the array."""
     max_timeouts: int
     max_preemptions: int
     max_retries: int
@@ -106,7 +107,10 @@ def main(job: Path, status: int, seconds: float, limits: RequeueLimits) -> Decis
     """Notes how an attempt ended and returns the decision."""
     restart, before = attempts.restart_count(), attempts.read_attempts(job)
     found = {rank: attempts.read_reason(job, rank, restart) for rank in range(int(os.environ["SLURM_NTASKS"]))}
-    ends = attempt_ends({rank: one for rank, one in found.items() if one is not None}, status, seconds, limits)
+    reasons = {rank: one for rank, one in found.items() if one is not None}
+    if 0 in reasons and reasons[0].num_packs:  # the script is the same for all tasks of an array
+        limits = dataclasses.replace(limits, num_packs=reasons[0].num_packs)
+    ends = attempt_ends(reasons, status, seconds, limits)
     if not ends or before.is_superseded(restart):  # SLURM runs the job on another node
         return Decision(False, status or 1)
     node, now = os.environ.get("SLURM_JOB_NODELIST", ""), time.strftime("%FT%T")

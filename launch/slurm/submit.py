@@ -1,10 +1,9 @@
 """Submitting a study to SLURM through submitit: everything at once, chained by dependencies."""
 
-import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.study.grid import Study
 from launch.plan import done_together
 from launch.slurm import cluster
-from launch.slurm.arrays import TRAINING, Array, Live, plan_arrays, resolve
-from launch.slurm.cluster import QueuedJob
+from launch.slurm.arrays import TRAINING, Array, plan_arrays, resolve
 from launch.slurm.requeue import RequeueLimits, script_after, script_before
 from launch.slurm.site import Site, site_contradictions
 from launch.slurm.submissions import Submission, Submitted, live_jobs, unlisted
@@ -27,9 +25,7 @@ _EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
 class _Executor(submitit.SlurmExecutor):
     """Submitit's, with a command of its own; also where there is no SLURM, since a script can be made anywhere."""
 
-    def __init__(self, folder: Path, command: str) -> None:
-        super().__init__(folder)
-        self._command = command
+    command = ""
 
     @classmethod
     def affinity(cls) -> int:
@@ -37,13 +33,12 @@ class _Executor(submitit.SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        return self._command
+        return self.command
 
     def script(self, num_tasks: int) -> str:
         """The text that sbatch would get."""
-        if num_tasks > 1:
-            self.parameters["map_count"] = num_tasks
-        text: str = self._make_submission_file_text(self._submitit_command_str, "")
+        self.parameters |= {"map_count": num_tasks} if num_tasks > 1 else {}
+        text: str = self._make_submission_file_text(self.command, "")
         return text
 
 
@@ -56,12 +51,7 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     if not cluster.is_here():
         raise UserError("there is no sbatch on this machine; submit from a node of the cluster, or run --on here")
     check_site(study, site)
-    cluster.check_time(site, site.minutes(study.config.dist))
-    queue = cluster.queue()
-    if message := unlisted(study.directory, queue):
-        raise UserError(message)
-    queued = live_jobs(study.directory, queue)
-    arrays = plan_arrays(study, stages, cluster.limits(site, _num_live(queue)), *_live_and_ending(queued))
+    arrays, queued = _plan(study, stages, site)
     if not arrays:
         return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
     lines = _rehearse(study, site, arrays)
@@ -69,120 +59,110 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     job_ids: list[str] = []
     for array in arrays:
         after = resolve(array.after, job_ids)
-        executor = _executor(study, site, array, after, submission.folder)
-        tasks = [ClusterTask(packs, study.config.dist.max_retries) for packs in array.tasks]
         try:
-            with _outside_of_jobs():
-                jobs = _submit(executor, tasks, submission.folder)
+            jobs = _submit(study, array, _executor(study, site, array, after, submission.folder))
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             words = " ".join(str(error).split())
             raise Failure(f"sbatch refused {describe_array(array)}: {words}{submission.take_back()}") from error
         submission.add(jobs, array.stage, array.work())
         job_ids.append(jobs[0].partition("_")[0])
         lines.append(f"{describe_array(array)}: job {job_ids[-1]}" + (f" after {after}" if after else ""))
-    reports = [job.job_id for job, _ in queued if job.stage == "report"]
+    reports = [job.job_id for job in queued if job.stage == "report"]
     if reports and arrays[-1].stage == "report":
         cluster.cancel_jobs(reports)  # the new one covers what they would have, and two must not write one page
     return [*lines, f"logs: {submission.folder}"]
 
 
-def _submit(executor: _Executor, tasks: Sequence[Any], folder: Path) -> list[str]:
-    """Submits an array; returns the ids of its jobs. Their pickles are in `folder`, for this user alone."""
+def _plan(study: Study, stages: Sequence[str], site: Site) -> tuple[list[Array], list[Submitted]]:
+    """What is to be submitted, and what is queued; one query."""
+    cluster.check_time(site, site.minutes(study.config.dist))
+    queue = cluster.queue()
+    if message := unlisted(study.directory, queue):
+        raise UserError(message)
+    queued = [job for job, _ in live_jobs(study.directory, queue)]
+    limits = cluster.limits(site, sum(entry.is_live for entry in queue.values()))
+    live, ending = (
+        {work: job.job_id for job in queued if job.is_cancelled == is_ending for work in job.work}
+        for is_ending in (False, True)
+    )
+    return plan_arrays(study, stages, limits, live, ending), queued
+
+
+def _submit(study: Study, array: Array, executor: _Executor) -> list[str]:
+    """Submits an array; returns the ids of its jobs. Their pickles are in its folder, for this user alone."""
+    # hidden are the variables of the job that this process may run in, and options that override a script's
+    kept = {name: os.environ[name] for name in os.environ if name in cluster.OF_USERS}
+    tasks: list[Any] = [ClusterTask(packs, study.config.dist.max_retries) for packs in array.tasks]
     umask = os.umask(0o077)  # the script restores it for what the jobs write
     try:
-        jobs = executor.submit_array(tasks)
+        with submitit.helpers.clean_env():
+            os.environ.update(kept)
+            jobs = executor.submit_array(tasks)
     finally:
         os.umask(umask)
     for job in jobs:  # submitit takes %j and others in a folder's name for the job's id
-        job.paths.submitted_pickle.replace(folder / f"{job.job_id}_submitted.pkl")
+        job.paths.submitted_pickle.replace(executor.folder / f"{job.job_id}_submitted.pkl")
     return [job.job_id for job in jobs]
 
 
-@contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Hides the variables of the job that this process runs in, and options of sbatch that override a script's."""
-    kept = {name: os.environ[name] for name in os.environ if name in cluster.OF_USERS}
-    with submitit.helpers.clean_env():
-        os.environ.update(kept)
-        yield
-
-
 def _rehearse(study: Study, site: Site, arrays: Sequence[Array]) -> list[str]:
-    """Asks before the first submission what SLURM will say to the last; returns a line on the stages that will wait.
+    """Asks before the first submission what SLURM will say to the last; returns a line on each stage that will wait.
 
     Raises UserError with what it would refuse.
     """
-    waiting: dict[str, list[str]] = {}
-    largest: dict[str, Array] = {}
-    for array in arrays:
-        largest.setdefault(array.stage, array)
-    for array in largest.values():
+    lines = []
+    for array in {array.stage: array for array in reversed(arrays)}.values():  # the largest of each stage
         script = _executor(study, site, array, "", study.directory / "slurm" / "NNNN").script(len(array.tasks))
         try:
             reason = cluster.rehearse(script, site.for_stage(array.stage))
         except UserError as refusal:
             raise UserError(f"the cluster would not take {describe_array(array)}: {refusal}") from None
-        if reason:
-            waiting.setdefault(reason, []).append(array.stage)
-    return [
-        f"{', '.join(stages)}: will wait, since as the cluster is now no node can run it ({reason})"
-        for reason, stages in waiting.items()
-    ]
-
-
-def _num_live(queue: dict[str, QueuedJob]) -> int:
-    return sum(entry.is_live for entry in queue.values())
-
-
-def _live_and_ending(queued: Sequence[tuple[Submitted, QueuedJob]]) -> tuple[Live, Live]:
-    """What is queued, by its work; apart from that what was cancelled and has not ended."""
-    parts = [[job for job, _ in queued if job.is_cancelled == is_ending] for is_ending in (False, True)]
-    live, ending = ({work: job.job_id for job in jobs for work in job.work} for jobs in parts)
-    return live, ending
+        lines += [f"{array.stage}: will wait, since no node can run it at present ({reason})"] if reason else []
+    return lines[::-1]
 
 
 def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
     """What `submit_study` would submit: arrays, packs, what it may cost, and the text that sbatch would get."""
     check_site(study, site)
-    notes = []
     try:
-        cluster.check_time(site, site.minutes(study.config.dist))
-        queue = cluster.queue()
-        limits, live = cluster.limits(site, _num_live(queue)), _live_and_ending(live_jobs(study.directory, queue))
+        arrays, _ = _plan(study, stages, site)
+        notes = _rehearse(study, site, arrays)
     except Failure as failure:  # a plan can be looked at anywhere
-        notes.append(f"no cluster answers here ({failure}): its limits and queue are left out")
-        limits, live = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs), ({}, {})
-    arrays = plan_arrays(study, stages, limits, *live)
-    notes += [] if notes else _rehearse(study, site, arrays)
+        notes = [f"no cluster answers here ({failure}): its limits and queue are left out"]
+        limits = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs)
+        arrays = plan_arrays(study, stages, limits, {}, {})
     blocks = [*notes, f"queue: {len(arrays)} submissions, {sum(len(array.tasks) for array in arrays)} jobs"]
     blocks.append(_expected_hours(study, site, arrays))
     for i, array in enumerate(arrays):
         after = resolve(array.after, [f"<{n}>" for n in range(i)])
-        executor = _executor(study, site, array, after, study.directory / "slurm" / "NNNN")
-        blocks.append(f"<{i}> {describe_array(array)}\n{executor.script(len(array.tasks))}")
+        script = _executor(study, site, array, after, study.directory / "slurm" / "NNNN").script(len(array.tasks))
+        blocks.append(f"<{i}> {describe_array(array)}\n{script}")
     return "\n".join(blocks)
 
 
 def describe_array(array: Array) -> str:
     """An array in words: stage, tasks, packs."""
-    counts = [(len(array.tasks), "task"), *([(sum(map(len, array.tasks)), "pack")] * (array.stage in TRAINING))]
-    return f"{array.stage}: " + ", ".join(f"{count} {word}{'s' * (count > 1)}" for count, word in counts)
+    counts = {"task": len(array.tasks)} | ({"pack": _num_packs(array)} if array.stage in TRAINING else {})
+    return f"{array.stage}: " + ", ".join(f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items())
+
+
+def _num_packs(array: Array) -> int:
+    return sum(map(len, array.tasks))
 
 
 def _expected_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
     """What training costs if every pack takes its whole time, also where a task does several in turn."""
     dist, minutes = study.config.dist, site.minutes(study.config.dist)
-    packs = [(sum(map(len, array.tasks)), array.stage) for array in arrays]
-    together = sum(count for count, stage in packs if done_together(stage, dist))
-    alone = sum(count for count, stage in packs if stage == "prepare" and not done_together(stage, dist))
-    if site.gpus_per_node:
-        hours, unit = minutes / 60 * (together * dist.nodes * site.gpus_per_node + alone), "GPU-hours"
-    else:
-        ranks = together * dist.nodes * dist.tasks_per_node + alone
-        hours, unit = minutes / 60 * ranks * site.cpus(dist), "CPU-hours"
+    together = sum(_num_packs(array) for array in arrays if done_together(array.stage, dist))
+    alone = sum(_num_packs(array) for array in arrays if array.stage == "prepare") * (
+        not done_together("prepare", dist)
+    )
+    unit, each, one = "GPU", site.gpus_per_node, 1
+    if not each:
+        unit, each, one = "CPU", dist.tasks_per_node * site.cpus(dist), site.cpus(dist)
     return (
-        f"expected: {hours:,.1f} {unit} if every pack takes the whole {minutes} minutes of the time limit; less if it "
-        "ends sooner, more if one times out and resumes"
+        f"expected: {minutes / 60 * (together * dist.nodes * each + alone * one):,.1f} {unit}-hours if every pack takes "
+        f"the whole {minutes} minutes of the time limit; less if it ends sooner, more if one times out and resumes"
     )
 
 
@@ -207,8 +187,12 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
     logs = str(folder).replace("%", "%%") + ("/%A_%a" if len(array.tasks) > 1 else "/%j")
     srun = ["srun", "--unbuffered", f"--output={logs}_%t_log.out", f"--error={logs}_%t_log.err"]
     srun += ["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}", *site.srun_args]
-    executor = _Executor(folder, f"{shlex.join(srun)} {python} -u -m launch.slurm.worker {shlex.quote(str(folder))}")
+    executor = _Executor(folder)
+    executor.command = f"{shlex.join(srun)} {python} -u -m launch.slurm.worker {shlex.quote(str(folder))}"
     options: dict[str, Any] = {"output": f"{logs}_0_log.out", "error": f"{logs}_0_log.err", "requeue": True}
+    keys = ("partition", "account", "qos", "constraint", "exclude")
+    umask = os.umask(0o077)
+    os.umask(umask)
     executor.update_parameters(
         wckey=None,  # submitit's own, which not every cluster knows
         job_name=f"{study.config.name}-{array.stage}"[:60],
@@ -218,26 +202,17 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
         cpus_per_task=cpus,
         signal_delay_s=site.delay_seconds(dist),
         array_parallelism=site.array_parallelism,
-        setup=[*site.shell_lines(dist), *script_before(folder, _umask())],
+        setup=[*site.shell_lines(dist), *script_before(folder, umask)],
         teardown=script_after(python, limits),
         use_srun=False,  # it is in the command
         comment=str(study.directory.absolute()),
         additional_parameters={**site.sbatch, **options},
-        **{name: value for name in _KEYS if (value := getattr(site, name))},
+        **{name: value for name in keys if (value := getattr(site, name))},
         **({"mem": f"{site.mem_gb * 1024:.0f}M"} if site.mem_gb else {}),
         **({"gpus_per_node": gpus} if gpus else {}),
         **({"dependency": after} if after else {}),
     )
     return executor
-
-
-_KEYS = ("partition", "account", "qos", "constraint", "exclude")
-
-
-def _umask() -> int:
-    value = os.umask(0o077)
-    os.umask(value)
-    return value
 
 
 def check_site(study: Study, site: Site) -> None:

@@ -55,7 +55,7 @@ class ClusterTask:
         completed = {end.pack for end in ends if end.reason == COMPLETED}
         for pack in ranks.broadcast(left):
             errors.end_if_stopped()
-            reason.pack = pack
+            reason.pack, reason.num_packs = pack, len(self.packs)
             if ranks.is_main:
                 reason.write()
             found = do_pack(self.packs[pack], ranks)

@@ -218,7 +218,7 @@ def test_limits_of_accounting_hold(
 ) -> None:
     """Also for a study that is submitted from within a job."""
     with_prepare(cluster, "accounted")
-    cluster.run("sacctmgr", "--immediate", "modify", "user", "root", "set", "MaxSubmitJobs=6")
+    cluster.run("sacctmgr", "--immediate", "modify", "user", "root", "set", "MaxSubmitJobs=8")
     with monkeypatch.context() as within:
         for name, value in IN_A_JOB.items():  # srun refuses that memory together with the site's
             within.setitem(ENVIRONMENT, name, value)
@@ -226,17 +226,17 @@ def test_limits_of_accounting_hold(
     assert digests(cluster.study("accounted")) == digests(cluster.study("reference"))
     seen = cluster.run("sacct", "--allocations", "--noheader", "--parsable2", "--format=JobName,State").splitlines()
     assert sorted(line for line in seen if line.startswith("accounted-")) == [
-        f"accounted-{stage}|COMPLETED" for stage in ("report", "search", "search", "train", "train")
+        f"accounted-{stage}|COMPLETED" for stage in ("report", *["search"] * 3, *["train"] * 3)
     ]
     assert not list(cluster.study("accounted").glob("slurm/*/7_3.*"))
 
 
 def accounted(cluster: Cluster) -> Scenario:
-    """A task does several packs in turn, since the user may not have more jobs."""
+    """One of the tasks does two packs in turn, since the user may not have more jobs."""
     study = (*ALONE, "name=accounted")
     said = yield from cluster.submit(*study)
-    assert "train: 2 tasks, 4 packs" in said
-    assert "search: 2 tasks" in said
+    assert "train: 3 tasks, 4 packs" in said
+    assert "search: 3 tasks" in said
     assert "failed" not in "".join((yield from cluster.status(*study)))
     yield cluster.is_over("accounted")
     assert (yield from cluster.status(*study))[-1] == "4 done"

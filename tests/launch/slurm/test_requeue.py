@@ -124,7 +124,10 @@ def test_packs_of_an_attempt_end_one_by_one() -> None:
     ]
     main.word, main.pack = COMPLETED, None
     assert [end.pack for end in attempt_ends({0: main}, 1, 10, THREE)] == [0, 2]
-    alone = {0: RankReason(Path(), pack=1, word=CRASHED, error="gloo"), 1: RankReason(Path(), 0, 1, [], FAILED, "full")}
+    alone = {
+        0: RankReason(Path(), pack=1, word=CRASHED, error="gloo"),
+        1: RankReason(Path(), 0, 3, 1, [], FAILED, "full"),
+    }
     assert attempt_ends(alone, 1, 10, THREE) == [End(FAILED, 1, 1, "full")]
     assert decide([End(FAILED, None, 1)], ONE).requeue is False
     assert attempt_ends({}, 0, 10, THREE) == []  # as of a node that failed: SLURM requeues the job
@@ -178,6 +181,7 @@ def run_script(
     python: str = sys.executable,
     restart: int = 0,
     can_run_elsewhere: bool = False,
+    limits: RequeueLimits = ONE,
 ) -> tuple[int, str]:
     """Exit status of a job's script whose ranks ended with `status`, and what scontrol was asked for."""
     programs = folder / "bin"
@@ -190,7 +194,7 @@ def run_script(
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     lines = ["set -euo pipefail", *script_before(folder, 0o022), f"({meanwhile}; exit {status})"]
-    lines += script_after(python, ONE)
+    lines += script_after(python, limits)
     assert len(lines) <= 40
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1"}
     environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_NTASKS": "2"}
@@ -226,9 +230,15 @@ def test_script_notes_and_requeues(tmp_path: Path) -> None:
     assert [(count, node) for _, count, node in attempts.starts] == [(0, "n1"), (1, "n1"), (2, "n1")]
     assert str(attempts.ends[-1]).endswith(" on n1 with exit status 137")
     done = [{"pack": 0, "reason": COMPLETED, "error": ""}]
-    RankReason(reason_path(tmp_path / "7_2", 0), 3, None, done, COMPLETED).write()
+    RankReason(reason_path(tmp_path / "7_2", 0), 3, 1, None, done, COMPLETED).write()
     assert run_script(tmp_path, 0, restart=3) == (0, "")
     assert noted(tmp_path)[-1] == COMPLETED
+
+
+def test_a_task_with_fewer_packs_than_others_of_its_array_ends(tmp_path: Path) -> None:
+    done = [{"pack": 0, "reason": COMPLETED, "error": ""}]
+    RankReason(reason_path(tmp_path / "7_2", 0), 0, 1, None, done, COMPLETED).write()
+    assert run_script(tmp_path, 0, limits=THREE) == (0, "")
 
 
 def test_script_stays_on_its_nodes_if_there_are_no_others(tmp_path: Path) -> None:
