@@ -160,9 +160,10 @@ def _expected_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
     unit, each, one = "GPU", site.gpus_per_node, 1
     if not each:
         unit, each, one = "CPU", dist.tasks_per_node * site.cpus(dist), site.cpus(dist)
+    hours = minutes / 60 * (together * dist.nodes * each + alone * one)
     return (
-        f"expected: {minutes / 60 * (together * dist.nodes * each + alone * one):,.1f} {unit}-hours if every pack takes "
-        f"the whole {minutes} minutes of the time limit; less if it ends sooner, more if one times out and resumes"
+        f"expected: {hours:,.1f} {unit}-hours if every pack takes the whole {minutes} minutes of the time limit; less "
+        "if it ends sooner, more if one times out and resumes"
     )
 
 
