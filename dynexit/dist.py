@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, is_transient
 
 T = TypeVar("T")
 
@@ -96,10 +96,11 @@ class Ranks:
         try:
             yield
         except (Failure, UserError) as error:
-            own = (isinstance(error, UserError), str(error))  # of a subclass not each comes through a pickle
-        for is_users, text in filter(None, self.gather(own)):
+            # not every subclass can be pickled
+            own = (isinstance(error, UserError), str(error), is_transient(error))
+        for is_users, text, may_succeed in filter(None, self.gather(own)):
             shared = UserError(text) if is_users else Failure(text)
-            shared.on_all_ranks = True
+            shared.on_all_ranks, shared.is_transient = True, may_succeed
             raise shared
 
     def barrier(self) -> None:

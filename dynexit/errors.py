@@ -1,13 +1,19 @@
 """The ways a command can end early. The command line turns them into one sentence and an exit status."""
 
 import contextlib
+import errno
+import signal
 from collections.abc import Iterator
 
 
 class Reported(Exception):  # noqa: N818  users read its text alone
-    """An error that is reported by its message alone. `on_all_ranks` says that all ranks raised it."""
+    """An error that is reported by its message alone. `on_all_ranks` says that all ranks raised it.
+
+    `is_transient` says that another try may succeed; see `is_transient` below.
+    """
 
     on_all_ranks = False
+    is_transient = False
 
 
 class UserError(Reported):
@@ -40,3 +46,31 @@ def unmasked_interrupts() -> Iterator[None]:
         if cause is not None:
             raise cause from None
         raise
+
+
+_TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)  # a network file system that is unavailable
+
+
+def is_transient(error: BaseException) -> bool:
+    """Returns whether another try may succeed: the error, or one that it was raised from, is of an unavailable disk."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "is_transient", False) or (isinstance(cause, OSError) and cause.errno in _TRANSIENT):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+received_signals: list[int] = []
+"""The signals that asked this process to stop, oldest first; what runs looks at it between steps."""
+
+
+def request_stop(number: int, frame: object) -> None:
+    """Handles a signal: notes it, and nothing else."""
+    received_signals.append(number)
+
+
+def end_if_stopped() -> None:
+    """Raises Interrupted if a signal asked this process to stop."""
+    if received_signals:
+        raise Interrupted(f"stopped by {signal.Signals(received_signals[0]).name}")

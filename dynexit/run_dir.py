@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -217,8 +218,9 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
     with atomic_write(path) as temporary:
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        except SafetensorError as error:  # how safetensors tells of a full disk
-            raise OSError(errno.EIO, str(error)) from error
+        except SafetensorError as error:  # a full disk is an error of its own there, with the number in its text
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number.group(1)) if number else errno.EIO, str(error)) from error
         return sha256_file(temporary)
 
 

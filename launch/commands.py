@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dynexit.study.grid import Point
     from launch.slurm.submissions import Submitted
 
-_WATCH_SECONDS = 30
 _LOG_LINES = 40
 
 
@@ -65,9 +64,11 @@ def _ui(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from launch.slurm.cluster import QUERY_SECONDS
+
     study, _ = _load(options)
     while _print_status(study, options.watch):
-        time.sleep(_WATCH_SECONDS)
+        time.sleep(QUERY_SECONDS)
         print("\n" + time.strftime("%H:%M:%S"))
     return 0
 
@@ -83,14 +84,14 @@ def _hint_at_other_keys(study: LoadedStudy) -> None:
 
 def _print_status(study: LoadedStudy, watch: bool) -> bool:
     """Returns whether there is more to watch. Raises UserError if the folder is unavailable and nobody watches."""
-    from launch.slurm.queue_view import QueueView
+    from launch.slurm.submissions import QueueView
     from launch.status import OVER, report_state, study_status, table
 
     jobs = QueueView(study.directory)
-    if jobs.away and not watch:
-        raise UserError(jobs.away)
-    if jobs.away:
-        print(f"dynexit: {jobs.away}", flush=True)
+    if jobs.unlisted and not watch:
+        raise UserError(jobs.unlisted)
+    if jobs.unlisted:
+        print(f"dynexit: {jobs.unlisted}", flush=True)
         return True
     if jobs.unanswered:
         print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
@@ -105,15 +106,15 @@ def _print_status(study: LoadedStudy, watch: bool) -> bool:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from launch.slurm.submissions import all_submitted, check_is_there
+    from launch.slurm.submissions import all_submitted, check_listed
 
     study, points = _load(options)
-    check_is_there(study.directory)
+    check_listed(study.directory)
     printed = False
     ids = {identity for point in points for identity in point.ids.values()}
     newest: dict[str, Submitted] = {}
     for job in all_submitted(study.directory):
-        if job.stage == "report" or ids & set(job.work):
+        if job.stage == "report" or ids & {identity for _, identity in job.work}:
             newest[job.stage] = job
     for job in newest.values():
         for path in job.logs():
@@ -129,20 +130,20 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from launch.slurm.submissions import cancel, check_is_there, live_jobs
+    from launch.slurm.submissions import cancel, check_listed, live_jobs
 
     study, points = _load(options)
-    check_is_there(study.directory)
+    check_listed(study.directory)
     named = any("=" not in word for word in options.words)
     ids = {identity for point in points for stage, identity in point.ids.items() if stage != "prepare"}
-    live = [job for job, _ in live_jobs(study.directory) if not named or ids & set(job.work)]
+    live = [job for job, _ in live_jobs(study.directory) if not named or ids & {identity for _, identity in job.work}]
     if not live:
         print("no jobs of this study are queued")
         return 0
     cancel(live)
     chosen = {point.id for point in points}
     for job in live:
-        others = set(job.work) - chosen  # the ids of trainings are those of points
+        others = {identity for stage, identity in job.work if stage == "train"} - chosen  # those of points
         with_others = f", and with it {len(others)} other points of its task" if others and job.stage == "train" else ""
         print(f"cancelled {job.stage} {job.job_id}{with_others}")
     return 0
@@ -151,16 +152,14 @@ def _cancel(options: argparse.Namespace) -> int:
 def _retry(options: argparse.Namespace) -> int:
     from launch.lock import hold
     from launch.plan import check_identity
-    from launch.slurm.site import Site, load_site
-    from launch.slurm.submissions import check_is_there, last_site
+    from launch.slurm.site import load_last_site, load_site
+    from launch.slurm.submissions import check_listed, last_site
     from launch.slurm.submit import submit_study
 
     study, _ = _load(options)
-    check_is_there(study.directory)
+    check_listed(study.directory)
     before = last_site(study.directory)
-    if options.site is None and before is None:
-        raise UserError(f"{study.directory} was never submitted; `dynexit run {options.study} --on slurm` does that")
-    site = load_site(options.site) if before is None or options.site else Site.model_validate(before)
+    site = load_site(options.site) if options.site else load_last_site(before, study.directory)
     with hold(study.directory):
         check_identity(study)
         print("\n".join(submit_study(study, tuple(STAGES), site)))

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from dynexit.study.grid import Point
 from dynexit.study.schema import Config, DistSettings
 from dynexit.study.stages import stage_of
 from launch.lock import work_for
+from launch.log_errors import last_error
 from launch.plan import Job, done_together
 
 _POLL_SECONDS = 0.2
@@ -113,7 +113,7 @@ class _LocalJob:
         results = [read_json(path) for path in map(self.result_path, range(len(self.ranks))) if path.is_file()]
         if len(results) < len(self.ranks) or any(process.returncode for process in self.ranks):
             logs = [self.log_path(rank, "err") for rank in range(len(self.ranks))]
-            reason = _last_error(logs) or _exit_statuses(self.ranks)
+            reason = last_error(logs) or _exit_statuses(self.ranks)
             return f"{self.job.name} failed: {reason} (log {', '.join(map(str, logs))})", True
         for result in results:
             if result["user_error"]:
@@ -236,17 +236,6 @@ def _exit_statuses(processes: "Sequence[subprocess.Popen[bytes]]") -> str:
         for status in (process.returncode for process in processes)
     ]
     return "; ".join(f"rank {rank} {status}" for rank, status in enumerate(statuses))
-
-
-def _last_error(logs: Sequence[Path]) -> str:
-    """The last error that a rank printed, rather than what the others said of its end; '' if none did."""
-    found = []
-    for path in logs:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if re.match(r"(\[rank\d+\]:)?\s*\S*(Error|Exception|Killed)\b", line)]
-        found += [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in errors[-1:]]
-    own = [line for line in found if "Connection" not in line and "gloo" not in line.lower()]
-    return (own or found or [""])[0]
 
 
 def _to_json(job: Job) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from launch.lock import hold
 from launch.plan import Job, check_identity, describe_plan, missing_jobs, report_is_done
 from launch.ranks import is_main, num_ranks, prepare_alone, run_together
 from launch.slurm.site import Site, load_site
-from launch.slurm.submissions import check_is_there, check_queue
+from launch.slurm.submissions import check_listed, check_queue
 
 PLACES = ("here", "local", "slurm")
 
@@ -36,7 +36,7 @@ def run_study(study: Study, until: str, on: str, site: Path | None, arguments: S
     _check_name(study)
     if num_ranks() > 1:
         return _run_with_ranks(study, until, on, arguments)
-    check_is_there(study.directory)
+    check_listed(study.directory)
     check_models(study, dry_run=False, data_is_here=profile is None)
     if profile is not None:
         _submit(study, stages, profile)
@@ -96,7 +96,7 @@ def _run_with_ranks(study: Study, until: str, on: str, arguments: Sequence[str])
         raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
     stages = stages_until(until)
     if is_main():  # the others are ended with it
-        check_is_there(study.directory)
+        check_listed(study.directory)
         check_models(study, dry_run=False)
     prepare_alone(study, arguments)
     failures = run_together(study, stages)

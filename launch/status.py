@@ -13,7 +13,7 @@ from dynexit.study.grid import Point, Study
 from dynexit.study.stages import POINT_STAGES
 from launch.lock import is_held
 from launch.plan import report_is_done
-from launch.slurm.queue_view import QueueView
+from launch.slurm.submissions import QueueView
 
 OVER = ("done", "failed", "cancelled")  # what only a new submission changes
 

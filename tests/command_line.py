@@ -37,7 +37,8 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["launch.__main__", "dynexit.jobs.prepare", "dynexit.jobs.train", "dynexit.jobs.record"])
 
 
-def _run(folder: Path, arguments: Sequence[str], environment: dict[str, str], printed: Path) -> None:
+def run_in_fork(folder: Path, arguments: Sequence[str], environment: dict[str, str], printed: Path) -> None:
+    """What a process of the server does: one command, its output into files."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
@@ -53,7 +54,7 @@ def dynexit(folder: Path, *arguments: str | Path, status: int = 0) -> "subproces
     """A finished `dynexit`; fails, showing what it printed, where its exit status is another."""
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as printed:
-        process = SERVER.Process(target=_run, args=(folder, words, ENVIRONMENT, Path(printed)))
+        process = SERVER.Process(target=run_in_fork, args=(folder, words, ENVIRONMENT, Path(printed)))
         process.start()
         process.join(600)
         process.kill()

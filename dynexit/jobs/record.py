@@ -10,6 +10,7 @@ from dynexit.core.confidence import gate_features
 from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, Split, load_batches
 from dynexit.dist import Ranks
+from dynexit.errors import end_if_stopped
 from dynexit.jobs.finished import class_names, default_topk, is_recorded, recorded_splits
 from dynexit.jobs.load import begin, load_heads, ranks_of
 from dynexit.models.heads import StackedGates, StackedHeads
@@ -100,6 +101,7 @@ def _record(
             gate_MGB = torch.cat(gates_MGB) if gates_MGB else None
             recorder.add(batch, index_B, labels_B, logits_MPBK, gate_MGB, backbone_logits_BK=final_BK)
             progress.advance(len(labels_B), {})
+            end_if_stopped()
     progress.finish()
     return recorder.shards
 

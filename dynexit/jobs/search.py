@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dynexit.core.cost import ExitCosts
+from dynexit.errors import end_if_stopped
 from dynexit.jobs.finished import SPLITS, recorded_splits
 from dynexit.progress import Progress
 from dynexit.record.shards import Record
@@ -35,6 +36,7 @@ def run_search(points: Sequence[Point]) -> None:
         progress.start(len(missing))
         for num_samples in _search_all(missing):
             progress.advance(num_samples, {})
+            end_if_stopped()
         progress.finish()
 
 

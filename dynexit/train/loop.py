@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynexit.data import Batch, Split, epoch_batches, load_batches
 from dynexit.dist import Ranks
-from dynexit.errors import Interrupted
+from dynexit.errors import Interrupted, received_signals, request_stop
 from dynexit.progress import Progress
 from dynexit.train.checkpoint import Checkpoints
 
@@ -72,13 +72,13 @@ def fit(
 
     def save_if_asked(where: str) -> None:
         due = ranks.is_main and checkpoints.due()  # it saves, and so it alone knows when
-        stop, due = ranks.any([stop_requested.is_set(), due])
+        stop, due = ranks.any([bool(stop_signals), due])
         if stop or due:
             save()
         if stop:
             raise Interrupted(f"stopped by a signal {where}; the state is saved")
 
-    with _stop_signals() as stop_requested:
+    with _stop_signals() as stop_signals:
         while epoch < num_epochs:
             batches = epoch_batches(len(split), global_batch_size, seed, epoch)[position:]
             shares = [ranks.share(batch) for batch in batches]
@@ -103,21 +103,26 @@ def _to_device(batch: Batch, ranks: Ranks) -> Batch:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM or SIGUSR2 sets; a second SIGINT interrupts at once."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested  # signals cannot be caught here
+def _stop_signals() -> Iterator[list[int]]:
+    """The list of SIGINT, SIGTERM and SIGUSR2 that came; a second SIGINT interrupts at once.
+
+    Where the process handles them already, as a SLURM job's, one that came before the training counts too.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    is_handled = signal.getsignal(signal.SIGUSR2) is request_stop
+    if is_handled or threading.current_thread() is not threading.main_thread():  # others cannot catch signals
+        yield received_signals if is_handled else []
         return
 
     def request(number: int, frame: object) -> None:
-        if requested.is_set() and number == signal.SIGINT:
+        if received_signals and number == signal.SIGINT:
             raise KeyboardInterrupt
-        requested.set()
+        request_stop(number, frame)
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    before = {number: signal.signal(number, request) for number in numbers}
     try:
-        yield requested
+        yield received_signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        received_signals.clear()

@@ -1,11 +1,12 @@
-"""Study -> job arrays with dependencies: prepare -> train -> record and search -> report. Knows nothing of submitit.
+"""Study -> job arrays with dependencies: prepare -> train and record -> search -> report. Knows nothing of submitit.
 
-What is in the queue already is not submitted again, so no two tasks ever write the same run directory.
+All dependencies are afterany: a job checks its input in files. What is queued already is not submitted again, so no two
+tasks ever write the same run directory.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynexit.errors import UserError
@@ -16,149 +17,153 @@ from launch.plan import Job, make_packs, missing_jobs, report_is_done, unfinishe
 from launch.slurm.cluster import Limits
 
 Live = Mapping[tuple[str, str], str]  # (stage, id of the work) -> job id, of what waits or runs
-ID_OF = {"prepare": "prepare", "train": "train", "record": "search"}
+Pack = tuple[Job, ...]
+TRAINING = ("train", "record")  # the stages of arrays that train or record
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One submission: a task per entry of `tasks`, each doing its jobs in turn.
+    """One submission: a task per entry of `tasks`, each with its packs in turn.
 
-    `after` are dependencies: sbatch's kind, and either the position of an earlier array or the id of a queued job.
+    `after` are the positions of earlier arrays, or ids of queued jobs, that must have ended.
     """
 
     stage: str
-    tasks: tuple[tuple[Job, ...], ...]
-    after: tuple[tuple[str, int | str], ...] = ()
+    tasks: tuple[tuple[Pack, ...], ...]
+    after: tuple[int | str, ...] = ()
 
-    def work(self) -> list[list[str]]:
-        """The ids of what each task does."""
-        return [work_ids(self.stage, jobs) for jobs in self.tasks]
-
-
-def work_ids(stage: str, jobs: Iterable[Job]) -> list[str]:
-    """The ids of what jobs of a stage do: of backbones, trainings, searches; none for a report."""
-    if stage == "report":
-        return []
-    return list(dict.fromkeys(point.ids[ID_OF[stage]] for job in jobs for point in job.points))
+    def work(self) -> list[list[dict[str, list[str]]]]:
+        """Of each task and pack the ids of what it does, by stage; a report has none."""
+        return [[_work(pack) for pack in packs] for packs in self.tasks]
 
 
-def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live) -> list[Array]:
-    """The arrays that do what of `stages` is neither done nor in the queue, in the order of submission.
+def _work(pack: Pack) -> dict[str, list[str]]:
+    return {job.stage: sorted({p.ids[job.stage] for p in job.points}) for job in pack if job.stage != "report"}
 
-    Raises UserError where the cluster's limits leave no room for them.
+
+def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live, ending: Live) -> list[Array]:
+    """The arrays that do what of `stages` is neither done nor queued, in the order of submission.
+
+    `ending` are cancelled jobs that have not ended: their work is submitted again, to start when they have.
+    Raises UserError if the cluster's limits leave no room.
     """
-    prepare = [job for job in missing_jobs(study, "prepare") if ("prepare", job.points[0].ids["prepare"]) not in live]
-    chains = _chains(study, live) if "train" in stages else []
-    recording = _unrecorded(study, chains, live) if "record" in stages else []
-    alone = 1 if stages[-1] == "report" else 0
-    per_chain = 2 if "record" in stages else 1
-    num_tasks = _num_tasks(limits, len(prepare) + alone, per_chain * len(chains), len(recording))
-    arrays = [Array("prepare", tuple((job,) for job in part)) for part in _split(prepare, limits.array_size)]
-    after_prepare = _after_prepare(study, arrays, live)
-    share = num_tasks / max(per_chain * len(chains) + len(recording), 1)
-    for part in _split(_group(chains, int(share * len(chains))), limits.array_size):
-        arrays.append(Array("train", tuple(tuple(chain[0] for chain in task) for task in part), after_prepare))
-        if "record" in stages:
-            tasks = tuple(tuple(job for chain in task for job in chain[1:]) for task in part)
-            arrays.append(Array("record", tasks, (("aftercorr", len(arrays) - 1),)))
-    trainings = tuple(("afterany", job_id) for job_id in _arrays_of(live, "train"))
-    for part in _split(_group(recording, int(share * len(recording))), limits.array_size):
-        arrays.append(Array("record", tuple(tuple(job for chain in task for job in chain) for task in part), trainings))
-    return arrays + _report(study, arrays, live) if alone else arrays
-
-
-def _chains(study: Study, live: Live) -> list[tuple[Job, ...]]:
-    """(train, record, search) of every pack to train."""
-    free = tuple(p for p in study.points if ("train", p.ids["train"]) not in live)
-    points_of: dict[str, list[Point]] = {}
-    for point in study.points:
-        points_of.setdefault(point.id, []).append(point)
-    return [
-        (pack, *_recording([point for one in pack.points for point in points_of[one.id]], study))
-        for pack in missing_jobs(dataclasses.replace(study, points=free), "train")
+    prepare = [
+        ((job,),) for job in missing_jobs(study, "prepare") if ("prepare", job.points[0].ids["prepare"]) not in live
     ]
+    chains = [_trainings(study, stages, live) if "train" in stages else []]
+    chains.append(_recordings(study, chains[0], live) if "record" in stages else [])
+    chains.append(_searches(study, [*chains[0], *chains[1]], live) if "search" in stages else [])
+    num_alone = int(stages[-1] == "report")
+    costs = [1 + ("search" in stages)] * 2 + [1]  # jobs of a chain
+    counts = _num_tasks(limits, len(prepare) + num_alone, [len(one) for one in chains], costs)
+    arrays: list[Array] = []
+
+    def add(stage: str, part: Sequence[Sequence[Pack]], after: tuple[int | str, ...]) -> None:
+        """Adds an array that does the packs' jobs of its stage, after what is queued for the same work."""
+        mine = TRAINING if stage in TRAINING else (stage,)
+        tasks = tuple(tuple(tuple(job for job in pack if job.stage in mine) for pack in packs) for packs in part)
+        ids = {(job.stage, p.ids[job.stage]) for packs in tasks for pack in packs for job in pack for p in job.points}
+        queued = {(live.get(one) or ending[one]).partition("_")[0] for one in ids & {*live, *ending}}
+        arrays.append(Array(stage, tasks, (*after, *sorted(queued - {*after}))))
+
+    for part in _split(prepare, limits.array_size):
+        add("prepare", part, ())
+    after_prepare = (*range(len(arrays)), *_jobs_of(live, "prepare"))
+    training = tuple(_jobs_of(live, *TRAINING))
+    for stage, packs, count, after in zip(
+        ("train", "record", "search"), chains, counts, (after_prepare, training, training), strict=True
+    ):
+        for part in _split(_group(packs, count), limits.array_size):
+            add(stage, part, after)
+            if "search" in stages and stage in TRAINING:
+                add("search", part, (len(arrays) - 1,))
+    return arrays + _report(study, arrays, live) if num_alone else arrays
 
 
-def _unrecorded(study: Study, chains: Sequence[tuple[Job, ...]], live: Live) -> list[tuple[Job, ...]]:
-    """(record, search) of the packs that are trained, or being trained, and not wholly recorded and searched."""
-    in_chains = {point.id for chain in chains for point in chain[0].points}
-    left: dict[str, list[Point]] = {}
-    for point in study.points:  # a point of a chain was not trained, so it was not recorded either
-        if point.id not in in_chains and ("record", point.ids["search"]) not in live and not _is_searched(point):
-            left.setdefault(point.id, []).append(point)
-    firsts = [points[0] for points in left.values()]
+def _trainings(study: Study, stages: Sequence[str], live: Live) -> list[Pack]:
+    """(train, record, search) of every pack to train, so far as `stages` ask for it."""
+    free = tuple(p for p in study.points if ("train", p.ids["train"]) not in live)
+    packs = missing_jobs(dataclasses.replace(study, points=free), "train")
+    rest = [stage for stage in ("record", "search") if stage in stages]
+    return [(pack, *_jobs(rest, _points_of(study.points, pack.points))) for pack in packs]
+
+
+def _recordings(study: Study, trainings: Sequence[Pack], live: Live) -> list[Pack]:
+    """(record, search) of the packs that are trained, or being trained, and not recorded."""
+    in_training = {point.id for pack in trainings for point in pack[0].points}
+    left = [
+        point
+        for point in study.points
+        if point.id not in in_training
+        and ("record", point.ids["record"]) not in live
+        and not is_recorded(point, check_sizes=True)
+    ]
+    firsts = list({point.id: point for point in reversed(left)}.values())[::-1]
     packs = make_packs(firsts, study.config.dist.members_per_pack, unfinished_packs(study))
-    return [_recording([point for one in pack for point in left[one.id]], study) for pack in packs]
+    return [tuple(_jobs(("record", "search"), _points_of(left, pack))) for pack in packs]
 
 
-def _is_searched(point: Point) -> bool:
-    return RunDir(point, "search").is_done() and is_recorded(point, check_sizes=True)
+def _searches(study: Study, others: Sequence[Pack], live: Live) -> list[Pack]:
+    """(search,) of the points that only have to be searched."""
+    covered = {point.id for pack in others for point in pack[-1].points}
+    left = [
+        point
+        for point in study.points
+        if point.id not in covered
+        and ("search", point.ids["search"]) not in live
+        and not RunDir(point, "search").is_done()
+    ]
+    return [tuple(_jobs(("search",), part)) for part in _split(left, study.config.dist.members_per_pack)]
 
 
-def _recording(points: Sequence[Point], study: Study) -> tuple[Job, ...]:
-    return tuple(
-        Job(stage, tuple({point.ids[stage]: point for point in points}.values())) for stage in ("record", "search")
-    )
+def _points_of(points: Iterable[Point], trained: Sequence[Point]) -> list[Point]:
+    """Those of the points with the trainings of `trained`; they may differ in what is recorded and searched."""
+    ids = {point.id for point in trained}
+    return [point for point in points if point.id in ids]
 
 
-def _num_tasks(limits: Limits, fixed: int, in_chains: int, recording: int) -> int:
-    """How many tasks there may be of what can be done in turn: chains, and what only has to be recorded."""
-    wanted = in_chains + recording
-    if limits.new_jobs is None or fixed + wanted <= limits.new_jobs:
-        return wanted
-    least = fixed + min(in_chains, 2) + min(recording, 1)  # train, its record, a record of what was trained before
-    if limits.new_jobs < least:
+def _jobs(stages: Sequence[str], points: Sequence[Point]) -> list[Job]:
+    return [Job(stage, tuple({point.ids[stage]: point for point in points}.values())) for stage in stages]
+
+
+def _num_tasks(limits: Limits, fixed: int, lengths: Sequence[int], costs: Sequence[int]) -> list[int]:
+    """How many tasks there may be of each kind of chain: one a chain, or fewer that do several in turn."""
+    total = sum(length * cost for length, cost in zip(lengths, costs, strict=True))
+    if limits.new_jobs is None or fixed + total <= limits.new_jobs:
+        return list(lengths)
+    least = sum(cost for length, cost in zip(lengths, costs, strict=True) if length)
+    if limits.new_jobs < fixed + least:
         raise UserError(
-            f"the queue has room for {max(limits.new_jobs, 0)} more jobs of yours and the study needs {least} at once; "
-            "wait until others have ended, or have the limit raised"
+            f"the queue has room for {max(limits.new_jobs, 0)} more jobs of yours and the study needs {fixed + least} "
+            "at once; wait until others have ended, or have the limit raised"
         )
-    both = in_chains > 0 and recording > 0
-    return limits.new_jobs - fixed - both  # shares are rounded down, and up to one where they would be none
+    share = (limits.new_jobs - fixed - least) / (total - least) if total > least else 0.0
+    return [min(length, 1) + int(share * max(length - 1, 0)) for length in lengths]
 
 
-def _group(chains: Sequence[Any], num_tasks: int) -> list[list[Any]]:
-    """The chains in turn for `num_tasks` tasks (at least one), as even as can be, none empty."""
-    num_tasks = min(max(num_tasks, 1), len(chains))
+def _group(chains: Sequence[Pack], num_tasks: int) -> list[Sequence[Pack]]:
+    """The chains in turn for `num_tasks` tasks, as even as can be, none empty."""
     ends = [len(chains) * i // num_tasks for i in range(num_tasks + 1)] if num_tasks else [0]
-    return [list(chains[start:end]) for start, end in itertools.pairwise(ends)]
+    return [chains[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _split(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _after_prepare(study: Study, arrays: Sequence[Array], live: Live) -> tuple[tuple[str, int | str], ...]:
-    """What training waits for. Of several backbones one may fail without stopping the others' trainings."""
-    queued = _arrays_of(live, "prepare")
-    num_backbones = len(queued) + sum(len(array.tasks) for array in arrays)
-    kind = "afterok" if num_backbones == 1 else "afterany"
-    return (*((kind, i) for i in range(len(arrays))), *((kind, job_id) for job_id in queued))
-
-
-def _arrays_of(live: Live, stage: str) -> list[str]:
-    """The job ids of the arrays that have tasks of a stage in the queue."""
-    return sorted({job_id.partition("_")[0] for (name, _), job_id in live.items() if name == stage})
+def _jobs_of(live: Live, *stages: str) -> list[str]:
+    """The ids of the arrays that have work of these stages in the queue."""
+    return sorted({job_id.partition("_")[0] for (name, _), job_id in live.items() if name in stages})
 
 
 def _report(study: Study, arrays: Sequence[Array], live: Live) -> list[Array]:
-    recordings = [i for i, array in enumerate(arrays) if array.stage == "record"]
     if not arrays and report_is_done(study):
         return []
-    queued = _arrays_of(live, "record")
-    after: tuple[tuple[str, int | str], ...] = (
-        *(("afterany", i) for i in recordings),
-        *(("afterany", job_id) for job_id in queued),
-    )
-    return [Array("report", ((Job("report", study.points),),), after)]
+    searches = [i for i, array in enumerate(arrays) if array.stage == "search"]
+    return [Array("report", (((Job("report", study.points),),),), (*searches, *_jobs_of(live, "search")))]
 
 
-def resolve(after: Iterable[tuple[str, int | str]], job_ids: Sequence[str], is_array: Callable[[int], bool]) -> str:
-    """Dependencies as sbatch takes them; '' for none. aftercorr on a job of one task is afterok."""
-    words = []
-    for kind, which in after:
-        if isinstance(which, int):
-            kind = "afterok" if kind == "aftercorr" and not is_array(which) else kind
-            words.append(f"{kind}:{job_ids[which]}")
-        else:
-            words.append(f"{kind}:{which}")
-    return ",".join(words)
+def resolve(after: Iterable[int | str], job_ids: Sequence[str]) -> str:
+    """Dependencies in sbatch's form; '' for none."""
+    ids = [job_ids[which] if isinstance(which, int) else which for which in after]
+    return ":".join(["afterany", *ids]) if ids else ""

@@ -1,70 +1,59 @@
-"""What was submitted for a study: one folder per submission, with the jobs' logs and the list of who does what."""
+"""What was submitted for a study and what became of it: a folder per submission, with its jobs' logs and attempts."""
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure, UserError
 from dynexit.run_dir import folders_in_place, read_json, write_json
-from dynexit.study.grid import Study
+from dynexit.study.grid import Point, Study
 from launch.slurm import cluster
+from launch.slurm.attempts import CRASHED, FAILED, Attempts, RankReason, read_attempts, read_reason
 from launch.slurm.cluster import QueuedJob
-from launch.slurm.notes import CANCELLED
 
 _LIST = "jobs.json"
-_SETTLE_SECONDS, _SETTLE_TRIES = 10, 12
+
+Work = Mapping[str, Sequence[str]]  # stage -> ids of what is done
 
 
 @dataclasses.dataclass(frozen=True)
 class Submitted:
-    """A job or array task that was submitted, and the ids of the work it does."""
+    """A job or array task that was submitted: its array's stage, and the work of each of its packs."""
 
     job_id: str
     stage: str
-    work: tuple[str, ...]
+    packs: tuple[Work, ...]
     folder: Path
 
     @property
-    def ends(self) -> list[str]:
-        """A line for every time the job ended and was not through: why, when, where."""
-        return self._lines("ends")
+    def work(self) -> set[tuple[str, str]]:
+        """All that it does, as (stage, id)."""
+        return {(stage, one) for pack in self.packs for stage, ids in pack.items() for one in ids}
 
     @property
-    def starts(self) -> list[str]:
-        """A line for every time the job started: when, where."""
-        return self._lines("starts")
+    def path(self) -> Path:
+        """The beginning of the names of its files."""
+        return self.folder / self.job_id
+
+    @functools.cached_property
+    def attempts(self) -> Attempts:
+        """How often it was started, and how that ended."""
+        return read_attempts(self.path)
+
+    @functools.cached_property
+    def main_reason(self) -> RankReason:
+        """What the main rank of the last attempt says: the pack that it is at, and those that it finished."""
+        restart = max((count for _, count, _ in self.attempts.starts), default=0)
+        return read_reason(self.path, 0, restart) or RankReason(self.path)
 
     @property
-    def parts(self) -> list[list[str]]:
-        """Of a task of several jobs, a line for every time one was begun: its number, the ids of its work."""
-        return [line.split() for line in self._lines("parts")]
-
-    def _lines(self, name: str) -> list[str]:
-        path = self.folder / f"{self.job_id}.{name}"
-        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-
-    @property
-    def is_at_a_part(self) -> bool:
-        """Whether one of several jobs is being done."""
-        return (self.folder / f"{self.job_id}.now").is_file()
-
-    def failures(self) -> list[dict[str, Any]]:
-        """What failed of a job that came through: stage, ids of the work, reason."""
-        return self._failures("failures")
-
-    def given_up(self) -> list[dict[str, Any]]:
-        """What failed of a job that is not over, and will not be tried again by it."""
-        return self._failures("given-up")
-
-    def _failures(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / f"{self.job_id}.{name}.json"
-        found: list[dict[str, Any]] = read_json(path) if path.is_file() else []
-        return found
+    def is_cancelled(self) -> bool:
+        return (self.folder / f"{self.job_id}.cancelled").exists()
 
     def logs(self) -> list[Path]:
         """What its ranks printed: outputs first, then errors, by rank."""
@@ -82,24 +71,23 @@ def logs_by_job(folder: Path) -> dict[str, list[Path]]:
 class Submission:
     """A submission that is being made: keeps the list on disk as complete as the queue is."""
 
-    def __init__(self, study: Study, site: dict[str, Any]) -> None:
+    def __init__(self, study: Study, site: Mapping[str, str] | None) -> None:
+        """`site` is where the site profile is, and its digest."""
         root = study.directory / "slurm"
-        number = next(n for n in itertools.count(1) if not (root / f"{n:04d}").exists())
-        self.folder = root / f"{number:04d}"
-        self.folder.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        self.folder = next(path for n in itertools.count(1) if not (path := root / f"{n:04d}").exists())
+        self.folder.mkdir(mode=0o700)  # it holds what the jobs will run
         self._content: dict[str, Any] = {"site": site, "arrays": []}
 
-    def add(self, job_ids: Sequence[str], stage: str, work: Sequence[Sequence[str]]) -> None:
+    def add(self, job_ids: Sequence[str], stage: str, work: Sequence[Sequence[Work]]) -> None:
         """Notes the tasks of an array that was submitted."""
         self._content["arrays"].append({"stage": stage, "tasks": dict(zip(job_ids, work, strict=True))})
         write_json(self.folder / _LIST, self._content)
 
     def take_back(self) -> str:
-        """Cancels what was submitted, and says what became of it; '' where nothing was."""
+        """Cancels what was submitted, and says what became of it; '' if nothing was."""
         if not self._content["arrays"]:
             shutil.rmtree(self.folder)
-            with contextlib.suppress(OSError):
-                self.folder.parent.rmdir()  # the first submission's
             return ""
         try:
             cancel(list(_jobs(self.folder / _LIST)))
@@ -115,8 +103,8 @@ def all_submitted(study_dir: Path) -> list[Submitted]:
 
 def _jobs(path: Path) -> Iterator[Submitted]:
     for array in read_json(path)["arrays"]:
-        for job_id, work in array["tasks"].items():
-            yield Submitted(job_id, array["stage"], tuple(work), path.parent)
+        for job_id, packs in array["tasks"].items():
+            yield Submitted(job_id, array["stage"], tuple(p for p in packs if isinstance(p, dict)), path.parent)
 
 
 def _lists(study_dir: Path) -> list[Path]:
@@ -124,99 +112,164 @@ def _lists(study_dir: Path) -> list[Path]:
     return [path for path in lists if path.is_file()]
 
 
-def last_site(study_dir: Path) -> dict[str, Any] | None:
-    """The site profile of the last submission, or None."""
+def last_site(study_dir: Path) -> Mapping[str, str] | None:
+    """Where the site profile of the last submission was and its digest, or None. Raises UserError if none was made."""
     lists = _lists(study_dir)
-    return read_json(lists[-1])["site"] if lists else None
+    if not lists:
+        raise UserError(f"{study_dir} was never submitted; `dynexit run STUDY.yaml --on slurm` does that")
+    site: Mapping[str, str] | None = read_json(lists[-1])["site"]
+    return site
 
 
-def live_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
-    """What waits or runs; one squeue call, and none where nothing was ever submitted."""
+def live_jobs(study_dir: Path, queue: Mapping[str, QueuedJob] | None = None) -> list[tuple[Submitted, QueuedJob]]:
+    """What waits or runs; one query, and none if nothing was ever submitted."""
     submitted = all_submitted(study_dir)
-    if not submitted or not cluster.is_here():
-        return []
-    queued = cluster.queue()
-    pairs = ((job, queued.get(job.job_id)) for job in submitted)
+    if queue is None:
+        queue = cluster.queue() if submitted and cluster.is_here() else {}
+    pairs = ((job, queue.get(job.job_id)) for job in submitted)
     return [(job, entry) for job, entry in pairs if entry is not None and entry.is_live]
 
 
 def cancel(jobs: Sequence[Submitted]) -> None:
-    """Takes jobs out of the queue, and notes that the user did."""
-    cluster.cancel_jobs([job.job_id for job in jobs])
+    """Takes jobs out of the queue, and marks them, so that none is requeued by its script."""
     for job in jobs:
-        with (job.folder / f"{job.job_id}.ends").open("a", encoding="utf-8") as file:
-            file.write(f"{CANCELLED} {time.strftime('%FT%T')} by the user\n")
+        (job.folder / f"{job.job_id}.cancelled").touch()
+    cluster.cancel_jobs([job.job_id for job in jobs])
 
 
-def settled_jobs(study_dir: Path) -> list[tuple[Submitted, QueuedJob]]:
-    """As `live_jobs`, when those have ended that are ending now: whether one goes on by a requeue is not known before.
-
-    Raises UserError where that takes minutes.
-    """
-    first: set[str] | None = None  # of a large sweep there is always one that ends
-    for _ in range(_SETTLE_TRIES):
-        live = live_jobs(study_dir)
-        found = {job.job_id for job, entry in live if entry.state == "COMPLETING"}
-        first = found if first is None else first & found
-        ending = sorted(first)
-        if not ending:
-            return live
-        print(f"waiting until {_first(ending)} of {study_dir} have ended", flush=True)
-        time.sleep(_SETTLE_SECONDS)
-    raise UserError(f"jobs of {study_dir} are ending ({_first(ending)}); run it again when squeue shows them no more")
-
-
-def _first(job_ids: Sequence[str]) -> str:
-    return " ".join(job_ids[:5]) + (" ..." if len(job_ids) > 5 else "")
-
-
-def away(study_dir: Path, queue: Mapping[str, QueuedJob]) -> str:
-    """A sentence where the queue has jobs of the study and its folder nothing of their submission, or ''."""
-    if folders_in_place(study_dir / "slurm"):
-        return ""
-    found = sorted({job.job_id.partition("_")[0] for job in queue.values() if _is_live_of(study_dir, job)})
-    if not found:
-        return ""
-    return (
-        f"jobs of {study_dir} are in the queue ({_first(found)}), but nothing of their submission is in that folder: "
-        "its file system is away, and the jobs wait some minutes for it; bring it back and run this again "
-        f"(only if the folder was deleted: `scancel {' '.join(found)}`)"
+def unlisted(study_dir: Path, queue: Mapping[str, QueuedJob]) -> str:
+    """An error message if the queue has jobs of the study that none of its lists knows, or ''."""
+    mine = {job.job_id for job in queue.values() if job.is_live and job.study == str(study_dir.absolute())}
+    mine -= {job.job_id for job in all_submitted(study_dir)} if mine else set()
+    found = " ".join(sorted({job_id.partition("_")[0] for job_id in mine}))
+    return found and (
+        f"jobs of {study_dir} are queued ({found}) that no list in that folder knows: its file system is unavailable, "
+        f"or the launcher was killed while it submitted; make it available and run this again, or `scancel {found}`"
     )
 
 
-def check_is_there(study_dir: Path) -> None:
-    """Raises UserError where the study's jobs are in the queue and its folder is not there, as of a lost mount."""
-    if cluster.is_here() and not folders_in_place(study_dir / "slurm"):
-        with contextlib.suppress(Failure):  # with no queue to ask there is nothing to say
-            sentence = away(study_dir, cluster.queue())
-            if sentence:
-                raise UserError(sentence)
-
-
-def _is_live_of(study_dir: Path, job: QueuedJob) -> bool:
-    return job.is_live and job.study == str(study_dir.absolute())
-
-
-def check_strays(study_dir: Path) -> None:
-    """Raises UserError where the queue has jobs of the study that no list knows: their launcher was killed over it."""
-    known = {job.job_id for job in all_submitted(study_dir)}
-    strays = [job.job_id for job in cluster.queue().values() if _is_live_of(study_dir, job)]
-    strays = sorted({job_id.partition("_")[0] for job_id in strays if job_id not in known})
-    if strays:
-        raise UserError(
-            f"jobs of {study_dir} are in the queue that no list of its submissions knows ({' '.join(strays)}), as when "
-            f"a launcher is killed while it submits; `scancel {' '.join(strays)}`, then run it again"
-        )
+def check_listed(study_dir: Path) -> None:
+    """Raises UserError if the queue has jobs of the study that none of its lists knows."""
+    with contextlib.suppress(Failure):  # with no queue to ask there is nothing to say
+        if cluster.is_here() and (message := unlisted(study_dir, cluster.queue())):
+            raise UserError(message)
 
 
 def check_queue(study: Study) -> None:
-    """Raises UserError where jobs of the study wait or run: nobody else may write what they write."""
-    if cluster.is_here() and (study.directory / "slurm").is_dir():
-        check_strays(study.directory)
-    live = live_jobs(study.directory)
+    """Raises UserError if jobs of the study wait or run: nobody else may write what they write."""
+    live = [job.job_id for job, _ in live_jobs(study.directory)]
     if live:
-        names = _first([job.job_id for job, _ in live])
+        names = " ".join(live[:5]) + " ..." * (len(live) > 5)
         raise UserError(
             f"{len(live)} jobs of {study.directory} are in the cluster's queue ({names}); wait for them, "
-            "or take them out with `dynexit cancel`"
+            "or cancel them with `dynexit cancel`"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterState:
+    """What the cluster says of the job that does a point's next work."""
+
+    state: str
+    is_live: bool
+    is_failed: bool
+    reason: str
+    attempts: int
+    node: str
+    log: Path
+
+
+class QueueView:
+    """The jobs of every piece of work of a study, and the queue as one query showed it."""
+
+    def __init__(self, study_dir: Path) -> None:
+        self._jobs: dict[tuple[str, str], list[Submitted]] = {}  # of every piece of work, the newest last
+        for job in all_submitted(study_dir):
+            for one in job.work or {("report", "")}:
+                self._jobs.setdefault(one, []).append(job)
+        self._queue: dict[str, QueuedJob] | None = None
+        self.unanswered = ""  # why there is no queue to look at; the files say what they can
+        if self._jobs or cluster.is_here():
+            try:
+                self._queue = cluster.queue()
+            except Failure as failure:
+                self.unanswered = str(failure) if self._jobs else ""
+        self.unlisted = unlisted(study_dir, self._queue or {})
+        self._logs = functools.cache(logs_by_job)
+
+    def of(self, point: Point, missing: str) -> ClusterState | None:
+        """Of the job that does the point's work `missing`, or the report; None if none was submitted."""
+        work = (missing, "" if missing == "report" else point.ids[missing])
+        jobs = self._jobs.get(work)
+        return None if jobs is None else self._describe(jobs, work, point.config.dist.max_retries)
+
+    def _describe(self, jobs: Sequence[Submitted], work: tuple[str, str], max_retries: int) -> ClusterState:
+        job, pack = jobs[-1], _pack_of(jobs[-1], work)
+        entry = None if self._queue is None else self._queue.get(job.job_id)
+        live = entry is not None and entry.is_live
+        ends = [end for end in job.attempts.ends if end.pack == pack]
+        is_over = any(end.reason == FAILED for end in ends) or sum(end.reason == CRASHED for end in ends) > max_retries
+        now = next((one for one in job.main_reason.finished if one["pack"] == pack and one["reason"] == FAILED), None)
+        last = job.attempts.last(pack)
+        state, failed = "submitted" + (f", {last.reason} before" if last else ""), False
+        if entry is not None and live:
+            is_another = len(job.packs) > 1 and job.main_reason.pack != pack
+            state = live_state(entry, work[0], last.reason if last else "", is_another=is_another)
+            failed = is_over or now is not None  # the job goes on with its other packs
+        elif job.is_cancelled or (entry is not None and entry.state == "CANCELLED"):
+            state = "cancelled"
+        elif self._queue is not None:
+            failed = True
+        reason = ""
+        if failed:
+            noted = last if job.attempts.has_ended or is_over else None
+            reason = now["error"] if now else noted.error if noted and noted.reason == FAILED else str(noted or "")
+            reason = reason or _unnoted_end(job, entry)
+        attempts, node = self._tries(jobs, work)
+        logs = self._logs(job.folder).get(job.job_id, [])
+        printed = [path for path in logs if failed and path.suffix == ".err" and path.stat().st_size]
+        log = next(iter([*printed, *logs]), job.folder)
+        return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
+
+    def tries(self, point: Point) -> tuple[int, str] | None:
+        """How often the point's training was tried, and where it was last; None if no job did it."""
+        work = ("train", point.ids["train"])
+        return self._tries(self._jobs[work], work) if work in self._jobs else None
+
+    def _tries(self, jobs: Sequence[Submitted], work: tuple[str, str]) -> tuple[int, str]:
+        counts = [_num_tries(job, _pack_of(job, work)) for job in jobs]
+        return sum(counts), next((job.attempts.node for job in reversed(jobs) if job.attempts.node), "")
+
+
+def _pack_of(job: Submitted, work: tuple[str, str]) -> int:
+    return next((i for i, pack in enumerate(job.packs) if work[1] in pack.get(work[0], ())), 0)
+
+
+def _num_tries(job: Submitted, pack: int) -> int:
+    """How often a pack was begun: of one alone whenever the job started, of several as its ends and the ranks say."""
+    if len(job.packs) <= 1:
+        return len(job.attempts.starts)
+    is_at_it = job.main_reason.pack == pack or any(one["pack"] == pack for one in job.main_reason.finished)
+    return sum(end.pack == pack for end in job.attempts.ends) + int(is_at_it and not job.attempts.has_ended)
+
+
+def live_state(entry: QueuedJob, missing: str, last: str, *, is_another: bool = False) -> str:
+    """What a job that is not over does for the work `missing`, unless it does another pack's (`is_another`).
+
+    `last` is why it ended the last time, '' for never.
+    """
+    if entry.state == "RUNNING" and not (is_another and last == CRASHED):
+        return f"{missing} {'waits for its turn' if is_another else 'running'}"
+    if last:
+        return f"{last}, waits to resume"
+    if entry.state == "COMPLETING":
+        return f"{missing} ending"
+    return "waiting" if entry.reason == "None" else f"waiting ({entry.reason})"
+
+
+def _unnoted_end(job: Submitted, entry: QueuedJob | None) -> str:
+    if entry is None:
+        return f"{job.stage} job {job.job_id} ended without an error message"
+    if entry.state == "COMPLETED":
+        return f"{job.stage} job {job.job_id} completed, but its outputs are missing"
+    return f"{job.stage} job {job.job_id} ended as {entry.state}"

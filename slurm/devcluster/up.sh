@@ -119,6 +119,7 @@ CONF
             "RealMemory=$memory $gres State=UNKNOWN"
     done
     echo "PartitionName=main Nodes=ALL Default=YES LLN=YES MaxTime=1-0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30"
+    echo "PartitionName=fragile Nodes=ALL MaxTime=1-0 PriorityTier=1 PreemptMode=CANCEL"
     echo "PartitionName=urgent Nodes=ALL MaxTime=1-0 PriorityTier=9 PreemptMode=OFF"
 } >"$folder/slurm.conf"
 for i in $(seq "$nodes"); do # torch's ranks meet at the name of the first node

@@ -27,7 +27,7 @@ def main(num_points: int) -> None:
         with _timed(f"{num_points} points read and validated"):
             study = load_study(ROOT / "tests" / "tiny_study.yaml", [*grid, f"runs_dir={folder}"])
         with _timed("planned"):
-            arrays = plan_arrays(study, tuple(STAGES), Limits(1001, 200), {})
+            arrays = plan_arrays(study, tuple(STAGES), Limits(1001, 200), {}, {})
         with _timed(f"{sum(len(array.tasks) for array in arrays)} jobs' scripts written"):
             describe_submission(study, tuple(STAGES), Site())
         study_and_grid = ["tests/tiny_study.yaml", *grid, f"runs_dir={folder}"]

@@ -118,7 +118,7 @@ def test_what_is_for_a_cluster_is_not_passed_over(study: str, capsys: pytest.Cap
     said = refused(capsys, "run", study, "--site", "mine.yaml")
     assert said == "dynexit: --site is for --on slurm, and this is --on here\n"
     said = refused(capsys, "retry", study)
-    assert said == "dynexit: runs/study was never submitted; `dynexit run study.yaml --on slurm` does that\n"
+    assert said == "dynexit: runs/study was never submitted; `dynexit run STUDY.yaml --on slurm` does that\n"
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_a_study_whose_file_system_is_away_is_not_taken_for_new(
     monkeypatch.setattr(cluster, "queue", lambda: {job.job_id: job for job in jobs})
     said = refused(capsys, command[0], study, *command[1:])
     assert said == (
-        "dynexit: jobs of runs/study are in the queue (7 8), but nothing of their submission is in that folder: its "
-        "file system is away, and the jobs wait some minutes for it; bring it back and run this again "
-        "(only if the folder was deleted: `scancel 7 8`)\n"
+        "dynexit: jobs of runs/study are queued (7 8) that no list in that folder knows: its file system is "
+        "unavailable, or the launcher was killed while it submitted; make it available and run this again, or "
+        "`scancel 7 8`\n"
     )
     assert not Path("runs").exists()  # where it would be in the way of what comes back
     jobs.clear()

@@ -42,11 +42,7 @@ def test_queue(answers: dict[str, str]) -> None:
 
 def test_limits_of_the_cluster_and_of_the_profile(answers: dict[str, str]) -> None:
     answers["scontrol show config"] = "MaxArraySize            = 11\nMaxJobCount             = 5000\n"
-    answers["squeue --noheader --array --states=all --format=%i"] = "7_0\n" * 30  # of all users
-    assert cluster.limits(Site(), 10) == Limits(11, 4970)  # no accounting
-    del answers["squeue --noheader --array --states=all --format=%i"]
-    assert cluster.limits(Site(), 10) == Limits(11, None)  # an answer that does not come refuses nothing
-    answers["squeue --noheader --array --states=all --format=%i"] = "7_0\n" * 30
+    assert cluster.limits(Site(), 10) == Limits(11, None)  # no accounting
     answers["sacctmgr --noheader --parsable2 show assoc"] = "\n300\n200\n"
     assert cluster.limits(Site(), 10) == Limits(11, 190)
     answers["sacctmgr --noheader --parsable2 show qos"] = "50\n"
@@ -56,28 +52,13 @@ def test_limits_of_the_cluster_and_of_the_profile(answers: dict[str, str]) -> No
     assert cluster.limits(Site(max_submit_jobs=20), 0) == Limits(1001, 20)
 
 
-@pytest.mark.parametrize(
-    ("partition", "nodes", "minutes", "expected"),
-    [
-        ("mian", 1, 1, "partition = 'mian': the cluster has no such partition; it has main, long"),
-        (None, 1, 1591, "time_minutes = 1591: partition main allows at most 1590 minutes"),
-        (None, 4, 1, "dist.nodes = 4: partition main gives a job at most 3 nodes"),
-        ("long", 3, 1, "dist.nodes = 3: partition long gives a job at most 2 nodes"),
-    ],
-)
-def test_what_can_never_run_is_refused(
-    answers: dict[str, str], partition: str | None, nodes: int, minutes: int, expected: str
-) -> None:
+def test_a_time_limit_above_the_partitions_is_refused(answers: dict[str, str]) -> None:
     answers["scontrol --oneliner show partition"] = PARTITIONS
     with pytest.raises(UserError) as error:
-        cluster.check_request(Site(partition=partition), nodes, minutes)
-    assert expected in str(error.value)
-
-
-def test_what_some_partition_can_run_is_not(answers: dict[str, str]) -> None:
-    answers["scontrol --oneliner show partition"] = PARTITIONS
-    cluster.check_request(Site(), 3, 1590)
-    cluster.check_request(Site(partition="main,long"), 3, 10**6)
+        cluster.check_time(Site(), 1591)
+    assert str(error.value) == "time_minutes = 1591: partition main allows at most 1590 minutes"
+    for site, minutes in ((Site(), 1590), (Site(partition="main,long"), 10**6), (Site(partition="other"), 10**6)):
+        cluster.check_time(site, minutes)
 
 
 @pytest.fixture
@@ -94,27 +75,24 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_rehearsal_tells_what_waits_from_what_is_refused(sbatch: Path) -> None:
-    assert cluster.rehearse("echo 'Job 7 to start at noon'", None) == ""
+    assert cluster.rehearse("echo 'Job 7 to start at noon'", Site()) == ""
     too_much, unknown = "Requested node configuration is not available", "Invalid feature specification"
     refusal = "echo 'allocation failure: {}' >&2; exit 1"
-    assert cluster.rehearse(refusal.format(too_much), "old") == too_much  # the node that is drained may have it
+    assert (
+        cluster.rehearse(refusal.format(too_much), Site(partition="old")) == too_much
+    )  # the node that is drained may have it
     for reason, partition in ((too_much, None), (too_much, "new"), (unknown, "old")):
         with pytest.raises(UserError) as error:
-            cluster.rehearse(refusal.format(reason), partition)
+            cluster.rehearse(refusal.format(reason), Site(partition=partition))
         assert str(error.value) == reason
-    (sbatch.parent / "sinfo").unlink()
-    assert cluster.rehearse(refusal.format(too_much), "new") == too_much
-    sbatch.unlink()
-    with pytest.raises(Failure, match="there is no sbatch on this machine"):
-        cluster.rehearse("", None)
 
 
 def test_commands_do_not_hear_of_options_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"SQUEUE_PARTITION", "SCANCEL_STATE", "SBATCH_NO_REQUEUE", "SLURM_JOB_ID", "SBATCH_QOS", "SLURM_CONF"}
     for name in names:
         monkeypatch.setenv(name, "1")
-    told = {line.partition("=")[0] for line in cluster.ask(["env"]).splitlines()}
-    assert told & {*names, "PATH"} == {"SBATCH_QOS", "SLURM_CONF", "PATH"}
+    seen = {line.partition("=")[0] for line in cluster.ask(["env"]).splitlines()}
+    assert seen & {*names, "PATH"} == {"SBATCH_QOS", "SLURM_CONF", "PATH"}
 
 
 def test_a_missing_command_and_one_that_fails() -> None:

@@ -1,12 +1,14 @@
 """Site profiles: every key checked, wrong ones named with the right ones."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dynexit.errors import UserError
 from dynexit.study.schema import Config, DistSettings
-from launch.slurm.site import Site, load_site, site_contradictions
+from launch.slurm.site import Site, StageSite, load_last_site, load_site, site_contradictions
 
 SITES = Path(__file__).parents[3] / "slurm" / "sites"
 
@@ -27,6 +29,14 @@ def write(folder: Path, text: str) -> Path:
         ("time_minutes: 0", "time_minutes = 0: should be greater than or equal to 1"),
         ("- partition", "should hold keys, as `partition: gpu`, not list"),
         ("a: [", "could not be read"),
+        ("sbatch: {mail type: END}", "sbatch = {'mail type': 'END'}: 'mail type' is not an option of sbatch"),
+        ('sbatch: {"x\\ntouch y": 1}', "is not an option of sbatch"),
+        ('partition: "gpu\\ntouch y"', "partition holds a control character, as a line break; only setup may"),
+        ('modules: ["cuda\\rx"]', "modules holds a control character"),
+        ('sbatch: {mail-user: "a\\u2028b"}', "sbatch holds a control character"),
+        ('stages: {search: {qos: "a\\nb"}}', "stages holds a control character"),
+        ("stages: {train: {cpus: 4}}", "stages.train = 'train': should be 'search' or 'report'"),
+        ("stages: {search: {gpus: 4}}", "stages.search.gpus is not a key"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
@@ -51,7 +61,7 @@ def test_options_that_jobs_are_chained_and_requeued_by_are_not_a_sites() -> None
 def test_options_that_are_other_keys_are_named() -> None:
     site = Site(sbatch={"time": 1, "ntasks_per_node": 2, "gres": "gpu:a100:2"})
     assert site_contradictions(site, Config()) == [
-        "sbatch = ntasks_per_node: that is dist.tasks_per_node of the study",
+        "sbatch = ntasks-per-node: that is dist.tasks_per_node of the study",
         "sbatch = time: that is time_minutes",
     ]
 
@@ -100,3 +110,49 @@ def test_gpus_that_no_rank_would_use_are_refused() -> None:
     assert site_contradictions(Site(gpus_per_node=8), Config(dist=DistSettings(tasks_per_node=8))) == []
     assert site_contradictions(Site(gpus_per_node=1), Config()) == []
     assert site_contradictions(Site(gpus_per_node=8), Config(dist=DistSettings(device="cpu"))) == []
+
+
+def test_cpu_jobs_hold_no_gpu_and_have_their_own_keys() -> None:
+    own = StageSite(partition="cpu", cpus=8, constraint="")
+    options = {"gres": "gpu:2", "gpus-per-task": 1, "mail-type": "END"}
+    site = Site(partition="gpu", qos="q", constraint="a100", gpus_per_node=4, sbatch=options, stages={"search": own})
+    assert site.for_stage("train") is site
+    for stage in ("search", "report"):
+        cpu = site.for_stage(stage)
+        asked = (cpu.partition, cpu.qos, cpu.constraint, cpu.gpus_per_node, cpu.cpus_per_task, cpu.sbatch)
+        assert asked == ("cpu", "q", "", 0, 8, {"mail-type": "END"})
+    other = site.model_copy(update={"stages": {"search": own, "report": StageSite(partition="tiny")}})
+    assert other.for_stage("report").partition == "tiny"
+
+
+def test_lines_of_setup_may_have_line_breaks(tmp_path: Path) -> None:
+    assert load_site(write(tmp_path, 'setup: ["if true\\nthen true; fi"]')).setup == ["if true\nthen true; fi"]
+
+
+def test_the_profile_of_the_last_submission_must_be_unchanged_and_own(tmp_path: Path) -> None:
+    path, study_dir = write(tmp_path, "setup: [touch x]"), tmp_path / "runs" / "study"
+    source = load_site(path).source
+    assert source is not None
+    assert load_last_site(source, study_dir) == load_site(path)
+    assert load_last_site(None, study_dir) == Site()
+    refusal = f"the site profile of the last submission, {path}, is missing, has changed or belongs to another user; "
+    refusal += "name the profile with --site SITE.yaml"
+
+    def refused(source: dict[str, Any]) -> str:
+        with pytest.raises(UserError) as error:
+            load_last_site(source, study_dir)
+        return str(error.value)
+
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+        assert refused(source) == refusal
+        os.chown(path, 0, -1)
+    inside = study_dir / "site.yaml"  # comes with a copied run folder
+    inside.parent.mkdir(parents=True)
+    inside.write_bytes(path.read_bytes())
+    assert str(inside) in refused({**source, "path": str(inside)})
+    write(tmp_path, "setup: [touch y]")
+    assert refused(source) == refusal
+    path.unlink()
+    assert refused(source) == refusal
+    assert "--site" in refused({"partition": "gpu", "setup": ["touch x"]})  # the text that earlier versions kept

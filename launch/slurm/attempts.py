@@ -1,0 +1,141 @@
+"""The attempts at a SLURM job: one file of JSON lines per array task. Needs nothing but Python: a batch host reads it.
+
+Only the job's batch host appends: a line when an attempt starts, and a line for every way in which a pack, or the
+attempt, ended. The ranks leave a reason file each, written whole, which the batch host reads when they have ended.
+A job is named by a path here: its folder and its id.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+PREEMPTED, TIMED_OUT, CRASHED, FAILED, COMPLETED = "preempted", "timed-out", "crashed", "failed", "completed"
+STOPPED, TERMINATED = "stopped", "terminated"  # words of a rank: ended by SIGUSR2, by SIGTERM
+STOPPED_STATUS = 75  # exit status of a rank that a signal stopped
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """How a pack ended or, with the packs that were not reached, the attempt. `pack` None: before any pack began."""
+
+    reason: str
+    pack: int | None = None
+    status: int = 0
+    error: str = ""
+    node: str = ""
+    end: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.reason} {self.end} on {self.node or '?'}" + f" with exit status {self.status}" * (
+            self.status > 0
+        )
+        return f"{self.error}; {text}" if self.error else text
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempts:
+    """What the file of a job says: its starts as (time, restart count, nodes), and how they ended."""
+
+    starts: tuple[tuple[str, int, str], ...] = ()
+    ends: tuple[End, ...] = ()
+    has_ended: bool = False
+    """Whether the last attempt noted its end; one that was killed with its node, or cancelled, does not."""
+
+    @property
+    def node(self) -> str:
+        """The nodes of the last attempt."""
+        return self.starts[-1][2] if self.starts else ""
+
+    def is_superseded(self, restart: int) -> bool:
+        """Whether SLURM started the job again after its start number `restart`."""
+        return any(count > restart for _, count, _ in self.starts)
+
+    def last(self, pack: int) -> End | None:
+        """How `pack`, or an attempt in which no pack was reached, ended the last time."""
+        return next((end for end in reversed(self.ends) if end.pack in (pack, None)), None)
+
+
+def attempts_path(job: Path) -> Path:
+    """Where the attempts at a job are."""
+    return job.with_name(f"{job.name}.jsonl")
+
+
+def read_attempts(job: Path) -> Attempts:
+    """The attempts at a job; none if there is no file. A line that a full disk cut off is left out."""
+    lines = list(_objects(attempts_path(job)))
+    starts = tuple((line["start"], line["restart"], line["node"]) for line in lines if "start" in line)
+    ends = tuple(End(**line) for line in lines if "reason" in line)
+    return Attempts(starts, ends, bool(lines) and "reason" in lines[-1])
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def append_ends(job: Path, ends: Sequence[End]) -> None:
+    """Adds lines to the file, in one write. For the batch host alone."""
+    with attempts_path(job).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(dataclasses.asdict(end)) + "\n" for end in ends))
+
+
+def packs_left(ends: Sequence[End], num_packs: int, max_retries: int) -> list[int]:
+    """The packs that another attempt does, in order: those that crashed come last, so that they stop no other.
+
+    A pack that completed, failed with an error message or crashed more than `max_retries` times is left out.
+    """
+    crashes = collections.Counter(end.pack for end in ends if end.reason == CRASHED)
+    over = {end.pack for end in ends if end.reason in (COMPLETED, FAILED)}
+    left = [pack for pack in range(num_packs) if pack not in over and crashes[pack] <= max_retries]
+    return sorted(left, key=lambda pack: crashes[pack])
+
+
+@dataclasses.dataclass
+class RankReason:
+    """What a rank says of its end; of the main rank also the pack that it is at and the packs that it finished."""
+
+    path: Path
+    restart: int = 0
+    num_packs: int = 0
+    pack: int | None = None
+    finished: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    word: str = ""
+    error: str = ""
+
+    def write(self) -> None:
+        """Writes the file whole. A full disk is no error here: without the file the end counts as a crash."""
+        content = {name: value for name, value in vars(self).items() if name != "path"}
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+
+def reason_path(job: Path, rank: int) -> Path:
+    """Where a rank of the job leaves its reason."""
+    return job.with_name(f"{job.name}_{rank}.reason.json")
+
+
+def read_reason(job: Path, rank: int, restart: int) -> RankReason | None:
+    """What a rank of the job's start number `restart` left, or None."""
+    path = reason_path(job, rank)
+    content = next(_objects(path), {})
+    return RankReason(path, **content) if content.get("restart") == restart else None
+
+
+def restart_count() -> int:
+    """How often SLURM started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
