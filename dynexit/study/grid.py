@@ -189,7 +189,10 @@ def canonical_json(value: Any) -> str:
         dumped = value.model_dump(mode="json")
         for name, field in type(value).model_fields.items():
             extra = field.json_schema_extra
-            if isinstance(extra, dict) and not extra["changes_results"]:
+            if not isinstance(extra, dict):
+                continue
+            is_omitted = extra["omit_default"] and getattr(value, name) == field.get_default(call_default_factory=True)
+            if is_omitted or not extra["changes_results"]:
                 del dumped[name]
         value = dumped
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

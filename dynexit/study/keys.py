@@ -10,9 +10,20 @@ DATA_SETS = ("digits", "cifar10", "cifar100", "cifar100_lt", "svhn", "imagenet",
 TIMM_DATA_SETS = ("torch", "hfds", "hfids", "tfds", "wds")  # before the slash of a name that timm knows
 
 
-def key(default: Any, meaning: str, unit: str = "", *, changes_results: bool = True, **limits: Any) -> Any:
-    """A field of the schema: default, one-line meaning, unit, limits (ge, gt, le, lt, min_length)."""
-    extra: dict[str, Any] = {"unit": unit, "changes_results": changes_results}
+def key(
+    default: Any,
+    meaning: str,
+    unit: str = "",
+    *,
+    changes_results: bool = True,
+    omit_default: bool = False,
+    **limits: Any,
+) -> Any:
+    """A field of the schema: default, one-line meaning, unit, limits (ge, gt, le, lt, min_length).
+
+    With `omit_default` the default is no part of an id: a key that is added later leaves the ids of older studies.
+    """
+    extra: dict[str, Any] = {"unit": unit, "changes_results": changes_results, "omit_default": omit_default}
     arguments = {"description": meaning, "json_schema_extra": extra, **limits}
     return Field(default_factory=default, **arguments) if callable(default) else Field(default, **arguments)
 

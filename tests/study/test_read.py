@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from dynexit.errors import UserError
-from dynexit.study.grid import Study, fixed_values
-from dynexit.study.keys import parse_weights
+from dynexit.study.grid import Study, canonical_json, fixed_values
+from dynexit.study.keys import Section, key, parse_weights
 from dynexit.study.read import load_study, resolved_yaml
 from dynexit.study.schema import SECTIONS, Config
 from dynexit.study.validation import all_keys
@@ -235,3 +235,16 @@ def test_a_range_of_weights_is_no_number_of_minutes(tmp_path: Path) -> None:
     for text in ("search: {accuracy_weights: 0:1:0.25}", ""):
         found = study(tmp_path, text, "search.accuracy_weights=0:1:0.25")
         assert found.config.search.accuracy_weights == "0:1:0.25"
+
+
+def test_an_omitted_default_is_no_part_of_an_id() -> None:
+    class Old(Section):
+        width: int = key(3, "width")
+
+    class New(Section):
+        width: int = key(3, "width")
+        names: list[str] = key(list, "names", omit_default=True)
+        depth: int | None = key(None, "depth", omit_default=True)
+
+    assert canonical_json(New()) == canonical_json(Old()) == '{"width":3}'
+    assert canonical_json(New(depth=2, names=["a"])) == '{"depth":2,"names":["a"],"width":3}'
