@@ -198,6 +198,7 @@ def best_exit(
     refine: bool,
     path_macs_Q: np.ndarray,
     head_macs_PH: np.ndarray,
+    read_macs_P: np.ndarray,
     head_P: np.ndarray,
     count_FQ: np.ndarray,
     right_F: np.ndarray,
@@ -211,22 +212,29 @@ def best_exit(
     bins, current = table_HQB.shape[2], head_P[position]
     # MACs saved by leaving here instead of at each later place, the head here aside
     saved_Q = np.zeros(num_positions + 1, np.int64)
-    heads = 0
+    heads, last_reader = 0, position
     for later in range(position + 1, num_positions + 1):
         if later < num_positions and head_P[later] != OFF:
             heads += head_macs_PH[later, head_P[later]]
-        saved_Q[later] = path_macs_Q[later] - path_macs_Q[position] + heads
+            last_reader = later
+        read = read_macs_P[last_reader] - read_macs_P[position]
+        saved_Q[later] = path_macs_Q[later] - path_macs_Q[position] + heads + read
+    # an exit behind which none is has everybody who arrives pay the features since the last one before it
+    read = read_macs_P[position] if last_reader == position else 0
+    for before in range(position):
+        if last_reader == position and head_P[before] != OFF:
+            read = read_macs_P[position] - read_macs_P[before]
     arrived = count_FQ[position:].sum()
     kept = 0.0
     if current != OFF:
-        macs = head_macs_PH[position, current] * arrived - (count_FQ[position] * saved_Q).sum()
+        macs = (head_macs_PH[position, current] + read) * arrived - (count_FQ[position] * saved_Q).sum()
         kept = per_mac * macs - per_correct * (right_F[0, position] - right_F[1, position])
     best, best_head, best_last = min(0.0, kept - EQUAL), OFF, -1
     # leaving costs a sample that is right only later at most this, and any other nothing
     steepest = max(0.0, per_correct - per_mac * saved_Q[position + 1]) if refine else 0.0
     change_B, saved_B, gained_B = np.empty(bins), np.empty(bins, np.int64), np.empty(bins, np.int64)
     for head in range(num_heads):
-        paid = head_macs_PH[position, head] * arrived
+        paid = (head_macs_PH[position, head] + read) * arrived
         saved_B[:] = 0
         for later in range(position + 1, num_positions + 1):
             for b in range(bins):

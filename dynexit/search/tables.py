@@ -21,7 +21,14 @@ _BULK = 2  # more than half of the samples moved: the tables are made anew when 
 class Tables:
     """One configuration on prepared rows, with its tables; `move` changes an exit, `best_exit` finds the best one."""
 
-    def __init__(self, rows: Rows, path_macs_Q: np.ndarray, head_macs_PH: np.ndarray, refine: bool = True) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        path_macs_Q: np.ndarray,
+        head_macs_PH: np.ndarray,
+        read_macs_P: np.ndarray,
+        refine: bool = True,
+    ) -> None:
         """`refine`: thresholds between any two confidences that differ; without it only between bins."""
         num_positions, num_heads, count = rows.confidence_PHN.shape
         self.rows = rows
@@ -29,6 +36,8 @@ class Tables:
         self.path_macs_Q = path_macs_Q
         """int64, the backbone alone up to each position, last to the end."""
         self.head_macs_PH = head_macs_PH
+        self.read_macs_P = read_macs_P
+        """int64, reading the features up to each position, which a sample pays up to the last enabled exit."""
         self.head_P = np.full(num_positions, OFF, np.int64)
         self.threshold_P = np.ones(num_positions, np.float32)
         self._leaves_N = np.full(count, 1 << num_positions, np.int64)
@@ -98,6 +107,7 @@ class Tables:
             self.refine,
             self.path_macs_Q,
             self.head_macs_PH,
+            self.read_macs_P,
             self.head_P,
             self.count_FQ,
             self.right_F,
