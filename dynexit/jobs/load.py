@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dynexit.core.cost import ExitCosts
+from dynexit.core.cost import STEM, ExitCosts
 from dynexit.data import DataSets, check_colours, describe_data, load_data, workers_of
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
@@ -13,6 +13,7 @@ from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.readers import Reading
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
 from dynexit.study.methods import METHODS
@@ -27,7 +28,7 @@ def check_model(config: Config, *, weights: bool) -> None:
     backbone = build_model(config, weights=weights and config.backbone.weights != "pretrained")
     if config.backbone.weights == "pretrained" and config.prepare.num_epochs == 0:
         check_colours(config.data, vars(backbone.model)["default_cfg"])
-    MultiExit(backbone, _positions(config, backbone))
+    MultiExit(backbone, _positions(config, backbone), config.exits.head_types, _reading(config))
     if (config.record.topk or 1) > backbone.num_classes:
         raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
 
@@ -47,7 +48,12 @@ def build_model(config: Config, *, weights: bool) -> Backbone:
 
 
 def _positions(config: Config, backbone: Backbone) -> Sequence[int]:
-    return range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
+    blocks = range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
+    return [*([STEM] if config.exits.stem else []), *blocks]
+
+
+def _reading(config: Config) -> Reading:
+    return Reading(config.exits.reader, config.exits.concatenate)
 
 
 def ranks_of(config: Config) -> Ranks:
@@ -72,10 +78,11 @@ def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
         raise UserError(f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first")
     backbone = build_model(config, weights=False)
     backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
-    costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types)
+    reading = _reading(config)
+    costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types, reading=reading)
     if not METHODS[config.train.method].has_gates:
         costs = dataclasses.replace(costs, gate_macs=(0,) * len(costs.positions))
-    return MultiExit(backbone, costs.positions, costs.head_types).to(ranks.device), costs
+    return MultiExit(backbone, costs.positions, costs.head_types, reading).to(ranks.device), costs
 
 
 def load_heads(
