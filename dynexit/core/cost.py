@@ -15,6 +15,11 @@ STEM = -2
 """The position of an exit before the first block; -1 is the backbone's own classifier in records."""
 
 
+def place_name(position: int) -> str:
+    """The position in words: `block 3`, or `the stem`."""
+    return "the stem" if position == STEM else f"block {position}"
+
+
 @dataclass(frozen=True)
 class ExitCosts:
     """MACs of a backbone cut into blocks and of everything that can be attached to it; all counts are per sample.

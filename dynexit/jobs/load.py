@@ -28,7 +28,13 @@ def check_model(config: Config, *, weights: bool) -> None:
     backbone = build_model(config, weights=weights and config.backbone.weights != "pretrained")
     if config.backbone.weights == "pretrained" and config.prepare.num_epochs == 0:
         check_colours(config.data, vars(backbone.model)["default_cfg"])
-    MultiExit(backbone, _positions(config, backbone), config.exits.head_types, _reading(config))
+    model = MultiExit(backbone, _positions(config, backbone), config.exits.head_types, _reading(config))
+    standardises = config.exits.standardise or config.exits.whiten or config.train.method == "probe"
+    if model.reads_two and standardises:
+        raise UserError(
+            f"exits.head_types = {config.exits.head_types}: linear and MLP heads read different features of "
+            f"{backbone.name} where they are standardised together; set exits.reader, as token or tokens_average_std"
+        )
     if (config.record.topk or 1) > backbone.num_classes:
         raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
 

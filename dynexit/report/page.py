@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from dynexit.core.cost import STEM
+from dynexit.core.cost import place_name
 from dynexit.report.table import (
     FrontPoint,
     Hypervolume,
@@ -224,8 +224,7 @@ def describe_configuration(configuration: str, positions: Sequence[int], head_ty
     for position, (head_type, threshold) in zip(positions, json.loads(configuration), strict=True):
         if head_type < 0:
             continue
-        block = "the stem" if position == STEM else f"block {position}"
-        place = f"after {block}" + (f" ({head_types[head_type]})" if len(head_types) > 1 else "")
+        place = f"after {place_name(position)}" + (f" ({head_types[head_type]})" if len(head_types) > 1 else "")
         if threshold < 0:
             return f"exit {', '.join(parts)}, the rest {place}" if parts else f"everybody leaves {place}"
         parts.append(f"{place} above {_threshold(threshold)}")

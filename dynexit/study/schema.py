@@ -21,7 +21,14 @@ from dynexit.study.keys import (
     known_weights,
     no_duplicates,
 )
-from dynexit.study.methods import BoostedSettings, DyceSettings, JeiDnnSettings, WeightedSettings, known_method
+from dynexit.study.methods import (
+    BoostedSettings,
+    DyceSettings,
+    JeiDnnSettings,
+    ProbeSettings,
+    WeightedSettings,
+    known_method,
+)
 
 CONFIDENCE_NAMES = ("max_probability", "margin", "entropy", "gate")
 
@@ -274,6 +281,7 @@ class Config(Section):
     jei_dnn: JeiDnnSettings = Field(default_factory=JeiDnnSettings)
     boosted: BoostedSettings = Field(default_factory=BoostedSettings)
     weighted: WeightedSettings = Field(default_factory=WeightedSettings)
+    probe: ProbeSettings = Field(default_factory=ProbeSettings)
     dyce: DyceSettings = Field(default_factory=DyceSettings)
     record: RecordSettings = Field(default_factory=RecordSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)
