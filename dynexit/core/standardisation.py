@@ -19,7 +19,7 @@ class Standardisation:
 
     mean_D: Tensor
     map_DF: Tensor
-    num_constant: int
+    is_constant_D: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
         """Standardised features (..., F) from features (..., D), in their dtype."""
@@ -72,5 +72,7 @@ class Moments:
         if whiten:
             covariance_DD = self.squares / self.count - mean_D[:, None] * mean_D
             variance_F, basis_DF = torch.linalg.eigh(covariance_DD * scale_D[:, None] * scale_D)
-            map_DF = scale_D[:, None] * basis_DF / (variance_F.clamp_min(0) + WHITENING_EPSILON).sqrt()
-        return Standardisation(mean_D, map_DF, int(constant_D.sum()))
+            # the symmetric root: unlike the basis it does not depend on signs and on the order of equal variances
+            root_FF = basis_DF / (variance_F.clamp_min(0) + WHITENING_EPSILON).sqrt() @ basis_DF.T
+            map_DF = scale_D[:, None] * root_FF
+        return Standardisation(mean_D, map_DF, constant_D)

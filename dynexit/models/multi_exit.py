@@ -21,7 +21,8 @@ class MultiExit(nn.Module):
     `positions` rise strictly and lie in 0..num_blocks-2: after the last block the backbone's own classifier decides.
     The first may be STEM, before the first block. Raises UserError otherwise, and for a reader that does not fit.
     Without a reader, linear heads read the class token where there is one, MLP heads pooled features; where
-    `head_types` has both, an exit's feature holds the two, (B, 2, D_p), else it is (B, D_p).
+    `head_types` has both, an exit's feature holds the two, (B, 2, D_p), else it is (B, D_p). The last `own_dims[p]` of
+    them are read at the exit itself, the others, if features are concatenated, at the exits before.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class MultiExit(nn.Module):
             )
         self.positions = positions
         self.reading = reading or Reading()
-        widths, _ = measure_reads(backbone, positions, self.reading.reader)
-        self.feature_dims = tuple(accumulate(widths) if self.reading.concatenate else widths)
+        own, _ = measure_reads(backbone, positions, self.reading.reader)
+        self.own_dims, self.feature_dims = own, tuple(accumulate(own) if self.reading.concatenate else own)
         self.backbone = backbone.requires_grad_(False).eval()
         readers = {"linear": backbone.feature, "mlp": backbone.pooled_feature}
         kinds = sorted({"linear" if name == "linear" else "mlp" for name in head_types})

@@ -163,17 +163,17 @@ class PackTask:
     def standardisation(self, p: int, moments: Moments) -> Standardisation:
         """The standardisation by the sums of all ranks. Raises Failure for features that are not finite."""
         self.ranks.all_reduce(moments.sums)
-        where, num_features = place_name(self.model.positions[p]), self.model.feature_dims[p]
+        where, num_own = place_name(self.model.positions[p]), self.model.own_dims[p]
         if bad := moments.num_not_finite():
             raise Failure(
-                f"exit after {where}: {bad} of {num_features} features are not finite on the training split; look at "
-                "the backbone's weights and at the images"
+                f"exit after {where}: {bad} of {self.model.feature_dims[p]} features are not finite on the training "
+                "split; look at the backbone's weights and at the images"
             )
         standardisation = moments.standardisation()
-        if constant := standardisation.num_constant:
+        if constant := int(standardisation.is_constant_D[-num_own:].sum()):
             self.say(
-                f"exit after {where}: {constant} of {num_features} features are constant on the training split and "
-                "are ignored"
+                f"exit after {where}: {constant} of {num_own} features are constant on the training split and are "
+                "ignored"
             )
         return standardisation
 

@@ -58,9 +58,7 @@ class KeptFeatures:
 def keep_features(task: PackTask, split: Split) -> KeptFeatures:
     """Runs the backbone once over this rank's samples of `split`."""
     num_rows = sum(len(batch) for batch in task.ranks.share(task.plain_batches(split)))
-    dims = task.model.feature_dims
-    widths = [b - a for a, b in zip((0, *dims), dims, strict=False)] if task.model.reading.concatenate else dims
-    reads_P = [torch.empty(num_rows, width) for width in widths]
+    reads_P = [torch.empty(num_rows, width) for width in task.model.own_dims]
     labels, row_N = torch.empty(num_rows, dtype=torch.int64), torch.full((len(split),), -1)
     correct = torch.zeros((), dtype=torch.int64, device=task.ranks.device)
     start = 0
@@ -171,7 +169,8 @@ class Prober:
         assert best is not None
         _, l2, kept = best
         weight[:], bias[:] = kept.weight_KD.to(weight.dtype), kept.bias_K.to(bias.dtype)
-        facts = {"l2": l2, "gradient_norm": kept.gradient_norm, "num_iterations": num_iterations}
+        everyones = {"l2": l2, "gradient_norm": kept.gradient_norm, "num_iterations": num_iterations}
+        facts = {name: [value] * len(weight) for name, value in everyones.items()}
         state = "converged" if kept.converged else "not converged, its best iterate is kept"
         return facts, f"L2 {l2:g} {state} (gradient norm {kept.gradient_norm:.1e}), {num_iterations} iterations in all"
 
@@ -183,7 +182,7 @@ class Prober:
         num_members = len(task.members)
         best, best_M = clone(stack), torch.full((num_members,), math.inf, dtype=torch.float64)
         impatience_M, epoch_M = torch.zeros_like(best_M), torch.full_like(best_M, -1)
-        num_epochs = task.settings.num_epochs
+        num_epochs = settings.num_epochs
         num_steps = num_epochs * -(-train.kept.num_samples // settings.batch_size)
         num_warm_up_steps, step = min(_NUM_WARM_UP_STEPS, num_steps // 10), 0
         for epoch in range(num_epochs):
@@ -284,7 +283,7 @@ class ProbeTask(PackTask):
             row: dict[str, Any] = {"member": i, "epoch": 0}
             row["exit_accuracy"] = [*accuracy_L, validation.num_base_correct / validation.num_samples]
             row["validation_mean_cross_entropy"] = cross_entropy
-            row |= {name: [head.get(name) for head in flat] for name in names}
+            row |= {name: [head[name][i] if name in head else None for head in flat] for name in names}
             self.rows.append(row)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
