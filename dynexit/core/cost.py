@@ -11,19 +11,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+STEM = -2
+"""The position of an exit before the first block; -1 is the backbone's own classifier in records."""
+
+
+def place_name(position: int) -> str:
+    """The position in words: `block 3`, or `the stem`."""
+    return "the stem" if position == STEM else f"block {position}"
+
 
 @dataclass(frozen=True)
 class ExitCosts:
     """MACs of a backbone cut into blocks and of everything that can be attached to it; all counts are per sample.
 
-    Raises ValueError where lengths disagree, a count is not an integer of 0 or more, positions do not increase, or
-    backbone_macs decrease or exceed full_macs.
+    Raises ValueError where lengths disagree, a count is not an integer of 0 or more, a position is neither that nor
+    STEM, positions do not increase, or backbone_macs decrease or exceed full_macs.
     """
 
     full_macs: int
     """The whole backbone with its own classifier and no exits."""
     positions: tuple[int, ...]
-    """(P,) indices of the blocks after which an exit may sit."""
+    """(P,) indices of the blocks after which an exit may sit; STEM is before the first block."""
     backbone_macs: tuple[int, ...]
     """(P,) the backbone alone from the input up to each position."""
     head_types: tuple[str, ...]
@@ -32,10 +40,15 @@ class ExitCosts:
     """(P, H) one exit head."""
     gate_macs: tuple[int, ...]
     """(P,) the gate at each position."""
+    reader_macs: tuple[int, ...] = ()
+    """(P,) reading the features at each position that all later exits read too, or () for none.
+
+    Every sample that passes the position pays it, also where its exit is disabled, if a later exit is enabled.
+    """
 
     def __post_init__(self) -> None:
         num_positions, num_types = len(self.positions), len(self.head_types)
-        for name in ("backbone_macs", "head_macs", "gate_macs"):
+        for name in ("backbone_macs", "head_macs", "gate_macs", *(["reader_macs"] if self.reader_macs else [])):
             if len(getattr(self, name)) != num_positions:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries, but there are {num_positions} positions"
@@ -44,7 +57,8 @@ class ExitCosts:
             if len(row) != num_types:
                 raise ValueError(f"head_macs has a row of {len(row)} entries, but there are {num_types} head types")
         heads = tuple(macs for row in self.head_macs for macs in row)
-        for count in (self.full_macs, *self.positions, *self.backbone_macs, *heads, *self.gate_macs):
+        places = self.positions[1:] if self.positions[:1] == (STEM,) else self.positions
+        for count in (self.full_macs, *places, *self.backbone_macs, *heads, *self.gate_macs, *self.reader_macs):
             if type(count) is not int or count < 0:
                 raise ValueError(f"positions and MACs are integers of 0 or more, got {count!r}")
         if any(a >= b for a, b in pairwise(self.positions)):
@@ -81,22 +95,31 @@ class ExitCosts:
         macs_L = self.macs_L()
         return np.asarray(macs_L / macs_L[-1])
 
-    def path_macs(self, extra_P: NDArray[np.int64]) -> NDArray[np.int64]:
-        """MACs (P+1,) of stopping at each position, last the end, when passing position p adds extra_P[p]."""
+    def path_macs(self, extra_P: NDArray[np.int64], last: int | None = None) -> NDArray[np.int64]:
+        """MACs (P+1,) of stopping at each position, last the end, when passing position p adds extra_P[p].
+
+        Features are read up to position number `last`, that of the last enabled exit: -1 for none, None for all.
+        """
         path = np.array((*self.backbone_macs, self.full_macs), dtype=np.int64)
-        path[:-1] += np.cumsum(extra_P)
-        path[-1] += extra_P.sum()
+        read_P = self.read_macs()
+        read_P[len(read_P) if last is None else last + 1 :] = read_P[last] if last is not None and last >= 0 else 0
+        path[:-1] += np.cumsum(extra_P) + read_P
+        path[-1] += extra_P.sum() + (read_P[-1] if len(read_P) else 0)
         return path
 
+    def read_macs(self) -> NDArray[np.int64]:
+        """MACs (P,) of reading all features up to and with each position."""
+        return np.cumsum(self.reader_macs or (0,) * len(self.positions), dtype=np.int64)
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON knows them (lists, integers, strings); from_json inverts it."""
-        return {name: _lists(value) for name, value in asdict(self).items()}
+        """The fields as JSON knows them (lists, integers, strings), no `reader_macs` if none; from_json inverts it."""
+        return {name: _lists(value) for name, value in asdict(self).items() if name != "reader_macs" or value}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ExitCosts":
         """The costs that to_json wrote. Raises ValueError on missing or unknown keys and on what the class refuses."""
-        names = {field.name for field in fields(cls)}
-        if set(data) != names:
+        names = {field.name for field in fields(cls)} - {"reader_macs"}
+        if set(data) - {"reader_macs"} != names:
             raise ValueError(f"exit costs need the keys {sorted(names)}, got {sorted(data)}")
         return cls(**{name: _tuples(value) for name, value in data.items()})
 

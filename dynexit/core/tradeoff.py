@@ -95,7 +95,8 @@ class Configuration:
 
 
 def configuration_macs_L(configuration: Configuration, costs: ExitCosts) -> IntArray:  # noqa: N802
-    """MACs (P+1,) of leaving at each position: the backbone up to there plus every enabled head passed, its own too.
+    """MACs (P+1,) of leaving at each position: the backbone up to there plus every enabled head passed, its own too,
+    and the features that they read.
 
     Nobody leaves where there is no exit; the entry is what reaching it costs. The last is going to the end. No gates.
     Raises ValueError where the configuration does not fit the positions or the head types.
@@ -107,8 +108,13 @@ def configuration_macs_L(configuration: Configuration, costs: ExitCosts) -> IntA
     for head_type, _ in configuration.exits:
         if head_type >= len(costs.head_types):
             raise ValueError(f"head type {head_type} is out of range; there are {len(costs.head_types)}")
-    enabled = zip(costs.head_macs, configuration.exits, strict=True)
-    return costs.path_macs(np.array([row[t] if t >= 0 else 0 for row, (t, _) in enabled], dtype=np.int64))
+    paid = [row[t] if t >= 0 else 0 for row, (t, _) in zip(costs.head_macs, configuration.exits, strict=True)]
+    return costs.path_macs(np.array(paid, dtype=np.int64), last_enabled([t for t, _ in configuration.exits]))
+
+
+def last_enabled(heads: Sequence[int]) -> int:
+    """The number of the last position whose head type (index, or -1 for no exit) is one; -1 if there is none."""
+    return max((p for p, head in enumerate(heads) if head >= 0), default=-1)
 
 
 def apply_configuration(

@@ -69,11 +69,16 @@ class Engine:
         used_b = torch.zeros(size, device=device)  # of the exit probabilities, by the exits passed
         state, reached = self.model.start(images), -1
         before_bK: Tensor | None = None  # logits of the exit before, for additive heads
-        for p in range(len(self.model.positions)):
-            if not self._is_enabled(p) or not len(inside):
+        feature_bD: Tensor | None = None  # what the exit before read, for concatenated features
+        for p in range(self._num_read()):
+            reads = self.model.reading.concatenate or self._is_enabled(p)
+            if not reads or not len(inside):
                 continue
             state, reached = self.model.advance(state, reached, p), p
-            logits_bK = self._logits(p, self.model.feature(p, state), before_bK)
+            feature_bD = self.model.feature(p, state, feature_bD)
+            if not self._is_enabled(p):
+                continue
+            logits_bK = self._logits(p, feature_bD, before_bK)
             leaves_b, near_b, used_b = self._decide(p, logits_bK, used_b)
             near_B[inside] |= near_b
             left = inside[leaves_b]
@@ -81,10 +86,14 @@ class Engine:
             inside, used_b = inside[~leaves_b], used_b[~leaves_b]
             before_bK = logits_bK[~leaves_b] if self.heads.shrinkage else None
             if len(left):
-                state = select(state, ~leaves_b)
+                state, feature_bD = select(state, ~leaves_b), feature_bD[~leaves_b]
         if len(inside):
             prediction_B[inside] = self.model.tail(state, reached).argmax(-1)
         return Answers(prediction_B, exit_B, near_B)
+
+    def _num_read(self) -> int:
+        """How many positions are reached before the tail: those up to the last enabled exit."""
+        return 1 + max((p for p in range(len(self.model.positions)) if self._is_enabled(p)), default=-1)
 
     def _is_enabled(self, p: int) -> bool:
         return self.configuration is None or self.configuration.exits[p][0] >= 0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dynexit.core.cost import ExitCosts
+from dynexit.core.cost import STEM, ExitCosts
 from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
@@ -14,6 +14,7 @@ from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.readers import Reading
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
 from dynexit.study.methods import METHODS
@@ -30,7 +31,13 @@ def check_model(config: Config, *, weights: bool) -> None:
         check_colours(config.data, vars(backbone.model)["default_cfg"])
     if config.prepare.num_epochs == 0:
         check_class_order(config.data)
-    MultiExit(backbone, _positions(config, backbone))
+    model = MultiExit(backbone, _positions(config, backbone), config.exits.head_types, _reading(config))
+    standardises = config.exits.standardise or config.exits.whiten or config.train.method == "probe"
+    if model.reads_two and standardises:
+        raise UserError(
+            f"exits.head_types = {config.exits.head_types}: linear and MLP heads read different features of "
+            f"{backbone.name} where they are standardised together; set exits.reader, as token or tokens_average_std"
+        )
     if (config.record.topk or 1) > backbone.num_classes:
         raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
 
@@ -50,7 +57,12 @@ def build_model(config: Config, *, weights: bool) -> Backbone:
 
 
 def _positions(config: Config, backbone: Backbone) -> Sequence[int]:
-    return range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
+    blocks = range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
+    return [*([STEM] if config.exits.stem else []), *blocks]
+
+
+def _reading(config: Config) -> Reading:
+    return Reading(config.exits.reader, config.exits.concatenate)
 
 
 def ranks_of(config: Config) -> Ranks:
@@ -76,10 +88,11 @@ def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
         raise UserError(f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first")
     backbone = build_model(config, weights=False)
     backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
-    costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types)
+    reading = _reading(config)
+    costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types, reading=reading)
     if not METHODS[config.train.method].has_gates:
         costs = dataclasses.replace(costs, gate_macs=(0,) * len(costs.positions))
-    return MultiExit(backbone, costs.positions, costs.head_types).to(ranks.device), costs
+    return MultiExit(backbone, costs.positions, costs.head_types, reading).to(ranks.device), costs
 
 
 def _check_classes(names: list[str] | None, data: DataSets) -> None:

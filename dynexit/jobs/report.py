@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynexit.core.cost import ExitCosts
+from dynexit.core.cost import ExitCosts, place_name
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
 from dynexit.errors import Failure
@@ -173,7 +173,7 @@ def write_report(
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: _entries(point, "budgets.json") for point in points}
     published = published_beside(points[0])
-    names = [f"block {position}" for position in costs.positions] + ["backbone"]
+    names = [*map(place_name, costs.positions), "backbone"]
     for name, draw, alt, caption in (
         ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
         ("exit_shares", partial(exit_share_figure, exit_names=names), "Share leaving at each exit", _SHARES_CAPTION),

@@ -15,7 +15,6 @@ from dynexit.study.grid import Point, digest
 from dynexit.study.methods import METHODS
 from dynexit.study.schema import method_settings
 from dynexit.train.checkpoint import Checkpoints
-from dynexit.train.loop import fit
 from dynexit.train.pack import Member, Pack, PackTask
 
 
@@ -31,7 +30,18 @@ def run_train(points: Sequence[Point]) -> None:
     config = points[0].config
     ranks, data, model, costs = begin(points[0])
     members = [Member(p.config.seed, p.label, method_settings(p.config)) for p in points]
-    together = Pack(model, costs, members, config.train, data.validation, ranks, len(data.train), config.data.seed)
+    together = Pack(
+        model,
+        costs,
+        members,
+        config.train,
+        data.validation,
+        ranks,
+        len(data.train),
+        config.data.seed,
+        data.plain_train,
+        config.exits,
+    )
     task = METHODS[config.train.method].task_class()(together, method_settings(config))
     pack = pack_dir(points)
     checkpoints = Checkpoints(pack.path, config.dist.checkpoint_seconds)
@@ -39,16 +49,7 @@ def run_train(points: Sequence[Point]) -> None:
         if ranks.is_main:
             pack.write_json(MEMBERS, [point.id for point in points])
     progress = Progress(f"train {len(points)} points", pack.path, config.dist.log_seconds, quiet=not ranks.is_main)
-    fit(
-        task,
-        data.train,
-        num_epochs=config.train.num_epochs,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.data.seed,
-        ranks=ranks,
-        checkpoints=checkpoints,
-        progress=progress,
-    )
+    task.train(data.train, checkpoints, progress)
     with ranks.failing_together():
         if ranks.is_main:
             _finish(points, task, costs)

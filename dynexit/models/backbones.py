@@ -43,17 +43,17 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.input_size = input_size
         self._cut_function = cut
-        self._cut = cut(model)
-        self.num_blocks = len(self._cut.blocks)
+        self.cut = cut(model)
+        self.num_blocks = len(self.cut.blocks)
         self.eval()
         self.feature_dims = self._measure_feature_dims()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_cut"}
+        return {name: value for name, value in self.__dict__.items() if name != "cut"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._cut = self._cut_function(self.model)  # a copy runs its own modules, not the original's
+        self.cut = self._cut_function(self.model)  # a copy runs its own modules, not the original's
 
     def shapes_only(self) -> Cut:
         """A copy on the device "meta": it computes shapes without values, at next to no cost."""
@@ -102,15 +102,15 @@ class Backbone(nn.Module):
 
     def stem(self, x: Tensor) -> State:
         """The state before block 0, from images (B, C, H, W)."""
-        return self._cut.stem(x)
+        return self.cut.stem(x)
 
     def run_block(self, i: int, h: State) -> State:
         """The state after block i."""
-        return self._cut.blocks[i](h)
+        return self.cut.blocks[i](h)
 
     def tail(self, h: State) -> Tensor:
         """The backbone's own logits (B, K), from the state after the last block."""
-        return self._cut.tail(h)
+        return self.cut.tail(h)
 
     def feature(self, i: int, h: State) -> Tensor:
         """What an exit after block i reads, (B, D_i), from the state after that block.
@@ -118,16 +118,16 @@ class Backbone(nn.Module):
         The class token through the final norm where the model classifies by it (JEI-DNN, section 3), else the mean
         over space or patch tokens (DyCE), through the final norm where tokens have one.
         """
-        return self._cut.feature(h)
+        return self.cut.feature(h)
 
     @property
     def has_class_token(self) -> bool:
         """Whether the model classifies by a class token, so that its pooled features are something else."""
-        return self._cut.pooled is not None
+        return self.cut.pooled is not None
 
     def pooled_feature(self, i: int, h: State) -> Tensor:
         """As `feature`, but always the mean over space or patch tokens (DyCE), (B, D_i)."""
-        return (self._cut.pooled or self._cut.feature)(h)
+        return (self.cut.pooled or self.cut.feature)(h)
 
     def forward(self, x: Tensor) -> Tensor:
         """The backbone's own logits (B, K)."""

@@ -18,13 +18,15 @@ State = Any  # Tensor | tuple[Tensor, ...]; see above
 class Cut:
     """A model as functions that, run one after another, are its own forward: stem, every block, tail.
 
-    `feature` is what a linear exit reads; `pooled` what an MLP exit reads where that is something else.
+    `feature` is what a linear exit reads; `pooled` what an MLP exit reads where that is something else: `feature` is
+    the class token then. `places` is the state as a map (B, C, H, W), or its normalised patch tokens (B, N, D).
     """
 
     stem: Callable[[Tensor], State]
     blocks: Sequence[Callable[[State], State]]
     tail: Callable[[State], Tensor]
     feature: Callable[[State], Tensor]
+    places: Callable[[State], Tensor]
     pooled: Callable[[State], Tensor] | None = None
 
 
@@ -63,6 +65,7 @@ def _staged(stem: str, stages: str, end: str = "", *, channels_last: bool = Fals
             blocks=[partial(_chain, unit) for part in parts for unit in _units(part)],
             tail=partial(_chain, [*(model.get_submodule(name) for name in end.split()), model.forward_head]),
             feature=lambda h: h.mean((1, 2) if channels_last else (2, 3)),
+            places=lambda h: h.permute(0, 3, 1, 2) if channels_last else h,
         )
 
     return cut
@@ -82,12 +85,19 @@ def _mean_token(model: Any, tokens: Tensor) -> Tensor:
     return feature
 
 
+def _patch_tokens(model: Any, tokens: Tensor) -> Tensor:
+    """The patch tokens, each normalised as the classifier's input is."""
+    patches: Tensor = model.fc_norm(model.norm(tokens)[:, model.num_prefix_tokens :])
+    return patches
+
+
 def _vit(model: Any) -> Cut:
     return Cut(
         stem=partial(_chain, [model.patch_embed, model._pos_embed, model.patch_drop, model.norm_pre]),
         blocks=list(model.blocks),
         tail=partial(_chain, [model.norm, model.forward_head]),
         feature=partial(_token_feature, model),
+        places=partial(_patch_tokens, model),
         pooled=partial(_mean_token, model) if model.global_pool == "token" else None,
     )
 
@@ -109,6 +119,7 @@ def _eva(model: Any) -> Cut:
         blocks=[partial(run, i) for i in range(len(model.blocks))],
         tail=lambda h: model.forward_head(model.norm(h[0])),
         feature=lambda h: _token_feature(model, h[0]),
+        places=lambda h: _patch_tokens(model, h[0]),
         pooled=(lambda h: _mean_token(model, h[0])) if model.global_pool == "token" else None,
     )
 
@@ -119,6 +130,7 @@ def _t2t_vit(model: Any) -> Cut:
         blocks=list(model.blocks),
         tail=model.forward_head,
         feature=model.feature,
+        places=lambda tokens: model.norm(tokens[:, 1:]),
         pooled=lambda tokens: model.norm(tokens[:, 1:]).mean(1),
     )
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynexit.core.cost import ExitCosts
+from dynexit.core.cost import STEM, ExitCosts
 from dynexit.models.backbones import Backbone, ImageSize, build_backbone
 from dynexit.models.families import State
 from dynexit.models.heads import HeadSpec
 from dynexit.models.multi_exit import check_positions
+from dynexit.models.readers import Reading, measure_reads
 
 with warnings.catch_warnings():  # fvcore scripts a loss of its own when it is imported
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
@@ -45,6 +46,12 @@ def backbone_macs(backbone: Backbone, image_size: ImageSize | None = None) -> tu
 
     `image_size` is in pixels, the backbone's own if None.
     """
+    path = _path_macs(backbone, image_size)
+    return path[1:-1], path[-1]
+
+
+def _path_macs(backbone: Backbone, image_size: ImageSize | None) -> list[int]:
+    """MACs from the image to the end of the stem, of every block, and of the tail."""
     channels, height, width = backbone.input_size
     if image_size is not None:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -55,8 +62,7 @@ def backbone_macs(backbone: Backbone, image_size: ImageSize | None = None) -> tu
     analysis.set_op_handle(**_HANDLERS).ancestor_mode("caller")
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     by_part = analysis.by_module()
-    total = list(accumulate(int(by_part[f"parts.{i}"]) for i in range(backbone.num_blocks + 2)))
-    return total[1:-1], total[-1]
+    return list(accumulate(int(by_part[f"parts.{i}"]) for i in range(backbone.num_blocks + 2)))
 
 
 def exit_costs(
@@ -64,18 +70,30 @@ def exit_costs(
     positions: Sequence[int],
     head_types: Sequence[str],
     image_size: ImageSize | None = None,
+    reading: Reading | None = None,
 ) -> ExitCosts:
-    """The costs of a model with heads of all `head_types` and a gate at all `positions`."""
-    per_block, full = backbone_macs(backbone, image_size)
+    """The costs of a model with heads of all `head_types` and a gate at all `positions`.
+
+    What an exit reads for itself alone is counted to its heads. Raises UserError where the reader does not fit.
+    """
+    reading = reading or Reading()
+    path = _path_macs(backbone, image_size)
+    widths, reads = measure_reads(backbone, positions, reading.reader, image_size)
+    if reading.concatenate:
+        widths, own = list(accumulate(widths)), [0] * len(widths)
+    else:
+        own = reads
     return ExitCosts(
-        full_macs=full,
+        full_macs=path[-1],
         positions=tuple(positions),
-        backbone_macs=tuple(per_block[i] for i in positions),
+        backbone_macs=tuple(path[0 if i == STEM else i + 1] for i in positions),
         head_types=tuple(head_types),
         head_macs=tuple(
-            tuple(head_macs(t, backbone.feature_dims[i], backbone.num_classes) for t in head_types) for i in positions
+            tuple(read + head_macs(t, width, backbone.num_classes) for t in head_types)
+            for width, read in zip(widths, own, strict=True)
         ),
         gate_macs=tuple(gate_macs() for _ in positions),
+        reader_macs=tuple(reads) if reading.concatenate and any(reads) else (),
     )
 
 

@@ -1,26 +1,34 @@
 """A frozen backbone with exits at chosen positions: what every exit reads at once, or one stretch after another."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+from dynexit.core.cost import STEM
 from dynexit.errors import UserError
 from dynexit.models.backbones import Backbone, select
 from dynexit.models.families import State
+from dynexit.models.readers import Reading, measure_reads, read
 
 __all__ = ["MultiExit", "select"]
 
 
 def check_positions(backbone: Backbone, positions: Sequence[int]) -> None:
-    """Raises UserError unless exits can sit after these blocks: rising indices from 0 to the last block but one."""
+    """Raises UserError unless exits can sit after these blocks: rising indices from 0 to the last block but one.
+
+    The first may be STEM, before the first block.
+    """
     last = backbone.num_blocks - 2
     if last < 0:
         raise UserError(
             f"backbone {backbone.name} has {backbone.num_blocks} blocks, and exits sit after all but the last: it "
             "has no place for one; give it more blocks"
         )
-    if not positions or list(positions) != sorted(set(positions)) or positions[0] < 0 or positions[-1] > last:
+    blocks = positions[1:] if tuple(positions[:1]) == (STEM,) else positions
+    in_order = list(positions) == sorted(set(positions))
+    if not positions or not in_order or any(not 0 <= position <= last for position in blocks):
         raise UserError(
             f"exit positions {list(positions)} do not fit {backbone.name}: give block indices in rising order from "
             f"0 to {last} (it has {backbone.num_blocks} blocks, and its own classifier sits after the last)"
@@ -31,19 +39,30 @@ class MultiExit(nn.Module):
     """A backbone, frozen (eval mode and no autograd, always), with exits after the blocks in `positions`.
 
     `positions` rise strictly and lie in 0..num_blocks-2: after the last block the backbone's own classifier decides.
-    Raises UserError otherwise. Linear heads read the class token where there is one, MLP heads pooled features; where
-    `head_types` has both, an exit's feature holds the two, (B, 2, D_p), else it is (B, D_p).
+    The first may be STEM, before the first block. Raises UserError otherwise, and for a reader that does not fit.
+    Without a reader, linear heads read the class token where there is one, MLP heads pooled features; where
+    `head_types` has both, an exit's feature holds the two, (B, 2, D_p), else it is (B, D_p). The last `own_dims[p]` of
+    them are read at the exit itself, the others, if features are concatenated, at the exits before.
     """
 
-    def __init__(self, backbone: Backbone, positions: Sequence[int], head_types: Sequence[str] = ("linear",)) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        positions: Sequence[int],
+        head_types: Sequence[str] = ("linear",),
+        reading: Reading | None = None,
+    ) -> None:
         super().__init__()
         check_positions(backbone, positions)
         self.positions = tuple(positions)
-        self.feature_dims = tuple(backbone.feature_dims[i] for i in self.positions)
+        self.reading = reading or Reading()
+        own, _ = measure_reads(backbone, self.positions, self.reading.reader)
+        self.own_dims, self.feature_dims = own, tuple(accumulate(own) if self.reading.concatenate else own)
         self.backbone = backbone.requires_grad_(False).eval()
         readers = {"linear": backbone.feature, "mlp": backbone.pooled_feature}
         kinds = sorted({"linear" if name == "linear" else "mlp" for name in head_types})
         self._readers = [readers[kind] for kind in (kinds if backbone.has_class_token else kinds[:1])]
+        self.reads_two = self.reading.reader is None and len(self._readers) == 2
 
     def train(self, mode: bool = True) -> "MultiExit":
         """Nothing but the flag: the backbone stays in eval mode."""
@@ -54,11 +73,11 @@ class MultiExit(nn.Module):
     @torch.no_grad()
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """(What every exit reads, P tensors; the backbone's own logits (B, K)) from images (B, C, H, W)."""
-        features = []
+        features: list[Tensor] = []
         h = self.start(x)
         for p in range(len(self.positions)):
             h = self.advance(h, p - 1, p)
-            features.append(self.feature(p, h))
+            features.append(self.feature(p, h, features[-1] if p else None))
         return features, self.tail(h, len(self.positions) - 1)
 
     @torch.no_grad()
@@ -72,10 +91,17 @@ class MultiExit(nn.Module):
         return self._run(h, from_p, self.positions[to_p] + 1)
 
     @torch.no_grad()
-    def feature(self, p: int, h: State) -> Tensor:
-        """What the exit at position number p reads, (B, D_p) or (B, 2, D_p), from the state there."""
-        read = [reader(self.positions[p], h) for reader in self._readers]
-        return read[0] if len(read) == 1 else torch.stack(read, 1)
+    def feature(self, p: int, h: State, before: Tensor | None = None) -> Tensor:
+        """What the exit at position number p reads, (B, D_p) or (B, 2, D_p), from the state there.
+
+        `before` is what this gave at the position before (None at the first), which only concatenated features need.
+        """
+        if self.reading.reader is not None:
+            feature = read(self.backbone.cut, self.reading.reader, h)
+        else:
+            parts = [reader(self.positions[p], h) for reader in self._readers]
+            feature = parts[0] if len(parts) == 1 else torch.stack(parts, 1)
+        return torch.cat((before, feature), -1) if self.reading.concatenate and before is not None else feature
 
     @torch.no_grad()
     def tail(self, h: State, from_p: int) -> Tensor:
@@ -83,6 +109,6 @@ class MultiExit(nn.Module):
         return self.backbone.tail(self._run(h, from_p, self.backbone.num_blocks))
 
     def _run(self, h: State, from_p: int, stop: int) -> State:
-        for i in range(0 if from_p < 0 else self.positions[from_p] + 1, stop):
+        for i in range(0 if from_p < 0 else max(self.positions[from_p] + 1, 0), stop):
             h = self.backbone.run_block(i, h)
         return h

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from dynexit.core.cost import place_name
 from dynexit.report.table import FrontPoint, Hypervolume, Summary, at_tenths, backbone_accuracy, percent, summary
 from dynexit.run_dir import write_text
 from dynexit.search.operating_points import ReportRow
@@ -215,7 +216,7 @@ def describe_configuration(configuration: str, positions: Sequence[int], head_ty
     for position, (head_type, threshold) in zip(positions, json.loads(configuration), strict=True):
         if head_type < 0:
             continue
-        place = f"after block {position}" + (f" ({head_types[head_type]})" if len(head_types) > 1 else "")
+        place = f"after {place_name(position)}" + (f" ({head_types[head_type]})" if len(head_types) > 1 else "")
         if threshold < 0:
             return f"exit {', '.join(parts)}, the rest {place}" if parts else f"everybody leaves {place}"
         parts.append(f"{place} above {_threshold(threshold)}")

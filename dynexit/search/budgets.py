@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dynexit.core.cost import ExitCosts
+from dynexit.core.tradeoff import last_enabled
 from dynexit.errors import UserError
 from dynexit.search.exact import Front
 from dynexit.search.kernels import OFF
@@ -173,6 +174,7 @@ def _best_changes(front: Front, limit: _Limit, exits: Exits, position: int) -> l
     """(key, configuration) of the best threshold within the limit for each head type at one position, and of none."""
     without = front.candidate((*exits[:position], (OFF, 1.0), *exits[position + 1 :]))
     arrives_N, rest_macs_N, rest_correct_N = _after(front.problem, exits, position)
+    read = _read_macs(front.problem.costs, exits, position)
     changes = (
         [(limit.key(without.correct, without.macs), without.exits)]
         if limit.keeps(without.correct, without.macs)
@@ -185,7 +187,7 @@ def _best_changes(front: Front, limit: _Limit, exits: Exits, position: int) -> l
         ends = np.flatnonzero(np.append(confidence_A[1:] < confidence_A[:-1], True))[: len(order_A)]
         gained_A = front.problem.correct_PHN[position, head][order_A].astype(np.int64) - rest_correct_N[order_A]
         correct = without.correct + gained_A.cumsum()[ends]
-        macs = without.macs + head_macs * len(order_A) - rest_macs_N[order_A].cumsum()[ends]
+        macs = without.macs + (head_macs + read) * len(order_A) - rest_macs_N[order_A].cumsum()[ends]
         kept = np.flatnonzero(limit.keeps(correct, macs))
         if len(kept):
             first, second = limit.key(correct[kept], macs[kept])
@@ -205,7 +207,8 @@ def _after(problem: Problem, exits: Exits, position: int) -> tuple[np.ndarray, n
     for earlier, (head, threshold) in enumerate(exits[:position]):
         if head != OFF:
             arrives_N &= problem.confidence_PHN[earlier, head] <= np.float32(threshold)
-    path = [*costs.backbone_macs, costs.full_macs]
+    last = last_enabled([head for head, _ in exits])
+    path = costs.path_macs(np.zeros(len(exits), np.int64), max(last, position))
     rest_macs_N = np.full(problem.num_samples, path[-1] - path[-2] if len(exits) else 0, dtype=np.int64)
     rest_correct_N = problem.base_correct_N.astype(np.int64)
     for later in reversed(range(position + 1, len(exits))):
@@ -216,6 +219,15 @@ def _after(problem: Problem, exits: Exits, position: int) -> tuple[np.ndarray, n
             rest_correct_N = np.where(leaves_N, problem.correct_PHN[later, head], rest_correct_N)
         rest_macs_N = rest_macs_N + (path[later] - path[later - 1])
     return arrives_N, rest_macs_N, rest_correct_N
+
+
+def _read_macs(costs: ExitCosts, exits: Exits, position: int) -> int:
+    """What enabling the exit at a position has every sample that arrives pay for features that it did not pay yet."""
+    read_P = costs.read_macs()
+    if last_enabled([head for head, _ in exits[position + 1 :]]) >= 0:
+        return 0
+    before = last_enabled([head for head, _ in exits[:position]])
+    return int(read_P[position] - (read_P[before] if before >= 0 else 0))
 
 
 def latency_costs(table: Mapping[str, Any], costs: ExitCosts) -> ExitCosts:
@@ -242,7 +254,14 @@ def latency_costs(table: Mapping[str, Any], costs: ExitCosts) -> ExitCosts:
     path = [int(total) for total in np.cumsum(stages)]
     if not path[-1]:
         raise UserError("stage_seconds are all 0; give measured times")
-    return replace(costs, full_macs=path[-1], backbone_macs=tuple(path[:-1]), head_macs=heads, gate_macs=tuple(gates))
+    return replace(
+        costs,
+        full_macs=path[-1],
+        backbone_macs=tuple(path[:-1]),
+        head_macs=heads,
+        gate_macs=tuple(gates),
+        reader_macs=(),
+    )
 
 
 def _times(values: Any, name: str, expected: int) -> list[int]:

@@ -201,23 +201,26 @@ def best_exit(
 ) -> tuple[int, int, int, float]:
     """(head, last sample to leave, first arriving sample to stay, gain); a sample is -1 if there is none.
 
-    `arrays`: path_macs_Q, head_macs_PH, head_P, count_FQ, right_F, table_PHQB, edges_PHB, order_PHN, state_N.
+    `arrays`: path_macs_Q, head_macs_PH, read_macs_P, head_P, count_FQ, right_F, table_PHQB, edges_PHB, order_PHN,
+    state_N.
     """
-    path_macs_Q, head_macs_PH, head_P, count_FQ, right_F, table_PHQB, edges_PHB, order_PHN, state_N = arrays
+    path_macs_Q, head_macs_PH, read_macs_P, head_P, count_FQ, right_F, table_PHQB, edges_PHB, order_PHN, state_N = (
+        arrays
+    )
     table_HQB, edges_HB, order_HN = table_PHQB[position], edges_PHB[position], order_PHN[position]
     bins, current = table_HQB.shape[2], head_P[position]
-    saved_Q = saved_macs(position, path_macs_Q, head_macs_PH, head_P)
+    saved_Q, read = saved_macs(position, path_macs_Q, head_macs_PH, read_macs_P, head_P)
     arrived = count_FQ[position:].sum()
     kept = 0.0
     if current != OFF:
-        macs = head_macs_PH[position, current] * arrived - (count_FQ[position] * saved_Q).sum()
+        macs = (head_macs_PH[position, current] + read) * arrived - (count_FQ[position] * saved_Q).sum()
         kept = per_mac * macs - per_correct * (right_F[0, position] - right_F[1, position])
     best, best_head, best_last = min(0.0, kept - EQUAL), OFF, -1
     # leaving costs a sample that is right only later at most this, and any other nothing
     steepest = max(0.0, per_correct - per_mac * saved_Q[position + 1]) if refine else 0.0
     change_B, saved_B, gained_B = np.empty(bins), np.empty(bins, np.int64), np.empty(bins, np.int64)
     for head in range(len(table_HQB)):
-        paid = head_macs_PH[position, head] * arrived
+        paid = (head_macs_PH[position, head] + read) * arrived
         sum_bins(table_HQB[head], position, saved_Q, saved_B, gained_B)
         lowest = np.inf
         for b in range(bins):
@@ -252,15 +255,26 @@ def best_exit(
 
 
 @compiled
-def saved_macs(position: int, path_macs_Q: np.ndarray, head_macs_PH: np.ndarray, head_P: np.ndarray) -> np.ndarray:
-    """MACs (Q,) saved by leaving at `position` instead of at each later place, the head there aside."""
-    num_positions, heads = len(head_P), 0
+def saved_macs(
+    position: int, path_macs_Q: np.ndarray, head_macs_PH: np.ndarray, read_macs_P: np.ndarray, head_P: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """MACs (Q,) saved by leaving at `position` instead of at each later place, the head there aside; and what an exit
+    there has everybody who arrives pay for features."""
+    num_positions, heads, last_reader = len(head_P), 0, position
     saved_Q = np.zeros(num_positions + 1, np.int64)
     for later in range(position + 1, num_positions + 1):
         if later < num_positions and head_P[later] != OFF:
             heads += head_macs_PH[later, head_P[later]]
-        saved_Q[later] = path_macs_Q[later] - path_macs_Q[position] + heads
-    return saved_Q
+            last_reader = later
+        read = read_macs_P[last_reader] - read_macs_P[position]
+        saved_Q[later] = path_macs_Q[later] - path_macs_Q[position] + heads + read
+    if last_reader != position:  # a later exit has them read anyway
+        return saved_Q, 0
+    paid = read_macs_P[position]
+    for before in range(position):
+        if head_P[before] != OFF:
+            paid = read_macs_P[position] - read_macs_P[before]
+    return saved_Q, paid
 
 
 @compiled

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynexit.core.tradeoff import OperatingPoint
+from dynexit.core.tradeoff import OperatingPoint, last_enabled
 from dynexit.errors import UserError
 from dynexit.search.kernels import MAX_SAMPLES, OFF
 from dynexit.search.problem import Objective, Problem
@@ -60,6 +60,7 @@ class LineSearch:
             self.rows,
             np.array([*costs.backbone_macs, costs.full_macs], dtype=np.int64),
             np.array(costs.head_macs, dtype=np.int64).reshape(num_positions, num_heads),
+            costs.read_macs(),
             refine,
         )
 
@@ -102,7 +103,7 @@ class LineSearch:
         costs = self.problem.costs
         paid_P = [row[head] if head != OFF else 0 for row, head in zip(costs.head_macs, heads, strict=True)]
         counts = self.tables.count_FQ.sum(axis=1).tolist()
-        path = costs.path_macs(np.array(paid_P, dtype=np.int64)).tolist()
+        path = costs.path_macs(np.array(paid_P, dtype=np.int64), last_enabled(heads)).tolist()
         return Candidate(
             exits=tuple(zip(heads, thresholds, strict=True)),
             correct=int(self.tables.right_F[0].sum()),

@@ -21,7 +21,14 @@ _BULK = 2  # more than half of the samples moved: the tables are rebuilt when ne
 class Tables:
     """One configuration on prepared rows, with its tables; `move` changes an exit, `best_exit` finds the best one."""
 
-    def __init__(self, rows: Rows, path_macs_Q: np.ndarray, head_macs_PH: np.ndarray, refine: bool = True) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        path_macs_Q: np.ndarray,
+        head_macs_PH: np.ndarray,
+        read_macs_P: np.ndarray,
+        refine: bool = True,
+    ) -> None:
         """`refine`: thresholds between any two confidences that differ; without it only between bins."""
         num_positions, num_heads, count = rows.confidence_PHN.shape
         self.rows = rows
@@ -29,6 +36,8 @@ class Tables:
         self.path_macs_Q = path_macs_Q
         """int64, the backbone alone up to each position, last to the end."""
         self.head_macs_PH = head_macs_PH
+        self.read_macs_P = read_macs_P
+        """int64, reading the features up to each position, which a sample pays up to the last enabled exit."""
         self.head_P = np.full(num_positions, OFF, np.int64)
         self.threshold_P = np.ones(num_positions, np.float32)
         self._leaves_N = np.full(count, 1 << num_positions, np.int64)
@@ -48,7 +57,7 @@ class Tables:
         self._kernel_rows = (rows.order_PHN, rows.confidence_PHN, rows.code_PNH)
         self._samples = (self._leaves_N, self._right_N, self._state_N)
         self._sums = (self.count_FQ, self.right_F)
-        costs, row_arrays = (path_macs_Q, head_macs_PH, self.head_P), (rows.edges_PHB, rows.order_PHN)
+        costs, row_arrays = (path_macs_Q, head_macs_PH, read_macs_P, self.head_P), (rows.edges_PHB, rows.order_PHN)
         self._arrays = (*costs, *self._sums, self.table_PHQB, *row_arrays, self._state_N)
         self._update(np.arange(count))
 

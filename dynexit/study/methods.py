@@ -6,9 +6,11 @@ A new method is a file in `dynexit/train` with its task and a row here; keys of 
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from dynexit.study.keys import Section, key
+from pydantic import AfterValidator, Field
+
+from dynexit.study.keys import Section, key, no_duplicates
 
 
 class JeiDnnSettings(Section):
@@ -22,6 +24,12 @@ class JeiDnnSettings(Section):
     gate_objective: Literal["ce", "prob", "zero_one"] = key("ce", "prediction error in the gates' targets")
     positive_weight: Literal["reference", "cumulative", "none"] = key(
         "none", "class balance of each gate's loss: from exact counts (reference), from counts up to it, or none"
+    )
+    warm_up: Literal["sgd", "convex"] = key(
+        "sgd",
+        "how heads are trained before the gates: for max_warm_up_epochs, or to convergence on the plain training "
+        "images, as method probe with its defaults does",
+        omit_default=True,
     )
     max_warm_up_epochs: int = key(6, "most epochs of the heads' warm-up", "epochs", ge=0)
     warm_up_patience: int = key(
@@ -66,8 +74,24 @@ class DyceSettings(Section):
     )
 
 
+class ProbeSettings(Section):
+    l2: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1), AfterValidator(no_duplicates)] = key(
+        lambda: [1e-2, 1e-3, 1e-4, 1e-5],
+        "penalties on a linear head's squared weights, tried in this order, each from the fit of the one before; the "
+        "lowest cross-entropy on validation is kept",
+    )
+    max_iterations: int = key(15, "most iterations of L-BFGS for a penalty", "iterations", ge=1)
+    learning_rate: float = key(2e-3, "peak learning rate of AdamW for MLP heads, then a cosine to 0", gt=0)
+    weight_decay: float = key(1e-4, "weight decay of MLP heads, decoupled", ge=0)
+    batch_size: int = key(128, "samples per step of MLP heads, over all ranks", "samples", ge=1)
+    num_epochs: int = key(20, "most epochs of MLP heads, over the kept features", "epochs", ge=1)
+    patience: int = key(
+        3, "epochs without a lower cross-entropy on validation after which an MLP head is done", "epochs", ge=1
+    )
+
+
 def _jei_dnn_mistakes(settings: JeiDnnSettings, num_epochs: int) -> Iterator[str]:
-    if settings.max_warm_up_epochs >= num_epochs:
+    if settings.warm_up == "sgd" and settings.max_warm_up_epochs >= num_epochs:
         yield (
             f"jei_dnn.max_warm_up_epochs = {settings.max_warm_up_epochs}: should be less than train.num_epochs, "
             f"{num_epochs}, or the gates are never trained"
@@ -132,8 +156,9 @@ for _method in (
         mistakes=_jei_dnn_mistakes,
     ),
     Method("independent", "dynexit.train.independent:IndependentTask"),
-    Method("boosted", "dynexit.train.boosted:BoostedTask", BoostedSettings, max_head_types=1, is_additive=True),
+    Method("boosted", "dynexit.train.independent:BoostedTask", BoostedSettings, max_head_types=1, is_additive=True),
     Method("weighted", "dynexit.train.weighted:WeightedTask", WeightedSettings, max_head_types=1),
+    Method("probe", "dynexit.train.probe:ProbeTask", ProbeSettings),
     Method("dyce", "dynexit.train.dyce:DyceTask", DyceSettings, has_own_rates=True, mistakes=_dyce_mistakes),
 ):
     register_method(_method)

@@ -23,7 +23,14 @@ from dynexit.study.keys import (
     known_weights,
     no_duplicates,
 )
-from dynexit.study.methods import BoostedSettings, DyceSettings, JeiDnnSettings, WeightedSettings, known_method
+from dynexit.study.methods import (
+    BoostedSettings,
+    DyceSettings,
+    JeiDnnSettings,
+    ProbeSettings,
+    WeightedSettings,
+    known_method,
+)
 
 
 class DataSettings(Section):
@@ -122,6 +129,20 @@ class ExitsSettings(Section):
     head_types: Annotated[list[HeadType], Field(min_length=1), AfterValidator(no_duplicates)] = key(
         lambda: ["linear"], "exit heads at every position: linear, or mlp{n}x{w} (n linear layers, hidden width w)"
     )
+    reader: Literal["average", "average_max_std", "token", "tokens_average_std", "grid2", "grid4"] | None = key(
+        None,
+        "what exits read: average, with maximum and standard deviation (best for maps), on a grid of 2x2 or 4x4; of "
+        "tokens: class token, average, or both and standard deviation (best for tokens); null: token, else average",
+        omit_default=True,
+    )
+    concatenate: bool = key(False, "whether an exit reads what all exits before it read too", omit_default=True)
+    stem: bool = key(False, "whether an exit sits before the first block too (position -2 in files)", omit_default=True)
+    standardise: bool = key(
+        False,
+        "whether features are brought to mean 0 and deviation 1 on the training split for training (probe always does)",
+        omit_default=True,
+    )
+    whiten: bool = key(False, "whether they are decorrelated too, with 1e-3 added to each variance", omit_default=True)
 
 
 class TrainSettings(Section):
@@ -271,6 +292,7 @@ class Config(Section):
     jei_dnn: JeiDnnSettings = Field(default_factory=JeiDnnSettings)
     boosted: BoostedSettings = Field(default_factory=BoostedSettings)
     weighted: WeightedSettings = Field(default_factory=WeightedSettings)
+    probe: ProbeSettings = Field(default_factory=ProbeSettings)
     dyce: DyceSettings = Field(default_factory=DyceSettings)
     record: RecordSettings = Field(default_factory=RecordSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)

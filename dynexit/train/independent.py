@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynexit.core.losses import cross_entropies
 from dynexit.data import Batch
+from dynexit.study.methods import BoostedSettings
 from dynexit.train.evaluate import evaluate_exits, finite_or_none
 from dynexit.train.optimizers import cosine_rate, leaves
 from dynexit.train.pack import MakeOptimizer, Pack, PackTask
@@ -62,3 +63,15 @@ class IndependentTask(PackTask):
             figures = {"exit_accuracy": accuracy_L, "validation_mean_cross_entropy": mean}
             self.rows.append({"member": i, "epoch": epoch, **figures})
         self._report_stopped()
+
+
+class BoostedTask(IndependentTask):
+    """BoostedNet on a frozen backbone: each exit learns what the exits before it left undone.
+
+    The logits of exit k are its head's plus `shrinkage` times those of exit k-1, held constant; StackedHeads adds them
+    up, so training, recording and inference see the same sums. With a frozen backbone the published rescaling of
+    gradients has nothing to act on. Source: Yu et al., Boosted Dynamic Neural Networks (arXiv 2211.16726), section 3.
+    """
+
+    def __init__(self, pack: Pack, method: BoostedSettings) -> None:
+        super().__init__(pack, shrinkage=method.shrinkage)

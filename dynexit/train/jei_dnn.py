@@ -18,11 +18,12 @@ from dynexit.core.confidence import gate_features
 from dynexit.core.losses import gate_loss, gate_targets, head_loss, positive_weights, prediction_errors, warm_up_loss
 from dynexit.data import Batch
 from dynexit.models.heads import StackedGates
-from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.methods import JeiDnnSettings, ProbeSettings
 from dynexit.study.schema import TrainSettings
 from dynexit.train.evaluate import Evaluation, evaluate_gates
 from dynexit.train.optimizers import Stack, copy_members, cosine_rate, leaves, pick
 from dynexit.train.pack import Pack, PackTask
+from dynexit.train.probe import Prober
 
 WARM_UP, JOINT = "warm-up", "joint"
 TERMS = ("warm-up loss", "gate loss", "head loss")
@@ -58,7 +59,7 @@ class Group:
 
 def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnnSettings) -> list[Group]:
     """One group per seed, in order of their first members."""
-    stage = WARM_UP if method.max_warm_up_epochs else JOINT
+    stage = WARM_UP if method.warm_up == "sgd" and method.max_warm_up_epochs else JOINT
     return [
         Group(
             members=[i for i, other in enumerate(seeds) if other == seed],
@@ -98,6 +99,8 @@ class JeiDnnTask(PackTask):
 
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """One update of every member in its own phase, from one pass of the backbone."""
+        if self.step_number == 0 and self.method.warm_up == "convex":
+            self._start_from_converged_heads()
         _, images, labels_B = batch
         features, final_BK = self._features(images)
         figures: dict[str, Tensor] = {}
@@ -110,6 +113,20 @@ class JeiDnnTask(PackTask):
             group.phase_step += group.stage == JOINT
         self.step_number += 1
         return figures
+
+    def _start_from_converged_heads(self) -> None:
+        """Fits every member's heads as method probe does."""
+        prober = Prober(self, ProbeSettings())
+        stack, best = self.optimizers["heads"].stack, self.best["heads"]
+        for p, position in enumerate(self.model.positions):
+            prober.fit(p)
+            if self.standardisations is None:  # they go on on features as they are
+                name = f"{position}.{self.costs.head_types[0]}.0"
+                weight, bias = stack[f"{name}.weight"], stack[f"{name}.bias"]
+                for i in range(len(self.members)):
+                    weight[i], bias[i] = prober.standardisations[p].fold(weight[i], bias[i])
+        for name, value in stack.items():
+            best[name].copy_(value)
 
     def _choose(self, term: int) -> tuple[list[int], Tensor | None]:
         """The members whose next step is of that kind (None stands for all); of a group in warm-up, its leader."""

@@ -50,35 +50,12 @@ def fit(
 
     Raises Interrupted, after saving, where SIGINT, SIGTERM or SIGUSR2 came; KeyboardInterrupt at a second SIGINT.
     """
-    epoch = position = 0
-    with ranks.failing_together():
-        if ranks.is_main:
-            checkpoints.begin()
-    # a network folder may show the ranks different files for a while
-    saved = ranks.broadcast(checkpoints.latest(progress.say) if ranks.is_main else None)
-    if saved is not None:
-        tensors, facts = saved
-        task.restore(tensors, facts["task"])
-        epoch, position = facts["epoch"], facts["position"]
-        progress.say(f"resuming after epoch {epoch}, batch {position}")
-    per_epoch = -(-len(split) // global_batch_size)
-    progress.start(num_epochs * per_epoch, epoch * per_epoch + position)
-
-    def save() -> None:
-        tensors, facts = task.state()
-        with ranks.failing_together():  # and a rank that ends may end the job, and with it the main rank's writing
-            if ranks.is_main:
-                checkpoints.save(progress.step, tensors, {"epoch": epoch, "position": position, "task": facts})
-
-    def save_if_asked(where: str) -> None:
-        due = ranks.is_main and checkpoints.due()  # it saves, and so it alone knows when
-        stop, due = ranks.any([bool(stop_signals), due])
-        if stop or due:
-            save()
-        if stop:
-            raise Interrupted(f"stopped by a signal {where}; the state is saved")
-
-    with _stop_signals() as stop_signals:
+    with session_of(task, ranks, checkpoints, progress) as session:
+        epoch, position = session.epoch, session.position
+        if session.resumed:
+            progress.say(f"resuming after epoch {epoch}, batch {position}")
+        per_epoch = -(-len(split) // global_batch_size)
+        progress.start(num_epochs * per_epoch, epoch * per_epoch + position)
         while epoch < num_epochs:
             batches = epoch_batches(len(split), global_batch_size, seed, epoch)[position:]
             shares = [ranks.share(batch) for batch in batches]
@@ -87,10 +64,50 @@ def fit(
                 position += 1
                 progress.advance(len(whole), figures)
                 if position < per_epoch:
-                    save_if_asked(f"in epoch {epoch} after batch {position}")
+                    session.save_if_asked(f"in epoch {epoch} after batch {position}", epoch, position)
             task.end_epoch(epoch)
             epoch, position = epoch + 1, 0
-            save_if_asked(f"after epoch {epoch - 1}")
+            session.save_if_asked(f"after epoch {epoch - 1}", epoch, position)
+
+
+class Session:
+    """One run of a task: where it resumes, and how its state is saved."""
+
+    def __init__(self, task: Task, ranks: Ranks, checkpoints: Checkpoints, progress: Progress) -> None:
+        self.task, self.ranks, self.checkpoints, self.progress = task, ranks, checkpoints, progress
+        self.epoch = self.position = 0
+        self.stop_signals: list[int] = []
+        with ranks.failing_together():
+            if ranks.is_main:
+                checkpoints.begin()
+        # a network folder may show the ranks different files for a while
+        saved = ranks.broadcast(checkpoints.latest(progress.say) if ranks.is_main else None)
+        self.resumed = saved is not None
+        if saved is not None:
+            tensors, facts = saved
+            task.restore(tensors, facts["task"])
+            self.epoch, self.position = facts["epoch"], facts["position"]
+
+    def save_if_asked(self, where: str, epoch: int, position: int) -> None:
+        """Saves if a checkpoint is due or a signal came; then raises Interrupted for the signal."""
+        due = self.ranks.is_main and self.checkpoints.due()  # it saves, and so it alone knows when
+        stop, due = self.ranks.any([bool(self.stop_signals), due])
+        if stop or due:
+            tensors, facts = self.task.state()
+            place = {"epoch": epoch, "position": position, "task": facts}
+            with self.ranks.failing_together():  # a rank that ends may end the job, and with it the main rank's writing
+                if self.ranks.is_main:
+                    self.checkpoints.save(self.progress.step, tensors, place)
+        if stop:
+            raise Interrupted(f"stopped by a signal {where}; the state is saved")
+
+
+@contextlib.contextmanager
+def session_of(task: Task, ranks: Ranks, checkpoints: Checkpoints, progress: Progress) -> Iterator[Session]:
+    """A run of `task`, from the newest whole checkpoint if there is one; at its end the folder must still be there."""
+    session = Session(task, ranks, checkpoints, progress)
+    with _stop_signals() as session.stop_signals:
+        yield session
     with ranks.failing_together():
         if ranks.is_main:
             checkpoints.check()

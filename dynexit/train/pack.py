@@ -5,20 +5,25 @@ Shapes: M members of the pack, m chosen members, L exits, P positions, B batch, 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynexit.core.cost import ExitCosts
+from dynexit.core.cost import ExitCosts, place_name
 from dynexit.core.losses import divergences
-from dynexit.data import Batch, Split
+from dynexit.core.standardisation import Moments, Standardisation
+from dynexit.data import Batch, Split, load_batches
 from dynexit.dist import Ranks
+from dynexit.errors import Failure
 from dynexit.models.heads import StackedHeads
 from dynexit.models.multi_exit import MultiExit
-from dynexit.study.schema import TrainSettings
+from dynexit.progress import Progress
+from dynexit.study.schema import ExitsSettings, TrainSettings
+from dynexit.train.checkpoint import Checkpoints
+from dynexit.train.loop import fit
 from dynexit.train.optimizers import (
     MemberAdam,
     MemberSGD,
@@ -29,6 +34,8 @@ from dynexit.train.optimizers import (
     pick,
     stack_of,
 )
+
+_PLAIN_BATCH_SIZE = 256
 
 MakeOptimizer = Callable[[Stack], MemberSGD | MemberAdam]
 
@@ -46,7 +53,7 @@ class Member:
 class Pack:
     """Points that are trained together, and what with.
 
-    `num_train` is the number of samples of an epoch, `seed` that of the data.
+    `num_train` is the number of samples of an epoch, `seed` that of the data, `exits` how features are standardised.
     """
 
     model: MultiExit
@@ -57,6 +64,9 @@ class Pack:
     ranks: Ranks
     num_train: int = 1
     seed: int = 0
+    plain_train: Split | None = None
+    """The training images without augmentation: what statistics of features and probes are taken from."""
+    exits: ExitsSettings = dataclasses.field(default_factory=ExitsSettings)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,6 +107,10 @@ class PackTask:
         self.stopped: dict[int, str] = {}
         self.rows: list[dict[str, Any]] = []
         self.step_number = 0
+        self.plain_train, self.exits = pack.plain_train, pack.exits
+        self.standardisations: list[Standardisation] | None = None
+        """By position; heads are trained on what they make of features, and folded into the heads that are kept."""
+        self.say: Callable[[str], None] = lambda text: None
 
     def _add(self, part: str, module: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Makes `module` a part that is trained (by SGD if nothing else is given), kept and restored."""
@@ -104,6 +118,64 @@ class PackTask:
         sgd = MemberSGD(stack, self.settings.momentum, self.settings.weight_decay)
         self.optimizers[part] = sgd if make_optimizer is None else make_optimizer(stack)
         self.best[part] = clone(stack)
+
+    def train(self, split: Split, checkpoints: Checkpoints, progress: Progress) -> None:
+        """Trains on the (augmented) images of `split` for all epochs; see `loop.fit`."""
+        self.say = progress.say
+        if self.exits.standardise or self.exits.whiten:
+            self._standardise()
+        fit(
+            self,
+            split,
+            num_epochs=self.settings.num_epochs,
+            global_batch_size=self.settings.global_batch_size,
+            seed=self.seed,
+            ranks=self.ranks,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
+
+    # ---- features of images that are not augmented
+
+    def plain_features(self, split: Split) -> Iterator[tuple[Tensor, list[Tensor], Tensor, Tensor]]:
+        """Yields (index (B,), what the exits read, backbone's logits (B, K), labels (B,)) of this rank's batches."""
+        batches = self.plain_batches(split)
+        for index_B, images, labels_B in load_batches(split, self.ranks.share(batches)):
+            features, final_BK = self.model.features(images.to(self.ranks.device))
+            yield index_B, features, final_BK, labels_B.to(self.ranks.device)
+
+    def plain_batches(self, split: Split) -> list[range]:
+        """The batches of all ranks."""
+        return [range(i, min(i + _PLAIN_BATCH_SIZE, len(split))) for i in range(0, len(split), _PLAIN_BATCH_SIZE)]
+
+    def _standardise(self) -> None:
+        assert self.plain_train is not None
+        moments_P = [self.moments(p) for p in range(len(self.model.positions))]
+        for _, features, _, _ in self.plain_features(self.plain_train):
+            for moments, feature in zip(moments_P, features, strict=True):
+                moments.add(feature)
+        self.standardisations = [self.standardisation(p, moments) for p, moments in enumerate(moments_P)]
+
+    def moments(self, p: int) -> Moments:
+        """Empty sums for what the exit at position number p reads."""
+        return Moments(self.model.feature_dims[p], self.ranks.device, whiten=self.exits.whiten)
+
+    def standardisation(self, p: int, moments: Moments) -> Standardisation:
+        """The standardisation by the sums of all ranks. Raises Failure for features that are not finite."""
+        self.ranks.all_reduce(moments.sums)
+        where, num_own = place_name(self.model.positions[p]), self.model.own_dims[p]
+        if bad := moments.num_not_finite():
+            raise Failure(
+                f"exit after {where}: {bad} of {self.model.feature_dims[p]} features are not finite on the training "
+                "split; look at the backbone's weights and at the images"
+            )
+        standardisation = moments.standardisation()
+        if constant := int(standardisation.is_constant_D[-num_own:].sum()):
+            self.say(
+                f"exit after {where}: {constant} of {num_own} features are constant on the training split and are "
+                "ignored"
+            )
+        return standardisation
 
     # ---- one batch
 
@@ -113,7 +185,10 @@ class PackTask:
 
     def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         features, final_BK = self.model.features(images)
-        return [feature.to(self.dtype) for feature in features], final_BK.to(self.dtype)
+        features = [feature.to(self.dtype) for feature in features]
+        if self.standardisations is not None:
+            features = [own(feature) for own, feature in zip(self.standardisations, features, strict=True)]
+        return features, final_BK.to(self.dtype)
 
     def _logits(self, heads: Stack, features: list[Tensor], final_BK: Tensor) -> Tensor:
         """Logits (m, L, B, K) of the chosen members' heads and, last, of the backbone's own classifier."""
@@ -209,9 +284,14 @@ class PackTask:
     # ---- state
 
     def member_state(self, i: int) -> Stack:
-        """Member i's parts as they are kept, without the member axis."""
+        """Member i's parts as they are kept, without the member axis; its heads read features that are as they were."""
         parts = self.best if self.settings.keep == "best" else self.current()
-        return {f"{part}.{name}": value[i].clone() for part, stack in parts.items() for name, value in stack.items()}
+        state = {f"{part}.{name}": value[i].clone() for part, stack in parts.items() for name, value in stack.items()}
+        for row, name in enumerate(self.heads.row_names if self.standardisations is not None else []):
+            weight, bias = f"heads.{name}.0.weight", f"heads.{name}.0.bias"
+            standardisation = self.standardisations[row // len(self.costs.head_types)]  # type: ignore[index]
+            state[weight], state[bias] = standardisation.fold(state[weight], state[bias])
+        return state
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {name: getattr(self, name) for name in self._plain_tensors}

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dynexit.core.cost import ExitCosts
+from dynexit.core.cost import STEM, ExitCosts
+from dynexit.core.tradeoff import Configuration, configuration_macs_L
 
 COSTS = ExitCosts(
     full_macs=1000,
@@ -43,7 +44,19 @@ def test_no_positions_leave_only_the_backbone() -> None:
 
 
 def test_json_round_trip() -> None:
-    assert ExitCosts.from_json(json.loads(json.dumps(COSTS.to_json()))) == COSTS
+    for costs in (COSTS, replace(COSTS, reader_macs=(7, 0, 8), positions=(STEM, 0, 1))):
+        assert ExitCosts.from_json(json.loads(json.dumps(costs.to_json()))) == costs
+    assert "reader_macs" not in COSTS.to_json()
+
+
+def test_readers_are_paid_up_to_the_last_enabled_exit() -> None:
+    costs = replace(COSTS, reader_macs=(10, 20, 40))
+    assert costs.path_macs(np.array([0, 3, 0])).tolist() == [110, 433, 473, 1073]
+    assert costs.path_macs(np.array([0, 3, 0]), last=1).tolist() == [110, 433, 433, 1033]
+    assert costs.path_macs(np.array([0, 0, 0]), last=-1).tolist() == [100, 400, 400, 1000]
+    exits = ((-1, 1.0), (0, 0.5), (-1, 1.0))
+    assert configuration_macs_L(Configuration(exits), costs).tolist() == [110, 432, 432, 1032]
+    assert configuration_macs_L(Configuration(((-1, 1.0),) * 3), costs)[-1] == 1000
 
 
 @pytest.mark.parametrize(

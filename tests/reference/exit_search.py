@@ -16,6 +16,8 @@ def evaluate(problem: Problem, exits: Exits) -> tuple[int, int]:
     """(correct, MACs) summed over the samples, one sample after the other."""
     correct = macs = 0
     costs = problem.costs
+    readers = costs.reader_macs or (0,) * len(exits)
+    last = max((position for position, (head, _) in enumerate(exits) if head != -1), default=-1)
     for n in range(problem.num_samples):
         heads = 0
         for position, (head, threshold) in enumerate(exits):
@@ -24,11 +26,11 @@ def evaluate(problem: Problem, exits: Exits) -> tuple[int, int]:
             heads += costs.head_macs[position][head]
             if problem.confidence_PHN[position, head, n] > np.float32(threshold):
                 correct += bool(problem.correct_PHN[position, head, n])
-                macs += costs.backbone_macs[position] + heads
+                macs += costs.backbone_macs[position] + heads + sum(readers[: position + 1])
                 break
         else:
             correct += bool(problem.base_correct_N[n])
-            macs += costs.full_macs + heads
+            macs += costs.full_macs + heads + sum(readers[: last + 1])
     return correct, macs
 
 
@@ -70,10 +72,12 @@ def evaluate_fast(problem: Problem, exits: Exits) -> tuple[int, int]:
     """`evaluate` in numpy."""
     costs = problem.costs
     left_N = np.zeros(problem.num_samples, dtype=bool)
-    correct = macs = heads = 0
+    correct = macs = heads = unread = 0
     for position, (head, threshold) in enumerate(exits):
+        unread += costs.reader_macs[position] if costs.reader_macs else 0
         if head != -1:
-            heads += costs.head_macs[position][head]
+            heads += costs.head_macs[position][head] + unread
+            unread = 0
             leaves_N = ~left_N & (problem.confidence_PHN[position, head] > np.float32(threshold))
             correct += int(np.count_nonzero(problem.correct_PHN[position, head] & leaves_N))
             macs += int(np.count_nonzero(leaves_N)) * (costs.backbone_macs[position] + heads)

@@ -1,5 +1,6 @@
 """Budgets against exhaustive search, and what is said of one that nothing attains."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -46,8 +47,10 @@ def test_small_records_nearly_always_reach_the_best_within_a_budget():
     assert np.mean(reached) >= 0.9
 
 
-def test_budgets_are_kept_and_no_corner_of_the_front_is_better():
+@pytest.mark.parametrize("readers", [(), (70, 0, 200, 90, 150)])
+def test_budgets_are_kept_and_no_corner_of_the_front_is_better(readers):
     problem = random_problem(np.random.default_rng(0), 1000, 5, 2)
+    problem = dataclasses.replace(problem, costs=dataclasses.replace(problem.costs, reader_macs=readers))
     front, full = Front(problem), 1000 * problem.costs.full_macs
     corners = front.solve(np.linspace(0, 1, 201).tolist())
     for share in np.linspace(0.3, 0.95, 14):

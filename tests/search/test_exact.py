@@ -1,5 +1,7 @@
 """The exact search against exhaustive search, DyCE's one-pass, and what it promises of itself."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,19 @@ def test_tiny_records_reach_the_global_optimum():
         problem = random_problem(np.random.default_rng(seed), 7, 3, 2, levels=seed % 3 * 2)
         for result in sweep(problem, [0.4, 0.8]):
             assert result.objective == pytest.approx(exit_search.brute_force(problem, result.accuracy_weight), abs=1e-9)
+
+
+def test_features_of_disabled_exits_are_paid_up_to_the_last_enabled() -> None:
+    for seed in range(8):
+        generator = np.random.default_rng(seed)
+        problem = random_problem(generator, 7, 3, 2, levels=seed % 3 * 2)
+        readers = tuple(generator.integers(0, 400, size=3).tolist())
+        problem = dataclasses.replace(problem, costs=dataclasses.replace(problem.costs, reader_macs=readers))
+        for result in sweep(problem, [0.4, 0.6, 0.8]):
+            weight, exits = result.accuracy_weight, list(result.configuration.exits)
+            assert (result.point.accuracy * 7, result.point.macs * 7) == exit_search.evaluate(problem, exits)
+            assert result.point == problem.evaluate(result.configuration)
+            assert result.objective == pytest.approx(exit_search.brute_force(problem, weight), abs=1e-9)
 
 
 @pytest.mark.slow

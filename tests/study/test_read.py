@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from dynexit.errors import UserError
-from dynexit.study.grid import Study, fixed_values
-from dynexit.study.keys import parse_weights
+from dynexit.study.grid import Study, canonical_json, fixed_values
+from dynexit.study.keys import Section, key, parse_weights
 from dynexit.study.read import load_study, resolved_yaml
 from dynexit.study.schema import SECTIONS, Config
 from dynexit.study.validation import ALIASES, all_keys
@@ -282,7 +282,7 @@ def test_a_range_of_weights_is_no_number_of_minutes(tmp_path: Path) -> None:
 
 
 def test_names_of_other_programs_lead_to_the_key(tmp_path: Path) -> None:
-    for name, key in (
+    for name, meant in (
         ("arch", "backbone.name"),
         ("dataset", "data.name"),
         ("lr", "train.learning_rate"),
@@ -295,5 +295,18 @@ def test_names_of_other_programs_lead_to_the_key(tmp_path: Path) -> None:
         ("backbone.arch", "backbone.name"),
         ("ce_ic_tradeoff", "jei_dnn.ce_ic_tradeoff"),
     ):
-        assert mistakes(tmp_path, "", f"{name}=1") == [f"{name} is not a key; did you mean {key}?"]
+        assert mistakes(tmp_path, "", f"{name}=1") == [f"{name} is not a key; did you mean {meant}?"]
     assert set(ALIASES.values()) <= set(all_keys())
+
+
+def test_an_omitted_default_is_no_part_of_an_id() -> None:
+    class Old(Section):
+        width: int = key(3, "width")
+
+    class New(Section):
+        width: int = key(3, "width")
+        names: list[str] = key(list, "names", omit_default=True)
+        depth: int | None = key(None, "depth", omit_default=True)
+
+    assert canonical_json(New()) == canonical_json(Old()) == '{"width":3}'
+    assert canonical_json(New(depth=2, names=["a"])) == '{"depth":2,"names":["a"],"width":3}'

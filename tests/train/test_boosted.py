@@ -11,7 +11,7 @@ from dynexit.deploy.engine import Engine
 from dynexit.models.heads import StackedHeads
 from dynexit.study.methods import BoostedSettings
 from dynexit.study.schema import TrainSettings
-from dynexit.train.boosted import BoostedTask
+from dynexit.train.independent import BoostedTask
 from tests.reference.deep_supervision_training import added_up, build_heads, cosine, logits_of, state_of, train_heads
 from tests.train.tiny import check_resume, largest_difference, run, seed_members, tiny_model, tiny_pack, tiny_split
 
