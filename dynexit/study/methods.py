@@ -83,7 +83,7 @@ class ProbeSettings(Section):
     max_iterations: int = key(15, "most iterations of L-BFGS for a penalty", "iterations", ge=1)
     learning_rate: float = key(2e-3, "peak learning rate of AdamW for MLP heads, then a cosine to 0", gt=0)
     weight_decay: float = key(1e-4, "weight decay of MLP heads, decoupled", ge=0)
-    batch_size: int = key(128, "samples per step of MLP heads, over all ranks", "samples", ge=1)
+    global_batch_size: int = key(128, "samples per step of MLP heads, over all ranks", "samples", ge=1)
     num_epochs: int = key(20, "most epochs of MLP heads, over the kept features", "epochs", ge=1)
     patience: int = key(
         3, "epochs without a lower cross-entropy on validation after which an MLP head is done", "epochs", ge=1

@@ -96,10 +96,10 @@ def contradictions(config: Config) -> Iterator[str]:
     if method.mistakes is not None:
         yield from method.mistakes(settings, config.train.num_epochs)
     if method.max_head_types is not None and len(config.exits.head_types) > method.max_head_types:
-        several = [other.name for other in METHODS.values() if other.max_head_types is None]
+        several = sorted(other.name for other in METHODS.values() if other.max_head_types is None)
         yield (
             f"exits.head_types = {config.exits.head_types}: should be one head type where train.method is "
-            f"{method.name}; {' and '.join(sorted(several))} take several"
+            f"{method.name}; {', '.join(several[:-1])} and {several[-1]} take several"
         )
     if not method.has_gates and config.search.confidence == "gate":
         yield (

@@ -99,8 +99,6 @@ class JeiDnnTask(PackTask):
 
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """One update of every member in its own phase, from one pass of the backbone."""
-        if self.step_number == 0 and self.method.warm_up == "convex":
-            self._start_from_converged_heads()
         _, images, labels_B = batch
         features, final_BK = self._features(images)
         figures: dict[str, Tensor] = {}
@@ -114,8 +112,10 @@ class JeiDnnTask(PackTask):
         self.step_number += 1
         return figures
 
-    def _start_from_converged_heads(self) -> None:
-        """Fits every member's heads as method probe does."""
+    def begin(self) -> None:
+        """With a convex warm-up, fits every member's heads as method probe does."""
+        if self.method.warm_up != "convex":
+            return
         prober = Prober(self, ProbeSettings())
         stack, best = self.optimizers["heads"].stack, self.best["heads"]
         for p, position in enumerate(self.model.positions):

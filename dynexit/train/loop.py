@@ -22,6 +22,9 @@ from dynexit.train.checkpoint import Checkpoints
 class Task(Protocol):
     """Something that is trained batch by batch."""
 
+    def begin(self) -> None:
+        """Whatever comes before the first batch of a run that does not resume."""
+
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """One update from this rank's part of a batch, `share` of the whole one; returns losses to show."""
 
@@ -54,6 +57,8 @@ def fit(
         epoch, position = session.epoch, session.position
         if session.resumed:
             progress.say(f"resuming after epoch {epoch}, batch {position}")
+        else:
+            task.begin()
         per_epoch = -(-len(split) // global_batch_size)
         progress.start(num_epochs * per_epoch, epoch * per_epoch + position)
         while epoch < num_epochs:

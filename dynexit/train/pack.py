@@ -135,6 +135,9 @@ class PackTask:
             progress=progress,
         )
 
+    def begin(self) -> None:
+        """Nothing comes before the first batch, unless a method says so."""
+
     # ---- features of images that are not augmented
 
     def plain_features(self, split: Split) -> Iterator[tuple[Tensor, list[Tensor], Tensor, Tensor]]:

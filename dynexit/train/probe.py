@@ -183,11 +183,11 @@ class Prober:
         best, best_M = clone(stack), torch.full((num_members,), math.inf, dtype=torch.float64)
         impatience_M, epoch_M = torch.zeros_like(best_M), torch.full_like(best_M, -1)
         num_epochs = settings.num_epochs
-        num_steps = num_epochs * -(-train.kept.num_samples // settings.batch_size)
+        num_steps = num_epochs * -(-train.kept.num_samples // settings.global_batch_size)
         num_warm_up_steps, step = min(_NUM_WARM_UP_STEPS, num_steps // 10), 0
         for epoch in range(num_epochs):
             active_M = impatience_M < settings.patience
-            for batch in epoch_batches(train.kept.num_samples, settings.batch_size, task.seed, epoch):
+            for batch in epoch_batches(train.kept.num_samples, settings.global_batch_size, task.seed, epoch):
                 rate = cosine_rate(step, num_steps, settings.learning_rate, 0.0, num_warm_up_steps)
                 self._mlp_step(optimizer, train, batch, rate, active_M.to(self.ranks.device))
                 step += 1

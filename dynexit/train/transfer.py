@@ -112,6 +112,9 @@ class TransferTask:
         # by rank the first step whose loss was not finite, counted from 1; of this rank alone until it is asked for
         self.not_finite = torch.zeros(ranks.world_size, dtype=torch.int64, device=ranks.device)
 
+    def begin(self) -> None:
+        """Nothing comes before the first batch."""
+
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         """One step on this rank's `share` of a batch."""
         _, images, labels = batch

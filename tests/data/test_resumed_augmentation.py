@@ -26,6 +26,9 @@ class Watcher:
         self.seen: list[Tensor] = []
         self.stop_at = stop_at
 
+    def begin(self) -> None:
+        pass
+
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
         self.seen.append(batch[1].sum((1, 2, 3), dtype=torch.float64))
         if len(self.seen) == self.stop_at:

@@ -20,7 +20,7 @@ from tests.command_line import TINY, run_stage
 
 pytestmark = pytest.mark.slow
 
-METHODS = ("jei_dnn", "independent", "boosted", "weighted", "dyce")
+METHODS = ("jei_dnn", "independent", "boosted", "weighted", "probe", "dyce")
 
 
 def done(folder: Path, *overrides: str) -> tuple[Study, list[ReportRow]]:
@@ -45,9 +45,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Repo
 
 def test_one_pack_a_method_and_no_point_twice(finished: tuple[Study, list[ReportRow]]) -> None:
     study, _ = finished
-    assert len(study.points) == 2 * 2 + 4 * 2
+    assert len(study.points) == 2 * 2 + 5 * 2
     sizes = {pack[0].config.train.method: len(pack) for pack in make_packs(study.points, 64)}
-    assert sizes == {"jei_dnn": 4, "independent": 2, "boosted": 2, "weighted": 2, "dyce": 2}
+    assert sizes == {"jei_dnn": 4, "independent": 2, "boosted": 2, "weighted": 2, "probe": 2, "dyce": 2}
 
 
 def test_only_jei_dnn_has_gates(finished: tuple[Study, list[ReportRow]]) -> None:
@@ -86,7 +86,7 @@ def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Stu
 
 
 @pytest.mark.parametrize("source", ["search", "fixed"])
-@pytest.mark.parametrize("method", ["boosted", "dyce"])
+@pytest.mark.parametrize("method", ["boosted", "probe", "dyce"])
 def test_infer_leaves_where_the_record_says(
     finished: tuple[Study, list[ReportRow]],
     method: str,

@@ -12,6 +12,7 @@ from dynexit.study.keys import Section, key, parse_weights
 from dynexit.study.read import load_study, resolved_yaml
 from dynexit.study.schema import SECTIONS, Config
 from dynexit.study.validation import ALIASES, all_keys
+from tests.command_line import TINY
 
 SMALL = "sweep: {seed: [0, 1], jei_dnn.ce_ic_tradeoff: [0.1, 1]}\n"
 
@@ -136,7 +137,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("train: {num_epochs: 3}", (), "jei_dnn.max_warm_up_epochs = 6: should be less than train.num_epochs, 3, or the gates are never trained"),
         ("train: {method: dyce, num_epochs: 3}", (), "dyce.num_warm_up_epochs = 5: should be less than train.num_epochs, 3"),
         ("train: {method: dyce}", ("dyce.min_learning_rate=0.1",), "dyce.min_learning_rate = 0.1: should be at most dyce.learning_rate, 0.000625"),
-        ("train: {method: boosted}", ("exits.head_types=[linear, mlp2x9]",), "exits.head_types = ['linear', 'mlp2x9']: should be one head type where train.method is boosted; dyce and independent take several"),
+        ("train: {method: boosted}", ("exits.head_types=[linear, mlp2x9]",), "exits.head_types = ['linear', 'mlp2x9']: should be one head type where train.method is boosted; dyce, independent and probe take several"),
         ("sweep: {train.method: [jei_dnn, dyce]}", ("search.confidence=gate",), "sweep.train.method = 'dyce': search.confidence = 'gate': should be another where train.method is dyce, which trains no gates"),
         ("seed: 1\nsweep: {seed: [0]}", (), "seed is both set and swept; keep one of the two"),
         ("sweep: {seed: 3}", (), "sweep.seed = 3: should be a list of values"),
@@ -145,7 +146,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("sweep: {exits.positions: [[1], [2], [1]]}", (), "sweep.exits.positions = [[1], [2], [1]]: has a duplicate value"),
         ("", (f"sweep.seed={list(range(1001))}", f"sweep.data.seed={list(range(1000))}"), "sweep: 1,001,000 points; at most 1,000,000 are allowed; shorten a list, or make two studies"),
         ("", (f"name={'n' * 201}",), f"name = '{'n' * 119}... (203 characters): string should have at most 200 characters"),
-        ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, dyce, record, search"),
+        ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, probe, dyce, record, search"),
         ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=5"),
         ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
         ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all', or should be a valid list"),
@@ -310,3 +311,14 @@ def test_an_omitted_default_is_no_part_of_an_id() -> None:
 
     assert canonical_json(New()) == canonical_json(Old()) == '{"width":3}'
     assert canonical_json(New(depth=2, names=["a"])) == '{"depth":2,"names":["a"],"width":3}'
+
+
+def test_ids_of_finished_studies_stay() -> None:
+    """Ids as they were before keys were added at defaults that keep old results."""
+    ids = load_study(TINY, []).points[0].ids
+    assert ids == {
+        "prepare": "5db9ca104ee5",
+        "train": "70fda7a9c84f",
+        "record": "6a1830e65190",
+        "search": "2364745e9188",
+    }

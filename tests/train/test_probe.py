@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 from dynexit.core.cost import STEM
+from dynexit.data import Workers
 from dynexit.errors import Failure
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
@@ -29,7 +30,7 @@ from tests.train.ranks import run_ranks
 from tests.train.tiny import RANKS, KilledError, largest_difference, seed_members, tiny_model, tiny_split
 
 TRAIN = TrainSettings(num_epochs=3, global_batch_size=13, precision="float64")
-SETTINGS = ProbeSettings(l2=[1e-1, 1e-2], max_iterations=400, num_epochs=6, batch_size=20)
+SETTINGS = ProbeSettings(l2=[1e-1, 1e-2], max_iterations=400, num_epochs=6, global_batch_size=20)
 SEEDS = (0, 3)
 
 
@@ -47,7 +48,8 @@ def probe_pack(head_types: tuple[str, ...] = ("linear",), seeds: tuple[int, ...]
 def trained(pack: Pack, folder: Path, task: PackTask | None = None, seconds: float = 1e9) -> PackTask:
     """The task (probes if none is given) after its training; what it says is in log.txt."""
     task = ProbeTask(pack, SETTINGS) if task is None else task
-    task.train(tiny_split(), Checkpoints(folder / "pack", seconds), Progress("train", folder, 1e9))
+    assert pack.plain_train is not None
+    task.train(pack.plain_train, Checkpoints(folder / "pack", seconds), Progress("train", folder, 1e9))
     return task
 
 
@@ -186,6 +188,7 @@ def test_jei_dnn_starts_from_converged_heads(tmp_path: Path) -> None:
     probes = trained(probe_pack(), tmp_path / "probes", ProbeTask(probe_pack(), ProbeSettings()))
     for exits in ({}, {"standardise": True}):
         pack = probe_pack(**exits)  # type: ignore[arg-type]
+        pack.plain_train.workers = Workers(1)  # type: ignore[union-attr]  of a split that is both trained on and kept
         members = [dataclasses.replace(member, settings=JeiDnnSettings()) for member in pack.members]
         method = JeiDnnSettings(warm_up="convex", bilevel_batch_count=1000)  # gates alone for all epochs
         folder = tmp_path / f"jei{len(exits)}"
