@@ -111,14 +111,15 @@ def _rehearse(study: Study, site: Site, arrays: Sequence[Array]) -> list[str]:
     Raises UserError with what it would refuse.
     """
     lines = []
-    for array in {array.stage: array for array in reversed(arrays)}.values():  # the largest of each stage
+    largest = {array.stage: array for array in reversed(arrays)}  # the first of each stage
+    for array in reversed(largest.values()):
         script = _executor(study, site, array, "", study.directory / "slurm" / "NNNN").script(len(array.tasks))
         try:
             reason = cluster.rehearse(script, site.for_stage(array.stage))
         except UserError as refusal:
             raise UserError(f"the cluster would not take {describe_array(array)}: {refusal}") from None
         lines += [f"{array.stage}: will wait, since no node can run it at present ({reason})"] if reason else []
-    return lines[::-1]
+    return lines
 
 
 def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
