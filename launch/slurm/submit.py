@@ -182,6 +182,7 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
         max_preemptions=dist.max_preemptions,
         max_retries=dist.max_retries,
         seconds_in_time=60 * site.minutes(dist) - site.delay_seconds(dist) - _EARLY_SECONDS,
+        num_ranks=dist.nodes * dist.tasks_per_node if together else 1,
         exclude=site.exclude or "",
     )
     python = f"{site.container} {shlex.quote(sys.executable)}".strip()

@@ -133,8 +133,8 @@ def test_each_pack_of_a_task_has_its_own_state(study: Study, queue: Queue) -> No
         file.write('{"start": "2026-11-21T20:09:00", "restart": 4, "node": "dev3"}\n')
     RankReason(reason_path(submission.folder / "7", 0), 4, pack=3).write()
     over = "torn; crashed then on dev1 with exit status 137"
-    told = [(one.state, one.figures, one.attempts) for one in study_status(study)]
-    assert told == [
+    shown = [(one.state, one.figures, one.attempts) for one in study_status(study)]
+    assert shown == [
         ("failed", over, "3"),
         ("failed", "not finite", "1"),
         ("crashed, waits to resume", "", "1"),

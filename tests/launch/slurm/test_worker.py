@@ -56,8 +56,8 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of a submission in which this process is the only rank of job 7_2."""
     folder = tmp_path / "0001"
     folder.mkdir(mode=0o700)
-    told = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_PROCID": "0"}
-    for name, value in {**told, "SLURM_NTASKS": "1", "SUBMITIT_EXECUTOR": "slurm"}.items():
+    environment = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_PROCID": "0"}
+    for name, value in {**environment, "SLURM_NTASKS": "1", "SUBMITIT_EXECUTOR": "slurm"}.items():
         monkeypatch.setenv(name, value)
     before = {one: signal.getsignal(one) for one in (signal.SIGUSR2, signal.SIGTERM)}
     yield folder
@@ -118,7 +118,7 @@ def test_a_failed_pack_stops_no_other(rank: Path, monkeypatch: pytest.MonkeyPatc
     assert (reason.word, reason.pack) == (COMPLETED, None)
 
 
-def test_members_that_trained_are_recorded_beside_one_that_failed(rank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_members_of_a_failed_pack_are_recorded(rank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(points: Sequence[Point]) -> None:
         finish(Job("train", tuple(points[:1])))
         raise Failure("member 1 is not finite")
