@@ -33,6 +33,7 @@ class RequeueLimits:
     max_preemptions: int
     max_retries: int
     seconds_in_time: float
+    num_ranks: int = 1
     exclude: str = ""
 
 
@@ -106,7 +107,7 @@ def _cause(errors: Sequence[str], status: int) -> str:
 def main(job: Path, status: int, seconds: float, limits: RequeueLimits) -> Decision:
     """Notes how an attempt ended and returns the decision."""
     restart, before = attempts.restart_count(), attempts.read_attempts(job)
-    found = {rank: attempts.read_reason(job, rank, restart) for rank in range(int(os.environ["SLURM_NTASKS"]))}
+    found = {rank: attempts.read_reason(job, rank, restart) for rank in range(limits.num_ranks)}
     reasons = {rank: one for rank, one in found.items() if one is not None}
     if 0 in reasons and reasons[0].num_packs:  # the script is the same for all tasks of an array
         limits = dataclasses.replace(limits, num_packs=reasons[0].num_packs)

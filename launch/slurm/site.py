@@ -18,22 +18,8 @@ from dynexit.study.keys import Section, key
 from dynexit.study.schema import Config, DistSettings
 
 
-class StageSite(Section):
-    """What jobs of one stage ask for instead of what the profile says; null keeps that, '' asks for none."""
-
-    partition: str | None = key(None, "partition")
-    account: str | None = key(None, "account that is charged")
-    qos: str | None = key(None, "quality of service")
-    constraint: str | None = key(None, "node features")
-    cpus: int | None = key(
-        None, "CPUs of the process; null takes cpus_per_task, or search.workers if that is more", ge=1
-    )
-    mem_gb: float | None = key(None, "memory", "GB", gt=0)
-    time_minutes: int | None = key(None, "time limit of a job", "min", ge=1)
-
-
-class Site(Section):
-    """A site profile. A key that is null or empty is left to the cluster."""
+class _Request(Section):
+    """What any job may ask for."""
 
     partition: str | None = key(None, "partition")
     account: str | None = key(None, "account that is charged")
@@ -41,14 +27,25 @@ class Site(Section):
     constraint: str | None = key(None, "node features asked for, as sbatch's --constraint")
     exclude: str | None = key(None, "nodes to avoid")
     time_minutes: int | None = key(None, "time limit of a job; null takes dist.timeout_minutes", "min", ge=1)
+    mem_gb: float | None = key(None, "memory asked for on each node", "GB", gt=0)
+
+
+class StageSite(_Request):
+    """What jobs of one stage ask for instead of what the profile says; null keeps that, '' asks for none."""
+
+    cpus: int | None = key(None, "CPUs; null takes cpus_per_task, or search.workers if that is null", ge=1)
+
+
+class Site(_Request):
+    """A site profile. A key that is null or empty is left to the cluster."""
+
     gpus_per_node: int = key(0, "GPUs asked for on each node", ge=0)
     cpus_per_task: int | None = key(
         None, "CPUs of each rank; null takes dist.num_threads (or 1) + dist.num_workers", ge=1
     )
-    mem_gb: float | None = key(None, "memory asked for on each node", "GB", gt=0)
     array_parallelism: int = key(256, "most tasks of an array that run at once", ge=1)
     max_array_size: int | None = key(None, "the cluster's MaxArraySize; null asks scontrol", ge=2)
-    max_submit_jobs: int | None = key(None, "most jobs of a user in the queue; null asks sacctmgr and scontrol", ge=4)
+    max_submit_jobs: int | None = key(None, "most jobs of a user in the queue; null asks sacctmgr", ge=4)
     signal_delay_seconds: int = key(
         120, "how long before its time is up a job gets the signal to save (at most a quarter of its time)", "s", ge=1
     )

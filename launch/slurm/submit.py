@@ -111,14 +111,15 @@ def _rehearse(study: Study, site: Site, arrays: Sequence[Array]) -> list[str]:
     Raises UserError with what it would refuse.
     """
     lines = []
-    for array in {array.stage: array for array in reversed(arrays)}.values():  # the largest of each stage
+    largest = {array.stage: array for array in reversed(arrays)}  # the first of each stage
+    for array in reversed(largest.values()):
         script = _executor(study, site, array, "", study.directory / "slurm" / "NNNN").script(len(array.tasks))
         try:
             reason = cluster.rehearse(script, site.for_stage(array.stage))
         except UserError as refusal:
             raise UserError(f"the cluster would not take {describe_array(array)}: {refusal}") from None
         lines += [f"{array.stage}: will wait, since no node can run it at present ({reason})"] if reason else []
-    return lines[::-1]
+    return lines
 
 
 def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
@@ -181,6 +182,7 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
         max_preemptions=dist.max_preemptions,
         max_retries=dist.max_retries,
         seconds_in_time=60 * site.minutes(dist) - site.delay_seconds(dist) - _EARLY_SECONDS,
+        num_ranks=dist.nodes * dist.tasks_per_node if together else 1,
         exclude=site.exclude or "",
     )
     python = f"{site.container} {shlex.quote(sys.executable)}".strip()

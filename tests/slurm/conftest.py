@@ -85,7 +85,7 @@ class Cluster:
         for path in sorted((self.study(study) / "slurm").glob("*/jobs.json")):
             for array in json.loads(path.read_text())["arrays"]:
                 jobs = array["tasks"] if array["stage"] == stage else ()
-                found += [read_attempts(path.parent / f"{job}.jsonl") for job in jobs]
+                found += [read_attempts(path.parent / job) for job in jobs]
         return found
 
     def ends(self, study: str) -> list[str]:

@@ -200,7 +200,7 @@ def array(cluster: Cluster) -> Scenario:
     job = cluster.run("sbatch", "--parsable", *options, str(script)).strip()
 
     def attempts() -> list[Attempts]:
-        return [read_attempts(folder / f"{job}_{task}.jsonl") for task in range(3)]
+        return [read_attempts(folder / f"{job}_{task}") for task in range(3)]
 
     def starts() -> list[int]:
         return [len(one.starts) for one in attempts()]

@@ -87,7 +87,7 @@ def test_a_rehearsal_tells_what_waits_from_what_is_refused(sbatch: Path) -> None
         assert str(error.value) == reason
 
 
-def test_commands_do_not_hear_of_options_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_do_not_get_options_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"SQUEUE_PARTITION", "SCANCEL_STATE", "SBATCH_NO_REQUEUE", "SLURM_JOB_ID", "SBATCH_QOS", "SLURM_CONF"}
     for name in names:
         monkeypatch.setenv(name, "1")

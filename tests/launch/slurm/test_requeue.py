@@ -27,7 +27,7 @@ from launch.slurm.attempts import (
 from launch.slurm.requeue import Decision, RequeueLimits, attempt_ends, decide, script_after, script_before
 from tests.command_line import ROOT
 
-ONE = RequeueLimits(1, max_timeouts=2, max_preemptions=3, max_retries=1, seconds_in_time=1000)
+ONE = RequeueLimits(1, max_timeouts=2, max_preemptions=3, max_retries=1, seconds_in_time=1000, num_ranks=2)
 THREE = RequeueLimits(3, max_timeouts=2, max_preemptions=3, max_retries=1, seconds_in_time=1000)
 
 
@@ -197,7 +197,7 @@ def run_script(
     lines += script_after(python, limits)
     assert len(lines) <= 40
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1"}
-    environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_NTASKS": "2"}
+    environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     environment |= {"SLURM_RESTART_COUNT": str(restart), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-c", "\n".join(lines)], env=environment, capture_output=True, text=True, check=False

@@ -52,7 +52,7 @@ def test_all_mistakes_come_together(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_options_that_jobs_are_chained_and_requeued_by_are_not_a_sites() -> None:
+def test_options_that_dynexit_sets_are_refused() -> None:
     site = Site(sbatch={"array": "0-3", "no_requeue": True, "mail-type": "END"})
     said = "sbatch = array, no-requeue: dynexit sets that itself; take it out of the site profile"
     assert site_contradictions(site, Config()) == [said]
@@ -72,7 +72,7 @@ def test_a_missing_profile_and_none() -> None:
     assert load_site(None) == Site()
 
 
-def test_the_profiles_in_the_repository_are_valid_and_the_example_shows_every_key() -> None:
+def test_profiles_in_the_repository_are_valid_and_complete() -> None:
     assert load_site(SITES / "devcluster.yaml").partition == "main"
     text = (SITES / "example.yaml").read_text()
     assert load_site(SITES / "example.yaml").partition == "gpu"
@@ -129,7 +129,7 @@ def test_lines_of_setup_may_have_line_breaks(tmp_path: Path) -> None:
     assert load_site(write(tmp_path, 'setup: ["if true\\nthen true; fi"]')).setup == ["if true\nthen true; fi"]
 
 
-def test_the_profile_of_the_last_submission_must_be_unchanged_and_own(tmp_path: Path) -> None:
+def test_retry_takes_only_an_unchanged_own_profile(tmp_path: Path) -> None:
     path, study_dir = write(tmp_path, "setup: [touch x]"), tmp_path / "runs" / "study"
     source = load_site(path).source
     assert source is not None

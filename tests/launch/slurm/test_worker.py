@@ -118,7 +118,7 @@ def test_a_failed_pack_stops_no_other(rank: Path, monkeypatch: pytest.MonkeyPatc
     assert (reason.word, reason.pack) == (COMPLETED, None)
 
 
-def test_members_that_trained_are_recorded_beside_one_that_failed(rank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_members_of_a_failed_pack_are_recorded(rank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(points: Sequence[Point]) -> None:
         finish(Job("train", tuple(points[:1])))
         raise Failure("member 1 is not finite")
