@@ -39,7 +39,7 @@ def _record_splits(points: Sequence[Point], ranks: Ranks, data: DataSets, model:
     """This rank's shards of every split, for all points."""
     config = points[0].config
     # a stack of its own for every point: the bits of a record do not depend on who else is recorded
-    members = [load_heads([point], model, costs, ranks) for point in points]
+    members = [load_heads([point], model) for point in points]
     has_gates = members[0][1] is not None
     directories = [RunDir(point, "record") for point in points]
     for split in recorded_splits(config.record):
