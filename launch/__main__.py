@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynexit.study.stages import INFER, STAGES, stages_until
 from launch.commands import add_commands
+from launch.deploy_commands import add_deploy_commands
 from launch.tools import add_tools
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     _study_command(commands, "ui", "MLflow's page on the study's results")
     add_commands(commands)
     add_tools(commands)
+    add_deploy_commands(commands)
     return parser
 
 

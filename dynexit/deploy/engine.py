@@ -147,7 +147,7 @@ class InFlight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Left:
+class Leaving:
     """Samples that left at one exit: their ids, `near` as in Answers, and the exit's logits (b, K)."""
 
     exit_index: int
@@ -200,7 +200,7 @@ class Router:
         self._model, self._stops, self._shrinkage = model, tuple(stops), shrinkage
         self._confidence, self._tile, self.tolerance = confidence, tile, tolerance
         self._by_gates = any(stop.threshold is None for stop in stops)
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self.num_classes, self.num_stages = model.backbone.num_classes, len(self._stops) + 1
 
     @torch.inference_mode()
@@ -208,7 +208,7 @@ class Router:
         """Class, exit and logits of every image (B, C, H, W); B is at least 1."""
         if len(images) == 1:
             return self._classify_one(images)
-        if len(images) <= self._tile or self._device.type != "cpu":
+        if len(images) <= self._tile or self.device.type != "cpu":
             return self._classify(images)
         num_tiles = -(-len(images) // self._tile)
         return join([self._classify(tile) for tile in images.tensor_split(num_tiles)])
@@ -254,14 +254,14 @@ class Router:
         used_b = np.zeros(len(images), np.float32) if self._by_gates else None
         return InFlight(state, ids_b, np.zeros(len(images), bool), used_b)
 
-    def advance(self, stage: int, flight: InFlight) -> Left | None:
+    def advance(self, stage: int, flight: InFlight) -> Leaving | None:
         """Takes samples through one stage, in place. Returns those that left at its end, None if nobody did.
 
         Stages are 0..num_stages-1; the last one ends with the backbone's own classifier, where all leave.
         """
         if stage == len(self._stops):
             logits_bK = self._model.tail(flight.state, self._last_p).float().cpu().numpy()
-            left = Left(len(self._model.positions), flight.ids_b, flight.near_b, logits_bK)
+            left = Leaving(len(self._model.positions), flight.ids_b, flight.near_b, logits_bK)
             flight.ids_b = flight.ids_b[:0]
             return left
         stop = self._stops[stage]
@@ -285,7 +285,7 @@ class Router:
         if not num_left:
             return None
         logits_bK = logits.float().cpu().numpy()
-        left = Left(stop.p, flight.ids_b[leaves_b], flight.near_b[leaves_b], logits_bK[leaves_b])
+        left = Leaving(stop.p, flight.ids_b[leaves_b], flight.near_b[leaves_b], logits_bK[leaves_b])
         flight.drop(leaves_b, len(leaves_b) - num_left)
         return left
 
@@ -344,6 +344,16 @@ class Engine:
     def head(self, p: int, head_type: int) -> PlainHead:
         """Returns the head at position number p, of the head type with that index."""
         return self._heads[f"{self.model.positions[p]}.{self.head_types[head_type]}"]
+
+    @torch.inference_mode()
+    def all_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits in float32 of every head (P, H, B, K) and of the backbone (B, K), for images (B, C, H, W)."""
+        features, final_BK = self.model.features(images)
+        rows: list[Tensor] = []
+        for p, feature in enumerate(features):
+            own_HBK = torch.stack([self.head(p, head_type)(feature) for head_type in range(len(self.head_types))])
+            rows.append(own_HBK + self._shrinkage * rows[-1] if rows and self._shrinkage else own_HBK)
+        return torch.stack(rows).float(), final_BK.float()
 
     def router(
         self, configuration: Configuration | None, confidence: str = "max_probability", tolerance: float = NEAR

@@ -1,0 +1,116 @@
+"""Streaming with refill: samples of several batches run each stage together, so that deep stages run full."""
+
+import collections
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynexit.deploy.engine import Answers, InFlight, Leaving, Router, join_in_flight
+from dynexit.errors import UserError
+
+
+class _Pending:
+    """A batch whose answers are collected."""
+
+    def __init__(self, size: int, num_classes: int) -> None:
+        self.num_missing = size
+        self.logits_BK = np.empty((size, num_classes), np.float32)
+        self.exit_B, self.near_B = np.empty(size, np.int64), np.empty(size, bool)
+
+    def answers(self) -> Answers:
+        return Answers(self.logits_BK.argmax(1), self.exit_B, self.near_B, self.logits_BK)
+
+
+class _Stages:
+    """A queue of samples before every stage. Samples are numbered in the order in which they enter."""
+
+    def __init__(self, router: Router, max_batch: int) -> None:
+        self.router, self.max_batch = router, max_batch
+        self.queues: list[collections.deque[InFlight]] = [collections.deque() for _ in range(router.num_stages)]
+        self.waiting = [0] * router.num_stages
+
+    def admit(self, images: Tensor, ids_b: np.ndarray) -> None:
+        self._put(0, self.router.admit(images, ids_b))
+
+    def full(self) -> int | None:
+        """Returns the deepest stage with a full batch, None if there is none."""
+        stages = reversed(range(len(self.waiting)))
+        return next((stage for stage in stages if self.waiting[stage] >= self.max_batch), None)
+
+    def shallowest(self) -> int | None:
+        """Returns the first stage with any sample, None if all are done."""
+        return next((stage for stage, count in enumerate(self.waiting) if count), None)
+
+    def run(self, stage: int) -> Leaving | None:
+        """Runs up to `max_batch` samples through a stage. Returns those that left."""
+        flight = self._take(stage)
+        left = self.router.advance(stage, flight)
+        if len(flight):
+            self._put(stage + 1, flight)
+        return left
+
+    def _put(self, stage: int, flight: InFlight) -> None:
+        self.queues[stage].append(flight)
+        self.waiting[stage] += len(flight)
+
+    def _take(self, stage: int) -> InFlight:
+        parts, room = [], self.max_batch
+        while self.queues[stage] and room:
+            part = self.queues[stage].popleft()
+            if len(part) > room:
+                part, rest = part.split(room)
+                self.queues[stage].appendleft(rest)
+            parts.append(part)
+            room -= len(part)
+        self.waiting[stage] -= self.max_batch - room
+        return join_in_flight(parts)
+
+
+def stream(router: Router, batches: Iterable[Tensor], max_batch: int) -> Iterator[Answers]:
+    """Yields the answers for every batch of images (B, C, H, W), in order; they are those of Router.classify.
+
+    Runs the deepest stage that has `max_batch` samples waiting, else admits a batch; at the end all queues are emptied
+    from the first stage on. Raises UserError unless `max_batch` is at least 1.
+    """
+    if max_batch < 1:
+        raise UserError(f"max_batch is {max_batch}; give at least 1")
+    return _stream(router, iter(batches), max_batch)
+
+
+def _stream(router: Router, batches: Iterator[Tensor], max_batch: int) -> Iterator[Answers]:
+    stages, pending = _Stages(router, max_batch), collections.deque[_Pending]()
+    starts = collections.deque[int]()  # number of the first sample of each pending batch
+    num_admitted, more = 0, True
+    while more or pending:
+        with torch.inference_mode():
+            stage = stages.full()
+            if stage is None and more:
+                images = next(batches, None)
+                more = images is not None
+                if images is not None:
+                    pending.append(_Pending(len(images), router.num_classes))
+                    starts.append(num_admitted)
+                    ids = np.arange(num_admitted, num_admitted + len(images))
+                    num_admitted += len(images)
+                    stages.admit(images, ids)
+                continue
+            stage = stages.shallowest() if stage is None else stage
+            assert stage is not None
+            left = stages.run(stage)
+        if left is not None:
+            _collect(left, pending, starts)
+        while pending and not pending[0].num_missing:
+            starts.popleft()
+            yield pending.popleft().answers()
+
+
+def _collect(left: Leaving, pending: "collections.deque[_Pending]", starts: "collections.deque[int]") -> None:
+    first_b = np.searchsorted(np.array(starts), left.ids_b, side="right") - 1
+    for place in np.unique(first_b):
+        of_it, batch = first_b == place, pending[place]
+        rows = left.ids_b[of_it] - starts[place]
+        batch.logits_BK[rows], batch.near_B[rows] = left.logits_bK[of_it], left.near_b[of_it]
+        batch.exit_B[rows] = left.exit_index
+        batch.num_missing -= int(np.count_nonzero(of_it))
