@@ -49,10 +49,8 @@ def _save(options: argparse.Namespace) -> None:
     print(f"{options.directory}: {len(saved)} operating points")
     for point in saved:
         low, high = point.accuracy_interval
-        print(
-            f"  {point.name:16} {point.relative_macs:.4f} of the MACs, validation accuracy {100 * point.accuracy:.2f} % "
-            f"({100 * low:.2f} to {100 * high:.2f})"
-        )
+        accuracy = f"{100 * point.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
+        print(f"  {point.name:16} {point.relative_macs:.4f} of the MACs, validation accuracy {accuracy}")
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -41,8 +41,8 @@ MACs count the products of convolutions, linear layers and attention. They are n
 
 ## Files
 
-`config.json` and `model.safetensors` are the backbone in timm's form, `exits.json` and `exits.safetensors` the exits and
-the operating points, `probe.safetensors` inputs with the answers that they must give. Nothing is pickled.
+`config.json` and `model.safetensors` are the backbone in timm's form, `exits.json` and `exits.safetensors` the exits
+and the operating points, `probe.safetensors` inputs with the answers that they must give. Nothing is pickled.
 """
 
 _ALONE = """ The backbone alone, without

@@ -16,10 +16,12 @@ from torch import Tensor
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.assembly import attach_exits
 from dynexit.deploy.description import Description, SavedPoint, SavedTraining
-from dynexit.deploy.engine import NEAR, Answers, Engine, Router, largest_tile
+from dynexit.deploy.engine import Engine, largest_tile
 from dynexit.deploy.model_folder import Contents, read_folder
 from dynexit.deploy.predict import Predictions, image_transform, predict_files
 from dynexit.deploy.probe import check_probe
+from dynexit.deploy.router import NEAR, Answers, Router
+from dynexit.deploy.statistics import ExitCounter, ExitStatistics
 from dynexit.deploy.stream import stream
 from dynexit.errors import UserError
 
@@ -42,56 +44,6 @@ class Outputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExitStatistics:
-    """What an operating point has seen since the model was loaded, and what validation gave.
-
-    `drift` is half the sum of the differences of the exit shares, in [0, 1]. Fields that begin with `validation` and
-    `drift` are None for a configuration that is no operating point of the folder; means are None before any image.
-    """
-
-    name: str
-    num_images: int
-    exit_fractions: tuple[float, ...] | None
-    mean_confidence: float | None
-    validation_exit_fractions: tuple[float, ...] | None
-    validation_mean_confidence: float | None
-    drift: float | None
-
-
-class _Counter:
-    """Counts the exits taken and sums confidences; threads may add at the same time."""
-
-    def __init__(self, name: str, point: SavedPoint | None, num_exits: int) -> None:
-        self.name, self.point = name, point
-        self._counts_L, self._confidence = np.zeros(num_exits, np.int64), 0.0
-        self._lock = threading.Lock()
-
-    def add(self, exit_index_B: np.ndarray, confidence_B: np.ndarray) -> None:
-        counts_L, confidence = np.bincount(exit_index_B, minlength=len(self._counts_L)), float(confidence_B.sum())
-        with self._lock:
-            self._counts_L += counts_L
-            self._confidence += confidence
-
-    def statistics(self) -> ExitStatistics:
-        with self._lock:
-            counts_L, confidence = self._counts_L.copy(), self._confidence
-        count, point = int(counts_L.sum()), self.point
-        seen_L = counts_L / count if count else None
-        drift = None
-        if seen_L is not None and point is not None:
-            drift = float(np.abs(seen_L - np.array(point.exit_fractions)).sum() / 2)
-        return ExitStatistics(
-            self.name,
-            count,
-            None if seen_L is None else tuple(seen_L.tolist()),
-            confidence / count if count else None,
-            None if point is None else point.exit_fractions,
-            None if point is None else point.validation.mean_confidence,
-            drift,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class View:
     """A model with one way to leave early. Immutable; views of a model share its weights, threads may share a view."""
 
@@ -107,7 +59,7 @@ class View:
     """Those of the bare backbone."""
     input_size: tuple[int, int, int]
     _temperature_L: np.ndarray | None
-    _counter: _Counter
+    _counter: ExitCounter
     _description: Description
 
     def __call__(self, images: Tensor) -> Outputs:
@@ -130,14 +82,18 @@ class View:
         given = [sources] if isinstance(sources, str | Path) else list(sources)
         return predict_files(self, [Path(source) for source in given], batch_size)
 
-    def stream(self, loader: Iterable[Any], max_batch: int = 64) -> Iterator[Outputs]:
+    def stream(
+        self, loader: Iterable[Any], max_batch: int = 64, max_delay_ms: float | None = None
+    ) -> Iterator[Outputs]:
         """Yields the answers for every batch of `loader`, in order, with the batches of each stage refilled.
 
         Batches are images, or tuples that begin with images. Up to `max_batch` images run together; answers of a batch
-        come when its last image is done, which may be after later batches have entered.
+        come when its last image is done, which may be after later batches have entered. A batch that has waited for
+        `max_delay_ms` is finished before others enter; None waits for full stages. Raises UserError for a batch that
+        a view does not take, when it enters.
         """
         batches = (self._checked(batch[0] if isinstance(batch, tuple | list) else batch) for batch in loader)
-        return (self._outputs(answers) for answers in stream(self.router, batches, max_batch))
+        return (self._outputs(answers) for answers in stream(self.router, batches, max_batch, max_delay_ms))
 
     def stats(self) -> ExitStatistics:
         """What this way to leave has seen since the model was loaded, in all threads, against validation."""
@@ -179,7 +135,7 @@ class View:
         )
 
 
-class Model:
+class EarlyExitModel:
     """A model folder that was loaded: a backbone, the exits of one or more trainings, and operating points.
 
     Immutable but for its statistics; `use` gives a view that classifies.
@@ -206,7 +162,7 @@ class Model:
                 raise UserError(f"exits.safetensors does not fit exits.json: {error}; copy the folder again") from None
             tile = largest_tile(model) if tile is None else tile
             self.engines[identity] = Engine(model, training.stack.head_types, heads, gates, tile)
-        self._counters: dict[tuple[str, Any], _Counter] = {}
+        self._counters: dict[tuple[str, Any], ExitCounter] = {}
         self._lock = threading.Lock()
 
     def use(
@@ -234,7 +190,7 @@ class Model:
             "max_accuracy_drop": max_accuracy_drop,
             "risk": risk,
         }
-        given = {name: value for name, value in targets.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
         if len(given) != 1:
             raise UserError(
                 f"use() takes one target and got {len(given)}; give a point, its name or a configuration, or one of "
@@ -243,8 +199,9 @@ class Model:
         ((name, value),) = given.items()
         if isinstance(value, Configuration):
             return self._view_of(value, training, confidence)
-        point = value if isinstance(value, SavedPoint) else self._named(value) if name == "way" else None
-        return self._view(point or choose(self.points, name, value))
+        if isinstance(value, SavedPoint):
+            return self._view(value)
+        return self._view(self._named(value) if name == "way" else choose(self.points, name, value))
 
     def stats(self) -> tuple[ExitStatistics, ...]:
         """What each way to leave that was used has seen, against validation: a growing drift calls for a new study."""
@@ -285,7 +242,7 @@ class Model:
         macs_L = saved.macs_L(way, confidence)
         with self._lock:
             key = (name, None if point is not None else (training, way, confidence))
-            counter = self._counters.setdefault(key, _Counter(name, point, len(macs_L)))
+            counter = self._counters.setdefault(key, ExitCounter(name, point, len(macs_L)))
         temperature_L = saved.temperature_L(way)
         return View(
             name,
@@ -303,7 +260,7 @@ class Model:
 
 
 def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoint:
-    """Returns the operating point for a target of `Model.use`; targets are about validation.
+    """Returns the operating point for a target of `EarlyExitModel.use`; targets are about validation.
 
     Raises UserError for a target out of range, and for one that no point attains, naming the nearest.
     """
@@ -333,13 +290,13 @@ def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoin
     return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
 
 
-def load(directory: str | Path, *, verify: bool = True, device: str | torch.device = "cpu") -> Model:
+def load(directory: str | Path, *, verify: bool = True, device: str | torch.device = "cpu") -> EarlyExitModel:
     """Returns the model in a folder of `dynexit save`. Nothing is unpickled; the study and its data are not needed.
 
     With `verify` the folder's probe is run, and its answers must be the saved ones. Raises UserError, naming the file,
     for a folder that is foreign, cut short, altered, or of another format version; Failure for other answers.
     """
-    model = Model(read_folder(Path(directory)), device)
+    model = EarlyExitModel(read_folder(Path(directory)), device)
     if verify:
         difference = check_probe(model.probe, model.engines, model.points, str(directory))
         model.tolerance = max(NEAR, model.tolerance, 4 * difference)

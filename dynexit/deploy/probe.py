@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dynexit.core.confidence import max_probability
 from dynexit.deploy.description import SavedPoint
-from dynexit.deploy.engine import NEAR, Engine, join
+from dynexit.deploy.engine import Engine
+from dynexit.deploy.router import NEAR, join
 from dynexit.errors import Failure
 
 _MARGIN = 4
@@ -40,7 +41,9 @@ def measured_tolerance(images: Tensor, engines: Mapping[str, Engine]) -> float:
     most = 0.0
     for engine in engines.values():
         together = max_probability(engine.all_logits(images)[0])
-        alone = torch.cat([max_probability(engine.all_logits(image)[0]) for image in images.split(1)], -1)
+        alone = torch.cat(
+            [max_probability(engine.all_logits(image)[0]) for image in images.tensor_split(len(images))], -1
+        )
         most = max(most, float((together - alone).abs().max()))
     return max(NEAR, _MARGIN * most)
 
@@ -82,6 +85,7 @@ def check_probe(
         if wrong.any():
             raise Failure(
                 f"{folder}: on its probe the operating point {point.name} leaves at exits "
-                f"{answers.exit_index_B.tolist()} instead of {expected_n.tolist()}; report it, or load with verify=False"
+                f"{answers.exit_index_B.tolist()} instead of {expected_n.tolist()}; report it, or load with "
+                "verify=False"
             )
     return most

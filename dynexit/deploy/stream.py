@@ -1,13 +1,14 @@
 """Streaming with refill: samples of several batches run each stage together, so that deep stages run full."""
 
 import collections
+import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynexit.deploy.engine import Answers, InFlight, Leaving, Router, join_in_flight
+from dynexit.deploy.router import Answers, InFlight, Leaving, Router, join_in_flight
 from dynexit.errors import UserError
 
 
@@ -15,7 +16,7 @@ class _Pending:
     """A batch whose answers are collected."""
 
     def __init__(self, size: int, num_classes: int) -> None:
-        self.num_missing = size
+        self.num_missing, self.since = size, time.monotonic()
         self.logits_BK = np.empty((size, num_classes), np.float32)
         self.exit_B, self.near_B = np.empty(size, np.int64), np.empty(size, bool)
 
@@ -68,42 +69,53 @@ class _Stages:
         return join_in_flight(parts)
 
 
-def stream(router: Router, batches: Iterable[Tensor], max_batch: int) -> Iterator[Answers]:
+def stream(
+    router: Router, batches: Iterable[Tensor], max_batch: int, max_delay_ms: float | None = None
+) -> Iterator[Answers]:
     """Yields the answers for every batch of images (B, C, H, W), in order; they are those of Router.classify.
 
-    Runs the deepest stage that has `max_batch` samples waiting, else admits a batch; at the end all queues are emptied
-    from the first stage on. Raises UserError unless `max_batch` is at least 1.
+    Runs the deepest stage that has `max_batch` samples waiting, else admits a batch. All queues are emptied, from the
+    first stage on, at the end and when a batch has waited for `max_delay_ms`. Raises UserError unless `max_batch` is at
+    least 1 and the delay, if there is one, at least 0.
     """
     if max_batch < 1:
         raise UserError(f"max_batch is {max_batch}; give at least 1")
-    return _stream(router, iter(batches), max_batch)
+    if max_delay_ms is not None and not max_delay_ms >= 0:
+        raise UserError(f"max_delay_ms is {max_delay_ms}; give at least 0, or None to wait for full batches")
+    return _stream(router, iter(batches), max_batch, max_delay_ms)
 
 
-def _stream(router: Router, batches: Iterator[Tensor], max_batch: int) -> Iterator[Answers]:
+def _stream(router: Router, batches: Iterator[Tensor], max_batch: int, max_delay_ms: float | None) -> Iterator[Answers]:
     stages, pending = _Stages(router, max_batch), collections.deque[_Pending]()
     starts = collections.deque[int]()  # number of the first sample of each pending batch
     num_admitted, more = 0, True
     while more or pending:
+        stage = stages.full()
+        if stage is None and (not more or _is_late(pending, max_delay_ms)):
+            stage = stages.shallowest()
+        if stage is None:
+            images = next(batches, None) if more else None
+            more = images is not None
+            if images is not None:
+                pending.append(_Pending(len(images), router.num_classes))
+                starts.append(num_admitted)
+                with torch.inference_mode():
+                    stages.admit(images, np.arange(num_admitted, num_admitted + len(images)))
+                num_admitted += len(images)
+            continue
         with torch.inference_mode():
-            stage = stages.full()
-            if stage is None and more:
-                images = next(batches, None)
-                more = images is not None
-                if images is not None:
-                    pending.append(_Pending(len(images), router.num_classes))
-                    starts.append(num_admitted)
-                    ids = np.arange(num_admitted, num_admitted + len(images))
-                    num_admitted += len(images)
-                    stages.admit(images, ids)
-                continue
-            stage = stages.shallowest() if stage is None else stage
-            assert stage is not None
             left = stages.run(stage)
         if left is not None:
             _collect(left, pending, starts)
         while pending and not pending[0].num_missing:
             starts.popleft()
             yield pending.popleft().answers()
+
+
+def _is_late(pending: "collections.deque[_Pending]", max_delay_ms: float | None) -> bool:
+    if max_delay_ms is None or not pending:
+        return False
+    return 1000 * (time.monotonic() - pending[0].since) >= max_delay_ms
 
 
 def _collect(left: Leaving, pending: "collections.deque[_Pending]", starts: "collections.deque[int]") -> None:

@@ -14,7 +14,8 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
 from dynexit.data import Split, load_batches
-from dynexit.deploy.engine import Answers, Engine, Router, join
+from dynexit.deploy.engine import Engine
+from dynexit.deploy.router import Answers, Router, join
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.load import begin, load_heads

@@ -5,7 +5,6 @@ Shapes: P positions, H head types, L exits, R rows of a record, N samples, n inp
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,33 +15,27 @@ import timm
 import torch
 from torch import Tensor
 
-from dynexit.core.calibration import scaled_confidence, temperature
 from dynexit.core.confidence import max_probability
-from dynexit.core.cost import ExitCosts
-from dynexit.core.tradeoff import Configuration
-from dynexit.data import DataSets, load_data, workers_of
+from dynexit.data import load_data, workers_of
 from dynexit.data.digits import DIGITS_MEAN, DIGITS_STD
 from dynexit.data.transforms import NORMALISATIONS, recipe_of
-from dynexit.deploy.assembly import HeadStack, attach_exits
+from dynexit.deploy.assembly import attach_exits
 from dynexit.deploy.card import write_card
-from dynexit.deploy.description import FORMAT, PointStatistics, Preprocessing, SavedPoint, SavedTraining
+from dynexit.deploy.description import FORMAT, Preprocessing, SavedPoint
 from dynexit.deploy.engine import Engine, largest_tile
 from dynexit.deploy.model_folder import backbone_config, write_folder
 from dynexit.deploy.probe import make_probe, measured_tolerance
 from dynexit.dist import start_ranks
 from dynexit.errors import Failure, UserError
-from dynexit.jobs.infer import expected_exits
 from dynexit.jobs.load import load_heads, load_model
-from dynexit.jobs.report import choosing_samples
-from dynexit.record.shards import Record
+from dynexit.jobs.recorded import RecordedTraining
 from dynexit.report.table import FrontPoint, Row, front_of, read_csv
-from dynexit.run_dir import BACKBONE, COSTS, HEADS, RunDir
+from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
 
 _NUM_PROBES = 8
 _OTHER_MODEL = 0.01
 """A confidence that is further from the recorded one is no matter of the device."""
-_Z = 1.959963984540054  # 95 % of the standard normal distribution lie within it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +68,14 @@ def run_save(
     whole, _ = load_model(first, ranks)
     backbone = whole.backbone
     trained = {one.point.id: one.point for one in chosen}
-    records = {identity: _Recorded.of(point, data) for identity, point in trained.items()}
+    records = {identity: RecordedTraining.of(point, data) for identity, point in trained.items()}
     engines, states = {}, {}
     for training, point in trained.items():
         model = attach_exits(backbone, records[training].costs.positions, point.config.exits)
         heads, gates = load_heads([point], model)
         engines[training] = Engine(model, point.config.exits.head_types, heads, gates, largest_tile(model))
         states[training] = heads.member_state(0) | ({} if gates is None else gates.member_state(0))
-    saved = tuple(records[one.point.id].saved_point(one) for one in chosen)
+    saved = tuple(records[one.point.id].saved_point(one.name, one.row, one.front.test) for one in chosen)
     places = np.linspace(0, len(data.validation) - 1, _NUM_PROBES).astype(int)
     images = data.validation.__getitems__(places.tolist())[1]
     tolerance = max(measured_tolerance(images, engines), _recorded_tolerance(images, engines, records, places))
@@ -129,8 +122,8 @@ def _choose(points: Sequence[Point], relative_macs: float | None, identity: str 
     backbones = sorted({point.ids["prepare"] for point in points})
     if len(backbones) > 1:
         raise UserError(
-            f"the study has {len(backbones)} backbones, and a folder holds one; choose it with --point and one of their "
-            f"ids, {', '.join(backbones)}, or the id of a training"
+            f"the study has {len(backbones)} backbones, and a folder holds one; choose one with --point and its "
+            f"id, {', '.join(backbones)}, or the id of a training"
         )
     by_id = {one: point for point in points for one in (point.id, point.ids["search"])}
     rows = [row for row in read_csv(table) if row.point_id in by_id or row.point_id == backbones[0]]
@@ -173,122 +166,8 @@ def _named(chosen: Sequence[_Chosen]) -> list[_Chosen]:
     return named
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recorded:
-    """What a training's records say of both splits."""
-
-    point: Point
-    costs: ExitCosts
-    records: Mapping[str, Record]
-    samples: Mapping[str, np.ndarray]  # mask (N,) of those that operating points are judged on
-    origins: Mapping[str, np.ndarray]  # (N,) the original image of each
-    temperature_R: np.ndarray | None  # noqa: N815
-
-    @classmethod
-    def of(cls, point: Point, data: DataSets) -> "_Recorded":
-        source, checkpoint = RunDir(point, "record"), RunDir(point, "train").digest(HEADS)
-        costs = ExitCosts.from_json(source.read_json(COSTS))
-        records = {split: Record.open(source / split, checkpoint) for split in ("validation", "test")}
-        samples = {split: choosing_samples(point, split, record.num_samples) for split, record in records.items()}
-        origins = {split: data.split(split).origin.numpy() for split in records}
-        held_back_N = ~samples["validation"]
-        calibration_N = held_back_N if held_back_N.any() else samples["validation"]
-        return cls(point, costs, records, samples, origins, _temperatures(records["validation"], calibration_N))
-
-    def saved_training(self) -> SavedTraining:
-        """What exits.json holds of it."""
-        config, stack = self.point.config, HeadStack.of(self.point.config)
-        temperatures = None
-        if self.temperature_R is not None:
-            rows = self.temperature_R[:-1].reshape(len(self.costs.positions), -1).tolist()
-            temperatures = (*map(tuple, rows), (float(self.temperature_R[-1]),))
-        return SavedTraining(
-            label=self.point.label,
-            method=config.train.method,
-            exits=config.exits.model_dump(mode="json"),
-            precision=config.train.precision,
-            shrinkage=stack.shrinkage,
-            has_gates=stack.has_gates,
-            costs=self.costs.to_json(),
-            temperatures=temperatures,
-        )
-
-    def saved_point(self, chosen: _Chosen) -> SavedPoint:
-        """What exits.json holds of one of its operating points."""
-        row, way = chosen.row, self.configuration(chosen.row)
-        confidence = "max_probability" if row.source == "backbone" else self.point.config.search.confidence
-        budget = json.loads(row.budget) if row.budget else {}
-        return SavedPoint(
-            name=chosen.name,
-            training=self.point.id,
-            source=row.source,  # type: ignore[arg-type]
-            confidence=confidence,
-            exits=None if way is None else way.exits,
-            validation=self._statistics(chosen.front.validation, way, confidence, "validation"),
-            test=self._statistics(chosen.front.test, way, confidence, "test"),
-            certified_risk=budget.get("risk"),
-        )
-
-    def configuration(self, row: Row) -> Configuration | None:
-        """The configuration of a row, None if the gates decide."""
-        if row.source == "backbone":
-            return Configuration(((-1, 1.0),) * len(self.costs.positions))
-        return Configuration.from_json(json.loads(row.configuration)) if row.configuration else None
-
-    def expected(self, way: Configuration | None, confidence: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """The exit of every sample (N,) by the record, and each exit's row of it (L,)."""
-        exit_N, _, rows_L = expected_exits(self.records[split], self.costs, way, confidence)
-        return exit_N, rows_L
-
-    def _statistics(self, row: Row, way: Configuration | None, confidence: str, split: str) -> PointStatistics:
-        record, samples_N = self.records[split], self.samples[split]
-        exit_N, rows_L = self.expected(way, confidence, split)
-        taken_N = rows_L[exit_N] % len(record.rows)
-        columns = np.arange(record.num_samples)
-        if self.temperature_R is None:
-            sure_N = record.probability()[taken_N, columns]
-        else:
-            places = range(record.layout.topk)
-            probability_NK = np.stack([record.probability(place)[taken_N, columns] for place in places], -1)
-            sure_N = scaled_confidence(probability_NK, self.temperature_R[taken_N])
-        num_originals = len(np.unique(self.origins[split][samples_N]))
-        return PointStatistics(
-            accuracy=row.accuracy,
-            accuracy_interval=wilson_interval(row.accuracy, num_originals),
-            num_samples=int(samples_N.sum()),
-            num_originals=num_originals,
-            relative_macs=row.relative_macs,
-            exit_fractions=row.exit_fractions,
-            mean_confidence=min(float(sure_N[samples_N].mean()), 1.0),
-        )
-
-
-def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval of a fraction seen in `count` independent trials.
-
-    Views of an original image are not independent, so `count` is that of the originals. Source: Wilson (1927).
-    """
-    centre = (fraction + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z * math.sqrt(fraction * (1 - fraction) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def _temperatures(record: Record, samples_N: np.ndarray) -> np.ndarray | None:
-    """The temperature of every row (R,), fitted on these samples; None if the record does not hold all classes."""
-    if record.layout.topk < int(record.header["num_classes"]):
-        return None
-    places = range(record.layout.topk)
-    fitted = []
-    for row in range(len(record.rows)):
-        probability_NK = np.stack([record.probability(place)[row] for place in places], -1)[samples_N]
-        is_label_NK = np.stack([record.prediction(place)[row] == record.label for place in places], -1)[samples_N]
-        probability_NK = np.maximum(probability_NK.astype(np.float64), np.finfo(np.float32).tiny)
-        fitted.append(temperature(np.log(probability_NK), is_label_NK.argmax(1)))
-    return np.array(fitted)
-
-
 def _recorded_tolerance(
-    images: Tensor, engines: Mapping[str, Engine], records: Mapping[str, _Recorded], places: np.ndarray
+    images: Tensor, engines: Mapping[str, Engine], records: Mapping[str, RecordedTraining], places: np.ndarray
 ) -> float:
     """How far confidences here lie from those recorded, which may be of another device. Raises Failure if too far."""
     most = 0.0
@@ -307,7 +186,7 @@ def _recorded_tolerance(
 def _check_answers(
     images: Tensor,
     engines: Mapping[str, Engine],
-    records: Mapping[str, _Recorded],
+    records: Mapping[str, RecordedTraining],
     points: Sequence[SavedPoint],
     places: np.ndarray,
     tolerance: float,

@@ -71,7 +71,9 @@ def confidences(engine: Engine, images: Tensor) -> np.ndarray:
     return torch.cat(parts, 1).numpy()
 
 
-def configuration_for(confidence_PN: np.ndarray, costs: ExitCosts, enabled: Sequence[int], target: float) -> Configuration:
+def configuration_for(
+    confidence_PN: np.ndarray, costs: ExitCosts, enabled: Sequence[int], target: float
+) -> Configuration:
     """Thresholds at which samples leave at the enabled exits, fewer later on, so that mean MACs are about `target`."""
     exits = [(-1, 1.0)] * len(costs.positions)
     for p in enabled:

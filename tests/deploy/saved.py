@@ -13,9 +13,10 @@ from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.deploy.assembly import HeadStack, attach_exits
 from dynexit.deploy.card import write_card
 from dynexit.deploy.description import FORMAT, PointStatistics, Preprocessing, SavedPoint, SavedTraining
-from dynexit.deploy.engine import NEAR, Engine
+from dynexit.deploy.engine import Engine
 from dynexit.deploy.model_folder import backbone_config, write_folder
 from dynexit.deploy.probe import make_probe
+from dynexit.deploy.router import NEAR
 from dynexit.models.macs import exit_costs
 from dynexit.study.schema import ExitsSettings
 from tests.models.tiny import TINY, build_tiny
@@ -81,7 +82,10 @@ def save_random(
     nobody = Configuration(((-1, 1.0),) * len(costs.positions))
     last_N = np.full(len(images), len(costs.positions))
     statistics = make_statistics(last_N, configuration_macs_L(nobody, costs), costs.full_macs, 0.9)
-    points = [*sorted(points, key=lambda point: point.relative_macs), make_point("backbone", trainings[0], nobody, statistics)]
+    points = [
+        *sorted(points, key=lambda point: point.relative_macs),
+        make_point("backbone", trainings[0], nobody, statistics),
+    ]
     name, arguments, size = TINY[family]
     config = backbone_config(backbone, arguments, CLASSES, (0.5,) * 3, (0.5,) * 3)
     write_folder(

@@ -10,7 +10,8 @@ from torch import Tensor
 from dynexit.core.confidence import CONFIDENCES, gate_features
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration
-from dynexit.deploy.engine import NEAR, Answers, Engine, Router, join, largest_tile
+from dynexit.deploy.engine import Engine, largest_tile
+from dynexit.deploy.router import NEAR, Answers, Router, join
 from dynexit.errors import UserError
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
@@ -138,7 +139,6 @@ def test_tiles_of_a_batch_give_the_same_answers() -> None:
 
 def test_tile_holds_the_largest_activation_below_32_mib() -> None:
     engine, _, _ = build("ResNet")
-    # the first activation of the deep stem: 6 channels of 16x16 in float32 (stride 2 of 32x32 pixels); later: 12 of 16x16
     sizes = []
     hooks = [
         module.register_forward_hook(lambda m, i, out: sizes.append(out.nbytes))
