@@ -7,7 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from dynexit.deploy.assembly import attach_exits
 from dynexit.deploy.description import Description, SavedPoint, SavedTraining
 from dynexit.deploy.engine import Engine, largest_tile
 from dynexit.deploy.model_folder import Contents, read_folder
-from dynexit.deploy.predict import Predictions, image_transform, predict_files
+from dynexit.deploy.predict import Predictions, image_transform, predict_files, read_image
 from dynexit.deploy.probe import check_probe
 from dynexit.deploy.router import NEAR, Answers, Router
 from dynexit.deploy.statistics import ExitCounter, ExitStatistics
@@ -73,6 +73,10 @@ class View:
     def transform(self) -> Callable[[Any], Tensor]:
         """From an image of Pillow in RGB to an input (C, H, W): the study's preprocessing of test images."""
         return image_transform(self._description.preprocessing.settings, self.input_size[0])
+
+    def read(self, file: str | Path | BinaryIO) -> Tensor:
+        """Returns an image file as an input (C, H, W). Raises UserError, naming the file, if it is no image."""
+        return read_image(file, self.transform)
 
     def predict(self, sources: Iterable[str | Path] | str | Path, batch_size: int = 64) -> Predictions:
         """Classifies image files; of a folder all images below it. Names files that it cannot read and does the rest.

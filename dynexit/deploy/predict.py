@@ -4,10 +4,9 @@ import csv
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dynexit.data.digits import DIGITS_MEAN, DIGITS_STD
@@ -106,7 +105,7 @@ def _batches(
     images: list[Tensor] = []
     for path in paths:
         try:
-            images.append(transform(_open(path)))
+            images.append(read_image(path, transform))
             names.append(str(path))
         except UserError as mistake:
             unreadable[str(path)] = str(mistake)
@@ -117,7 +116,10 @@ def _batches(
         yield names, torch.stack(images)
 
 
-def _open(path: Path) -> Image.Image:
-    if not path.exists():
-        raise UserError(f"the image {path} does not exist")
-    return decode(path, str(path))
+def read_image(file: str | Path | BinaryIO, transform: Transform) -> Tensor:
+    """See View.read."""
+    if not isinstance(file, str | Path):
+        return transform(decode(file, getattr(file, "name", "in memory")))
+    if not Path(file).exists():
+        raise UserError(f"the image {file} does not exist")
+    return transform(decode(Path(file), str(file)))

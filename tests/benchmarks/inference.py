@@ -3,7 +3,9 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/inference.py [digits resnet50 ...] [--batch 1,64] [--rounds 7]
 
 Backbones and heads are random, with thresholds that let samples leave so that the mean MACs are about `target` of the
-backbone's. Realised is the plain backbone's time over the engine's, predicted 1 / relative MACs.
+backbone's. Realised is the plain backbone's time over that of the engine, by batches or as a stream. It is predicted by
+MACs and by the times of the stages at full batches. The last lines of each batch size have all exits enabled and nobody
+leaving: the cost of the exits.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from dynexit.core.confidence import max_probability
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.deploy.engine import Engine
+from dynexit.deploy.stream import stream
 from dynexit.models.backbones import build_backbone
 from dynexit.models.heads import StackedHeads
 from dynexit.models.macs import exit_costs
@@ -109,11 +112,31 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict
     return seconds
 
 
+def stage_seconds(engine: Engine, configuration: Configuration, batches: Sequence[Tensor], rounds: int) -> list[float]:
+    """Median process seconds of each stage, its exit included, for all images, nobody leaving."""
+    nobody = Configuration(tuple((head, 1.0) for head, _ in configuration.exits))
+    router = engine.router(nobody)
+    seconds: list[list[float]] = [[] for _ in range(router.num_stages)]
+    for _ in range(rounds):
+        totals = [0.0] * router.num_stages
+        for images in batches:
+            start = time.process_time()
+            with torch.inference_mode():
+                flight = router.admit(images, np.arange(len(images)))
+                for stage in range(router.num_stages):
+                    router.advance(stage, flight)
+                    now = time.process_time()
+                    totals[stage], start = totals[stage] + now - start, now
+        for values, total in zip(seconds, totals, strict=True):
+            values.append(total)
+    return [statistics.median(values) for values in seconds]
+
+
 def measure(name: str, batch: int, rounds: int, targets: Sequence[float]) -> None:
     """Prints a line for every target, and one for all exits enabled where nobody leaves."""
     engine, costs = build(name)
     small = MODELS[name][2] < 64
-    images = make_images(engine, max(batch, 128 if small else 16))
+    images = make_images(engine, max(batch, (512 if batch > 1 else 128) if small else 16))
     batches = list(images.split(batch))
     confidence_PN = confidences(engine, images)
     relative = np.array(costs.backbone_macs) / costs.full_macs
@@ -130,16 +153,26 @@ def measure(name: str, batch: int, rounds: int, targets: Sequence[float]) -> Non
     for target, configuration in {**cases, "nobody leaves": never}.items():
         router = engine.router(configuration)
         functions = {"plain": plain, "engine": lambda router=router: [router.classify(x) for x in batches]}
+        if batch > 1:
+            functions["stream"] = lambda router=router: list(stream(router, batches, batch))
         seconds = interleaved(functions, rounds)
+        plain_seconds = seconds.pop("plain")
         taken = np.concatenate([router.classify(x).exit_index_B for x in batches])
-        share = configuration_macs_L(configuration, costs)[taken].mean() / costs.full_macs
-        ratio = statistics.median(p / e for p, e in zip(seconds["plain"], seconds["engine"], strict=True))
-        each = 1000 * statistics.median(seconds["plain"]) / len(images)
-        print(
-            f"{name} batch {batch} target {target}: plain {each:.3f} ms an image, realised {ratio:.3f}, predicted "
-            f"{1 / share:.3f}, realised / predicted {ratio * share:.3f}",
-            flush=True,
-        )
+        by_macs = costs.full_macs / configuration_macs_L(configuration, costs)[taken].mean()
+        enabled = [p for p, (head, _) in enumerate(configuration.exits) if head >= 0]
+        reach = [1.0, *(float((taken > p).mean()) for p in enabled)]
+        stages = stage_seconds(engine, configuration, batches, rounds)
+        expected = sum(share * stage for share, stage in zip(reach, stages, strict=True))
+        by_time = statistics.median(plain_seconds) / expected
+        for way, values in seconds.items():
+            ratio = statistics.median(p / e for p, e in zip(plain_seconds, values, strict=True))
+            print(
+                f"{name} batch {batch} target {target} {way}: {ratio:.3f} times the plain backbone "
+                f"({1000 * statistics.median(plain_seconds) / len(images):.3f} ms an image); predicted by MACs "
+                f"{by_macs:.3f}, by stage times {by_time:.3f}; realised / predicted "
+                f"{ratio / by_macs:.3f}, {ratio / by_time:.3f}",
+                flush=True,
+            )
 
 
 def main() -> None:
