@@ -42,6 +42,11 @@ def join(parts: Sequence[Answers]) -> Answers:
     return Answers(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
+def even_parts(images: Tensor, most: int | None) -> Sequence[Tensor]:
+    """Returns the images in as few parts as possible of at most `most`, of nearly the same size."""
+    return [images] if most is None else images.tensor_split(-(-len(images) // most))
+
+
 @dataclasses.dataclass(frozen=True)
 class PlainHead:
     """One exit head as plain (weight, bias) pairs, ReLU between them."""
@@ -172,9 +177,11 @@ class Router:
     ) -> None:
         """`confidence` None stands for the gates' outputs; stops without a threshold leave it all to the gates."""
         self._model, self._stops, self._shrinkage = model, tuple(stops), shrinkage
-        self._confidence, self._tile, self.tolerance = confidence, tile, tolerance
+        self._confidence, self.tolerance = confidence, tolerance
         self._by_gates = any(stop.threshold is None for stop in stops)
         self.device = next(model.parameters()).device
+        self.tile = tile if self.device.type == "cpu" else None
+        """The most images that run together; None for any number."""
         self.num_classes, self.num_stages = model.backbone.num_classes, len(self._stops) + 1
 
     @torch.inference_mode()
@@ -182,10 +189,7 @@ class Router:
         """Class, exit and logits of every image (B, C, H, W); B is at least 1."""
         if len(images) == 1:
             return self._classify_one(images)
-        if len(images) <= self._tile or self.device.type != "cpu":
-            return self._classify(images)
-        num_tiles = -(-len(images) // self._tile)
-        return join([self._classify(tile) for tile in images.tensor_split(num_tiles)])
+        return join([self._classify(tile) for tile in even_parts(images, self.tile)])
 
     def _classify_one(self, image: Tensor) -> Answers:
         state, near, used = self._model.start(image), False, 0.0

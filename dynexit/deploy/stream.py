@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynexit.deploy.router import Answers, InFlight, Leaving, Router, join_in_flight
+from dynexit.deploy.router import Answers, InFlight, Leaving, Router, even_parts, join_in_flight
 from dynexit.errors import UserError
 
 
@@ -28,12 +28,23 @@ class _Stages:
     """A queue of samples before every stage. Samples are numbered in the order in which they enter."""
 
     def __init__(self, router: Router, max_batch: int) -> None:
-        self.router, self.max_batch = router, max_batch
+        self.router, self.max_batch = router, min(max_batch, router.tile or max_batch)
+        self.entering = collections.deque[tuple[Tensor, np.ndarray]]()
         self.queues: list[collections.deque[InFlight]] = [collections.deque() for _ in range(router.num_stages)]
         self.waiting = [0] * router.num_stages
 
-    def admit(self, images: Tensor, ids_b: np.ndarray) -> None:
-        self._put(0, self.router.admit(images, ids_b))
+    def enter(self, images: Tensor, first: int) -> None:
+        """Takes images, numbered from `first` on, in parts that `admit` then runs."""
+        for part in even_parts(images, self.max_batch):
+            self.entering.append((part, np.arange(first, first + len(part))))
+            first += len(part)
+
+    def admit(self) -> bool:
+        """Runs the start of the next part that entered. Returns whether there was one."""
+        if self.entering:
+            self._put(0, self.router.admit(*self.entering.popleft()))
+            return True
+        return False
 
     def full(self) -> int | None:
         """Returns the deepest stage with a full batch, None if there is none."""
@@ -91,6 +102,9 @@ def _stream(router: Router, batches: Iterator[Tensor], max_batch: int, max_delay
     num_admitted, more = 0, True
     while more or pending:
         stage = stages.full()
+        with torch.inference_mode():
+            if stage is None and stages.admit():
+                continue
         if stage is None and (not more or _is_late(pending, max_delay_ms)):
             stage = stages.shallowest()
         if stage is None:
@@ -99,8 +113,7 @@ def _stream(router: Router, batches: Iterator[Tensor], max_batch: int, max_delay
             if images is not None:
                 pending.append(_Pending(len(images), router.num_classes))
                 starts.append(num_admitted)
-                with torch.inference_mode():
-                    stages.admit(images, np.arange(num_admitted, num_admitted + len(images)))
+                stages.enter(images, num_admitted)
                 num_admitted += len(images)
             continue
         with torch.inference_mode():

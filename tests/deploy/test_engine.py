@@ -12,6 +12,7 @@ from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.deploy.engine import Engine, largest_tile
 from dynexit.deploy.router import NEAR, Answers, Router, join
+from dynexit.deploy.stream import stream
 from dynexit.errors import UserError
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
@@ -132,9 +133,14 @@ def test_tiles_of_a_batch_give_the_same_answers() -> None:
     confidence_PHB = CONFIDENCES["max_probability"](all_exits(whole, heads, images)[0]).numpy()
     configuration = middle_thresholds(confidence_PHB, [0] * len(whole.model.positions))
     expected = whole.router(configuration).classify(images)
-    tiled = build("ResNet", tile=4)[0].router(configuration).classify(images)
-    np.testing.assert_array_equal(tiled.exit_index_B, expected.exit_index_B)
-    np.testing.assert_allclose(tiled.logits_BK, expected.logits_BK, atol=1e-5)
+    router = build("ResNet", tile=4)[0].router(configuration)
+    sizes: list[int] = []
+    hook = whole.model.backbone.model.conv1.register_forward_hook(lambda m, given, out: sizes.append(len(out)))
+    for tiled in (router.classify(images), join(list(stream(router, images.split(11), 16)))):
+        np.testing.assert_array_equal(tiled.exit_index_B, expected.exit_index_B)
+        np.testing.assert_allclose(tiled.logits_BK, expected.logits_BK, atol=1e-5)
+    hook.remove()
+    assert max(sizes) == 4
 
 
 def test_tile_holds_the_largest_activation_below_32_mib() -> None:
