@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dynexit.core.tradeoff import Configuration as Configuration
     from dynexit.core.tradeoff import OperatingPoint as OperatingPoint
     from dynexit.deploy.engine import Engine as Engine
+    from dynexit.deploy.model import load as load
     from dynexit.errors import Failure as Failure
     from dynexit.errors import UserError as UserError
     from dynexit.models.backbones import build_backbone as build_backbone
@@ -33,6 +34,7 @@ _MODULES = {
     "Record": "dynexit.record.shards",
     "UserError": "dynexit.errors",
     "build_backbone": "dynexit.models.backbones",
+    "load": "dynexit.deploy.model",
     "load_study": "launch.api",
     "search_record": "dynexit.search.driver",
 }

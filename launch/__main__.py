@@ -10,6 +10,7 @@ from typing import Any
 
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.study.stages import INFER, STAGES
+from launch.deploy_commands import add_deploy_commands
 from launch.tools import add_tools
 
 _JOBS = {
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     aggregate.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a study's folder, or runs/")
     aggregate.add_argument("--output", type=Path, metavar="FILE.csv", help="default: the terminal")
     add_tools(commands)
+    add_deploy_commands(commands)
     return parser
 
 

@@ -9,7 +9,7 @@ from dynexit.errors import UserError
 from dynexit.study.schema import DataSettings
 
 NUM_DIGITS = 1797
-_DIGITS_MEAN, _DIGITS_STD = 0.13, 0.27  # of the views at the default settings
+DIGITS_MEAN, DIGITS_STD = 0.13, 0.27  # of the views at the default settings
 _SMALLEST_DIGIT, _LARGEST_DIGIT, _SMALLEST_CANVAS = 20, 28, 32
 
 
@@ -72,4 +72,4 @@ def _digit_views(originals: Tensor, data: DataSettings, random: np.random.Genera
         for image, i in zip(enlarged, chosen.tolist(), strict=True):
             views[i, :, rows[i] : rows[i] + side, columns[i] : columns[i] + side] = image * float(contrast[i])
     views += data.noise * torch.from_numpy(noise)
-    return (views - _DIGITS_MEAN) / _DIGITS_STD
+    return (views - DIGITS_MEAN) / DIGITS_STD

@@ -1,125 +1,127 @@
-"""Early exit that really stops early: samples that leave are dropped from the batch, the others continue.
+"""A backbone with the heads and gates of one point, and the ways in which it can leave early.
 
-Shapes: B batch, b samples still in it, P positions, K classes.
+Shapes: B batch, P positions, H head types, K classes, G gates.
 """
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynexit.core.confidence import CONFIDENCES, gate_confidence, gate_features
+from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.tradeoff import Configuration
+from dynexit.deploy.router import NEAR, PlainHead, Router, Stop
+from dynexit.errors import UserError
 from dynexit.models.heads import StackedGates, StackedHeads
-from dynexit.models.multi_exit import MultiExit, select
+from dynexit.models.multi_exit import MultiExit
 
-NEAR = 1e-5  # batching changes the last bits of a confidence; this close to a threshold they may decide
+# glibc returns each larger block to the system when it is freed; taking it again costs a page fault for every 4 KiB
+_MOST_ACTIVATION_BYTES = (32 << 20) - 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """What the engine says of a batch: class, exit taken (0..P), and whether a decision on the way was within NEAR."""
+def largest_tile(model: MultiExit) -> int:
+    """How many images at most keep every activation of the backbone below 32 MiB; runs one image to measure them."""
+    most = 1
 
-    prediction_B: Tensor
-    exit_B: Tensor
-    near_B: Tensor
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal most
+        if isinstance(output, Tensor):
+            most = max(most, output.numel() * output.element_size())
+
+    hooks = [module.register_forward_hook(note) for module in model.backbone.model.modules()]
+    parameter = next(model.parameters())
+    try:
+        with torch.inference_mode():
+            image = torch.zeros(1, *model.backbone.input_size, dtype=parameter.dtype, device=parameter.device)
+            model.tail(model.start(image), -1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(_MOST_ACTIVATION_BYTES // most, 1)
+
+
+def _largest_probability(logits_bK: Tensor) -> Tensor:
+    """core.confidence.max_probability to the last bit or two, in two operations instead of six."""
+    return logits_bK.softmax(-1).amax(-1)
 
 
 class Engine:
-    """A backbone with the heads and gates of one point, leaving early by one configuration; `configure` switches it.
-
-    `heads` and `gates` hold one member. Not safe for use by several threads at once.
-    """
+    """A backbone with the heads and gates of one point. `heads` and `gates` hold one member."""
 
     def __init__(
-        self, model: MultiExit, head_types: Sequence[str], heads: StackedHeads, gates: StackedGates | None = None
+        self,
+        model: MultiExit,
+        head_types: Sequence[str],
+        heads: StackedHeads,
+        gates: StackedGates | None = None,
+        tile: int | None = None,
     ) -> None:
-        self.model, self.head_types, self.heads, self.gates = model, tuple(head_types), heads, gates
+        """`tile` is the most images that pass at once on a CPU; None measures it (see largest_tile)."""
+        self.model, self.head_types, self._shrinkage = model, tuple(head_types), heads.shrinkage
+        self._heads = {name: _plain_head(heads, name) for name in heads.row_names}
+        self._gates: list[tuple[Tensor, Tensor]] | None = None
         if gates is not None:
-            self.configure(None)
+            weight_G4, bias_G = gates.weight.detach()[0], gates.bias.detach()[0]
+            self._gates = list(zip(weight_G4.unbind(), bias_G.unbind(), strict=True))
+        self._tile = largest_tile(model) if tile is None else tile
 
-    def configure(self, configuration: Configuration | None, confidence: str = "max_probability") -> None:
-        """Leaves by the thresholds of `configuration` on `confidence`, or, with None, by the gates, from now on.
+    @property
+    def has_gates(self) -> bool:
+        """Whether the gates can decide."""
+        return self._gates is not None
 
-        Raises ValueError for a configuration of other positions or head types, and for gates that are not there.
+    def head(self, p: int, head_type: int) -> PlainHead:
+        """Returns the head at position number p, of the head type with that index."""
+        return self._heads[f"{self.model.positions[p]}.{self.head_types[head_type]}"]
+
+    @torch.inference_mode()
+    def all_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits in float32 of every head (P, H, B, K) and of the backbone (B, K), for images (B, C, H, W)."""
+        features, final_BK = self.model.features(images)
+        rows: list[Tensor] = []
+        for p, feature in enumerate(features):
+            own_HBK = torch.stack([self.head(p, head_type)(feature) for head_type in range(len(self.head_types))])
+            rows.append(own_HBK + self._shrinkage * rows[-1] if rows and self._shrinkage else own_HBK)
+        return torch.stack(rows).float(), final_BK.float()
+
+    def router(
+        self, configuration: Configuration | None, confidence: str = "max_probability", tolerance: float = NEAR
+    ) -> Router:
+        """Returns the way to leave by the thresholds of `configuration` on `confidence`, or, with None, by the gates.
+
+        Raises UserError for a configuration of other positions or head types, and for gates that the model lacks.
         """
-        if configuration is not None and len(configuration.exits) != len(self.model.positions):
-            raise ValueError(
-                f"the configuration has {len(configuration.exits)} positions, the model {len(self.model.positions)}"
+        num_positions = len(self.model.positions)
+        if configuration is not None and len(configuration.exits) != num_positions:
+            raise UserError(
+                f"the configuration has {len(configuration.exits)} positions and the model {num_positions}; give one "
+                "of this model"
             )
         if configuration is not None and max(head for head, _ in configuration.exits) >= len(self.head_types):
-            raise ValueError(f"the configuration uses a head type beyond the model's {', '.join(self.head_types)}")
-        if self.gates is None and (configuration is None or CONFIDENCES[confidence].reads == "gates"):
-            raise ValueError("the model has no gates")
-        if self.heads.shrinkage and configuration is not None:
-            used = [head >= 0 for head, _ in configuration.exits]
-            if used != sorted(used, reverse=True):
-                raise ValueError("additive heads need every exit before one that is used; give it a threshold of 1")
-        self.configuration, self.confidence = configuration, confidence
+            raise UserError(
+                f"the configuration uses head type {max(head for head, _ in configuration.exits)}, and the model has "
+                f"{len(self.head_types)} ({', '.join(self.head_types)}); give one of this model"
+            )
+        if confidence not in CONFIDENCES:
+            raise UserError(f"confidence is {confidence!r}, allowed are {', '.join(CONFIDENCES)}")
+        by_gate = configuration is None or CONFIDENCES[confidence].reads == "gates"
+        if by_gate and self._gates is None:
+            raise UserError("the model has no gates; give a configuration of thresholds on max_probability")
+        exits = ((0, None),) * num_positions if configuration is None else configuration.exits
+        enabled = [p for p, (head, _) in enumerate(exits) if head >= 0]
+        if self._shrinkage and enabled != list(range(len(enabled))):
+            raise UserError("additive heads need every exit before one that is used; give it a threshold of 1")
+        stops = []
+        for before_p, p in zip([-1, *enabled], enabled, strict=False):
+            gate = self._gates[p] if by_gate and self._gates is not None else None
+            stops.append(Stop(p, before_p, self.head(p, exits[p][0]), exits[p][1], gate))
+        function = _largest_probability if confidence == "max_probability" else CONFIDENCES[confidence].function
+        measure = None if by_gate else function
+        return Router(self.model, stops, measure, self._shrinkage, self._tile, tolerance)
 
-    @torch.no_grad()
-    def classify(self, images: Tensor) -> Answers:
-        """Class and exit of every image (B, C, H, W)."""
-        size, device = len(images), images.device
-        prediction_B = torch.full((size,), -1, dtype=torch.int64, device=device)
-        exit_B = torch.full((size,), len(self.model.positions), dtype=torch.int64, device=device)
-        near_B = torch.zeros(size, dtype=torch.bool, device=device)
-        inside = torch.arange(size, device=device)  # b: who is still in the batch
-        used_b = torch.zeros(size, device=device)  # of the exit probabilities, by the exits passed
-        state, reached = self.model.start(images), -1
-        before_bK: Tensor | None = None  # logits of the exit before, for additive heads
-        feature_bD: Tensor | None = None  # what the exit before read, for concatenated features
-        for p in range(self._num_read()):
-            reads = self.model.reading.concatenate or self._is_enabled(p)
-            if not reads or not len(inside):
-                continue
-            state, reached = self.model.advance(state, reached, p), p
-            feature_bD = self.model.feature(p, state, feature_bD)
-            if not self._is_enabled(p):
-                continue
-            logits_bK = self._logits(p, feature_bD, before_bK)
-            leaves_b, near_b, used_b = self._decide(p, logits_bK, used_b)
-            near_B[inside] |= near_b
-            left = inside[leaves_b]
-            prediction_B[left], exit_B[left] = logits_bK[leaves_b].argmax(-1), p
-            inside, used_b = inside[~leaves_b], used_b[~leaves_b]
-            before_bK = logits_bK[~leaves_b] if self.heads.shrinkage else None
-            if len(left):
-                state, feature_bD = select(state, ~leaves_b), feature_bD[~leaves_b]
-        if len(inside):
-            prediction_B[inside] = self.model.tail(state, reached).argmax(-1)
-        return Answers(prediction_B, exit_B, near_B)
 
-    def _num_read(self) -> int:
-        """How many positions are reached before the tail: those up to the last enabled exit."""
-        return 1 + max((p for p in range(len(self.model.positions)) if self._is_enabled(p)), default=-1)
-
-    def _is_enabled(self, p: int) -> bool:
-        return self.configuration is None or self.configuration.exits[p][0] >= 0
-
-    def _logits(self, p: int, feature_bD: Tensor, before_bK: Tensor | None) -> Tensor:
-        head_type = 0 if self.configuration is None else self.configuration.exits[p][0]
-        name = f"{self.model.positions[p]}.{self.head_types[head_type]}"
-        before_1bK = None if before_bK is None else before_bK[None]
-        return self.heads.head(name, feature_bD.to(next(self.heads.parameters()).dtype), before_1bK)[0]
-
-    def _decide(self, p: int, logits_bK: Tensor, used_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Who leaves at position number p, who was near to deciding otherwise, and what of the probability is used."""
-        if self.configuration is not None:
-            kind = CONFIDENCES[self.confidence]
-            if kind.reads == "gates":
-                confidence_b = self._gate(p, logits_bK).float()
-            else:
-                confidence_b = kind.function(logits_bK.float())
-            threshold = torch.tensor(self.configuration.exits[p][1], dtype=torch.float32, device=logits_bK.device)
-            return confidence_b > threshold, (confidence_b - threshold).abs() <= NEAR, used_b
-        gate_b = self._gate(p, logits_bK).float()
-        left_b = 1 - used_b
-        # the conditional probability of stopping, P_l over what is left, is at least a half
-        stop_b = torch.minimum(gate_b, left_b).clamp_min(0) / left_b
-        return stop_b >= 0.5, (stop_b - 0.5).abs() <= NEAR, used_b + gate_b
-
-    def _gate(self, p: int, logits_bK: Tensor) -> Tensor:
-        assert self.gates is not None
-        return gate_confidence(self.gates.gate(p, gate_features(logits_bK)[None])[0])
+def _plain_head(heads: StackedHeads, row_name: str) -> PlainHead:
+    layers: Iterable[Any] = heads.get_submodule(row_name).children()
+    pairs = tuple((layer.weight.detach()[0], layer.bias.detach()[0]) for layer in layers)
+    return PlainHead(pairs, row_name.endswith(".linear"))

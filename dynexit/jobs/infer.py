@@ -14,11 +14,13 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
 from dynexit.data import Split, load_batches
-from dynexit.deploy.engine import Answers, Engine
+from dynexit.deploy.engine import Engine
+from dynexit.deploy.router import Answers, Router, join
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import class_names
 from dynexit.jobs.load import begin, load_heads
+from dynexit.models.backbones import Backbone
 from dynexit.record.shards import Record
 from dynexit.run_dir import HEADS, RunDir, atomic_write
 from dynexit.search.operating_points import ReportRow, read_csv
@@ -38,15 +40,15 @@ def run_infer(points: Sequence[Point]) -> None:
     point = next(point for point in points if chosen.point_id in (point.id, point.ids["search"]))
     config = point.config
     ranks, data, model, costs = begin(point)
-    heads, gates = load_heads([point], model, costs, ranks)
+    heads, gates = load_heads([point], model)
     engine = Engine(model, costs.head_types, heads, gates)
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
-    engine.configure(configuration, config.search.confidence)
+    router = engine.router(configuration, config.search.confidence)
     samples = data.split(settings.split)
-    answers, seconds, whole_seconds = _classify(engine, samples, settings.batch_size, ranks)
+    answers, seconds, whole_seconds = _classify(router, model.backbone, samples, settings.batch_size, ranks)
     checkpoint = RunDir(point, "train").digest(HEADS)
     record = Record.open(RunDir(point, "record") / settings.split, checkpoint)
-    expected = _expected(record, costs, configuration, config.search.confidence)
+    expected = expected_exits(record, costs, configuration, config.search.confidence)
     summary = _compare(answers, samples, record, expected, costs)
     summary |= {
         "point": point.label,
@@ -90,10 +92,10 @@ def choose(rows: Sequence[ReportRow], relative_macs: float | None, source: str) 
     return min(within, key=lambda row: (-row.accuracy, row.macs))
 
 
-def _expected(
+def expected_exits(
     record: Record, costs: ExitCosts, configuration: Configuration | None, confidence: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the record says each sample leaves (N,), and for each exit (L,) its MACs and its row of the record."""
+    """Returns the exit that each sample takes by the record (N,), and for each exit (L,) its MACs and its row there."""
     num_types, last = len(costs.head_types), len(record.rows) - 1
     if configuration is None:
         assert record.gate is not None
@@ -105,9 +107,11 @@ def _expected(
     return exit_N, configuration_macs_L(configuration, problem.costs), rows_L
 
 
-@torch.no_grad()
-def _classify(engine: Engine, samples: Split, batch_size: int, ranks: Ranks) -> tuple[Answers, float, float]:
-    """The engine's answers, and the seconds that it and the whole backbone took on the same batches, in turn."""
+@torch.inference_mode()
+def _classify(
+    router: Router, backbone: Backbone, samples: Split, batch_size: int, ranks: Ranks
+) -> tuple[Answers, float, float]:
+    """The router's answers, and the seconds that it and the whole backbone took on the same batches, in turn."""
     order = list(range(len(samples)))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     parts: list[Answers] = []
@@ -115,15 +119,13 @@ def _classify(engine: Engine, samples: Split, batch_size: int, ranks: Ranks) -> 
     for _, images, _ in load_batches(samples, batches):
         images = images.to(ranks.device)
         if not parts:  # the first pass of each pays for what is set up once
-            engine.classify(images), engine.model.backbone(images)
+            router.classify(images), backbone(images)
         start = _now(ranks)
-        parts.append(engine.classify(images))
+        parts.append(router.classify(images))
         between = _now(ranks)
-        engine.model.backbone(images)
+        backbone(images)
         seconds, whole_seconds = seconds + between - start, whole_seconds + _now(ranks) - between
-    fields = ("prediction_B", "exit_B", "near_B")
-    answers = Answers(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in fields))
-    return answers, seconds, whole_seconds
+    return join(parts), seconds, whole_seconds
 
 
 def _now(ranks: Ranks) -> float:
@@ -139,13 +141,13 @@ def _compare(
     expected: tuple[np.ndarray, np.ndarray, np.ndarray],
     costs: ExitCosts,
 ) -> dict[str, Any]:
-    exit_N, prediction_N = answers.exit_B.numpy(), answers.prediction_B.numpy()
+    exit_N, prediction_N = answers.exit_index_B, answers.prediction_B
     expected_N, macs_L, rows_L = expected
     correct_N = prediction_N == samples.labels.numpy()
     measured = operating_point(exit_N, np.broadcast_to(correct_N, (len(macs_L), len(exit_N))), macs_L, costs.full_macs)
     recorded_N = record.prediction()[rows_L[expected_N], np.arange(len(exit_N))]
     differs_N = (exit_N != expected_N) | (prediction_N != recorded_N)
-    near_N = answers.near_B.numpy()
+    near_N = answers.near_B
     return {
         "accuracy": measured.accuracy,
         "macs": measured.macs,
@@ -174,7 +176,9 @@ def _write_predictions(path: Path, answers: Answers, samples: Split, class_names
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["index", "label", "prediction", "exit", "label_name", "prediction_name", "file"])
         names = (map(name, labels), map(name, predictions), files)
-        writer.writerows(zip(range(len(samples)), labels, predictions, answers.exit_B.tolist(), *names, strict=True))
+        writer.writerows(
+            zip(range(len(samples)), labels, predictions, answers.exit_index_B.tolist(), *names, strict=True)
+        )
 
 
 def _print(summary: dict[str, Any], predictions: Path) -> None:

@@ -1,24 +1,19 @@
 """Models put together from configurations and run directories."""
 
-import dataclasses
 from collections.abc import Sequence
 
-import torch
-
-from dynexit.core.cost import STEM, ExitCosts
+from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
+from dynexit.deploy.assembly import HeadStack, attach_exits, costs_of, exit_positions
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
 from dynexit.jobs.finished import class_names
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedGates, StackedHeads
-from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
-from dynexit.models.readers import Reading
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
-from dynexit.study.methods import METHODS
-from dynexit.study.schema import Config, method_settings
+from dynexit.study.schema import Config
 
 
 def check_model(config: Config, *, weights: bool) -> None:
@@ -31,7 +26,7 @@ def check_model(config: Config, *, weights: bool) -> None:
         check_colours(config.data, vars(backbone.model)["default_cfg"])
     if config.prepare.num_epochs == 0:
         check_class_order(config.data)
-    model = MultiExit(backbone, _positions(config, backbone), config.exits.head_types, _reading(config))
+    model = attach_exits(backbone, exit_positions(backbone, config.exits), config.exits)
     standardises = config.exits.standardise or config.exits.whiten or config.train.method == "probe"
     if model.reads_two and standardises:
         raise UserError(
@@ -54,15 +49,6 @@ def build_model(config: Config, *, weights: bool) -> Backbone:
         weights=config.backbone.weights if weights else None,
         classifier_is_trained=config.prepare.num_epochs > 0,
     )
-
-
-def _positions(config: Config, backbone: Backbone) -> Sequence[int]:
-    blocks = range(backbone.num_blocks - 1) if config.exits.positions == "all" else sorted(config.exits.positions)
-    return [*([STEM] if config.exits.stem else []), *blocks]
-
-
-def _reading(config: Config) -> Reading:
-    return Reading(config.exits.reader, config.exits.concatenate)
 
 
 def ranks_of(config: Config) -> Ranks:
@@ -88,11 +74,8 @@ def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
         raise UserError(f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first")
     backbone = build_model(config, weights=False)
     backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
-    reading = _reading(config)
-    costs = exit_costs(backbone, _positions(config, backbone), config.exits.head_types, reading=reading)
-    if not METHODS[config.train.method].has_gates:
-        costs = dataclasses.replace(costs, gate_macs=(0,) * len(costs.positions))
-    return MultiExit(backbone, costs.positions, costs.head_types, reading).to(ranks.device), costs
+    costs = costs_of(backbone, config)
+    return attach_exits(backbone, costs.positions, config.exits).to(ranks.device), costs
 
 
 def _check_classes(names: list[str] | None, data: DataSets) -> None:
@@ -106,25 +89,10 @@ def _check_classes(names: list[str] | None, data: DataSets) -> None:
         )
 
 
-def load_heads(
-    points: Sequence[Point], model: MultiExit, costs: ExitCosts, ranks: Ranks
-) -> tuple[StackedHeads, StackedGates | None]:
+def load_heads(points: Sequence[Point], model: MultiExit) -> tuple[StackedHeads, StackedGates | None]:
     """The trained heads and gates of `points`, stacked in that order; no gates where the method has none."""
-    seeds, config = [point.config.seed for point in points], points[0].config
-    method = METHODS[config.train.method]
-    dtype = {"float32": torch.float32, "float64": torch.float64}[config.train.precision]
-    heads = StackedHeads(
-        model.feature_dims,
-        costs.positions,
-        costs.head_types,
-        model.backbone.num_classes,
-        seeds,
-        shrinkage=method_settings(config).shrinkage if method.is_additive else 0.0,
-    )
-    gates = StackedGates(len(costs.positions), seeds) if method.has_gates else None
+    heads, gates = HeadStack.of(points[0].config).build(model, [point.config.seed for point in points])
     modules = [heads] if gates is None else [heads, gates]
-    for module in modules:
-        module.to(device=ranks.device, dtype=dtype).requires_grad_(False)
     for i, point in enumerate(points):
         directory = RunDir(point, "train")
         if not directory.is_done(check_bytes=True):

@@ -34,7 +34,7 @@ def run_record(points: Sequence[Point]) -> None:
     ranks, data, model, costs = begin(points[0])
     with ranks.failing_together():
         # a stack of its own for every point: the bits of a record do not depend on who else is recorded
-        members = [load_heads([point], model, costs, ranks) for point in points]
+        members = [load_heads([point], model) for point in points]
         plans = _plans(points, ranks, data, costs) if ranks.is_main else {}
     plans = ranks.broadcast(plans)
     shards: dict[str, list[Shard]] = {}

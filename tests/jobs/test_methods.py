@@ -71,8 +71,8 @@ def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Stu
     study, _ = finished
     point = next(point for point in study.points if point.config.train.method == "boosted")
     ranks = start_ranks("cpu")
-    model, costs = load_model(point, ranks)
-    heads, gates = load_heads([point], model, costs, ranks)
+    model, _ = load_model(point, ranks)
+    heads, gates = load_heads([point], model)
     assert gates is None
     images = load_data(point.config.data).test.images
     features, _ = model.features(images)

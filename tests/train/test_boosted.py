@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.engine import Engine
+from dynexit.errors import UserError
 from dynexit.models.heads import StackedHeads
 from dynexit.study.methods import BoostedSettings
 from dynexit.study.schema import TrainSettings
@@ -79,23 +80,22 @@ def middle(logits: torch.Tensor) -> float:
 def test_inference_leaves_by_the_summed_logits(tmp_path: Path) -> None:
     engine, _, summed = trained_engine(tmp_path)
     thresholds = (middle(summed[0]), 1.0, middle(summed[2]), middle(summed[3]))
-    engine.configure(Configuration(tuple((0, t) for t in thresholds)))
-    answers = engine.classify(tiny_split().images)
+    answers = engine.router(Configuration(tuple((0, t) for t in thresholds))).classify(tiny_split().images)
     taken = []
     for sample in range(len(tiny_split())):
         confidences = [logits[sample].float().softmax(-1).max().item() for logits in summed]
         exit_ = next((p for p, t in enumerate(thresholds) if confidences[p] > t), 4)
         taken.append(exit_)
-        assert answers.exit_B[sample].item() == exit_
+        assert answers.exit_index_B[sample] == exit_
         assert answers.prediction_B[sample] == summed[exit_][sample].argmax()
     assert set(taken) == {0, 2, 3, 4}
 
 
 def test_a_gap_before_an_exit_is_refused_and_one_after_is_not(tmp_path: Path) -> None:
     engine, _, summed = trained_engine(tmp_path)
-    with pytest.raises(ValueError, match="additive heads need every exit before one that is used"):
-        engine.configure(Configuration(((0, 0.5), (-1, 1.0), (0, 0.5), (-1, 1.0))))
-    engine.configure(Configuration(((0, middle(summed[0])), (0, 1.0), (-1, 1.0), (-1, 1.0))))
-    assert set(engine.classify(tiny_split().images).exit_B.tolist()) == {0, 4}
-    with pytest.raises(ValueError, match="the model has no gates"):
-        engine.configure(None)
+    with pytest.raises(UserError, match="additive heads need every exit before one that is used"):
+        engine.router(Configuration(((0, 0.5), (-1, 1.0), (0, 0.5), (-1, 1.0))))
+    router = engine.router(Configuration(((0, middle(summed[0])), (0, 1.0), (-1, 1.0), (-1, 1.0))))
+    assert set(router.classify(tiny_split().images).exit_index_B) == {0, 4}
+    with pytest.raises(UserError, match="the model has no gates"):
+        engine.router(None)

@@ -1,0 +1,92 @@
+"""The model card of a model folder: README.md in Hugging Face's form."""
+
+from dynexit.deploy.description import SavedPoint
+
+_TEXT = """\
+---
+library_name: dynexit
+pipeline_tag: image-classification
+tags:
+- image-classification
+- early-exit
+- {library}
+---
+
+# {title}
+
+{architecture} with early exits: easy images leave at an exit head inside the network, others go on to its own
+classifier. One folder holds {num_points} operating points, from {least:.3f} of the backbone's multiply-accumulates
+(MACs) to all of them. {num_classes} classes; images of {size} (channels, height, width).
+
+```python
+import dynexit
+
+model = dynexit.load(".")
+view = model.use(relative_macs={budget:.2f})
+predictions = view.predict(["photo.jpg", "photos/"])
+```
+
+Or `dynexit predict . photos/ --relative-macs {budget:.2f} --out predictions.csv`.{alone}
+
+## Accuracy against MACs
+
+Operating points were chosen on the validation split, so its figures are slightly optimistic; those of the test split
+are not. Intervals hold 95 %.
+
+| operating point | relative MACs | validation accuracy | test accuracy | test relative MACs | leave before the end |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+
+MACs count the products of convolutions, linear layers and attention. They are not time: measure that on your machine.
+
+## Files
+
+`config.json` and `model.safetensors` are the backbone in timm's form, `exits.json` and `exits.safetensors` the exits
+and the operating points, `probe.safetensors` inputs with the answers that they must give. Nothing is pickled.
+"""
+
+_ALONE = """ The backbone alone, without
+exits: `timm.create_model("local-dir:.", pretrained=True)`."""
+
+
+def write_card(
+    title: str,
+    architecture: str,
+    points: tuple[SavedPoint, ...],
+    class_names: tuple[str, ...],
+    input_size: tuple[int, int, int],
+    *,
+    is_timm: bool,
+) -> str:
+    """Returns the text of the card. `points` are by rising relative MACs."""
+    middle = points[len(points) // 2]
+    return _TEXT.format(
+        title=title,
+        library="timm" if is_timm else "pytorch",
+        architecture=architecture,
+        num_points=len(points),
+        least=points[0].relative_macs,
+        num_classes=len(class_names),
+        size=" x ".join(map(str, input_size)),
+        budget=middle.relative_macs + 0.005,
+        alone=_ALONE if is_timm else "",
+        rows="\n".join(_row(point) for point in points),
+    )
+
+
+def _row(point: SavedPoint) -> str:
+    validation, test = point.validation, point.test
+    cells = [
+        point.name,
+        f"{validation.relative_macs:.4f}",
+        _accuracy(validation.accuracy, validation.accuracy_interval),
+        _accuracy(test.accuracy, test.accuracy_interval),
+        f"{test.relative_macs:.4f}",
+        f"{100 * (1 - test.exit_fractions[-1]):.1f} %",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _accuracy(accuracy: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{100 * accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f})"

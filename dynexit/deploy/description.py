@@ -1,0 +1,224 @@
+"""exits.json of a model folder: what it holds, checked when it is read.
+
+Shapes: P positions, L = P + 1 exits, H head types.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from dynexit.core.cost import ExitCosts
+from dynexit.core.tradeoff import Configuration, configuration_macs_L
+from dynexit.deploy.assembly import HeadStack
+from dynexit.errors import UserError
+from dynexit.search.problem import with_gates
+from dynexit.study.keys import ConfidenceName
+from dynexit.study.schema import DataSettings, ExitsSettings
+
+FORMAT = 1
+"""The version of the folder's format. Any change of what a reader must know raises it."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FilePromise(_Part):
+    """Size and SHA-256 of a file of the folder."""
+
+    bytes: int
+    sha256: Digest
+
+
+class PointStatistics(_Part):
+    """How an operating point did on one split."""
+
+    accuracy: Share
+    accuracy_interval: tuple[Share, Share]
+    """95 %, of a fraction of that many original images (Wilson)."""
+    num_samples: int
+    num_originals: int
+    relative_macs: float
+    exit_fractions: tuple[Share, ...]
+    mean_confidence: Share
+    """Of the class predicted, at the exits taken, after the temperatures."""
+
+
+class SavedPoint(_Part):
+    """An operating point: whose heads, how they leave, and what that gave on validation, where it was chosen."""
+
+    name: str
+    training: str
+    """The id of the training whose heads it uses."""
+    source: Literal["backbone", "gates", "search", "fixed"]
+    confidence: ConfidenceName
+    exits: tuple[tuple[int, float], ...] | None
+    """The configuration, (P,) of (head type index or -1, threshold); None if the gates decide."""
+    validation: PointStatistics
+    test: PointStatistics
+    certified_risk: Share | None = None
+
+    @property
+    def configuration(self) -> Configuration | None:
+        """Enabled exits with head type and threshold; None if the gates decide."""
+        return None if self.exits is None else Configuration.from_json(self.exits)
+
+    @property
+    def relative_macs(self) -> float:
+        """Mean MACs on validation over the backbone's."""
+        return self.validation.relative_macs
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy on validation."""
+        return self.validation.accuracy
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy on validation."""
+        return self.validation.accuracy_interval
+
+    @property
+    def exit_fractions(self) -> tuple[float, ...]:
+        """(L,) share of the validation samples that leave at each exit."""
+        return self.validation.exit_fractions
+
+
+class SavedTraining(_Part):
+    """Exits of one training: how they are put together and what they cost."""
+
+    label: str
+    method: str
+    exits: dict[str, Any]
+    """The section `exits` of its study."""
+    precision: Literal["float32", "float64"]
+    shrinkage: float
+    has_gates: bool
+    costs: dict[str, Any]
+    """ExitCosts as JSON."""
+    temperatures: tuple[tuple[float, ...], ...] | None
+    """(P, H) of the heads, then one row with the backbone's; None if the record did not hold all classes."""
+
+    @field_validator("exits")
+    @classmethod
+    def _known_exits(cls, value: dict[str, Any]) -> dict[str, Any]:
+        ExitsSettings.model_validate(value)
+        return value
+
+    @field_validator("costs")
+    @classmethod
+    def _known_costs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            ExitCosts.from_json(value)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @property
+    def exit_settings(self) -> ExitsSettings:
+        """Head types, and how features are read."""
+        return ExitsSettings.model_validate(self.exits)
+
+    @property
+    def exit_costs(self) -> ExitCosts:
+        """MACs of everything, and the positions."""
+        return ExitCosts.from_json(self.costs)
+
+    @property
+    def stack(self) -> HeadStack:
+        """How its heads and gates are stacked."""
+        return HeadStack(tuple(self.exit_settings.head_types), self.precision, self.shrinkage, self.has_gates)
+
+    def macs_L(self, configuration: Configuration | None, confidence: str) -> np.ndarray:  # noqa: N802
+        """MACs (L,) of leaving at each exit, with the gates' where they decide."""
+        if configuration is None:
+            return self.exit_costs.macs_L()
+        costs = with_gates(self.exit_costs) if confidence == "gate" else self.exit_costs
+        return configuration_macs_L(configuration, costs)
+
+    def temperature_L(self, configuration: Configuration | None) -> np.ndarray | None:  # noqa: N802
+        """Temperatures (L,) of the exits of a configuration, 1 where there is no exit; None if they are unknown."""
+        if self.temperatures is None:
+            return None
+        *rows, (last,) = self.temperatures
+        heads = [0] * len(rows) if configuration is None else [head for head, _ in configuration.exits]
+        return np.array([*(row[head] if head >= 0 else 1.0 for row, head in zip(rows, heads, strict=True)), last])
+
+
+class Preprocessing(_Part):
+    """How image files become inputs: the section `data` of the study, without folders."""
+
+    data: dict[str, Any]
+
+    @field_validator("data")
+    @classmethod
+    def _known_data(cls, value: dict[str, Any]) -> dict[str, Any]:
+        DataSettings.model_validate(value)
+        return value
+
+    @property
+    def settings(self) -> DataSettings:
+        """The section `data`."""
+        return DataSettings.model_validate(self.data)
+
+
+class Description(_Part):
+    """Everything in exits.json but its own digest."""
+
+    format: int
+    dynexit: str
+    """The version of the program that wrote the folder."""
+    files: dict[str, FilePromise]
+    trainings: dict[str, SavedTraining]
+    """By the id of the training."""
+    points: tuple[SavedPoint, ...]
+    """By rising relative MACs; the last is the backbone alone."""
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    tolerance: float
+    """How far confidences of the same image may lie apart where it was saved, by batch size or thread."""
+    provenance: dict[str, Any]
+
+    def to_text(self) -> str:
+        """JSON with a digest of all of it."""
+        content = self.model_dump(mode="json")
+        return json.dumps({**content, "digest": _digest(content)}, indent=1, allow_nan=False) + "\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def read_description(text: str, folder: str) -> Description:
+    """Returns the description in the text of an exits.json. Raises UserError, naming `folder`, for any other text."""
+    foreign = f"{folder} is no model folder of dynexit (exits.json %s); give a folder that `dynexit save` wrote"
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        raise UserError(foreign % "is not JSON, or cut short") from None
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise UserError(foreign % "has no format version")
+    if content["format"] != FORMAT:
+        age = "newer" if content["format"] > FORMAT else "older"
+        advice = "install a newer dynexit" if age == "newer" else "save the study again with this dynexit"
+        raise UserError(
+            f"{folder} has the format version {content['format']}, which is {age} than version {FORMAT} of this "
+            f"program; {advice}"
+        )
+    digest = content.pop("digest", None)
+    if digest != _digest(content):
+        raise UserError(f"{folder}/exits.json was altered (its digest does not fit); copy the folder again")
+    try:
+        # as JSON: lists are taken for tuples then
+        return TypeAdapter(Description).validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(foreign % f"is wrong at {where}: {first['msg']}") from None

@@ -1,0 +1,307 @@
+"""A saved model in use: `dynexit.load(folder)`, its operating points, and views that classify.
+
+Shapes: B images, L exits, K classes.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynexit.core.tradeoff import Configuration
+from dynexit.deploy.assembly import attach_exits
+from dynexit.deploy.description import Description, SavedPoint, SavedTraining
+from dynexit.deploy.engine import Engine, largest_tile
+from dynexit.deploy.model_folder import Contents, read_folder
+from dynexit.deploy.predict import Predictions, image_transform, predict_files, read_image
+from dynexit.deploy.probe import check_probe
+from dynexit.deploy.router import NEAR, Answers, Router
+from dynexit.deploy.statistics import ExitCounter, ExitStatistics
+from dynexit.deploy.stream import stream
+from dynexit.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """The answers for B images.
+
+    `prediction` (B,) int64 is the class, `probabilities` (B, K) float32 are those of the exit taken (temperature-scaled
+    if the folder has temperatures), `exit_index` (B,) int64 counts the model's positions and ends with the backbone's
+    own classifier, `macs` (B,) int64 is what each image cost, `near` (B,) bool marks images with a confidence so near
+    a threshold that another batch size could decide otherwise.
+    """
+
+    prediction: Tensor
+    probabilities: Tensor
+    exit_index: Tensor
+    macs: Tensor
+    near: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A model with one way to leave early. Immutable; views of a model share its weights, threads may share a view."""
+
+    name: str
+    point: SavedPoint | None
+    """The operating point; None for a configuration that is none of the folder's."""
+    configuration: Configuration | None
+    """None if the gates decide."""
+    class_names: tuple[str, ...]
+    router: Router
+    macs_L: np.ndarray
+    full_macs: int
+    """Those of the bare backbone."""
+    input_size: tuple[int, int, int]
+    _temperature_L: np.ndarray | None
+    _counter: ExitCounter
+    _description: Description
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """Classifies images (B, C, H, W), float32 and normalised as `transform` does.
+
+        Raises UserError for another shape or type, an empty batch, and values that are not finite.
+        """
+        return self._outputs(self.router.classify(self._checked(images)))
+
+    @property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """From an image of Pillow in RGB to an input (C, H, W): the study's preprocessing of test images."""
+        return image_transform(self._description.preprocessing.settings, self.input_size[0])
+
+    def read(self, file: str | Path | BinaryIO) -> Tensor:
+        """Returns an image file as an input (C, H, W). Raises UserError, naming the file, if it is no image."""
+        return read_image(file, self.transform)
+
+    def predict(self, sources: Iterable[str | Path] | str | Path, batch_size: int = 64) -> Predictions:
+        """Classifies image files; of a folder all images below it. Names files that it cannot read and does the rest.
+
+        Raises UserError if there is no image at all.
+        """
+        given = [sources] if isinstance(sources, str | Path) else list(sources)
+        return predict_files(self, [Path(source) for source in given], batch_size)
+
+    def stream(
+        self, loader: Iterable[Any], max_batch: int = 64, max_delay_ms: float | None = None
+    ) -> Iterator[Outputs]:
+        """Yields the answers for every batch of `loader`, in order, with the batches of each stage refilled.
+
+        Batches are images, or tuples that begin with images. Up to `max_batch` images run together; answers of a batch
+        come when its last image is done, which may be after later batches have entered. A batch that has waited for
+        `max_delay_ms` is finished before others enter; None waits for full stages. Raises UserError for a batch that
+        a view does not take, when it enters.
+        """
+        batches = (self._checked(batch[0] if isinstance(batch, tuple | list) else batch) for batch in loader)
+        return (self._outputs(answers) for answers in stream(self.router, batches, max_batch, max_delay_ms))
+
+    def stats(self) -> ExitStatistics:
+        """What this way to leave has seen since the model was loaded, in all threads, against validation."""
+        return self._counter.statistics()
+
+    def _checked(self, images: Tensor) -> Tensor:
+        expected = "x".join(map(str, self.input_size))
+        if not isinstance(images, Tensor):
+            raise UserError(f"images are a {type(images).__name__}; give a tensor (B, {expected.replace('x', ', ')})")
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.input_size:
+            shape = "x".join(map(str, images.shape))
+            raise UserError(
+                f"images have the shape {shape}; this model takes Bx{expected} (batch, channels, height, width)"
+            )
+        if not len(images):
+            raise UserError(f"the batch is empty; give at least one image of {expected}")
+        if images.dtype != torch.float32:
+            raise UserError(f"images are {images.dtype}; give torch.float32, normalised as the view's `transform` does")
+        if not torch.isfinite(images.sum()):  # one pass; what follows is for the message
+            bad = ~torch.isfinite(images).flatten(1).all(1)
+            if bad.any():
+                where = int(bad.nonzero()[0])
+                raise UserError(f"image {where} of the batch has values that are not finite (NaN or inf); leave it out")
+        return images.to(self.router.device)
+
+    def _outputs(self, answers: Answers) -> Outputs:
+        logits_BK = answers.logits_BK
+        if self._temperature_L is not None:
+            logits_BK = logits_BK / self._temperature_L[answers.exit_index_B, None]
+        probabilities_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
+        probabilities_BK /= probabilities_BK.sum(1, keepdims=True)
+        self._counter.add(answers.exit_index_B, probabilities_BK.max(1))
+        return Outputs(
+            torch.from_numpy(answers.prediction_B),
+            torch.from_numpy(probabilities_BK),
+            torch.from_numpy(answers.exit_index_B),
+            torch.from_numpy(self.macs_L[answers.exit_index_B]),
+            torch.from_numpy(answers.near_B),
+        )
+
+
+class EarlyExitModel:
+    """A model folder that was loaded: a backbone, the exits of one or more trainings, and operating points.
+
+    Immutable but for its statistics; `use` gives a view that classifies.
+    """
+
+    def __init__(self, contents: Contents, device: str | torch.device = "cpu") -> None:
+        self._description = contents.description
+        self.points: tuple[SavedPoint, ...] = contents.description.points
+        self.class_names, self.probe = contents.description.class_names, contents.probe
+        self.backbone = contents.backbone.to(device)
+        self.input_size = contents.backbone.input_size
+        self.tolerance = contents.description.tolerance
+        self.trainings: Mapping[str, SavedTraining] = contents.description.trainings
+        tile: int | None = None
+        self.engines: dict[str, Engine] = {}
+        for identity, training in self.trainings.items():
+            model = attach_exits(self.backbone, training.exit_costs.positions, training.exit_settings)
+            heads, gates = training.stack.build(model, [0])
+            try:
+                for module in (heads, gates):
+                    if module is not None:
+                        module.load_member(0, contents.heads[identity])
+            except ValueError as error:
+                raise UserError(f"exits.safetensors does not fit exits.json: {error}; copy the folder again") from None
+            tile = largest_tile(model) if tile is None else tile
+            self.engines[identity] = Engine(model, training.stack.head_types, heads, gates, tile)
+        self._counters: dict[tuple[str, Any], ExitCounter] = {}
+        self._lock = threading.Lock()
+
+    def use(
+        self,
+        way: str | SavedPoint | Configuration | None = None,
+        *,
+        relative_macs: float | None = None,
+        max_accuracy_drop: float | None = None,
+        risk: float | None = None,
+        training: str | None = None,
+        confidence: str = "max_probability",
+    ) -> View:
+        """Returns a view that leaves early in one way; takes less than a millisecond. Give exactly one target:
+
+        `way`, an operating point or its name, or a configuration, whose thresholds are on `confidence` of the heads of
+        `training` (needed if the folder has several); `relative_macs`, the best validation accuracy within that share
+        of the backbone's MACs; `max_accuracy_drop`, the fewest MACs that lose at most this validation accuracy;
+        `risk`, the fewest MACs whose risk is certified to be at most this.
+
+        Raises UserError for an unattainable target, naming the nearest, and for a configuration of another model.
+        """
+        targets = {
+            "way": way,
+            "relative_macs": relative_macs,
+            "max_accuracy_drop": max_accuracy_drop,
+            "risk": risk,
+        }
+        given: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
+        if len(given) != 1:
+            raise UserError(
+                f"use() takes one target and got {len(given)}; give a point, its name or a configuration, or one of "
+                "relative_macs, max_accuracy_drop, risk"
+            )
+        ((name, value),) = given.items()
+        if isinstance(value, Configuration):
+            return self._view_of(value, training, confidence)
+        if isinstance(value, SavedPoint):
+            return self._view(value)
+        return self._view(self._named(value) if name == "way" else choose(self.points, name, value))
+
+    def stats(self) -> tuple[ExitStatistics, ...]:
+        """What each way to leave that was used has seen, against validation: a growing drift calls for a new study."""
+        with self._lock:
+            counters = list(self._counters.values())
+        return tuple(counter.statistics() for counter in counters)
+
+    def verify(self) -> float:
+        """Runs the probe. Returns the largest difference of a confidence; raises Failure for other answers."""
+        return check_probe(self.probe, self.engines, self.points, "the model")
+
+    def _named(self, name: Any) -> SavedPoint:
+        found = next((point for point in self.points if point.name == name), None)
+        if found is None:
+            known = ", ".join(point.name for point in self.points)
+            raise UserError(f"no operating point is called {name!r}; there are {known}")
+        return found
+
+    def _view(self, point: SavedPoint) -> View:
+        if point not in self.points:
+            raise UserError(f"the operating point {point.name} is of another model; give one of this model's `points`")
+        return self._make(point.name, point, point.training, point.configuration, point.confidence)
+
+    def _view_of(self, configuration: Configuration, training: str | None, confidence: str) -> View:
+        known = ", ".join(f"{identity} ({one.label})" for identity, one in self.trainings.items())
+        if training is None and len(self.trainings) > 1:
+            raise UserError(f"the folder has the exits of several trainings; give training=, one of {known}")
+        training = next(iter(self.trainings)) if training is None else training
+        if training not in self.trainings:
+            raise UserError(f"training is {training!r}; the folder has {known}")
+        return self._make("configuration", None, training, configuration, confidence)
+
+    def _make(
+        self, name: str, point: SavedPoint | None, training: str, way: Configuration | None, confidence: str
+    ) -> View:
+        saved, engine = self.trainings[training], self.engines[training]
+        router = engine.router(way, confidence, self.tolerance)
+        macs_L = saved.macs_L(way, confidence)
+        with self._lock:
+            key = (name, None if point is not None else (training, way, confidence))
+            counter = self._counters.setdefault(key, ExitCounter(name, point, len(macs_L)))
+        temperature_L = saved.temperature_L(way)
+        return View(
+            name,
+            point,
+            way,
+            self.class_names,
+            router,
+            macs_L,
+            saved.exit_costs.full_macs,
+            self.input_size,
+            None if temperature_L is None else temperature_L.astype(np.float32),
+            counter,
+            self._description,
+        )
+
+
+def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoint:
+    """Returns the operating point for a target of `EarlyExitModel.use`; targets are about validation.
+
+    Raises UserError for a target out of range, and for one that no point attains, naming the nearest.
+    """
+    if not isinstance(value, int | float) or not value >= 0:
+        raise UserError(f"{target} is {value!r}; give a number of at least 0")
+    cheapest = min(points, key=lambda point: point.relative_macs)
+    if target == "relative_macs":
+        within = [point for point in points if point.relative_macs <= value]
+        if not within:
+            raise UserError(
+                f"relative_macs = {value:g} is unattainable: the cheapest operating point, {cheapest.name}, takes "
+                f"{cheapest.relative_macs:.4f} of the backbone's MACs (accuracy {cheapest.accuracy:.4f})"
+            )
+        return min(within, key=lambda point: (-point.accuracy, point.relative_macs))
+    if target == "max_accuracy_drop":
+        backbone = next(point for point in points if point.source == "backbone")
+        within = [point for point in points if backbone.accuracy - point.accuracy <= value + 1e-12]
+        return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
+    certified = [point for point in points if point.certified_risk is not None]
+    within = [point for point in certified if point.certified_risk <= value]  # type: ignore[operator]
+    if not within:
+        least = min((point.certified_risk for point in certified if point.certified_risk is not None), default=None)
+        nearest = "no operating point has a certificate; search the study with search.risk"
+        if least is not None:
+            nearest = f"the least risk that an operating point is certified for is {least:g}"
+        raise UserError(f"risk = {value:g} is unattainable: {nearest}")
+    return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
+
+
+def load(directory: str | Path, *, verify: bool = True, device: str | torch.device = "cpu") -> EarlyExitModel:
+    """Returns the model in a folder of `dynexit save`. Nothing is unpickled; the study and its data are not needed.
+
+    With `verify` the folder's probe is run, and its answers must be the saved ones. Raises UserError, naming the file,
+    for a folder that is foreign, cut short, altered, or of another format version; Failure for other answers.
+    """
+    model = EarlyExitModel(read_folder(Path(directory)), device)
+    if verify:
+        difference = check_probe(model.probe, model.engines, model.points, str(directory))
+        model.tolerance = max(NEAR, model.tolerance, 4 * difference)
+    return model

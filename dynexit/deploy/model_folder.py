@@ -1,0 +1,177 @@
+"""The model folder: its files, how it is written (whole or not at all) and read (checked, nothing unpickled)."""
+
+import dataclasses
+import errno
+import inspect
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynexit.deploy.description import Description, FilePromise, read_description
+from dynexit.errors import Failure, UserError
+from dynexit.models.backbones import Backbone, build_backbone
+from dynexit.run_dir import load_tensors, save_tensors, sha256_file
+
+CONFIG, BACKBONE, EXITS, HEADS, PROBE, CARD = (
+    "config.json",
+    "model.safetensors",
+    "exits.json",
+    "exits.safetensors",
+    "probe.safetensors",
+    "README.md",
+)
+_PROMISED = (CONFIG, BACKBONE, HEADS, PROBE)
+"""The files whose bytes exits.json promises. The card is for people, who may edit it; nothing reads it."""
+
+
+def backbone_config(
+    backbone: Backbone,
+    arguments: Mapping[str, Any],
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, Any]:
+    """Returns config.json in timm's form, from which timm builds the backbone alone.
+
+    `arguments` are the constructor's own; `mean` and `std` (one a channel) are what images are normalised by.
+    """
+    model: Any = backbone.model
+    arguments = {**arguments, "in_chans": backbone.input_size[0]}
+    if "img_size" in inspect.signature(type(model).__init__).parameters:
+        arguments["img_size"] = list(backbone.input_size[1:])
+    published = model.default_cfg
+    inherited = ("first_conv", "classifier", "fixed_input_size", "interpolation", "crop_pct", "pool_size")
+    return {
+        "architecture": backbone.name.split(".")[0],
+        "num_classes": backbone.num_classes,
+        "num_features": int(getattr(model, "num_features", 0)),
+        "label_names": list(class_names),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            **{name: published[name] for name in inherited if published.get(name) is not None},
+            "input_size": list(backbone.input_size),
+            "num_classes": backbone.num_classes,
+            "mean": list(mean),
+            "std": list(std),
+            "custom_load": False,
+        },
+    }
+
+
+def read_backbone(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: str) -> Backbone:
+    """Returns the backbone of a config.json with its weights. Raises UserError where the two do not fit."""
+    try:
+        arguments = {name: value for name, value in config["model_args"].items() if name != "in_chans"}
+        channels, height, width = config["pretrained_cfg"]["input_size"]
+        backbone = build_backbone(
+            config["architecture"],
+            arguments=arguments,
+            num_classes=config["num_classes"],
+            image_size=(height, width),
+            in_channels=channels,
+        )
+        backbone.model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/{CONFIG} describes no backbone ({error!r}); copy the folder again") from None
+    except RuntimeError as error:  # how torch reports missing and unexpected weights
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}/{BACKBONE} does not fit {CONFIG}: {reason}; copy the folder again") from None
+    return backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a folder holds, as read: the backbone, heads and gates by training, the probe's tensors."""
+
+    description: Description
+    backbone: Backbone
+    heads: dict[str, dict[str, Tensor]]
+    probe: dict[str, Tensor]
+
+
+def write_folder(
+    directory: Path,
+    *,
+    description: Mapping[str, Any],
+    config: Mapping[str, Any],
+    backbone: nn.Module,
+    heads: Mapping[str, Mapping[str, Tensor]],
+    probe: Mapping[str, Tensor],
+    card: str,
+) -> None:
+    """Writes the folder under another name and renames it.
+
+    `description` is that of exits.json without `files`, `config` config.json's, `backbone` the model itself.
+
+    Raises UserError if there is something at `directory`, Failure where it cannot be written.
+    """
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"{directory} exists; give the name of a new folder, or move it aside")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+        try:
+            (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            save_tensors(temporary / BACKBONE, backbone.state_dict())
+            named = {f"{training}.{name}": t for training, state in heads.items() for name, t in state.items()}
+            save_tensors(temporary / HEADS, named)
+            save_tensors(temporary / PROBE, probe)
+            (temporary / CARD).write_text(card, encoding="utf-8")
+            files = {name: _promise(temporary / name) for name in _PROMISED}
+            whole = Description.model_validate({**description, "files": files})
+            (temporary / EXITS).write_text(whole.to_text(), encoding="utf-8")
+            temporary.chmod(0o755)
+            temporary.replace(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"{directory} was made meanwhile; give the name of a new folder") from None
+        raise Failure(
+            f"{directory} could not be written: {error.strerror or error}; make room or fix the permissions, then "
+            "run again"
+        ) from error
+
+
+def _promise(path: Path) -> FilePromise:
+    return FilePromise(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def read_folder(directory: Path) -> Contents:
+    """Returns what the folder holds. Raises UserError, naming the file, if it is foreign, cut short or altered."""
+    try:
+        text = (directory / EXITS).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{directory} is no model folder of dynexit (it has no {EXITS}); give a folder that `dynexit save` wrote"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{directory / EXITS} cannot be read ({error}); copy the folder again") from None
+    description = read_description(text, str(directory))
+    if missing := set(_PROMISED) - set(description.files):
+        raise UserError(f"{directory / EXITS} promises no {', '.join(sorted(missing))}; copy the folder again")
+    for name in _PROMISED:
+        _check(directory / name, description.files[name])
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    with torch.device("cpu"):
+        backbone = read_backbone(config, load_tensors(directory / BACKBONE), str(directory))
+    heads: dict[str, dict[str, Tensor]] = {training: {} for training in description.trainings}
+    for name, tensor in load_tensors(directory / HEADS).items():
+        training, _, rest = name.partition(".")
+        heads.setdefault(training, {})[rest] = tensor
+    return Contents(description, backbone, heads, load_tensors(directory / PROBE))
+
+
+def _check(path: Path, promised: FilePromise) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy the folder again")
+    if (size := path.stat().st_size) != promised.bytes:
+        raise UserError(f"{path} has {size} bytes instead of {promised.bytes}; copy the folder again")
+    if sha256_file(path) != promised.sha256:
+        raise UserError(f"{path} was altered (its SHA-256 is not the one in {EXITS}); copy the folder again")

@@ -1,0 +1,123 @@
+"""Image files through a saved model: the study's preprocessing, class names, and files that cannot be read."""
+
+import csv
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from dynexit.data.digits import DIGITS_MEAN, DIGITS_STD
+from dynexit.data.images import Transform
+from dynexit.data.pixels import EXTENSIONS, decode
+from dynexit.data.transforms import test_transform
+from dynexit.errors import UserError
+from dynexit.study.schema import DataSettings
+
+if TYPE_CHECKING:
+    from dynexit.deploy.model import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The answer for one file. `confidence` is the probability of the class, `macs` what the image cost."""
+
+    file: str
+    class_name: str
+    class_index: int
+    confidence: float
+    exit_index: int
+    macs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """The answers, in the order of the files, and why files could not be read."""
+
+    rows: tuple[Prediction, ...]
+    unreadable: dict[str, str]
+
+    def write_csv(self, file: IO[str]) -> None:
+        """Writes a row per answer: file, class, confidence, exit, macs."""
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", "class", "confidence", "exit", "macs"])
+        for row in self.rows:
+            writer.writerow([row.file, row.class_name, f"{row.confidence:.6f}", row.exit_index, row.macs])
+
+
+def image_transform(data: DataSettings, num_channels: int) -> Transform:
+    """Returns the transform of test images of a data set, from an image of Pillow in RGB to (C, H, W)."""
+    if data.name != "digits":
+        return test_transform(data)
+    from torchvision import transforms
+
+    # the digits come from no files; an image of one is white on black, as theirs are
+    steps = [
+        transforms.Grayscale(num_channels),
+        transforms.Resize((data.image_size, data.image_size)),
+        transforms.ToTensor(),
+        transforms.Normalize([DIGITS_MEAN] * num_channels, [DIGITS_STD] * num_channels),
+    ]
+    transform: Transform = transforms.Compose(steps)
+    return transform
+
+
+def find_images(sources: Sequence[Path]) -> list[Path]:
+    """Returns the files, and of folders all images below them, by name. Raises UserError if that is nothing."""
+    found: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            inside = (path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+            found += sorted(inside)
+        else:
+            found.append(source)
+    if not found:
+        named = ", ".join(map(str, sources)) or "no file at all"
+        raise UserError(f"no image was found in {named}; give files, or folders with {' '.join(EXTENSIONS)}")
+    return found
+
+
+def predict_files(view: "View", sources: Sequence[Path], batch_size: int) -> Predictions:
+    """See View.predict."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; give at least 1")
+    rows: list[Prediction] = []
+    unreadable: dict[str, str] = {}
+    transform = view.transform
+    for names, images in _batches(find_images(sources), transform, batch_size, unreadable):
+        out = view(images)
+        confidence = out.probabilities.gather(1, out.prediction[:, None])[:, 0]
+        columns: list[Any] = [values.tolist() for values in (out.prediction, confidence, out.exit_index, out.macs)]
+        for name, index, sure, exit_index, macs in zip(names, *columns, strict=True):
+            rows.append(Prediction(name, view.class_names[index], index, sure, exit_index, macs))
+    return Predictions(tuple(rows), unreadable)
+
+
+def _batches(
+    paths: Sequence[Path], transform: Transform, batch_size: int, unreadable: dict[str, str]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and images of readable files, up to `batch_size` at a time; notes the others in `unreadable`."""
+    names: list[str] = []
+    images: list[Tensor] = []
+    for path in paths:
+        try:
+            images.append(read_image(path, transform))
+            names.append(str(path))
+        except UserError as mistake:
+            unreadable[str(path)] = str(mistake)
+        if len(images) == batch_size:
+            yield names, torch.stack(images)
+            names, images = [], []
+    if images:
+        yield names, torch.stack(images)
+
+
+def read_image(file: str | Path | BinaryIO, transform: Transform) -> Tensor:
+    """See View.read."""
+    if not isinstance(file, str | Path):
+        return transform(decode(file, getattr(file, "name", "in memory")))
+    if not Path(file).exists():
+        raise UserError(f"the image {file} does not exist")
+    return transform(decode(Path(file), str(file)))

@@ -1,0 +1,91 @@
+"""The probe of a model folder: a few inputs with the logits and exits that they gave where it was saved.
+
+Shapes: n inputs, R rows (every head type at every position), K classes, S operating points.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynexit.core.confidence import max_probability
+from dynexit.deploy.description import SavedPoint
+from dynexit.deploy.engine import Engine
+from dynexit.deploy.router import NEAR, join
+from dynexit.errors import Failure
+
+_MARGIN = 4
+"""Confidences of other images may differ more than the probe's did."""
+_MOST_DIFFERENCE = 1e-3
+"""Of logits, relative to the largest one, from one machine to another in float32."""
+_MOST_RUN = 3
+
+
+def make_probe(images: Tensor, engines: Mapping[str, Engine], points: Sequence[SavedPoint]) -> dict[str, Tensor]:
+    """Returns the tensors of probe.safetensors: inputs, logits (n, K) and (n, R, K), classes and exits (S, n)."""
+    probe = {"images": images}
+    for training, engine in engines.items():
+        logits_PHnK, probe["logits"] = engine.all_logits(images)
+        probe[f"{training}.logits"] = logits_PHnK.flatten(0, 1).transpose(0, 1)
+    answers = [
+        engines[point.training].router(point.configuration, point.confidence).classify(images) for point in points
+    ]
+    probe["prediction"] = torch.from_numpy(np.stack([answer.prediction_B for answer in answers]))
+    probe["exit_index"] = torch.from_numpy(np.stack([answer.exit_index_B for answer in answers]))
+    return {name: tensor.clone().contiguous() for name, tensor in probe.items()}
+
+
+def measured_tolerance(images: Tensor, engines: Mapping[str, Engine]) -> float:
+    """How far confidences of the same image may lie apart from one batch size to another; at least NEAR."""
+    most = 0.0
+    for engine in engines.values():
+        together = max_probability(engine.all_logits(images)[0])
+        alone = torch.cat(
+            [max_probability(engine.all_logits(image)[0]) for image in images.tensor_split(len(images))], -1
+        )
+        most = max(most, float((together - alone).abs().max()))
+    return max(NEAR, _MARGIN * most)
+
+
+def check_probe(
+    probe: Mapping[str, Tensor],
+    engines: Mapping[str, Engine],
+    points: Sequence[SavedPoint],
+    folder: str,
+    most_difference: float = _MOST_DIFFERENCE,
+) -> float:
+    """Runs the probe and returns the largest difference of a confidence from the saved ones.
+
+    Logits may differ by `most_difference` of the largest. Up to three operating points are run; a sample may leave
+    elsewhere only if its confidence is near the threshold. Raises Failure, naming `folder`, for other answers.
+    """
+    images, most = probe["images"], 0.0
+    for training, engine in engines.items():
+        logits_PHnK, final_nK = engine.all_logits(images.to(next(engine.model.parameters()).device))
+        found = logits_PHnK.flatten(0, 1).transpose(0, 1).cpu()
+        for name, values, expected in (
+            ("the backbone", final_nK.cpu(), probe["logits"]),
+            (f"training {training}", found, probe[f"{training}.logits"]),
+        ):
+            difference = float((values - expected).abs().max())
+            if not difference <= most_difference * (1 + float(expected.abs().max())):
+                raise Failure(
+                    f"{folder}: on its probe {name} gives logits that differ by {difference:.3g} from the saved ones; "
+                    "this machine or library computes something else: report it, or load with verify=False"
+                )
+            most = max(most, float((max_probability(values) - max_probability(expected)).abs().max()))
+    tolerance = max(NEAR, _MARGIN * most)
+    for place in np.unique(np.linspace(0, len(points) - 1, _MOST_RUN).astype(int)):
+        point = points[place]
+        router = engines[point.training].router(point.configuration, point.confidence, tolerance)
+        answers = join([router.classify(part) for part in (images[:1], images[1:]) if len(part)])
+        expected_n = probe["exit_index"][place].numpy()
+        wrong = (answers.exit_index_B != expected_n) & ~answers.near_B
+        if wrong.any():
+            raise Failure(
+                f"{folder}: on its probe the operating point {point.name} leaves at exits "
+                f"{answers.exit_index_B.tolist()} instead of {expected_n.tolist()}; report it, or load with "
+                "verify=False"
+            )
+    return most

@@ -1,0 +1,314 @@
+"""Early exit that really stops early: samples that leave are dropped from the batch, the others continue.
+
+An Engine makes routers (see engine.py).
+
+Shapes: B batch, b samples still in it, P positions, K classes, D features.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from dynexit.core.confidence import gate_features
+from dynexit.models.families import State
+from dynexit.models.multi_exit import MultiExit
+
+NEAR = 1e-5
+"""Batching changes the last bits of a confidence in float32 on a CPU; this close to a threshold they may decide."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What the engine says of a batch: class and exit (0..P) of each sample, and the logits of that exit in float32.
+
+    `near_B` marks samples that passed or took an exit with a confidence within the router's tolerance of its threshold.
+    """
+
+    prediction_B: np.ndarray
+    exit_index_B: np.ndarray
+    near_B: np.ndarray
+    logits_BK: np.ndarray
+
+
+def join(parts: Sequence[Answers]) -> Answers:
+    """Returns the answers of consecutive batches as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in dataclasses.fields(Answers)]
+    return Answers(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def even_parts(images: Tensor, most: int | None) -> Sequence[Tensor]:
+    """Returns the images in as few parts as possible of at most `most`, of nearly the same size."""
+    return [images] if most is None else images.tensor_split(-(-len(images) // most))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainHead:
+    """One exit head as plain (weight, bias) pairs, ReLU between them."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    is_linear: bool
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        """Logits (b, K) in float32 from what its exit reads, (b, D) or (b, 2, D)."""
+        if feature.dim() == 3:  # what linear heads read, then what MLP heads read
+            feature = feature[:, 0 if self.is_linear else 1]
+        x = feature.to(self.layers[0][0].dtype)
+        for weight, bias in self.layers[:-1]:
+            x = linear(x, weight, bias).relu_()
+        weight, bias = self.layers[-1]
+        return linear(x, weight, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """An exit on the way: its position number, that of the exit before (-1: none), and how it decides."""
+
+    p: int
+    before_p: int
+    head: PlainHead
+    threshold: float | None  # None: JEI-DNN's rule on the gates' outputs
+    gate: tuple[Tensor, Tensor] | None  # weight (4,), bias ()
+
+
+@dataclasses.dataclass(slots=True)
+class InFlight:
+    """Samples on their way between two exits, b of them. Router.advance takes them on, in place.
+
+    `ids_b` are their places in what was asked for, `near_b` as in Answers, `used_b` what the exits passed used of the
+    exit probability (gates), `before_bK` the logits of the exit before (additive heads), `feature_bD` what the last
+    position read (concatenated features).
+    """
+
+    state: State
+    ids_b: np.ndarray
+    near_b: np.ndarray
+    used_b: np.ndarray | None = None
+    before_bK: Tensor | None = None
+    feature_bD: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids_b)
+
+    def drop(self, leaves_b: np.ndarray, num_kept: int) -> None:
+        """Drops those that leave. The last that stay move to the places of the others, so that few are copied."""
+        tensor = _tensor_of(self.state)
+        holes = leaves_b[:num_kept].nonzero()[0]
+        places = np.arange(num_kept)
+        if len(holes):
+            movers = num_kept + (~leaves_b[num_kept:]).nonzero()[0]
+            places[holes] = movers
+            to, source = torch.from_numpy(holes).to(tensor.device), torch.from_numpy(movers).to(tensor.device)
+            tensor[to] = tensor[source]
+        self.state = _with_tensor(self.state, tensor[:num_kept])
+        self.ids_b, self.near_b = self.ids_b[places], self.near_b[places]
+        if self.used_b is not None:
+            self.used_b = self.used_b[places]
+        kept = torch.from_numpy(places).to(tensor.device)
+        if self.before_bK is not None:
+            self.before_bK = self.before_bK[kept]
+        if self.feature_bD is not None:
+            self.feature_bD = self.feature_bD[kept]
+
+    def split(self, size: int) -> tuple["InFlight", "InFlight"]:
+        """Returns the first `size` of them and the others."""
+
+        def part(chosen: slice) -> InFlight:
+            return InFlight(
+                _with_tensor(self.state, _tensor_of(self.state)[chosen]),
+                self.ids_b[chosen],
+                self.near_b[chosen],
+                None if self.used_b is None else self.used_b[chosen],
+                None if self.before_bK is None else self.before_bK[chosen],
+                None if self.feature_bD is None else self.feature_bD[chosen],
+            )
+
+        return part(slice(size)), part(slice(size, None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaving:
+    """Samples that left at one exit: their ids, `near` as in Answers, and the exit's logits (b, K)."""
+
+    exit_index: int
+    ids_b: np.ndarray
+    near_b: np.ndarray
+    logits_bK: np.ndarray
+
+
+def _tensor_of(state: State) -> Tensor:
+    tensor: Tensor = state[0] if isinstance(state, tuple) else state
+    return tensor
+
+
+def _with_tensor(state: State, tensor: Tensor) -> State:
+    return (tensor, *state[1:]) if isinstance(state, tuple) else tensor
+
+
+def join_in_flight(parts: Sequence[InFlight]) -> InFlight:
+    """Returns samples that passed the same exits as one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    return InFlight(
+        _with_tensor(first.state, torch.cat([_tensor_of(part.state) for part in parts])),
+        np.concatenate([part.ids_b for part in parts]),
+        np.concatenate([part.near_b for part in parts]),
+        None if first.used_b is None else np.concatenate([part.used_b for part in parts if part.used_b is not None]),
+        _joined([part.before_bK for part in parts]),
+        _joined([part.feature_bD for part in parts]),
+    )
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensors of all parts in a row; None if they have none."""
+    return None if tensors[0] is None else torch.cat([tensor for tensor in tensors if tensor is not None])
+
+
+class Router:
+    """A backbone with one way to leave early: a configuration, or the gates. Immutable; threads may share it.
+
+    `exit_index` counts all positions of the model, P is the backbone's own classifier.
+    """
+
+    def __init__(
+        self,
+        model: MultiExit,
+        stops: Sequence[Stop],
+        confidence: Callable[[Tensor], Tensor] | None,
+        shrinkage: float,
+        tile: int,
+        tolerance: float,
+    ) -> None:
+        """`confidence` None stands for the gates' outputs; stops without a threshold leave it all to the gates."""
+        self._model, self._stops, self._shrinkage = model, tuple(stops), shrinkage
+        self._confidence, self.tolerance = confidence, tolerance
+        self._by_gates = any(stop.threshold is None for stop in stops)
+        self.device = next(model.parameters()).device
+        self.tile = tile if self.device.type == "cpu" else None
+        """The most images that run together; None for any number."""
+        self.num_classes, self.num_stages = model.backbone.num_classes, len(self._stops) + 1
+
+    @torch.inference_mode()
+    def classify(self, images: Tensor) -> Answers:
+        """Class, exit and logits of every image (B, C, H, W); B is at least 1."""
+        if len(images) == 1:
+            return self._classify_one(images)
+        return join([self._classify(tile) for tile in even_parts(images, self.tile)])
+
+    def _classify_one(self, image: Tensor) -> Answers:
+        state, near, used = self._model.start(image), False, 0.0
+        before: Tensor | None = None
+        feature: Tensor | None = None
+        for stop in self._stops:
+            state, feature = self._reach(stop, state, feature)
+            logits = self._logits(stop, feature, before)
+            value, before = self._measure(stop, logits).item(), logits
+            if stop.threshold is None:
+                left = 1 - used
+                gap, used = max(min(value, left), 0.0) / left - 0.5, used + value
+                leaves = gap >= 0
+            else:
+                gap = value - stop.threshold
+                leaves = gap > 0
+            near = near or abs(gap) <= self.tolerance
+            if leaves:
+                return _one_answer(logits, stop.p, near)
+        return _one_answer(self._model.tail(state, self._last_p), len(self._model.positions), near)
+
+    def _classify(self, images: Tensor) -> Answers:
+        size = len(images)
+        logits_BK = np.empty((size, self.num_classes), np.float32)
+        exit_B, near_B = np.empty(size, np.int64), np.empty(size, bool)
+        flight = self.admit(images, np.arange(size))
+        for stage in range(self.num_stages):
+            left = self.advance(stage, flight)
+            if left is not None:
+                logits_BK[left.ids_b], near_B[left.ids_b] = left.logits_bK, left.near_b
+                exit_B[left.ids_b] = left.exit_index
+                if not len(flight):
+                    break
+        return Answers(logits_BK.argmax(1), exit_B, near_B, logits_BK)
+
+    def admit(self, images: Tensor, ids_b: np.ndarray) -> InFlight:
+        """Returns images (b, C, H, W) as samples before the first stage. `ids_b` is theirs to name them by."""
+        state = self._model.start(images)
+        if _tensor_of(state).data_ptr() == images.data_ptr():  # samples are moved within it later
+            state = _with_tensor(state, _tensor_of(state).clone())
+        used_b = np.zeros(len(images), np.float32) if self._by_gates else None
+        return InFlight(state, ids_b, np.zeros(len(images), bool), used_b)
+
+    def advance(self, stage: int, flight: InFlight) -> Leaving | None:
+        """Takes samples through one stage, in place. Returns those that left at its end, None if nobody did.
+
+        Stages are 0..num_stages-1; the last one ends with the backbone's own classifier, where all leave.
+        """
+        if stage == len(self._stops):
+            logits_bK = self._model.tail(flight.state, self._last_p).float().cpu().numpy()
+            left = Leaving(len(self._model.positions), flight.ids_b, flight.near_b, logits_bK)
+            flight.ids_b = flight.ids_b[:0]
+            return left
+        stop = self._stops[stage]
+        flight.state, feature = self._reach(stop, flight.state, flight.feature_bD)
+        flight.feature_bD = feature if self._model.reading.concatenate else None
+        logits = self._logits(stop, feature, flight.before_bK)
+        value_b = self._measure(stop, logits).cpu().numpy()
+        if stop.threshold is None:
+            assert flight.used_b is not None
+            # the conditional probability of stopping, P_l over what is left, is at least a half
+            left_b = 1 - flight.used_b
+            gap_b = np.maximum(np.minimum(value_b, left_b), 0) / left_b - np.float32(0.5)
+            leaves_b = gap_b >= 0
+            flight.used_b = flight.used_b + value_b
+        else:
+            gap_b = value_b - np.float32(stop.threshold)
+            leaves_b = gap_b > 0
+        flight.near_b = flight.near_b | (np.abs(gap_b) <= self.tolerance)
+        if self._shrinkage:
+            flight.before_bK = logits
+        num_left = int(np.count_nonzero(leaves_b))
+        if not num_left:
+            return None
+        logits_bK = logits.float().cpu().numpy()
+        left = Leaving(stop.p, flight.ids_b[leaves_b], flight.near_b[leaves_b], logits_bK[leaves_b])
+        flight.drop(leaves_b, len(leaves_b) - num_left)
+        return left
+
+    def _reach(self, stop: Stop, state: State, feature: Tensor | None) -> tuple[State, Tensor]:
+        """The state at an exit and what it reads, from those at the exit before.
+
+        Concatenated features are read at every position on the way.
+        """
+        first = stop.before_p + 1 if self._model.reading.concatenate else stop.p
+        reached = stop.before_p
+        for p in range(first, stop.p + 1):
+            state, reached = self._model.advance(state, reached, p), p
+            feature = self._model.feature(p, state, feature)
+        assert feature is not None
+        return state, feature
+
+    @property
+    def _last_p(self) -> int:
+        return self._stops[-1].p if self._stops else -1
+
+    def _logits(self, stop: Stop, feature: Tensor, before: Tensor | None) -> Tensor:
+        logits = stop.head(feature)
+        return logits if before is None or not self._shrinkage else logits + self._shrinkage * before
+
+    def _measure(self, stop: Stop, logits: Tensor) -> Tensor:
+        """The number (b,) that decides, in float32: a confidence or the gate's output."""
+        if stop.gate is None:
+            assert self._confidence is not None
+            return self._confidence(logits.float())
+        weight, bias = stop.gate
+        return (gate_features(logits) @ weight + bias).sigmoid().float()
+
+
+def _one_answer(logits: Tensor, exit_index: int, near: bool) -> Answers:
+    logits_1K = logits.float().cpu().numpy()
+    return Answers(logits_1K.argmax(1), np.array([exit_index]), np.array([near]), logits_1K)

@@ -1,0 +1,61 @@
+"""What a way to leave early has seen, against what validation gave: a growing difference is drift.
+
+Shapes: B images, L exits.
+"""
+
+import dataclasses
+import threading
+
+import numpy as np
+
+from dynexit.deploy.description import SavedPoint
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitStatistics:
+    """What an operating point has seen since the model was loaded, and what validation gave.
+
+    `drift` is half the sum of the differences of the exit shares, in [0, 1]. Fields that begin with `validation` and
+    `drift` are None for a configuration that is no operating point of the folder; means are None before any image.
+    """
+
+    name: str
+    num_images: int
+    exit_fractions: tuple[float, ...] | None
+    mean_confidence: float | None
+    validation_exit_fractions: tuple[float, ...] | None
+    validation_mean_confidence: float | None
+    drift: float | None
+
+
+class ExitCounter:
+    """Counts the exits taken and sums confidences; threads may add at the same time."""
+
+    def __init__(self, name: str, point: SavedPoint | None, num_exits: int) -> None:
+        self.name, self.point = name, point
+        self._counts_L, self._confidence = np.zeros(num_exits, np.int64), 0.0
+        self._lock = threading.Lock()
+
+    def add(self, exit_index_B: np.ndarray, confidence_B: np.ndarray) -> None:
+        counts_L, confidence = np.bincount(exit_index_B, minlength=len(self._counts_L)), float(confidence_B.sum())
+        with self._lock:
+            self._counts_L += counts_L
+            self._confidence += confidence
+
+    def statistics(self) -> ExitStatistics:
+        with self._lock:
+            counts_L, confidence = self._counts_L.copy(), self._confidence
+        count, point = int(counts_L.sum()), self.point
+        seen_L = counts_L / count if count else None
+        drift = None
+        if seen_L is not None and point is not None:
+            drift = float(np.abs(seen_L - np.array(point.exit_fractions)).sum() / 2)
+        return ExitStatistics(
+            self.name,
+            count,
+            None if seen_L is None else tuple(seen_L.tolist()),
+            confidence / count if count else None,
+            None if point is None else point.exit_fractions,
+            None if point is None else point.validation.mean_confidence,
+            drift,
+        )

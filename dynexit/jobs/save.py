@@ -1,0 +1,240 @@
+"""The save job: operating points of a finished study as a model folder that needs neither the study nor its data.
+
+Shapes: P positions, H head types, L exits, R rows of a record, N samples, n inputs of the probe, K classes.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor
+
+from dynexit.core.confidence import max_probability
+from dynexit.data import load_data, workers_of
+from dynexit.data.digits import DIGITS_MEAN, DIGITS_STD
+from dynexit.data.transforms import NORMALISATIONS, recipe_of
+from dynexit.deploy.assembly import attach_exits
+from dynexit.deploy.card import write_card
+from dynexit.deploy.description import FORMAT, Preprocessing, SavedPoint
+from dynexit.deploy.engine import Engine, largest_tile
+from dynexit.deploy.model_folder import backbone_config, write_folder
+from dynexit.deploy.probe import make_probe, measured_tolerance
+from dynexit.dist import start_ranks
+from dynexit.errors import Failure, UserError
+from dynexit.jobs.load import load_heads, load_model
+from dynexit.jobs.recorded import RecordedTraining
+from dynexit.report.table import FrontPoint, front_of
+from dynexit.run_dir import BACKBONE, HEADS, RunDir
+from dynexit.search.operating_points import ReportRow, read_csv
+from dynexit.study.grid import Point
+
+_NUM_PROBES = 8
+_OTHER_MODEL = 0.01
+"""A confidence that is further from the recorded one is no matter of the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """An operating point that is saved, and the point of the study whose heads it uses."""
+
+    name: str
+    point: Point
+    front: FrontPoint
+
+    @property
+    def row(self) -> ReportRow:
+        return self.front.validation
+
+
+def run_save(
+    points: Sequence[Point], directory: Path, *, relative_macs: float | None = None, identity: str | None = None
+) -> tuple[SavedPoint, ...]:
+    """Writes the model folder and returns its operating points: the study's validation front and the backbone alone.
+
+    With `relative_macs` only the most accurate point within that share of the backbone's MACs. `identity` (how an id
+    begins) limits the choice to one training, search or prepared backbone. Raises UserError for an unattainable target,
+    an unknown id, several backbones, a study without a report and a folder that exists; Failure where the model does
+    not answer as the record says.
+    """
+    chosen = _choose(points, relative_macs, identity)
+    first = chosen[0].point
+    ranks = start_ranks("cpu", first.config.dist.num_threads)
+    data = load_data(first.config.data, workers_of(first.config.dist, ranks.device), checked=True)
+    whole, _ = load_model(first, ranks)
+    backbone = whole.backbone
+    trained = {one.point.id: one.point for one in chosen}
+    records = {identity: RecordedTraining.of(point, data) for identity, point in trained.items()}
+    engines, states = {}, {}
+    for training, point in trained.items():
+        model = attach_exits(backbone, records[training].costs.positions, point.config.exits)
+        heads, gates = load_heads([point], model)
+        engines[training] = Engine(model, point.config.exits.head_types, heads, gates, largest_tile(model))
+        states[training] = heads.member_state(0) | ({} if gates is None else gates.member_state(0))
+    saved = tuple(records[one.point.id].saved_point(one.name, one.row, one.front.test) for one in chosen)
+    places = np.linspace(0, len(data.validation) - 1, _NUM_PROBES).astype(int)
+    images = data.validation.__getitems__(places.tolist())[1]
+    tolerance = max(measured_tolerance(images, engines), _recorded_tolerance(images, engines, records, places))
+    _check_answers(images, engines, records, saved, places, tolerance)
+    class_names = _class_names(first, backbone.num_classes)
+    mean, std = _mean_and_std(first, data.in_channels)
+    architecture = backbone.name.split(".")[0]
+    write_folder(
+        directory,
+        description={
+            "format": FORMAT,
+            "dynexit": importlib.metadata.version("dynexit"),
+            "trainings": {training: records[training].saved_training() for training in trained},
+            "points": saved,
+            "preprocessing": Preprocessing(data=_preprocessing(first)),
+            "class_names": class_names,
+            "tolerance": tolerance,
+            "provenance": _provenance(first, trained),
+        },
+        config=backbone_config(backbone, first.config.backbone.arguments, class_names, mean, std),
+        backbone=backbone.model,
+        heads=states,
+        probe=make_probe(images, engines, saved),
+        card=write_card(
+            first.config.report.title or first.config.name,
+            architecture,
+            saved,
+            class_names,
+            backbone.input_size,
+            is_timm=timm.is_model(architecture),
+        ),
+    )
+    return saved
+
+
+def _choose(points: Sequence[Point], relative_macs: float | None, identity: str | None) -> list[_Chosen]:
+    table = points[0].study_dir / "report" / "operating_points.csv"
+    if not table.is_file():
+        raise UserError(f"{table} is missing: the study has no report; run `dynexit run` on it first")
+    if identity is not None:
+        points = [point for point in points if any(one.startswith(identity) for one in point.ids.values())]
+        if not points:
+            raise UserError(f"no point's id begins with {identity!r}; the report and `dynexit status` show the ids")
+    backbones = sorted({point.ids["prepare"] for point in points})
+    if len(backbones) > 1:
+        raise UserError(
+            f"the study has {len(backbones)} backbones, and a folder holds one; choose one with --point and its "
+            f"id, {', '.join(backbones)}, or the id of a training"
+        )
+    by_id = {one: point for point in points for one in (point.id, point.ids["search"])}
+    rows = [row for row in read_csv(table) if row.point_id in by_id or row.point_id == backbones[0]]
+    alone = front_of(row for row in rows if row.source == "backbone")
+    front = [one for one in front_of(rows) if one.validation.source != "backbone"]
+    if not alone or not front:
+        raise UserError(f"{table} has no operating point of these points; run `dynexit run` on the study again")
+    if relative_macs is not None:
+        within = [one for one in front if one.validation.relative_macs <= relative_macs]
+        if not within:
+            least = front[0].validation
+            raise UserError(
+                f"--relative-macs {relative_macs:g} is unattainable: the cheapest operating point takes "
+                f"{least.relative_macs:.4f} of the backbone's MACs (validation accuracy {least.accuracy:.4f})"
+            )
+        front = [min(within, key=lambda one: (-one.validation.accuracy, one.validation.macs))]
+    else:
+        front = _with_certified(front, rows)
+    chosen = [_Chosen("", by_id[one.validation.point_id], one) for one in front]
+    return [*_named(chosen), _Chosen("backbone", chosen[-1].point, alone[0])]
+
+
+def _with_certified(front: Sequence[FrontPoint], rows: Sequence[ReportRow]) -> list[FrontPoint]:
+    """The front, and points whose risk is certified, which need not be on it; by rising relative MACs."""
+    there = {one.validation.key for one in front}
+    tests = {row.key: row for row in rows if row.split == "test"}
+    certified = [row for row in rows if row.split == "validation" and '"risk"' in row.budget and row.key not in there]
+    more = [FrontPoint(row, tests[row.key], math.nan) for row in certified]
+    return sorted([*front, *more], key=lambda one: one.validation.relative_macs)
+
+
+def _named(chosen: Sequence[_Chosen]) -> list[_Chosen]:
+    """With a name each, as `macs-0.293`; a number follows where several round to the same."""
+    counts: dict[str, int] = {}
+    named = []
+    for one in chosen:
+        name = f"macs-{one.row.relative_macs:.3f}"
+        counts[name] = counts.get(name, 0) + 1
+        named.append(dataclasses.replace(one, name=name if counts[name] == 1 else f"{name}-{counts[name]}"))
+    return named
+
+
+def _recorded_tolerance(
+    images: Tensor, engines: Mapping[str, Engine], records: Mapping[str, RecordedTraining], places: np.ndarray
+) -> float:
+    """How far confidences here lie from those recorded, which may be of another device. Raises Failure if too far."""
+    most = 0.0
+    for training, engine in engines.items():
+        found_Rn = max_probability(engine.all_logits(images)[0]).flatten(0, 1).numpy()
+        record = records[training].records["validation"]
+        most = max(most, float(np.abs(found_Rn - record.probability()[:-1, places]).max()))
+    if not most <= _OTHER_MODEL:
+        raise Failure(
+            f"confidences differ by {most:.3g} from those recorded; the record is of another machine or model: record "
+            "the study again"
+        )
+    return 4 * most
+
+
+def _check_answers(
+    images: Tensor,
+    engines: Mapping[str, Engine],
+    records: Mapping[str, RecordedTraining],
+    points: Sequence[SavedPoint],
+    places: np.ndarray,
+    tolerance: float,
+) -> None:
+    for point in points:
+        expected_N, _ = records[point.training].expected(point.configuration, point.confidence, "validation")
+        router = engines[point.training].router(point.configuration, point.confidence, tolerance)
+        answers = router.classify(images)
+        if ((answers.exit_index_B != expected_N[places]) & ~answers.near_B).any():
+            raise Failure(
+                f"{point.name}: the model leaves at exits {answers.exit_index_B.tolist()} where the record has "
+                f"{expected_N[places].tolist()}; record the study again"
+            )
+
+
+def _mean_and_std(point: Point, num_channels: int) -> tuple[Sequence[float], Sequence[float]]:
+    settings = point.config.data
+    if settings.name == "digits":
+        return [DIGITS_MEAN] * num_channels, [DIGITS_STD] * num_channels
+    return NORMALISATIONS[settings.normalisation or recipe_of(settings).normalisation]
+
+
+def _class_names(point: Point, num_classes: int) -> tuple[str, ...]:
+    """Those that prepare stored; numbers if the data set has none."""
+    try:
+        names = RunDir(point, "prepare").read_json("classes.json")["names"]
+    except FileNotFoundError:
+        names = None
+    return tuple(names or map(str, range(num_classes)))
+
+
+def _preprocessing(point: Point) -> dict[str, Any]:
+    """What image files need of the section `data`, so that a later change of a default changes nothing."""
+    data = point.config.data
+    content = data.model_dump(mode="json", include={"name", "image_size", "test_transform", "normalisation"})
+    if data.name != "digits":
+        content["normalisation"] = data.normalisation or recipe_of(data).normalisation
+    return content
+
+
+def _provenance(point: Point, trained: Mapping[str, Point]) -> dict[str, Any]:
+    return {
+        "study": point.config.name,
+        "data": point.config.data.name,
+        "prepare": point.ids["prepare"],
+        "backbone_sha256": RunDir(point, "prepare").digest(BACKBONE),
+        "heads_sha256": {training: RunDir(one, "train").digest(HEADS) for training, one in trained.items()},
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }

@@ -1,0 +1,80 @@
+"""Commands on model folders: save (from a study) and predict (image files)."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_deploy_commands(commands: Any) -> None:
+    """Adds the commands to the command line."""
+    save = _command(commands, "save", "write operating points of a finished study as a model folder")
+    save.add_argument("study", type=Path, metavar="STUDY.yaml")
+    save.add_argument("directory", type=Path, metavar="DIR", help="the new folder")
+    save.add_argument("words", nargs="*", metavar="key.path=value", help="overrides of the study's keys")
+    which = save.add_mutually_exclusive_group()
+    which.add_argument("--front", action="store_true", help="all points of the validation front (the default)")
+    which.add_argument(
+        "--relative-macs", type=float, metavar="SHARE", help="the most accurate within this share of the MACs alone"
+    )
+    save.add_argument("--point", metavar="ID", help="of one training, search or prepared backbone alone")
+    save.set_defaults(tool=_save)
+    predict = _command(commands, "predict", "classify image files with a model folder")
+    predict.add_argument("directory", type=Path, metavar="DIR", help="a folder that `dynexit save` wrote")
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="of a folder all below it")
+    target = predict.add_mutually_exclusive_group()
+    target.add_argument("--relative-macs", type=float, metavar="SHARE", help="most accurate within this share of MACs")
+    target.add_argument(
+        "--max-accuracy-drop", type=float, metavar="DROP", help="fewest MACs that lose at most this, as 0.005"
+    )
+    target.add_argument("--point", metavar="NAME", help="an operating point; default: the backbone alone")
+    predict.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
+    predict.add_argument("--out", type=Path, metavar="FILE.csv", help="default: the terminal")
+    predict.set_defaults(tool=_predict)
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    return command
+
+
+def _save(options: argparse.Namespace) -> None:
+    from dynexit.jobs.save import run_save
+    from launch.api import load_study
+
+    study = load_study(options.study, options.words)
+    saved = run_save(study.points, options.directory, relative_macs=options.relative_macs, identity=options.point)
+    print(f"{options.directory}: {len(saved)} operating points")
+    for point in saved:
+        low, high = point.accuracy_interval
+        accuracy = f"{100 * point.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
+        print(f"  {point.name:16} {point.relative_macs:.4f} of the MACs, validation accuracy {accuracy}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from dynexit.deploy.model import load
+    from dynexit.errors import Failure
+    from dynexit.run_dir import atomic_write
+
+    model = load(options.directory)
+    if options.relative_macs is not None:
+        view = model.use(relative_macs=options.relative_macs)
+    elif options.max_accuracy_drop is not None:
+        view = model.use(max_accuracy_drop=options.max_accuracy_drop)
+    else:
+        view = model.use(options.point or "backbone")
+    found = view.predict(options.images, options.batch_size)
+    if options.out is None:
+        found.write_csv(sys.stdout)
+    else:
+        with atomic_write(options.out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            found.write_csv(file)
+    seen = view.stats()
+    macs = sum(row.macs for row in found.rows) / max(len(found.rows), 1) / view.full_macs
+    print(f"dynexit: {seen.num_images} images by {view.name}, {macs:.4f} of the backbone's MACs", file=sys.stderr)
+    for reason in found.unreadable.values():
+        print(f"dynexit: {reason}", file=sys.stderr)
+    if found.unreadable:
+        raise Failure(f"{len(found.unreadable)} of {len(found.unreadable) + len(found.rows)} files were left out")
