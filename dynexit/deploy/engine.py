@@ -78,7 +78,7 @@ class Engine:
     @torch.inference_mode()
     def all_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits in float32 of every head (P, H, B, K) and of the backbone (B, K), for images (B, C, H, W)."""
-        features, final_BK = self.model.features(images)
+        features, final_BK = self.model.features(images.to(next(self.model.parameters()).dtype))
         rows: list[Tensor] = []
         for p, feature in enumerate(features):
             own_HBK = torch.stack([self.head(p, head_type)(feature) for head_type in range(len(self.head_types))])

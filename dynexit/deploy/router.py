@@ -189,20 +189,21 @@ class Router:
         self._model, self._stops, self._shrinkage = model, tuple(stops), shrinkage
         self._confidence, self.tolerance = confidence, tolerance
         self._by_gates = any(stop.threshold is None for stop in stops)
-        self.device = next(model.parameters()).device
+        parameter = next(model.parameters())
+        self.device, self._dtype = parameter.device, parameter.dtype
         self.tile = tile if self.device.type == "cpu" else None
         """The most images that run together; None for any number."""
         self.num_classes, self.num_stages = model.backbone.num_classes, len(self._stops) + 1
 
     @torch.inference_mode()
     def classify(self, images: Tensor) -> Answers:
-        """Class, exit and logits of every image (B, C, H, W); B is at least 1."""
+        """Class, exit and logits of every image (B, C, H, W), of any floating type; B is at least 1."""
         if len(images) == 1:
             return self._classify_one(images)
         return join([self._classify(tile) for tile in even_parts(images, self.tile)])
 
     def _classify_one(self, image: Tensor) -> Answers:
-        state, near, used = self._model.start(image), False, 0.0
+        state, near, used = self._model.start(image.to(self._dtype)), False, 0.0
         before: Tensor | None = None
         feature: Tensor | None = None
         for stop in self._stops:
@@ -237,7 +238,7 @@ class Router:
 
     def admit(self, images: Tensor, ids_b: np.ndarray) -> InFlight:
         """Returns images (b, C, H, W) as samples before the first stage. `ids_b` is theirs to name them by."""
-        state = self._model.start(images)
+        state = self._model.start(images.to(self._dtype))
         if _tensor_of(state).data_ptr() == images.data_ptr():  # samples are moved within it later
             state = _with_tensor(state, _tensor_of(state).clone())
         used_b = np.zeros(len(images), np.float32) if self._by_gates else None

@@ -1,0 +1,64 @@
+"""An optimised model gives the same answers, within what its precision allows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dynexit
+from dynexit.deploy.optimize import fold_batch_norms
+from dynexit.errors import Failure, UserError
+from tests.conftest import require
+from tests.deploy.saved import make_images, save_random
+
+FOLDED = {"ResNet": True, "EfficientNet": True, "RegNet": True, "MobileNetV3": True, "ViT": False, "ConvNeXt": False}
+
+
+@pytest.mark.parametrize("family", FOLDED)
+def test_folding_changes_no_answer(family: str, tmp_path: Path) -> None:
+    save_random(tmp_path / "model", family)
+    model = dynexit.load(tmp_path / "model", verify=False)
+    before = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.backbone.modules())
+    faster = model.optimize("cpu")
+    after = sum(isinstance(module, torch.nn.BatchNorm2d) for module in faster.backbone.modules())
+    assert (after == 0 < before) if FOLDED[family] else after == before == 0
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.backbone.modules()) == before
+    images = make_images(model.input_size, 30)
+    for point in model.points:
+        slow, fast = model.use(point)(images), faster.use(point)(images)
+        sure = ~fast.near
+        assert sure.double().mean() > 0.8
+        assert torch.equal(slow.exit_index[sure], fast.exit_index[sure])
+        torch.testing.assert_close(slow.probabilities[sure], fast.probabilities[sure], atol=1e-4, rtol=1e-3)
+
+
+def test_bf16_stays_within_its_tolerance(tmp_path: Path) -> None:
+    require(torch.cpu._is_avx512_bf16_supported(), "this CPU has no bf16")
+    save_random(tmp_path / "model")
+    model = dynexit.load(tmp_path / "model", verify=False)
+    faster = model.optimize("cpu", precision="bf16")
+    assert next(faster.backbone.parameters()).dtype == torch.bfloat16
+    assert faster.tolerance > model.tolerance
+    images = make_images(model.input_size, 60)
+    for point in model.points:
+        slow, fast = model.use(point)(images), faster.use(point)(images)
+        differs = slow.exit_index != fast.exit_index
+        assert not (differs & ~fast.near).any()
+        assert fast.probabilities.dtype == torch.float32
+
+
+def test_a_fold_that_changes_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_random(tmp_path / "model")
+    model = dynexit.load(tmp_path / "model", verify=False)
+
+    def wrong(backbone) -> None:  # type: ignore[no-untyped-def]
+        fold_batch_norms(backbone)
+        next(module for module in backbone.modules() if isinstance(module, torch.nn.Conv2d)).weight.data *= 1.5
+
+    monkeypatch.setattr("dynexit.deploy.optimize.fold_batch_norms", wrong)
+    with pytest.raises(Failure, match="on its probe the backbone gives logits that differ"):
+        model.optimize("cpu")
+    with pytest.raises(UserError, match="precision is 'int8', allowed are float32, bf16"):
+        model.optimize("cpu", precision="int8")
+    with pytest.raises(UserError, match="for the device cpu, got 'cuda'"):
+        model.optimize("cuda")
