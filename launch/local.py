@@ -8,12 +8,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +25,6 @@ from dynexit.study.grid import Point
 from dynexit.study.schema import Config, DistSettings
 from dynexit.study.stages import stage_of
 from launch.lock import work_for
-from launch.log_errors import last_error
 from launch.plan import Job, done_together
 
 _POLL_SECONDS = 0.2
@@ -113,7 +113,7 @@ class _LocalJob:
         results = [read_json(path) for path in map(self.result_path, range(len(self.ranks))) if path.is_file()]
         if len(results) < len(self.ranks) or any(process.returncode for process in self.ranks):
             logs = [self.log_path(rank, "err") for rank in range(len(self.ranks))]
-            reason = last_error(logs) or _exit_statuses(self.ranks)
+            reason = _last_error(logs) or _exit_statuses(self.ranks)
             return f"{self.job.name} failed: {reason} (log {', '.join(map(str, logs))})", True
         for result in results:
             if result["user_error"]:
@@ -236,6 +236,28 @@ def _exit_statuses(processes: "Sequence[subprocess.Popen[bytes]]") -> str:
         for status in (process.returncode for process in processes)
     ]
     return "; ".join(f"rank {rank} {status}" for rank, status in enumerate(statuses))
+
+
+def _last_error(logs: Sequence[Path]) -> str:
+    """Returns the last error that a rank printed, rather than what the others said of its end; '' if none did."""
+    found = _errors(path for path in logs if path.suffix == ".err")
+    # if its errors had no room on the disk, those of others may have
+    found = found or _errors(path for path in logs if path.suffix == ".out")
+    silent = [line for line in found if "Connection" not in line]
+    own = [line for line in silent if "gloo" not in line.lower()]
+    return (own or silent or found or [""])[0]
+
+
+def _errors(logs: Iterable[Path]) -> list[str]:
+    """The last error in each of the logs that have one."""
+    found = []
+    for path in logs:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in text.splitlines()]  # torch puts it before each
+        kinds = r"\S*(Error|Exception|Interrupted|error|Killed)\b|\[Errno \d+\]"
+        errors = [line for line in lines if re.match(kinds, line)]
+        found += errors[-1:]
+    return found
 
 
 def _to_json(job: Job) -> dict[str, Any]:

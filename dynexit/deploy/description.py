@@ -26,18 +26,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _Part(BaseModel):
+class _DescriptionPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class FilePromise(_Part):
+class FilePromise(_DescriptionPart):
     """Size and SHA-256 of a file of the folder."""
 
     bytes: int
     sha256: Digest
 
 
-class PointStatistics(_Part):
+class PointStatistics(_DescriptionPart):
     """How an operating point did on one split."""
 
     accuracy: Share
@@ -51,7 +51,7 @@ class PointStatistics(_Part):
     """Of the class predicted, at the exits taken, after the temperatures."""
 
 
-class SavedPoint(_Part):
+class SavedPoint(_DescriptionPart):
     """An operating point: whose heads, how they leave, and what that gave on validation, where it was chosen."""
 
     name: str
@@ -91,7 +91,7 @@ class SavedPoint(_Part):
         return self.validation.exit_fractions
 
 
-class SavedTraining(_Part):
+class SavedTraining(_DescriptionPart):
     """Exits of one training: how they are put together and what they cost."""
 
     label: str
@@ -152,7 +152,7 @@ class SavedTraining(_Part):
         return np.array([*(row[head] if head >= 0 else 1.0 for row, head in zip(rows, heads, strict=True)), last])
 
 
-class Preprocessing(_Part):
+class Preprocessing(_DescriptionPart):
     """How image files become inputs: the section `data` of the study, without folders."""
 
     data: dict[str, Any]
@@ -169,7 +169,7 @@ class Preprocessing(_Part):
         return DataSettings.model_validate(self.data)
 
 
-class Description(_Part):
+class Description(_DescriptionPart):
     """Everything in exits.json but its own digest."""
 
     format: int

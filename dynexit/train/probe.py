@@ -101,7 +101,7 @@ class Prober:
         """Fits all heads at position number p, for every member, and returns what is known of each."""
         task, where = self.task, place_name(self.task.model.positions[p])
         began = time.monotonic()
-        parts = [_Part(self._standardised(kept, p), kept) for kept in (self.train, self.validation)]
+        parts = [_HeldSplit(self._standardised(kept, p), kept) for kept in (self.train, self.validation)]
         seconds = time.monotonic() - began
         found = []
         num_types = len(task.costs.head_types)
@@ -141,12 +141,12 @@ class Prober:
             z[rows] = self.standardisations[p](x).cpu()
         return z
 
-    def _loaded(self, part: "_Part", rows: Any) -> tuple[Tensor, Tensor]:
+    def _loaded(self, part: "_HeldSplit", rows: Any) -> tuple[Tensor, Tensor]:
         return part.z[rows].to(self.ranks.device), part.kept.labels[rows].to(self.ranks.device)
 
     # ---- linear heads
 
-    def _fit_linear(self, stack: Stack, train: "_Part", validation: "_Part") -> tuple[dict[str, Any], str]:
+    def _fit_linear(self, stack: Stack, train: "_HeldSplit", validation: "_HeldSplit") -> tuple[dict[str, Any], str]:
         weight, bias = stack.values()
         best: tuple[float, float, Regression] | None = None
         start = torch.zeros_like(weight[0]), torch.zeros_like(bias[0])
@@ -176,7 +176,7 @@ class Prober:
 
     # ---- MLP heads
 
-    def _fit_mlp(self, stack: Stack, train: "_Part", validation: "_Part") -> tuple[dict[str, Any], str]:
+    def _fit_mlp(self, stack: Stack, train: "_HeldSplit", validation: "_HeldSplit") -> tuple[dict[str, Any], str]:
         task, settings = self.task, self.settings
         optimizer = MemberAdam(stack, settings.weight_decay, decoupled=True)
         num_members = len(task.members)
@@ -204,7 +204,9 @@ class Prober:
             task.stopped[i] = f"{task.members[i].name}: an MLP head's loss was not finite; lower probe.learning_rate"
         return {"best_epoch": epoch_M.tolist()}, f"best of {epoch + 1} epochs: {epoch_M.mean():g}"
 
-    def _mlp_step(self, optimizer: MemberAdam, train: "_Part", batch: list[int], rate: float, active_M: Tensor) -> None:
+    def _mlp_step(
+        self, optimizer: MemberAdam, train: "_HeldSplit", batch: list[int], rate: float, active_M: Tensor
+    ) -> None:
         rows = train.kept.row_N[batch]
         z_BD, labels_B = self._loaded(train, rows[rows >= 0])
         parameters = leaves(optimizer.stack, None)
@@ -216,7 +218,7 @@ class Prober:
         optimizer.step(gradients, None, rate_M, dict.fromkeys(parameters, active_M))
 
     @torch.no_grad()
-    def _judge(self, stack: Stack, part: "_Part") -> tuple[Tensor, Tensor]:
+    def _judge(self, stack: Stack, part: "_HeldSplit") -> tuple[Tensor, Tensor]:
         """(Correct samples, mean cross-entropy) of every member's head on a split, (M,) float64 on the CPU."""
         num_members = len(next(iter(stack.values())))
         sums_2M = torch.zeros(2, num_members, dtype=torch.float64, device=self.ranks.device)
@@ -230,7 +232,7 @@ class Prober:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _HeldSplit:
     """A split's standardised features (n, D) at one position."""
 
     z: Tensor

@@ -73,7 +73,7 @@ def save_random(
     for training, engine in engines.items():
         logits_PHNK, _ = engine.all_logits(images)
         for share, confidence in ((0.4, "max_probability"), (0.15, "entropy")):
-            confidence_PN = CONFIDENCES[confidence](logits_PHNK[:, 0]).numpy()
+            confidence_PN = CONFIDENCES[confidence].function(logits_PHNK[:, 0]).numpy()
             way = thresholds(confidence_PN, [0] * len(costs.positions), share)
             exit_N = engine.router(way, confidence).classify(images).exit_index_B
             statistics = make_statistics(exit_N, configuration_macs_L(way, costs), costs.full_macs, 0.9 - share / 10)

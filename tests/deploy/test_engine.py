@@ -69,7 +69,7 @@ def test_leaves_as_the_configuration_says(family: str, confidence: str) -> None:
     images = images_for(engine)
     kept = images.clone()
     logits_PHBK, final_BK = all_exits(engine, heads, images)
-    confidence_PHB = CONFIDENCES[confidence](logits_PHBK).numpy()
+    confidence_PHB = CONFIDENCES[confidence].function(logits_PHBK).numpy()
     num_positions = len(engine.model.positions)
     enabled = [(0, 1, -1)[p % 3] for p in range(num_positions)]
     configuration = middle_thresholds(confidence_PHB, enabled)
@@ -115,7 +115,7 @@ def test_additive_heads_add_the_exit_before() -> None:
     engine, heads, _ = build("ResNet", ("linear",), shrinkage=0.5)
     images = images_for(engine)
     logits_PHBK, _ = all_exits(engine, heads, images)
-    confidence_PHB = CONFIDENCES["max_probability"](logits_PHBK).numpy()
+    confidence_PHB = CONFIDENCES["max_probability"].function(logits_PHBK).numpy()
     configuration = middle_thresholds(confidence_PHB, [0] * len(engine.model.positions))
     nothing = np.zeros(confidence_PHB.shape, bool)
     exit_B, _ = apply_configuration(configuration, confidence_PHB, nothing, nothing[0, 0])
@@ -130,7 +130,7 @@ def test_additive_heads_add_the_exit_before() -> None:
 def test_tiles_of_a_batch_give_the_same_answers() -> None:
     whole, heads, _ = build("ResNet")
     images = images_for(whole)
-    confidence_PHB = CONFIDENCES["max_probability"](all_exits(whole, heads, images)[0]).numpy()
+    confidence_PHB = CONFIDENCES["max_probability"].function(all_exits(whole, heads, images)[0]).numpy()
     configuration = middle_thresholds(confidence_PHB, [0] * len(whole.model.positions))
     expected = whole.router(configuration).classify(images)
     router = build("ResNet", tile=4)[0].router(configuration)
@@ -161,7 +161,7 @@ def test_samples_near_a_threshold_are_marked() -> None:
     engine, heads, _ = build("ResNet")
     images = images_for(engine)
     logits_PHBK, _ = all_exits(engine, heads, images)
-    confidence_B = CONFIDENCES["max_probability"](logits_PHBK[1, 0]).numpy()
+    confidence_B = CONFIDENCES["max_probability"].function(logits_PHBK[1, 0]).numpy()
     exits = [(-1, 1.0)] * len(engine.model.positions)
     exits[1] = (0, float(confidence_B[7]))
     near = np.abs(confidence_B - confidence_B[7]) <= NEAR

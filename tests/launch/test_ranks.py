@@ -68,7 +68,7 @@ def kill_a_rank(launcher: int) -> None:
     while True:
         for rank in psutil.Process(launcher).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if rank.environ().get("SUBMITIT_LOCAL_GLOBALID") == "1":
+                if rank.environ().get("RANK") == "1":
                     rank.kill()
                     return
         time.sleep(0.1)
