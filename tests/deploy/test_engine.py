@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynexit.core.confidence import CONFIDENCES, gate_features
+from dynexit.core.cost import STEM
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.deploy.engine import Engine, largest_tile
@@ -16,6 +17,7 @@ from dynexit.deploy.stream import stream
 from dynexit.errors import UserError
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.readers import Reading
 from tests.models.tiny import build_tiny
 
 TYPES = ("linear", "mlp2x7")
@@ -109,6 +111,31 @@ def test_leaves_as_the_gates_say(family: str) -> None:
     for size in (1, 23):
         answers = in_batches(engine.router(configuration, "gate"), images, size)
         np.testing.assert_array_equal(answers.exit_index_B, first_B)
+
+
+@pytest.mark.parametrize("reader", ["average_max_std", None])
+def test_concatenated_features_and_a_stem_exit(reader: str | None) -> None:
+    backbone = build_tiny("ResNet")
+    positions = [STEM, *range(backbone.num_blocks - 1)]
+    model = MultiExit(backbone, positions, ("linear",), Reading(reader, concatenate=True))
+    heads = StackedHeads(model.feature_dims, positions, ("linear",), 5, [3]).requires_grad_(False)
+    engine = Engine(model, ("linear",), heads, None, 1000)
+    images = images_for(engine)
+    kept = images.clone()
+    logits_PHBK, _ = all_exits(engine, heads, images)
+    confidence_PHB = CONFIDENCES["max_probability"].function(logits_PHBK).numpy()
+    nothing = np.zeros(confidence_PHB.shape, bool)
+    for enabled in ([0, -1, 0, -1, -1, 0, -1, -1], [-1, -1, -1, 0, 0, -1, -1, -1], [0] * 8):
+        configuration = middle_thresholds(confidence_PHB, enabled[: len(positions)])
+        exit_B, _ = apply_configuration(configuration, confidence_PHB, nothing, nothing[0, 0])
+        assert len(set(exit_B)) > 2
+        router = engine.router(configuration)
+        for size in (1, 7, 23):
+            answers = in_batches(router, images, size)
+            assert ((answers.exit_index_B == exit_B) | answers.near_B).all()
+        streamed = join(list(stream(router, images.split(5), 6)))
+        assert ((streamed.exit_index_B == exit_B) | streamed.near_B).all()
+    assert torch.equal(images, kept)
 
 
 def test_additive_heads_add_the_exit_before() -> None:
