@@ -120,7 +120,7 @@ class JeiDnnTask(PackTask):
         stack, best = self.optimizers["heads"].stack, self.best["heads"]
         for p, position in enumerate(self.model.positions):
             prober.fit(p)
-            if self.standardisations is None:  # they go on on features as they are
+            if self.standardisations is None:  # training continues on features as they are
                 name = f"{position}.{self.costs.head_types[0]}.0"
                 weight, bias = stack[f"{name}.weight"], stack[f"{name}.bias"]
                 for i in range(len(self.members)):

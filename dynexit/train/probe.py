@@ -263,7 +263,7 @@ class ProbeTask(PackTask):
         positions = self.model.positions
         with session_of(self, self.ranks, checkpoints, progress) as session:
             if session.resumed:
-                progress.say(f"goes on after {session.position} of {len(positions)} exits")
+                progress.say(f"resuming after {session.position} of {len(positions)} exits")
             progress.start(len(positions), session.position)
             prober = Prober(self, self.method)
             self.standardisations = prober.standardisations
