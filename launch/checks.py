@@ -54,10 +54,21 @@ def _missing_data(config: Config, is_here: bool) -> Iterator[str]:
     data = config.data
     if data.name == "digits" or data.name not in DATA_SETS:
         return  # part of scikit-learn; a data set of timm is looked for by timm
-    if data.dir is None:
+    if data.name == "fashion_mnist":
+        yield from _missing_fashion_mnist(config) if is_here else ()
+    elif data.dir is None:
         yield f"data.dir is not set; {data.name} needs it: the folder with its files"
     elif is_here and not data.download and not Path(data.dir).expanduser().is_dir():
         yield f"data.dir = {data.dir}: there is no such folder; it should be the folder with the files of {data.name}"
+
+
+def _missing_fashion_mnist(config: Config) -> Iterator[str]:
+    from dynexit.data.fashion_mnist import find_fashion_mnist
+
+    try:
+        find_fashion_mnist(config.data)
+    except UserError as error:
+        yield str(error)
 
 
 def _misfits(kinds: Sequence[tuple[Config, bool]], *, dry_run: bool) -> list[str]:

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from dynexit.data.splits import DataSets, Split, Workers, stratified_order
+from dynexit.data.transforms import GREY
 from dynexit.errors import UserError
 from dynexit.study.schema import DataSettings
 
 NUM_DIGITS = 1797
-DIGITS_MEAN, DIGITS_STD = 0.13, 0.27  # of the views at the default settings
 _SMALLEST_DIGIT, _LARGEST_DIGIT, _SMALLEST_CANVAS = 20, 28, 32
 
 
@@ -72,4 +72,5 @@ def _digit_views(originals: Tensor, data: DataSettings, random: np.random.Genera
         for image, i in zip(enlarged, chosen.tolist(), strict=True):
             views[i, :, rows[i] : rows[i] + side, columns[i] : columns[i] + side] = image * float(contrast[i])
     views += data.noise * torch.from_numpy(noise)
-    return (views - DIGITS_MEAN) / DIGITS_STD
+    mean, std = GREY["digits"]
+    return (views - mean) / std

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 
 from dynexit.data.digits import load_digits, num_train_digits
+from dynexit.data.fashion_mnist import check_fashion_mnist, load_fashion_mnist
 from dynexit.data.folders import IMAGENET_CLASSES, checked_part, class_folders, read_folders
 from dynexit.data.images import FileSource, Source, Sources, TransformedImages
 from dynexit.data.inspection import class_remarks, copies_remark
@@ -52,6 +53,9 @@ def describe_data(data: DataSettings) -> tuple[int, int]:
         _refuse_transforms(data)
         num_train_digits(data)
         return _num_classes(data, 10), 1
+    if data.name == "fashion_mnist":
+        check_fashion_mnist(data)
+        return _num_classes(data, 10), 1
     if data.train_transform or data.test_transform:
         train_transform(data)
         test_transform(data)
@@ -79,12 +83,6 @@ def _refuse_transforms(data: DataSettings) -> None:
             raise UserError(f"data.{name} = {getattr(data, name)!r}: digits come as fixed views; remove the key")
 
 
-def check_dir(data: DataSettings) -> None:
-    """Raises UserError, saying what it should be, where data.dir must be set and is not."""
-    if data.dir is None and data.name in _SETS:
-        _SETS[data.name].read(data)
-
-
 def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bool = False) -> DataSets:
     """The splits of the data set that the section `data` names; their batches are loaded as `workers` say.
 
@@ -96,6 +94,8 @@ def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bo
     num_classes, channels = describe_data(data)
     if data.name == "digits":
         return _with_class_counts(load_digits(data, workers))
+    if data.name == "fashion_mnist":
+        return _with_class_counts(load_fashion_mnist(data, workers))
     augment, is_random = train_transform(data)
     plain = test_transform(data)
     sources = (read_timm if "/" in data.name else _SETS[data.name].read)(data)

@@ -18,7 +18,7 @@ from dynexit.data.images import Transform, kept_random_state
 from dynexit.errors import UserError
 from dynexit.study.schema import DataSettings
 
-_CROP_PADDING = 1 / 8  # of the image size: 28 of 224 pixels, and 4 of 32
+CROP_PADDING = 1 / 8  # of the image size: 28 of 224 pixels, and 4 of 32
 
 # mean and standard deviation of red, green and blue, of the full intensity
 NORMALISATIONS: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = MappingProxyType(
@@ -31,6 +31,9 @@ NORMALISATIONS: Mapping[str, tuple[tuple[float, float, float], tuple[float, floa
         "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     }
 )
+
+# mean and standard deviation of sets with one grey channel: of the views at the default settings, of the 28x28 pixels
+GREY: Mapping[str, tuple[float, float]] = MappingProxyType({"digits": (0.13, 0.27), "fashion_mnist": (0.286, 0.353)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ def train_transform(data: DataSettings) -> tuple[Transform, bool]:
             f"transform of {data.name} is {kind}; remove them or set data.transform=timm"
         )
     if kind == "pad_crop":
-        return _resize(data, padding=round(data.image_size * _CROP_PADDING), flip=0.5), True
+        return _resize(data, padding=round(data.image_size * CROP_PADDING), flip=0.5), True
     if kind == "none":
         return test_transform(data), False
     arguments = {**(recipe.train_arguments if recipe.augmentation == "timm" else {}), **data.train_transform}
@@ -100,7 +103,7 @@ def check_colours(data: DataSettings, published: Mapping[str, Any]) -> None:
     `published` is what timm says of the weights.
     """
     mean, std = published.get("mean"), published.get("std")
-    if data.name == "digits" or mean is None or std is None:
+    if data.name in GREY or mean is None or std is None:
         return
     pairs = zip(itertools.chain(*_mean_and_std(data)), itertools.chain(mean, std), strict=True)
     if all(math.isclose(a, b, abs_tol=2e-3) for a, b in pairs):

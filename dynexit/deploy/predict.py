@@ -9,10 +9,10 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dynexit.data.digits import DIGITS_MEAN, DIGITS_STD
+from dynexit.data.fashion_mnist import SIDE
 from dynexit.data.images import Transform
 from dynexit.data.pixels import EXTENSIONS, decode
-from dynexit.data.transforms import test_transform
+from dynexit.data.transforms import GREY, test_transform
 from dynexit.errors import UserError
 from dynexit.study.schema import DataSettings
 
@@ -49,16 +49,20 @@ class Predictions:
 
 def image_transform(data: DataSettings, num_channels: int) -> Transform:
     """Returns the transform of test images of a data set, from an image of Pillow in RGB to (C, H, W)."""
-    if data.name != "digits":
+    if data.name not in GREY:
         return test_transform(data)
     from torchvision import transforms
 
-    # the digits come from no files; an image of one is white on black, as theirs are
+    # these images come from no files of their own; an image of one is white on black, as they are
+    mean, std = GREY[data.name]
+    inner = SIDE if data.name == "fashion_mnist" else data.image_size
+    before, after = (data.image_size - inner) // 2, data.image_size - inner - (data.image_size - inner) // 2
     steps = [
         transforms.Grayscale(num_channels),
-        transforms.Resize((data.image_size, data.image_size)),
+        transforms.Resize((inner, inner)),
+        transforms.Pad([before, before, after, after]),
         transforms.ToTensor(),
-        transforms.Normalize([DIGITS_MEAN] * num_channels, [DIGITS_STD] * num_channels),
+        transforms.Normalize([mean] * num_channels, [std] * num_channels),
     ]
     transform: Transform = transforms.Compose(steps)
     return transform

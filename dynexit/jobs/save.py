@@ -17,8 +17,7 @@ from torch import Tensor
 
 from dynexit.core.confidence import max_probability
 from dynexit.data import load_data, workers_of
-from dynexit.data.digits import DIGITS_MEAN, DIGITS_STD
-from dynexit.data.transforms import NORMALISATIONS, recipe_of
+from dynexit.data.transforms import GREY, NORMALISATIONS, recipe_of
 from dynexit.deploy.assembly import attach_exits
 from dynexit.deploy.card import write_card
 from dynexit.deploy.description import FORMAT, Preprocessing, SavedPoint
@@ -205,8 +204,9 @@ def _check_answers(
 
 def _mean_and_std(point: Point, num_channels: int) -> tuple[Sequence[float], Sequence[float]]:
     settings = point.config.data
-    if settings.name == "digits":
-        return [DIGITS_MEAN] * num_channels, [DIGITS_STD] * num_channels
+    if settings.name in GREY:
+        mean, std = GREY[settings.name]
+        return [mean] * num_channels, [std] * num_channels
     return NORMALISATIONS[settings.normalisation or recipe_of(settings).normalisation]
 
 
@@ -223,7 +223,7 @@ def _preprocessing(point: Point) -> dict[str, Any]:
     """What image files need of the section `data`, so that a later change of a default changes nothing."""
     data = point.config.data
     content = data.model_dump(mode="json", include={"name", "image_size", "test_transform", "normalisation"})
-    if data.name != "digits":
+    if data.name not in GREY:
         content["normalisation"] = data.normalisation or recipe_of(data).normalisation
     return content
 

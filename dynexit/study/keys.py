@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.search_methods import SEARCH_METHODS
 
-DATA_SETS = ("digits", "cifar10", "cifar100", "cifar100_lt", "svhn", "imagenet", "image_folder")
+DATA_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_lt", "svhn", "imagenet", "image_folder")
 _MOST_STEPS, _MOST_DIGITS = 10**6, 12  # of a range; of a step that a message proposes
 TIMM_DATA_SETS = ("torch", "hfds", "hfids", "tfds", "wds")  # before the slash of a name that timm knows
 
