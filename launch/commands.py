@@ -123,10 +123,21 @@ def _logs(options: argparse.Namespace) -> int:
                 printed = True
                 print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
     if not printed:
-        raise UserError(
-            f"no job of these points has printed anything; their own logs are in {study.directory / 'pack'}"
-        )
+        printed = _print_logs_of_points(study, {point.id for point in points})
+    if not printed:
+        raise UserError("no job of these points has printed anything")
     return 0
+
+
+def _print_logs_of_points(study: LoadedStudy, chosen: set[str]) -> bool:
+    """Of work done without a queue: the ends of what packs, or the fit of the backbone, wrote. Whether there is any."""
+    from launch.status import study_status
+
+    logs = dict.fromkeys(one.log for one in study_status(study) if one.log and one.id in chosen)
+    for log in logs:
+        lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join([f"==> {log}", *lines[-_LOG_LINES:], ""]))
+    return bool(logs)
 
 
 def _cancel(options: argparse.Namespace) -> int:

@@ -198,6 +198,12 @@ def test_published_names_of_dyce_are_importable() -> None:
     assert callable(search_and_eval)
 
 
+def test_the_first_example_fits_the_study_that_it_names() -> None:
+    (overrides,) = re.findall(r'load_study\("configs/digits.yaml", overrides=(\{.*?\})\)', EXAMPLES[0])
+    study = dynexit.load_study(ROOT / "configs" / "digits.yaml", overrides=json.loads(overrides))
+    assert len(study.points) == 28
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The folder in which the examples of docs/api.md ran on a small study, and the variables that they left."""

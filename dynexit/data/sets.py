@@ -118,7 +118,11 @@ def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bo
             in_channels=channels,
             image_size=data.image_size,
             class_names=names if len(names) == num_classes else tuple(map(str, range(num_classes))),
-            remarks=(*sources.remarks, *copies),
+            remarks=(
+                *_few_left_remark(len(rows["train"]), len(sources.train.labels)),
+                *sources.remarks,
+                *copies,
+            ),
         )
     )
 
@@ -146,6 +150,15 @@ def _held_out(data: DataSettings, sources: Sources) -> dict[str, torch.Tensor]:
         raise UserError(f"{' and '.join(held)} {verb} none of {num_images} images for training; make them smaller")
     rows["train"] = order[start:].sort().values
     return rows
+
+
+def _few_left_remark(num_left: int, num_images: int) -> tuple[str, ...]:
+    if 2 * num_left >= num_images:
+        return ()
+    return (
+        f"only {num_left} of {num_images} images are left for training; make data.num_validation or data.num_test "
+        "smaller",
+    )
 
 
 def _check_labels(data: DataSettings, source: Source, num_classes: int) -> None:

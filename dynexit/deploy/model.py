@@ -44,7 +44,7 @@ class Outputs:
     near: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class View:
     """A model with one way to leave early. Immutable; views of a model share its weights, threads may share a view."""
 
@@ -62,6 +62,10 @@ class View:
     _temperature_L: np.ndarray | None
     _counter: ExitCounter
     _description: Description
+
+    def __repr__(self) -> str:
+        share = "" if self.point is None else f", {self.point.relative_macs:.4f} of the MACs"
+        return f"<View {self.name}{share}>"
 
     def __call__(self, images: Tensor) -> Outputs:
         """Classifies images (B, C, H, W), float32 and normalised as `transform` does.
@@ -169,6 +173,9 @@ class EarlyExitModel:
             self.engines[identity] = Engine(model, training.stack.head_types, heads, gates, tile)
         self._counters: dict[tuple[str, Any], ExitCounter] = {}
         self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<EarlyExitModel: {len(self.points)} operating points, {len(self.class_names)} classes; see use()>"
 
     def use(
         self,
@@ -280,6 +287,9 @@ class EarlyExitModel:
         )
 
 
+_MOST = {"relative_macs": 2, "max_accuracy_drop": 1, "risk": 1}  # exits and heads may cost more than the backbone alone
+
+
 def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoint:
     """Returns the operating point for a target of `EarlyExitModel.use`; targets are about validation.
 
@@ -287,6 +297,8 @@ def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoin
     """
     if not isinstance(value, int | float) or not value >= 0:
         raise UserError(f"{target} is {value!r}; give a number of at least 0")
+    if value > _MOST[target]:
+        raise UserError(f"{target} is {value!r}, which is more than {_MOST[target]}; give a share, as {value / 100:g}")
     cheapest = min(points, key=lambda point: point.relative_macs)
     if target == "relative_macs":
         within = [point for point in points if point.relative_macs <= value]
@@ -311,13 +323,24 @@ def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoin
     return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
 
 
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch built without it
+        text = str(error).splitlines()[0]
+        raise UserError(f"device = {str(device)!r} cannot be used ({text}); give cpu, or cuda with a GPU") from None
+    return found
+
+
 def load(directory: str | Path, *, verify: bool = True, device: str | torch.device = "cpu") -> EarlyExitModel:
     """Returns the model in a folder of `dynexit save`. Nothing is unpickled; the study and its data are not needed.
 
     With `verify` the folder's probe is run, and its answers must be the saved ones. Raises UserError, naming the file,
-    for a folder that is foreign, cut short, altered, or of another format version; Failure for other answers.
+    for a folder that is foreign, cut short, altered, or of another format version, and for a device that torch cannot
+    use; Failure for other answers.
     """
-    model = EarlyExitModel(read_folder(Path(directory)), device)
+    model = EarlyExitModel(read_folder(Path(directory)), _usable(device))
     if verify:
         difference = check_probe(model.probe, model.engines, model.points, str(directory))
         model.tolerance = max(NEAR, model.tolerance, 4 * difference)

@@ -134,7 +134,7 @@ def write_folder(
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UserError(f"{directory} was made meanwhile; give the name of a new folder") from None
         raise Failure(
-            f"{directory} could not be written: {error.strerror or error}; make room or fix the permissions, then "
+            f"{directory} could not be written: {error.strerror or error}; free space or fix the permissions, then "
             "run again"
         ) from error
 

@@ -85,7 +85,7 @@ def _lookup(raw: dict[str, Any], dotted: str) -> Any:
 def _apply_override(raw: dict[str, Any], sweep: dict[str, Any], override: str, mistakes: list[str]) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        mistakes.append(f"{override!r} should be key.path=value, as train.num_epochs=5")
+        mistakes.append(f"{override!r} should be key.path=value, as train.num_epochs=30")
         return
     try:
         value = json_only(parse_yaml(text, comments=False), name, mistakes)

@@ -223,7 +223,7 @@ class ReportSettings(Section):
 
 class InferSettings(Section):
     relative_macs: float | None = key(
-        None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0
+        None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0, le=2
     )
     source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
     split: Literal["validation", "test"] = key("test", "samples to classify")

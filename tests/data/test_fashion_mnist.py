@@ -15,27 +15,20 @@ from dynexit.data.splits import Workers
 from dynexit.deploy.predict import image_transform
 from dynexit.errors import UserError
 from dynexit.study.schema import DataSettings
+from tests.data.on_disk import write_fashion_mnist
 
 NUM_TRAIN, NUM_TEST = 60, 20
-FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")}
-FILES["test"] = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def write_idx(path: Path, array: np.ndarray, *, packed: bool) -> None:
-    content = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    content += array.tobytes()
-    (path.with_name(path.name + ".gz") if packed else path).write_bytes(gzip.compress(content) if packed else content)
-
-
-def write_set(folder: Path, *, packed: bool = True) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    random, sets = np.random.default_rng(3), {}
-    for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
-        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = random.permutation(np.arange(count, dtype=np.uint8) % 10)
-        for name, array in zip(FILES[split], (pixels, labels), strict=True):
-            write_idx(folder / name, array, packed=packed)
-        sets[split] = (pixels, labels)
+def write_set(root: Path, below: str = ".", *, packed: bool = True) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The idx files, only plain or only with .gz, in the folder `below` the root."""
+    sets = write_fashion_mnist(root, NUM_TRAIN, NUM_TEST)
+    (root / below).mkdir(parents=True, exist_ok=True)
+    for path in (root / "FashionMNIST" / "raw").iterdir():
+        if packed != (path.suffix == ".gz"):
+            path.unlink()
+        else:
+            path.rename(root / below / path.name)
     return sets
 
 
@@ -64,7 +57,7 @@ def all_of(data: DataSets, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 @pytest.mark.parametrize(("below", "packed"), [(".", True), (".", False), ("FashionMNIST/raw", True)])
 def test_every_image_comes_out_once_with_its_label(below: str, packed: bool, tmp_path: Path) -> None:
-    sets = write_set(tmp_path / below, packed=packed)
+    sets = write_set(tmp_path, below, packed=packed)
     assert describe_data(settings(tmp_path)) == (10, 1)
     data = load_data(settings(tmp_path))
     pixels, labels = sets["train"]

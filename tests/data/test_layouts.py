@@ -251,3 +251,10 @@ def test_an_ambiguous_order_is_refused_for_a_backbone_used_as_it_is(tmp_path: Pa
     check_class_order(folder(tmp_path / "same"))
     check_class_order(DataSettings())
     check_class_order(folder(tmp_path / "elsewhere", name="imagenet"))
+
+
+def test_a_split_that_leaves_little_for_training_is_said(tmp_path: Path) -> None:
+    write_folders(tmp_path, {"train": PETS, "test": PETS})
+    start = "only 4 of 16 images are left for training; make data.num_validation or data.num_test smaller"
+    assert has_line(load_data(folder(tmp_path, num_validation=12)).remarks, start)
+    assert not has_line(load_data(folder(tmp_path, num_validation=8)).remarks, "only")

@@ -61,6 +61,23 @@ def test_an_unattainable_target_names_the_nearest(model: EarlyExitModel) -> None
         model.use("backbone", relative_macs=0.5)
     with pytest.raises(UserError, match="relative_macs is nan; give a number of at least 0"):
         model.use(relative_macs=float("nan"))
+    with pytest.raises(UserError, match=r"relative_macs is 30, which is more than 2; give a share, as 0\.3"):
+        model.use(relative_macs=30)
+    with pytest.raises(UserError, match=r"max_accuracy_drop is 5, which is more than 1; give a share, as 0\.05"):
+        model.use(max_accuracy_drop=5)
+
+
+def test_what_a_notebook_shows_is_one_line(model: EarlyExitModel) -> None:
+    assert repr(model) == f"<EarlyExitModel: {len(model.points)} operating points, {len(CLASSES)} classes; see use()>"
+    point = model.points[0]
+    assert repr(model.use(point)) == f"<View {point.name}, {point.relative_macs:.4f} of the MACs>"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:x"])
+def test_a_device_that_is_not_there_is_named(folder: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"device = '{device}' cannot be used (.*); give cpu, or cuda with a GPU"):
+        dynexit.load(folder, device=device)
 
 
 def test_certified_points_answer_a_risk(model: EarlyExitModel) -> None:

@@ -72,7 +72,7 @@ def test_an_ambiguous_layout_is_asked_for() -> None:
     model_out, ee_out, _ = logits(EXITS)
     message = (
         r"^ee_out has shape \(4, 4, 9\), as many exits as samples, so that \(N, B, C\) and \(B, N, C\) cannot be "
-        'apart; say which with layout="NBC" or layout="BNC"$'
+        'distinguished; say which with layout="NBC" or layout="BNC"$'
     )
     with pytest.raises(UserError, match=message):
         OutputRecorder(2).add_pred(model_out, ee_out)

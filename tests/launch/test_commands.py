@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dynexit.run_dir import RunDir
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study, resolved_yaml
 from launch.__main__ import main
@@ -52,6 +53,11 @@ def test_other_commands_take_the_run_folder(
     assert capsys.readouterr().out == resolved_yaml(study)
     assert main(["logs", folder, point]) == 2
     assert capsys.readouterr().err.startswith("dynexit: no job of these points has printed anything")
+    log = RunDir(study.points[0], "prepare") / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text("first\nlast\n", encoding="utf-8")
+    assert main(["logs", folder]) == 0
+    assert capsys.readouterr().out == f"==> {log}\nfirst\nlast\n\n"
     assert main(["logs", folder, "0000"]) == 2
     assert capsys.readouterr().err.startswith("dynexit: no point's id begins with '0000'")
     assert main(["cancel", folder, point]) == 0

@@ -105,7 +105,7 @@ def test_manifests_that_differ_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure) as failure:
         read_manifests(tmp_path)
     assert str(failure.value) == (
-        f"{other} lists shard-000000-000004.safetensors once more with other contents (a duplicate); {remedy}"
+        f"{other} lists shard-000000-000004.safetensors again with other contents (a duplicate); {remedy}"
     )
     write(tmp_path, "manifest-rank1of2.json", (), {"checkpoint_sha256": "1"})
     with pytest.raises(Failure) as failure:

@@ -277,7 +277,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing_half_written(whole: Path,
             record_rank(planned)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(failure.value).startswith(f"{path} could not be written: File too large; make room or ")
+    assert str(failure.value).startswith(f"{path} could not be written: File too large; free space or ")
     assert set(files(tmp_path / "shards")) == {
         "manifest-complete.json",
         "shard-000000-000001.safetensors",

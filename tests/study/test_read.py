@@ -109,7 +109,7 @@ sweep: {seed: [], train.batch_size: [1], jei_dnn.head_loss: [paper, papers], see
 """
     assert mistakes(tmp_path, text) == [
         "jei_dnn.ce_ic_tradeoff = nan: should be a finite number",
-        "data.name = 'digit': no data set of this name; known are digits, cifar10, cifar100, "
+        "data.name = 'digit': no data set of this name; known are digits, fashion_mnist, cifar10, cifar100, "
         "cifar100_lt, svhn, imagenet, image_folder, and of timm torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME",
         "data.noise = -1: should be greater than or equal to 0",
         "train.learning_rate = 'fast': should be a valid number",
@@ -147,7 +147,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("", (f"sweep.seed={list(range(1001))}", f"sweep.data.seed={list(range(1000))}"), "sweep: 1,001,000 points; at most 1,000,000 are allowed; shorten a list, or make two studies"),
         ("", (f"name={'n' * 201}",), f"name = '{'n' * 119}... (203 characters): string should have at most 200 characters"),
         ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, probe, dyce, record, search"),
-        ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=5"),
+        ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=30"),
         ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
         ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all', or should be a valid list"),
         ("", ("exits.positions=[-1]",), "exits.positions.0 = -1: should be greater than or equal to 0"),
@@ -314,11 +314,11 @@ def test_an_omitted_default_is_no_part_of_an_id() -> None:
 
 
 def test_ids_of_finished_studies_stay() -> None:
-    """Ids as they were before keys were added at defaults that keep old results."""
+    """Ids as they were when digits' splits became stratified: keys at defaults that keep old results are not in them."""
     ids = load_study(TINY, []).points[0].ids
     assert ids == {
-        "prepare": "5db9ca104ee5",
-        "train": "70fda7a9c84f",
-        "record": "6a1830e65190",
-        "search": "2364745e9188",
+        "prepare": "de507b465065",
+        "train": "3c62322ff2cf",
+        "record": "a88ff7fff6ca",
+        "search": "c4ffe2b6e95b",
     }
