@@ -9,7 +9,7 @@ from PIL import Image
 
 from dynexit.data import describe_data, transforms
 from dynexit.data.images import kept_random_state
-from dynexit.data.transforms import NORMALISATIONS, RECIPES, check_colours, train_transform
+from dynexit.data.transforms import GREY, NORMALISATIONS, RECIPES, check_colours, train_transform
 from dynexit.errors import UserError
 from dynexit.study.keys import DATA_SETS
 from dynexit.study.schema import DataSettings
@@ -29,7 +29,8 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def test_the_schema_and_the_tables_name_the_same() -> None:
-    assert set(RECIPES) == {*DATA_SETS, "timm"} - {"digits"}
+    assert set(RECIPES) == {*DATA_SETS, "timm"} - set(GREY)
+    assert set(GREY) < set(DATA_SETS)
     names = typing.get_args(typing.get_args(DataSettings.model_fields["normalisation"].annotation)[0])
     assert set(names) == set(NORMALISATIONS)
 
