@@ -111,8 +111,8 @@ class GreyImages:
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         chosen = np.asarray(indices, dtype=np.int64)
         pixels_BHW = self.pixels[chosen]
-        margins = [_margins(self.size - side, self.shift) for side in pixels_BHW.shape[1:]]
-        pixels_BHW = np.pad(pixels_BHW, ((0, 0), *margins))
+        around = [margins(self.size - side, self.shift) for side in pixels_BHW.shape[1:]]
+        pixels_BHW = np.pad(pixels_BHW, ((0, 0), *around))
         if self.seed is not None:
             pixels_BHW = self._augment(pixels_BHW, chosen, [self.seed, 2, epoch])
         return torch.from_numpy(self.values[pixels_BHW])[:, None]
@@ -129,7 +129,8 @@ class GreyImages:
         return crops
 
 
-def _margins(missing: int, shift: int) -> tuple[int, int]:
+def margins(missing: int, shift: int = 0) -> tuple[int, int]:
+    """Returns what is added before and after a side that is `missing` pixels short, and `shift` more at both ends."""
     return missing // 2 + shift, missing - missing // 2 + shift
 
 

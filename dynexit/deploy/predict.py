@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dynexit.data.fashion_mnist import SIDE
+from dynexit.data.fashion_mnist import SIDE, margins
 from dynexit.data.images import Transform
 from dynexit.data.pixels import EXTENSIONS, decode
 from dynexit.data.transforms import GREY, test_transform
@@ -56,7 +56,7 @@ def image_transform(data: DataSettings, num_channels: int) -> Transform:
     # these images come from no files of their own; an image of one is white on black, as they are
     mean, std = GREY[data.name]
     inner = SIDE if data.name == "fashion_mnist" else data.image_size
-    before, after = (data.image_size - inner) // 2, data.image_size - inner - (data.image_size - inner) // 2
+    before, after = margins(data.image_size - inner)
     steps = [
         transforms.Grayscale(num_channels),
         transforms.Resize((inner, inner)),

@@ -215,7 +215,7 @@ class QueueView:
         if entry is not None and live:
             is_another = len(job.packs) > 1 and job.main_reason.pack != pack
             state = live_state(entry, work[0], last.reason if last else "", is_another=is_another)
-            failed = is_over or now is not None  # the job goes on with its other packs
+            failed = is_over or now is not None  # the job continues with its other packs
         elif job.is_cancelled or (entry is not None and entry.state == "CANCELLED"):
             state = "cancelled"
         elif self._queue is not None:
