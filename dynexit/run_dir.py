@@ -33,6 +33,7 @@ BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
     "config.json",
 )
 BUDGETS = "budgets.json"
+LATENCY = "latency.json"  # the times of stage bench; a search by time has a copy
 CLASSES = "classes.json"
 STUDY = "study.yaml"  # in a study's folder: the study that was run there, with every key
 MEMBERS, BEGUN = "members.json", ".begun"  # of a pack: its points; a mark that exists until the pack is complete

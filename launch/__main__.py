@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
-from dynexit.study.stages import INFER, STAGES
-from launch.deploy_commands import add_deploy_commands
+from dynexit.study.stages import BENCH, INFER, STAGES
+from launch.deploy_commands import add_deploy_commands, add_model_bench
 from launch.tools import add_tools
 
 _JOBS = {
@@ -46,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--site", type=Path, metavar="SITE.yaml", help="the cluster's profile, for --on slurm")
         command.add_argument("--dry-run", action="store_true", help="print points, packs, ids and resources only")
+        if name == BENCH:
+            add_model_bench(command)
     _study_command(commands, "config", "the resolved study: every key with its meaning, unit and default")
     _study_command(commands, "ui", "MLflow's page on the study's results")
     status = _study_command(commands, "status", "state, step, last figures, attempts and log of every point")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynexit.errors import Failure, UserError
-from dynexit.study.stages import INFER, STAGES
+from dynexit.study.stages import BENCH, INFER, STAGES
 from launch.api import LoadedStudy, load_study
+from launch.deploy_commands import bench_folder
 
 if TYPE_CHECKING:
     from dynexit.study.grid import Point
@@ -37,6 +38,8 @@ def _load(options: argparse.Namespace) -> tuple[LoadedStudy, "list[Point]"]:
 def _run(options: argparse.Namespace) -> int:
     from launch.run import print_messages
 
+    if options.command == BENCH and bench_folder(options):
+        return 0
     study = load_study(options.study, options.words)
     until = "report" if options.command == "run" else options.command
     if options.dry_run:

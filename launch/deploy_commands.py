@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dynexit.errors import UserError
+
 
 def add_deploy_commands(commands: Any) -> None:
     """Adds the commands to the command line."""
@@ -17,6 +19,10 @@ def add_deploy_commands(commands: Any) -> None:
     which.add_argument(
         "--relative-macs", type=float, metavar="SHARE", help="the most accurate within this share of the MACs alone"
     )
+    which.add_argument(
+        "--latency-ms", type=float, metavar="MS", help="the most accurate within this mean time of a batch alone"
+    )
+    save.add_argument("--batch-size", type=int, metavar="B", help="of --latency-ms; default: the smallest measured")
     save.add_argument("--point", metavar="ID", help="of one training, search or prepared backbone alone")
     save.set_defaults(tool=_save)
     predict = _command(commands, "predict", "classify image files with a model folder")
@@ -27,10 +33,58 @@ def add_deploy_commands(commands: Any) -> None:
     target.add_argument(
         "--max-accuracy-drop", type=float, metavar="DROP", help="fewest MACs that lose at most this, as 0.005"
     )
+    target.add_argument("--latency-ms", type=float, metavar="MS", help="most accurate within this mean time")
     target.add_argument("--point", metavar="NAME", help="an operating point; default: the backbone alone")
     predict.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
     predict.add_argument("--out", type=Path, metavar="FILE.csv", help="default: the terminal")
     predict.set_defaults(tool=_predict)
+
+
+def add_model_bench(bench: argparse.ArgumentParser) -> None:
+    """Adds to the command of stage bench what it takes for a model folder in place of a study."""
+    group = bench.add_argument_group("with a model folder in place of a study")
+    group.add_argument("--batch", metavar="B,...", help="batch sizes; default: 1,8,64")
+    group.add_argument(
+        "--points", metavar="P,...", help="shares of the full model's time, or names of points; default: 0.4,0.6,0.8"
+    )
+    group.add_argument("--runtime", metavar="NAME,...", help="default: torch")
+    group.add_argument("--device", metavar="DEVICE", help="cpu (the default) or cuda")
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="for bench.csv, bench.json and accuracy_time.png")
+
+
+def bench_folder(options: argparse.Namespace) -> bool:
+    """Times a model folder if `dynexit bench` was given one. Returns whether it was.
+
+    Raises UserError for options of the one with the other, and for a batch size that is none.
+    """
+    given = {name: getattr(options, name) for name in ("batch", "points", "runtime", "device", "out")}
+    if not (options.study / "exits.json").is_file():
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"--{wrong[0]} is for a model folder, and {options.study} is none (it has no exits.json)")
+        return False
+    if options.words or options.out is None:
+        what = f"{options.words[0]} is for a study" if options.words else "--out is missing"
+        raise UserError(f"{what}; for a model folder: dynexit bench DIR --out FOLDER [--batch 1,8,64] [--points 0.6]")
+    from dynexit.bench.model_bench import BenchRequest, bench_model
+
+    asked: dict[str, Any] = {}
+    if options.batch is not None:
+        asked["batch_sizes"] = [_batch_size(text) for text in options.batch.split(",")]
+    if options.points is not None:
+        asked["points"] = options.points.split(",")
+    if options.runtime is not None:
+        asked["runtimes"] = options.runtime.split(",")
+    if options.device is not None:
+        asked["device"] = options.device
+    print(bench_model(options.study, BenchRequest(**asked), options.out))
+    print(f"written to {options.out}")
+    return True
+
+
+def _batch_size(text: str) -> int:
+    if not text.strip().isdigit() or int(text) == 0:
+        raise UserError(f"--batch {text}: batch sizes are 1 or more, as 1,8,64")
+    return int(text)
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -45,12 +99,27 @@ def _save(options: argparse.Namespace) -> None:
     from launch.api import load_study
 
     study = load_study(options.study, options.words)
-    saved = run_save(study.points, options.directory, relative_macs=options.relative_macs, identity=options.point)
+    target = options.latency_ms
+    if options.batch_size is not None:
+        if target is None:
+            raise UserError("--batch-size is for --latency-ms, which is missing")
+        target = (target, options.batch_size)
+    saved = run_save(
+        study.points,
+        options.directory,
+        relative_macs=options.relative_macs,
+        latency_ms=target,
+        identity=options.point,
+    )
     print(f"{options.directory}: {len(saved)} operating points")
     for point in saved:
         low, high = point.accuracy_interval
         accuracy = f"{100 * point.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
-        print(f"  {point.name:16} {point.relative_macs:.4f} of the MACs, validation accuracy {accuracy}")
+        times = ", ".join(f"{one.milliseconds:.3g} ms at batch {one.batch_size}" for one in point.latency)
+        print(
+            f"  {point.name:16} {point.relative_macs:.4f} of the MACs, validation accuracy {accuracy}"
+            + f", {times}" * bool(times)
+        )
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -63,6 +132,8 @@ def _predict(options: argparse.Namespace) -> None:
         view = model.use(relative_macs=options.relative_macs)
     elif options.max_accuracy_drop is not None:
         view = model.use(max_accuracy_drop=options.max_accuracy_drop)
+    elif options.latency_ms is not None:
+        view = model.use(latency_ms=options.latency_ms)
     else:
         view = model.use(options.point or "backbone")
     found = view.predict(options.images, options.batch_size)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import is_recorded, report_identity
+from dynexit.jobs.finished import is_recorded, is_searched, report_identity
 from dynexit.run_dir import BEGUN, DONE, MEMBERS, RunDir, folders_in_place, is_done, read_json, write_json
 from dynexit.study.grid import Point, Study, canonical_json, digest, fixed_values
 from dynexit.study.methods import METHODS
 from dynexit.study.schema import DistSettings, method_settings
-from dynexit.study.stages import POINT_STAGES, stage_of
+from dynexit.study.stages import BENCH, POINT_STAGES, stage_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,14 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
     def is_finished(point: Point) -> bool:
         if stage == "record":
             return is_recorded(point, check_bytes=check_bytes)
+        if stage == "search":
+            return is_searched(point, check_bytes=check_bytes)
         return RunDir(point, stage).is_done(check_bytes=check_bytes)
 
     begun = (study.directory / stage).is_dir()  # of a new sweep of thousands of points not each is asked for
     points = [point for point in study.points if not begun or not is_finished(point)]
-    if stage == "prepare":
-        groups = list({point.ids["prepare"]: [point] for point in reversed(points)}.values())[::-1]
+    if stage in ("prepare", BENCH):
+        groups = list({point.ids[stage]: [point] for point in reversed(points)}.values())[::-1]
     elif stage == "search":
         groups = [points] if points else []
     else:

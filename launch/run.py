@@ -8,12 +8,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import check_budgets, finished_jobs
-from dynexit.run_dir import STUDY, write_text
+from dynexit.jobs.finished import check_budgets
+from dynexit.run_dir import STUDY, RunDir, write_text
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import resolved_yaml
 from dynexit.study.schema import Config
-from dynexit.study.stages import INFER, STAGES, stages_until
+from dynexit.study.stages import BENCH, INFER, STAGES, stages_until
 from dynexit.study.validation import sentences
 from launch.checks import check_models, folders_elsewhere
 from launch.local import run_here, run_local
@@ -32,7 +32,7 @@ def run_study(study: Study, until: str, on: str, site: Path | None, arguments: S
     `on` is one of PLACES; slurm submits the jobs and returns. `arguments` are the study's on the command line, for a
     process that loads it again. Raises UserError for a mistake of the request, the study or its models.
     """
-    stages, profile = _checked_request(until, on, site)
+    stages, profile = _checked_request(study, until, on, site)
     _check_name(study)
     if num_ranks() > 1:
         return _run_with_ranks(study, until, on, arguments)
@@ -49,7 +49,7 @@ def run_study(study: Study, until: str, on: str, site: Path | None, arguments: S
 
 def dry_run(study: Study, until: str, on: str, site: Path | None) -> str:
     """Returns points, packs, ids and resources of what would be done, as text. Raises UserError as `run_study` does."""
-    stages, profile = _checked_request(until, on, site)
+    stages, profile = _checked_request(study, until, on, site)
     plan = [describe_plan(study, stages, on)]
     if profile is not None:
         from launch.slurm.submit import describe_submission
@@ -59,7 +59,7 @@ def dry_run(study: Study, until: str, on: str, site: Path | None) -> str:
     return "\n".join(plan)
 
 
-def _checked_request(until: str, on: str, site: Path | None) -> tuple[tuple[str, ...], Site | None]:
+def _checked_request(study: Study, until: str, on: str, site: Path | None) -> tuple[tuple[str, ...], Site | None]:
     """The stages asked for, and the cluster's profile with `on` slurm."""
     for name, value, allowed in (("until", until, (*STAGES, INFER.name)), ("on", on, PLACES)):
         if value not in allowed:
@@ -68,7 +68,7 @@ def _checked_request(until: str, on: str, site: Path | None) -> tuple[tuple[str,
         raise UserError(f"--site is for --on slurm, and this is --on {on}")
     if on == "slurm" and until == INFER.name:
         raise UserError("infer runs --on here or --on local; run it where the study's folder is")
-    return stages_until(until), load_site(site) if on == "slurm" else None
+    return stages_until(until, by_time=study.is_by_time), load_site(site) if on == "slurm" else None
 
 
 def _check_name(study: Study) -> None:
@@ -94,13 +94,13 @@ def _run_with_ranks(study: Study, until: str, on: str, arguments: Sequence[str])
     if on != "here" or until == INFER.name:
         what = INFER.name if until == INFER.name else f"--on {on}"
         raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
-    stages = stages_until(until)
+    stages = stages_until(until, by_time=study.is_by_time)
     if is_main():  # the others are ended with it
         check_listed(study.directory)
         check_models(study, dry_run=False)
     prepare_alone(study, arguments)
     failures = run_together(study, stages)
-    rest = [stage for stage in stages if stage in ("search", "report")]
+    rest = [stage for stage in stages if stage in (BENCH, "search", "report")]
     if is_main() and rest:
         with hold(study.directory):
             failures += _run_stages(study, rest, until, on)
@@ -111,7 +111,9 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> lis
     failures: list[str] = []
     _write_study(study)
     did_something = False
-    left = study if stages[0] == next(iter(STAGES)) else _with_finished(study, "record")
+    left = study
+    if stages[0] != next(iter(STAGES)):  # ranks have done what comes before
+        left = _with_finished(study, "record" if "search" in stages else "prepare")
     for stage in stages:
         if not left.points:
             break
@@ -144,7 +146,7 @@ def _write_study(study: Study) -> None:
 
 
 def _with_finished(study: Study, stage: str) -> Study:
-    points: tuple[Point, ...] = tuple(point for point in study.points if stage in finished_jobs(point))
+    points: tuple[Point, ...] = tuple(point for point in study.points if RunDir(point, stage).is_marked)
     return dataclasses.replace(study, points=points)
 
 

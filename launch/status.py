@@ -10,7 +10,6 @@ from dynexit.errors import Failure
 from dynexit.jobs.finished import failure_reason, finished_jobs
 from dynexit.run_dir import MEMBERS, METRICS, PROGRESS, RunDir, folders_in_place, read_json
 from dynexit.study.grid import Point, Study
-from dynexit.study.stages import POINT_STAGES
 from launch.lock import is_held
 from launch.plan import report_is_done
 from launch.slurm.submissions import QueueView
@@ -46,7 +45,7 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
     log = folder / "log.txt" if folder is not None else RunDir(point, "prepare") / "log.txt"
     reason = failure_reason(point)
     state, step, figures = "waiting", "", ""
-    missing = next((job for job in POINT_STAGES if job not in finished), None)
+    missing = next((job for job in point.stages if job not in finished), None)
     on_cluster = jobs.of(point, missing) if missing is not None else None
     if on_cluster is not None and on_cluster.is_failed:
         reason = reason or on_cluster.reason
@@ -54,7 +53,7 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
         reason = None  # it is being tried again
     if reason is not None:
         state, figures = "failed", reason
-    elif len(finished) == len(POINT_STAGES):
+    elif len(finished) == len(point.stages):
         state, figures = "done", _last_figures(point)
     elif finished or folder is not None:
         progress = _progress(folder) if missing == "train" and folder is not None else {}

@@ -33,11 +33,12 @@ Or `dynexit predict . photos/ --relative-macs {budget:.2f} --out predictions.csv
 Operating points were chosen on the validation split, so its figures are slightly optimistic; those of the test split
 are not. Intervals hold 95 %.
 
-| operating point | relative MACs | validation accuracy | test accuracy | test relative MACs | leave before the end |
-| --- | --- | --- | --- | --- | --- |
+| point | relative MACs | validation accuracy | test accuracy | test relative MACs | leave before the end |{ms}
+| --- | --- | --- | --- | --- | --- |{lines}
 {rows}
 
-MACs count the products of convolutions, linear layers and attention. They are not time: measure that on your machine.
+MACs count the products of convolutions, linear layers and attention. They are not time: measure that on your machine
+with `dynexit bench .`.{machine}
 
 ## Files
 
@@ -60,6 +61,8 @@ def write_card(
 ) -> str:
     """Returns the text of the card. `points` are by rising relative MACs."""
     middle = points[len(points) // 2]
+    times = points[0].latency
+    machine = f" Times here are the mean of a batch on {times[0].device_name} ({times[0].device})." if times else ""
     return _TEXT.format(
         title=title,
         library="timm" if is_timm else "pytorch",
@@ -70,6 +73,9 @@ def write_card(
         size=" x ".join(map(str, input_size)),
         budget=middle.relative_macs + 0.005,
         alone=_ALONE if is_timm else "",
+        ms="".join(f" ms at batch {one.batch_size} |" for one in times),
+        lines=" --- |" * len(times),
+        machine=machine,
         rows="\n".join(_row(point) for point in points),
     )
 
@@ -83,6 +89,7 @@ def _row(point: SavedPoint) -> str:
         _accuracy(test.accuracy, test.accuracy_interval),
         f"{test.relative_macs:.4f}",
         f"{100 * (1 - test.exit_fractions[-1]):.1f} %",
+        *(f"{one.milliseconds:.3g}" for one in point.latency),
     ]
     return f"| {' | '.join(cells)} |"
 

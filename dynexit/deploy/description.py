@@ -5,7 +5,7 @@ Shapes: P positions, L = P + 1 exits, H head types.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -51,6 +51,18 @@ class PointStatistics(_DescriptionPart):
     """Of the class predicted, at the exits taken, after the temperatures."""
 
 
+class SavedLatency(_DescriptionPart):
+    """The mean time of a batch on validation, by the times of stages and exits on one device."""
+
+    device: str
+    """cpu or cuda."""
+    device_name: str
+    batch_size: int
+    milliseconds: float
+    relative: float
+    """Over the plain backbone's."""
+
+
 class SavedPoint(_DescriptionPart):
     """An operating point: whose heads, how they leave, and what that gave on validation, where it was chosen."""
 
@@ -64,6 +76,12 @@ class SavedPoint(_DescriptionPart):
     validation: PointStatistics
     test: PointStatistics
     certified_risk: Share | None = None
+    latency: tuple[SavedLatency, ...] = ()
+    """By batch size, rising; empty where no times were measured."""
+
+    def times_of(self, batch_size: int, device: str) -> list[SavedLatency]:
+        """Those of `latency` for a batch size and a device type."""
+        return [one for one in self.latency if (one.batch_size, one.device) == (batch_size, device)]
 
     @property
     def configuration(self) -> Configuration | None:
@@ -222,3 +240,70 @@ def read_description(text: str, folder: str) -> Description:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(foreign % f"is wrong at {where}: {first['msg']}") from None
+
+
+_MOST = {"relative_macs": 2, "max_accuracy_drop": 1, "risk": 1}  # exits and heads may cost more than the backbone alone
+
+
+def choose_by_time(points: Sequence[SavedPoint], target: float | tuple[float, int], device: str) -> SavedPoint:
+    """Returns the most accurate operating point whose mean time for a batch is at most the target.
+
+    `target` is milliseconds for the smallest batch size measured, or (milliseconds, batch size); `device` is cpu or
+    cuda. Raises UserError for a time that no point attains, naming the nearest, and where none was measured.
+    """
+    latency_ms, batch_size = target if isinstance(target, tuple) else (target, None)
+    sizes = sorted({one.batch_size for point in points for one in point.latency if one.device == device})
+    if not sizes:
+        raise UserError(
+            f"latency_ms = {latency_ms!r}: the folder has no times measured on a {device}; run the study with "
+            "search.latency=measured there and save it again"
+        )
+    batch = sizes[0] if batch_size is None else batch_size
+    if batch not in sizes:
+        raise UserError(
+            f"the batch size of latency_ms is {batch!r}; times were measured for {', '.join(map(str, sizes))}"
+        )
+    if not isinstance(latency_ms, int | float) or not latency_ms > 0:
+        raise UserError(f"latency_ms is {latency_ms!r}; give milliseconds above 0")
+    timed = [(one.milliseconds, point) for point in points for one in point.times_of(batch, device)]
+    within = [(milliseconds, point) for milliseconds, point in timed if milliseconds <= latency_ms]
+    if not within:
+        milliseconds, fastest = min(timed, key=lambda one: one[0])
+        raise UserError(
+            f"latency_ms = {latency_ms:g} is unattainable at batch size {batch}: the fastest operating point, "
+            f"{fastest.name}, takes {milliseconds:.4g} ms (accuracy {fastest.accuracy:.4f})"
+        )
+    return min(within, key=lambda one: (-one[1].accuracy, one[0]))[1]
+
+
+def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoint:
+    """Returns the operating point for a target of `EarlyExitModel.use` but time; targets are about validation.
+
+    Raises UserError for a target out of range, and for one that no point attains, naming the nearest.
+    """
+    if not isinstance(value, int | float) or not value >= 0:
+        raise UserError(f"{target} is {value!r}; give a number of at least 0")
+    if value > _MOST[target]:
+        raise UserError(f"{target} is {value!r}, which is more than {_MOST[target]}; give a share, as {value / 100:g}")
+    cheapest = min(points, key=lambda point: point.relative_macs)
+    if target == "relative_macs":
+        within = [point for point in points if point.relative_macs <= value]
+        if not within:
+            raise UserError(
+                f"relative_macs = {value:g} is unattainable: the cheapest operating point, {cheapest.name}, takes "
+                f"{cheapest.relative_macs:.4f} of the backbone's MACs (accuracy {cheapest.accuracy:.4f})"
+            )
+        return min(within, key=lambda point: (-point.accuracy, point.relative_macs))
+    if target == "max_accuracy_drop":
+        backbone = next(point for point in points if point.source == "backbone")
+        within = [point for point in points if backbone.accuracy - point.accuracy <= value + 1e-12]
+        return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
+    certified = [point for point in points if point.certified_risk is not None]
+    within = [point for point in certified if point.certified_risk <= value]  # type: ignore[operator]
+    if not within:
+        least = min((point.certified_risk for point in certified if point.certified_risk is not None), default=None)
+        nearest = "no operating point has a certificate; search the study with search.risk"
+        if least is not None:
+            nearest = f"the least risk that an operating point is certified for is {least:g}"
+        raise UserError(f"risk = {value:g} is unattainable: {nearest}")
+    return min(within, key=lambda point: (point.relative_macs, -point.accuracy))

@@ -5,7 +5,7 @@ Shapes: B images, L exits, K classes.
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.assembly import attach_exits
-from dynexit.deploy.description import Description, SavedPoint, SavedTraining
+from dynexit.deploy.description import Description, SavedPoint, SavedTraining, choose, choose_by_time
 from dynexit.deploy.engine import Engine, largest_tile
 from dynexit.deploy.model_folder import Contents, read_folder
 from dynexit.deploy.optimize import DIFFERENCES, optimized_backbone
@@ -174,6 +174,11 @@ class EarlyExitModel:
         self._counters: dict[tuple[str, Any], ExitCounter] = {}
         self._lock = threading.Lock()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
     def __repr__(self) -> str:
         return f"<EarlyExitModel: {len(self.points)} operating points, {len(self.class_names)} classes; see use()>"
 
@@ -184,6 +189,7 @@ class EarlyExitModel:
         relative_macs: float | None = None,
         max_accuracy_drop: float | None = None,
         risk: float | None = None,
+        latency_ms: float | tuple[float, int] | None = None,
         training: str | None = None,
         confidence: str = "max_probability",
     ) -> View:
@@ -192,7 +198,9 @@ class EarlyExitModel:
         `way`, an operating point or its name, or a configuration, whose thresholds are on `confidence` of the heads of
         `training` (needed if the folder has several); `relative_macs`, the best validation accuracy within that share
         of the backbone's MACs; `max_accuracy_drop`, the fewest MACs that lose at most this validation accuracy;
-        `risk`, the fewest MACs whose risk is certified to be at most this.
+        `risk`, the fewest MACs whose risk is certified to be at most this; `latency_ms`, the best validation accuracy
+        within that mean time, measured on such a device, of a batch of the smallest size measured, or of B images for
+        (milliseconds, B).
 
         Raises UserError for an unattainable target, naming the nearest, and for a configuration of another model.
         """
@@ -201,18 +209,21 @@ class EarlyExitModel:
             "relative_macs": relative_macs,
             "max_accuracy_drop": max_accuracy_drop,
             "risk": risk,
+            "latency_ms": latency_ms,
         }
         given: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
         if len(given) != 1:
             raise UserError(
                 f"use() takes one target and got {len(given)}; give a point, its name or a configuration, or one of "
-                "relative_macs, max_accuracy_drop, risk"
+                "relative_macs, max_accuracy_drop, risk, latency_ms"
             )
         ((name, value),) = given.items()
         if isinstance(value, Configuration):
             return self._view_of(value, training, confidence)
         if isinstance(value, SavedPoint):
             return self._view(value)
+        if name == "latency_ms":
+            return self._view(choose_by_time(self.points, value, self.device.type))
         return self._view(self._named(value) if name == "way" else choose(self.points, name, value))
 
     def stats(self) -> tuple[ExitStatistics, ...]:
@@ -285,42 +296,6 @@ class EarlyExitModel:
             counter,
             self._description,
         )
-
-
-_MOST = {"relative_macs": 2, "max_accuracy_drop": 1, "risk": 1}  # exits and heads may cost more than the backbone alone
-
-
-def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoint:
-    """Returns the operating point for a target of `EarlyExitModel.use`; targets are about validation.
-
-    Raises UserError for a target out of range, and for one that no point attains, naming the nearest.
-    """
-    if not isinstance(value, int | float) or not value >= 0:
-        raise UserError(f"{target} is {value!r}; give a number of at least 0")
-    if value > _MOST[target]:
-        raise UserError(f"{target} is {value!r}, which is more than {_MOST[target]}; give a share, as {value / 100:g}")
-    cheapest = min(points, key=lambda point: point.relative_macs)
-    if target == "relative_macs":
-        within = [point for point in points if point.relative_macs <= value]
-        if not within:
-            raise UserError(
-                f"relative_macs = {value:g} is unattainable: the cheapest operating point, {cheapest.name}, takes "
-                f"{cheapest.relative_macs:.4f} of the backbone's MACs (accuracy {cheapest.accuracy:.4f})"
-            )
-        return min(within, key=lambda point: (-point.accuracy, point.relative_macs))
-    if target == "max_accuracy_drop":
-        backbone = next(point for point in points if point.source == "backbone")
-        within = [point for point in points if backbone.accuracy - point.accuracy <= value + 1e-12]
-        return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
-    certified = [point for point in points if point.certified_risk is not None]
-    within = [point for point in certified if point.certified_risk <= value]  # type: ignore[operator]
-    if not within:
-        least = min((point.certified_risk for point in certified if point.certified_risk is not None), default=None)
-        nearest = "no operating point has a certificate; search the study with search.risk"
-        if least is not None:
-            nearest = f"the least risk that an operating point is certified for is {least:g}"
-        raise UserError(f"risk = {value:g} is unattainable: {nearest}")
-    return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
 
 
 def _usable(device: str | torch.device) -> torch.device:

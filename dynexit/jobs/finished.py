@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynexit.core.latency import LatencyTable
 from dynexit.errors import Failure, UserError
 from dynexit.record.shards import Record, has_shards
-from dynexit.run_dir import BUDGETS, CLASSES, DONE, FAILED, RunDir
+from dynexit.run_dir import BUDGETS, CLASSES, DONE, FAILED, LATENCY, RunDir, move_aside
 from dynexit.study.grid import Point, digest
 from dynexit.study.schema import RecordSettings
-from dynexit.study.stages import POINT_STAGES
+from dynexit.study.stages import BENCH
 
 SPLITS = ("validation", "test")
 _MOST_CHECKED_BYTES = 64 << 20
@@ -48,6 +49,47 @@ def is_recorded(point: Point, *, check_sizes: bool = False, check_bytes: bool = 
     return True
 
 
+def is_searched(point: Point, *, check_bytes: bool = False) -> bool:
+    """Whether `point` has a finished search, of the times that were measured last where it is by time.
+
+    Raises Failure, naming the file, where something finished was damaged.
+    """
+    directory, bench = RunDir(point, "search"), RunDir(point, BENCH)
+    if not directory.is_done(check_bytes=check_bytes):
+        return False
+    return not point.config.is_by_time or (bench.is_done() and directory.digest(LATENCY) == bench.digest(LATENCY))
+
+
+def measured_times(point: Point, stage: str = BENCH) -> LatencyTable:
+    """The times that stage bench measured for the point; with `stage` search those that its search read.
+
+    Raises Failure, naming the file, where they are damaged or of another model or device.
+    """
+    directory, config = RunDir(point, stage), point.config
+    path = directory / LATENCY
+    try:
+        table = LatencyTable.from_json(directory.read_json(LATENCY))
+    except FileNotFoundError:
+        raise Failure(f"{path} is missing; run `dynexit bench` on the study") from None
+    except ValueError as error:
+        raise Failure(f"{path} is damaged: {error}; {move_aside(directory.path)}") from error
+    wanted = {"backbone": config.backbone.name} | (
+        {} if config.bench.device == "auto" else {"device": config.bench.device}
+    )
+    for name, value in wanted.items():
+        if table.machine.get(name) != value:
+            raise Failure(
+                f"{path} was measured for the {name} {table.machine.get(name)!r}, the study has {value!r}; "
+                f"{move_aside(directory.path)}"
+            )
+    if table.batch_sizes != tuple(sorted(config.bench.batch_sizes)):
+        raise Failure(
+            f"{path} has the batch sizes {list(table.batch_sizes)}, the study {sorted(config.bench.batch_sizes)}; "
+            f"{move_aside(directory.path)}"
+        )
+    return table
+
+
 def set_aside_stale(point: Point, checkpoint_sha256: str) -> list[Path]:
     """Moves what was recorded and searched of other weights of `point` aside, so that it is made again; the new names.
 
@@ -75,7 +117,7 @@ def _is_of(folder: Path, checkpoint_sha256: str) -> bool:
 
 def finished_jobs(point: Point) -> list[str]:
     """The jobs of the point that left DONE, in order."""
-    return [stage for stage in POINT_STAGES if RunDir(point, stage).is_marked]
+    return [stage for stage in point.stages if RunDir(point, stage).is_marked]
 
 
 def class_names(point: Point) -> list[str] | None:
@@ -99,7 +141,7 @@ def failure_reason(point: Point) -> str | None:
 def missing_reason(point: Point) -> str:
     """Returns why a point is not in the report."""
     finished = finished_jobs(point)
-    missing = next((stage for stage in POINT_STAGES if stage not in finished), "report")
+    missing = next((stage for stage in point.stages if stage not in finished), "report")
     return failure_reason(point) or f"{point.label}: {missing} is not done"
 
 

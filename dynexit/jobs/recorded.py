@@ -15,7 +15,8 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration
 from dynexit.data import DataSets
 from dynexit.deploy.assembly import HeadStack
-from dynexit.deploy.description import PointStatistics, SavedPoint, SavedTraining
+from dynexit.deploy.description import PointStatistics, SavedLatency, SavedPoint, SavedTraining
+from dynexit.jobs.finished import measured_times
 from dynexit.jobs.infer import expected_exits
 from dynexit.jobs.report import choosing_samples
 from dynexit.record.shards import Record
@@ -80,6 +81,23 @@ class RecordedTraining:
             validation=self._statistics(validation, way, confidence, "validation"),
             test=self._statistics(test, way, confidence, "test"),
             certified_risk=budget.get("risk"),
+            latency=self._latency(validation),
+        )
+
+    def _latency(self, row: ReportRow) -> tuple[SavedLatency, ...]:
+        if not row.times or not self.point.config.is_by_time:
+            return ()
+        machine = measured_times(self.point, "search").machine
+        device, name = str(machine.get("device")), str(machine.get("device_name"))
+        return tuple(
+            SavedLatency(
+                device=device,
+                device_name=name,
+                batch_size=time.batch_size,
+                milliseconds=time.latency_ms,
+                relative=time.relative_time,
+            )
+            for time in row.times
         )
 
     def configuration(self, row: ReportRow) -> Configuration | None:

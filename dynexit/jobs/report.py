@@ -4,7 +4,7 @@ Nothing here needs a model or a data set: records and configurations say all.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,25 @@ from dynexit.core.cost import ExitCosts, place_name
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
 from dynexit.errors import Failure
-from dynexit.jobs.finished import SPLITS, check_budgets, class_names, missing_reason, report_identity
+from dynexit.jobs.finished import (
+    SPLITS,
+    check_budgets,
+    class_names,
+    measured_times,
+    missing_reason,
+    report_identity,
+)
+from dynexit.record.held_back import calibration_samples
 from dynexit.record.shards import Record
 from dynexit.report.budgets import budget_cells, budget_text
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import mark_front
+from dynexit.report.times import PointTimes, time_sections, with_times
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
 from dynexit.run_dir import COSTS, DONE, METRICS, RunDir, mark_done
-from dynexit.search.held_back import calibration_samples
 from dynexit.search.operating_points import ReportRow, write_csv
 from dynexit.study.grid import Point
 
@@ -66,13 +74,26 @@ def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
             if record.gate is not None and (point.id, split) not in seen:
                 rows.append(_gates_row(point, split, record, costs, samples))
             seen |= {(point.ids["prepare"], split), (point.id, split)}
-        for source_name, file in (
-            ("search", "configurations.json"),
-            ("search", "budgets.json"),
-            ("fixed", "fixed.json"),
-        ):
-            rows += _configuration_rows(point, source_name, _entries(point, file))
-    return mark_front(rows)
+        files = [("search", "configurations.json"), ("search", "budgets.json"), ("fixed", "fixed.json")]
+        files += [("search", "by_time.json")] if point.config.is_by_time else []
+        searched: list[ReportRow] = []
+        for source_name, file in files:
+            known = {row.configuration for row in searched} if file == "by_time.json" else set()
+            found = _configuration_rows(point, source_name, _entries(point, file))
+            searched += [row for row in found if row.configuration not in known]
+        rows += searched
+    return mark_front(with_times(rows, point_times(points)))
+
+
+def point_times(points: Sequence[Point]) -> dict[str, PointTimes]:
+    """The times that the points' searches read, by the ids of their rows; nothing of points searched by MACs alone."""
+    found: dict[str, PointTimes] = {}
+    for point in points:
+        if point.config.is_by_time:
+            times = PointTimes(measured_times(point, "search"), point.config.search.confidence == "gate")
+            for stage in ("search", "train", "prepare"):
+                found.setdefault(point.ids[stage], times)
+    return found
 
 
 def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more: object) -> ReportRow:
@@ -152,6 +173,7 @@ def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str
                 point_id=point.ids["search"],
                 configuration=json.dumps(entry["exits"], separators=(",", ":")),
                 budget=budget_text(entry["budget"]) if "budget" in entry else "",
+                time_batch_size=entry.get("batch_size"),
             )
 
 
@@ -190,11 +212,21 @@ def write_report(
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
-        sections=[_uncertainty(points, rows)],
+        sections=[*_times(points, rows, describe), _uncertainty(points, rows)],
         describe=describe,
     )
     write_page(directory / "report.html", page)
     return rows
+
+
+def _times(
+    points: Sequence[Point], rows: Sequence[ReportRow], describe: Callable[[ReportRow], str]
+) -> list[PageSection]:
+    """Writes time.png, and gives the page's part on times; nothing if none were measured."""
+    measured = list(point_times(points).values())
+    if not measured:
+        return []
+    return time_sections(rows, measured[0].table, points[0].study_dir / "report", describe)
 
 
 def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow]) -> PageSection:

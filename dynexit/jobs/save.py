@@ -28,7 +28,9 @@ from dynexit.dist import start_ranks
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.load import load_heads, load_model
 from dynexit.jobs.recorded import RecordedTraining
+from dynexit.models.backbones import Backbone
 from dynexit.report.table import FrontPoint, front_of
+from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Point
@@ -52,29 +54,30 @@ class _Chosen:
 
 
 def run_save(
-    points: Sequence[Point], directory: Path, *, relative_macs: float | None = None, identity: str | None = None
+    points: Sequence[Point],
+    directory: Path,
+    *,
+    relative_macs: float | None = None,
+    latency_ms: float | tuple[float, int] | None = None,
+    identity: str | None = None,
 ) -> tuple[SavedPoint, ...]:
-    """Writes the model folder and returns its operating points: the study's validation front and the backbone alone.
+    """Writes the model folder and returns its operating points: the study's validation front by MACs, where times were
+    measured the fronts by time of every batch size, and the backbone alone.
 
-    With `relative_macs` only the most accurate point within that share of the backbone's MACs. `identity` (how an id
+    With `relative_macs` only the most accurate point within that share of the backbone's MACs; with `latency_ms` within
+    that mean time of a batch of the smallest size measured, or of B images for (milliseconds, B). `identity` (how an id
     begins) limits the choice to one training, search or prepared backbone. Raises UserError for an unattainable target,
-    an unknown id, several backbones, a study without a report and a folder that exists; Failure where the model does
-    not answer as the record says.
+    an unknown id, several backbones, a study without a report and a folder that exists; Failure for other answers than
+    the record's.
     """
-    chosen = _choose(points, relative_macs, identity)
+    chosen = _choose(points, _Target(relative_macs, latency_ms), identity)
     first = chosen[0].point
     ranks = start_ranks("cpu", first.config.dist.num_threads)
     data = load_data(first.config.data, workers_of(first.config.dist, ranks.device), checked=True)
-    whole, _ = load_model(first, ranks)
-    backbone = whole.backbone
+    backbone = load_model(first, ranks)[0].backbone
     trained = {one.point.id: one.point for one in chosen}
     records = {identity: RecordedTraining.of(point, data) for identity, point in trained.items()}
-    engines, states = {}, {}
-    for training, point in trained.items():
-        model = attach_exits(backbone, records[training].costs.positions, point.config.exits)
-        heads, gates = load_heads([point], model)
-        engines[training] = Engine(model, point.config.exits.head_types, heads, gates, largest_tile(model))
-        states[training] = heads.member_state(0) | ({} if gates is None else gates.member_state(0))
+    engines, states = _engines(backbone, records)
     saved = tuple(records[one.point.id].saved_point(one.name, one.row, one.front.test) for one in chosen)
     places = np.linspace(0, len(data.validation) - 1, _NUM_PROBES).astype(int)
     images = data.validation.__getitems__(places.tolist())[1]
@@ -111,7 +114,66 @@ def run_save(
     return saved
 
 
-def _choose(points: Sequence[Point], relative_macs: float | None, identity: str | None) -> list[_Chosen]:
+def _engines(
+    backbone: Backbone, records: Mapping[str, RecordedTraining]
+) -> tuple[dict[str, Engine], dict[str, dict[str, Tensor]]]:
+    """By training the engine, and the weights of heads and gates."""
+    engines, states = {}, {}
+    for training, record in records.items():
+        model = attach_exits(backbone, record.costs.positions, record.point.config.exits)
+        heads, gates = load_heads([record.point], model)
+        engines[training] = Engine(model, record.costs.head_types, heads, gates, largest_tile(model))
+        states[training] = heads.member_state(0) | ({} if gates is None else gates.member_state(0))
+    return engines, states
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """What the one saved operating point is chosen by; all None: there are several."""
+
+    relative_macs: float | None
+    latency_ms: float | tuple[float, int] | None
+
+    def best(self, front: Sequence[FrontPoint], rows: Sequence[ReportRow]) -> list[FrontPoint]:
+        """The point, or the front and what goes with it. Raises UserError for an unattainable target."""
+        if self.relative_macs is not None:
+            within = [one for one in front if one.validation.relative_macs <= self.relative_macs]
+            if not within:
+                least = front[0].validation
+                raise UserError(
+                    f"--relative-macs {self.relative_macs:g} is unattainable: the cheapest operating point takes "
+                    f"{least.relative_macs:.4f} of the backbone's MACs (validation accuracy {least.accuracy:.4f})"
+                )
+            return [min(within, key=lambda one: (-one.validation.accuracy, one.validation.macs))]
+        sizes = measured_batch_sizes(rows)
+        if self.latency_ms is None:
+            more = [one for batch in sizes for one in _early_front(rows, batch)]
+            by_key = {one.validation.key: one for one in (*more, *front)}
+            return _with_certified(list(by_key.values()), rows)
+        if not sizes:
+            raise UserError("--latency-ms needs measured times; run the study with search.latency=measured first")
+        limit, batch = self.latency_ms if isinstance(self.latency_ms, tuple) else (self.latency_ms, sizes[0])
+        if batch not in sizes:
+            raise UserError(f"--batch-size {batch}: times were measured for {', '.join(map(str, sizes))}")
+        timed = _early_front(rows, batch)
+        milliseconds = [one.validation.time(batch).latency_ms for one in timed]
+        within = [one for one, time in zip(timed, milliseconds, strict=True) if time <= limit]
+        if not within:
+            least = timed[0].validation
+            raise UserError(
+                f"--latency-ms {limit:g} is unattainable at batch size {batch}: the fastest operating point "
+                f"takes {milliseconds[0]:.4g} ms (validation accuracy {least.accuracy:.4f})"
+            )
+        return [min(within, key=lambda one: (-one.validation.accuracy, one.validation.time(batch).latency_ms))]
+
+
+def _early_front(rows: Sequence[ReportRow], batch_size: int | None = None) -> list[FrontPoint]:
+    """The front by MACs, or by time at a batch size, without the backbone alone."""
+    kept = [row for row in rows if batch_size is None or row.times]
+    return [one for one in front_of(kept, batch_size) if one.validation.source != "backbone"]
+
+
+def _choose(points: Sequence[Point], target: _Target, identity: str | None) -> list[_Chosen]:
     table = points[0].study_dir / "report" / "operating_points.csv"
     if not table.is_file():
         raise UserError(f"{table} is missing: the study has no report; run `dynexit run` on it first")
@@ -128,21 +190,10 @@ def _choose(points: Sequence[Point], relative_macs: float | None, identity: str 
     by_id = {one: point for point in points for one in (point.id, point.ids["search"])}
     rows = [row for row in read_csv(table) if row.point_id in by_id or row.point_id == backbones[0]]
     alone = front_of(row for row in rows if row.source == "backbone")
-    front = [one for one in front_of(rows) if one.validation.source != "backbone"]
+    front = _early_front(rows)
     if not alone or not front:
         raise UserError(f"{table} has no operating point of these points; run `dynexit run` on the study again")
-    if relative_macs is not None:
-        within = [one for one in front if one.validation.relative_macs <= relative_macs]
-        if not within:
-            least = front[0].validation
-            raise UserError(
-                f"--relative-macs {relative_macs:g} is unattainable: the cheapest operating point takes "
-                f"{least.relative_macs:.4f} of the backbone's MACs (validation accuracy {least.accuracy:.4f})"
-            )
-        front = [min(within, key=lambda one: (-one.validation.accuracy, one.validation.macs))]
-    else:
-        front = _with_certified(front, rows)
-    chosen = [_Chosen("", by_id[one.validation.point_id], one) for one in front]
+    chosen = [_Chosen("", by_id[one.validation.point_id], one) for one in target.best(front, rows)]
     return [*_named(chosen), _Chosen("backbone", chosen[-1].point, alone[0])]
 
 

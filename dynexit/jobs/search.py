@@ -1,36 +1,38 @@
 """The search job: from a point's records to its configurations, point by point or several at a time."""
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import end_if_stopped
-from dynexit.jobs.finished import SPLITS, recorded_splits
+from dynexit.jobs.finished import SPLITS, is_searched, measured_times, recorded_splits
 from dynexit.progress import Progress
+from dynexit.record.held_back import calibration_samples
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, COSTS, HEADS, RunDir
+from dynexit.run_dir import BUDGETS, COSTS, DONE, HEADS, LATENCY, RunDir
 from dynexit.search.budgets import Budget, Unattainable, budgets_of, latency_costs
 from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest
-from dynexit.search.held_back import calibration_samples
 from dynexit.search.methods import fixed_configurations
 from dynexit.search.problem import Problem
+from dynexit.search.timed import TimedEntry, TimedSearch, budgets_by_time
 from dynexit.study.grid import Point
 from dynexit.study.keys import parse_weights
 from dynexit.study.methods import METHODS
 
-CONFIGURATIONS, FIXED = "configurations.json", "fixed.json"
+CONFIGURATIONS, FIXED, BY_TIME = "configurations.json", "fixed.json", "by_time.json"
 
 
 def run_search(points: Sequence[Point]) -> None:
     """Finds exit configurations for preferences and budgets from records alone; chosen on validation, judged on test.
 
-    Leaves configurations.json, budgets.json and fixed.json per point; notes a budget that a point cannot attain. The
-    result does not depend on the number of processes.
+    Leaves configurations.json, budgets.json and fixed.json per point, and with search.latency=measured by_time.json and
+    the times that it read; notes a budget that a point cannot attain. The result does not depend on the number of
+    processes.
     """
-    missing = [p for p in points if not RunDir(p, "search").is_done()]
+    missing = [p for p in points if not is_searched(p)]
     if missing:
         progress = Progress("search", missing[0].study_dir / "search", missing[0].config.dist.log_seconds)
         progress.start(len(missing))
@@ -62,9 +64,10 @@ def _search_point(point: Point) -> int:
     }
     held_back = calibration_samples(point.config.data, settings.calibration_share, problems["validation"].num_samples)
     problems["validation"] = problems["validation"].of(~held_back)
+    asked = dict(settings) if not point.config.is_by_time else dict(settings) | {"relative_latency": []}
     how = SearchRequest(
         accuracy_weights=parse_weights(settings.accuracy_weights),
-        budgets=budgets_of(dict(settings)),
+        budgets=budgets_of(asked),
         risk=settings.risk,
         risk_confidence=settings.risk_confidence,
         method=settings.method,
@@ -73,18 +76,57 @@ def _search_point(point: Point) -> int:
         starts=settings.num_random_starts,
         additive=METHODS[point.config.train.method].is_additive,
     )
-    times = None if settings.latency is None else latency_costs(settings.latency, costs)
+    times = latency_costs(settings.latency, costs) if isinstance(settings.latency, dict) else None
     driver = SearchDriver({split: problems[split] for split in SPLITS}, how, times)
     budgets = [_budget_json(*each) for each in zip(how.budgets, driver.budgets(), strict=True)]
     if settings.risk is not None:
         budgets.append(_entry_json(driver.risk(problems["train"], problems["validation"])))
     fixed = [driver.entry(found) for found in fixed_configurations(problems["validation"])]
     directory = RunDir(point, "search")
+    (directory / DONE).unlink(missing_ok=True)  # of older times
+    files = [CONFIGURATIONS, BUDGETS, FIXED]
+    if point.config.is_by_time:
+        by_time, timed_budgets = _search_times(point, {split: problems[split] for split in SPLITS}, how)
+        budgets += timed_budgets
+        directory.write_json(BY_TIME, by_time)
+        files += [BY_TIME, LATENCY]
     directory.write_json(CONFIGURATIONS, [_entry_json(entry) for entry in driver.weights()])
     directory.write_json(BUDGETS, budgets)
     directory.write_json(FIXED, [_judged_json(replace(entry, relative_latency=None)) for entry in fixed])
-    directory.mark_done([CONFIGURATIONS, BUDGETS, FIXED])
+    directory.mark_done(files)
     return problems["validation"].num_samples
+
+
+def _search_times(
+    point: Point, problems: Mapping[str, Problem], how: SearchRequest
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What is chosen by the times of every batch size, and for the budgets of time. Copies latency.json.
+
+    Raises Failure for times of another model or device.
+    """
+    settings, confidence = point.config.search, point.config.search.confidence
+    table = measured_times(point)
+    RunDir(point, "search").write_json(LATENCY, table.to_json())
+    by_time, budgets = [], []
+    budget_size = settings.latency_batch_size or table.batch_sizes[0]
+    for batch in table.batch_sizes:
+        search = TimedSearch(problems, how, table, batch, confidence)
+        for timed in search.weights():
+            by_time.append({"batch_size": batch, **_timed_json(timed)})
+        for kind, value in budgets_by_time(dict(settings)) if batch == budget_size else ():
+            try:
+                budgets.append(_timed_json(search.meet(kind, value)))
+            except Unattainable as error:
+                budget = {kind: value, "batch_size": batch}
+                budgets.append({"budget": budget, "unattainable": str(error), "nearest": error.nearest})
+    return by_time, budgets
+
+
+def _timed_json(timed: TimedEntry) -> dict[str, Any]:
+    entry = _entry_json(replace(timed.entry, relative_latency=timed.relative_latency))
+    for split, milliseconds in timed.latency_ms.items():
+        entry[split]["latency_ms"] = milliseconds
+    return entry
 
 
 def _budget_json(budget: Budget, entry: SearchEntry | Unattainable) -> dict[str, Any]:

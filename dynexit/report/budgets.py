@@ -16,6 +16,7 @@ _BUDGETS = (0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)
 _WORDS = {
     "relative_macs": "at most {:g} relative MACs",
     "relative_latency": "at most {:g} of the backbone's time",
+    "latency_ms": "at most {:g} ms",
     "min_accuracy": "at least {:g} accuracy",
     "max_accuracy_drop": "at most {:g} of accuracy lost",
 }
@@ -54,7 +55,7 @@ def budget_cells(
 
 def budget_text(budget: Mapping[str, Any]) -> str:
     """The budget as the table of operating points holds it: what was asked for, as JSON."""
-    names = [name for name in (*KINDS, "risk", "confidence") if name in budget]
+    names = [name for name in (*KINDS, "latency_ms", "risk", "confidence", "batch_size") if name in budget]
     return json.dumps({name: budget[name] for name in names})
 
 
@@ -69,12 +70,13 @@ def _by_budget(
 
 
 def _budget(budget: Mapping[str, Any]) -> Budget:
-    ((kind, value),) = budget.items()
-    return Budget(kind, value)
+    ((kind, value), *_) = budget.items()
+    return Budget("relative_latency" if kind == "latency_ms" else kind, value)  # in ms, as what it is compared with
 
 
 def _cost(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> float:
-    return float(figures["relative_latency" if "relative_latency" in budget else "relative_macs"])
+    kind = next((kind for kind in ("latency_ms", "relative_latency") if kind in budget), "relative_macs")
+    return float(figures[kind])
 
 
 def _rank(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[float, float]:
@@ -93,8 +95,8 @@ def _holds(budget: Mapping[str, Any], figures: Mapping[str, Any], base_accuracy:
 def _words(budget: Mapping[str, Any]) -> str:
     if "risk" in budget:
         return f"risk at most {budget['risk']:g}, certified at {budget['confidence']:g}"
-    ((kind, value),) = budget.items()
-    return _WORDS[kind].format(value)
+    ((kind, value), *_) = budget.items()
+    return _WORDS[kind].format(value) + (f" at batch size {budget['batch_size']}" if "batch_size" in budget else "")
 
 
 def _figures(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> str:

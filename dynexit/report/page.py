@@ -13,7 +13,7 @@ import jinja2
 from dynexit.core.cost import place_name
 from dynexit.report.table import FrontPoint, Hypervolume, Summary, at_tenths, backbone_accuracy, percent, summary
 from dynexit.run_dir import write_text
-from dynexit.search.operating_points import ReportRow
+from dynexit.search.operating_points import ReportRow, RowTime
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def write_page(path: Path, page: Page) -> None:
         figures=[_embedded(figure) for figure in page.figures],
         front=[_front_cells(point, page.describe or _describe_row) for point in at_tenths(read.front)],
         name_methods=len({row.method for row in rows if row.source != "backbone"}) > 1,
+        time_sizes=" / ".join(str(time.batch_size) for time in _timed(read)),
         num_front=len(read.front),
         num_points=len({row.key for row in rows}),
         hypervolumes=[_area_cells(area) for area in read.hypervolumes],
@@ -80,6 +81,10 @@ def write_page(path: Path, page: Page) -> None:
         study_text=page.study_text,
     )
     write_text(path, text)
+
+
+def _timed(read: Summary) -> Sequence[RowTime]:
+    return next((point.test.times for point in read.front if point.test.times), ())
 
 
 def _section_cells(section: PageSection) -> dict[str, Any]:
@@ -143,6 +148,7 @@ def _front_cells(point: FrontPoint, describe: Callable[[ReportRow], str]) -> dic
     row = point.test
     return {
         "relative_macs": f"{row.relative_macs:.3f}",
+        "time": " / ".join(f"{time.relative_time:.2f}" for time in row.times),
         "accuracy": percent(row.accuracy),
         "gain": "" if math.isnan(point.accuracy_drop) else f"{-100 * point.accuracy_drop:+.2f} pt".replace("-", "−"),
         "source": row.source,

@@ -52,20 +52,27 @@ def mark_front(rows: Iterable[ReportRow]) -> list[ReportRow]:
     Equal points stay both. A test row without its validation row is not on the front.
     """
     rows = list(rows)
-    chosen = {row.key for row in _pareto(row for row in rows if row.split == "validation")}
+    chosen = {row.key for row in _pareto((row for row in rows if row.split == "validation"), None)}
     return [replace(row, on_front=row.key in chosen) for row in rows]
 
 
-def _pareto(rows: Iterable[ReportRow]) -> list[ReportRow]:
+def relative_cost(row: ReportRow, batch_size: int | None = None) -> float:
+    """Relative MACs, or the relative time at a batch size. Raises KeyError for a row without it."""
+    return row.relative_macs if batch_size is None else row.time(batch_size).relative_time
+
+
+def _pareto(rows: Iterable[ReportRow], batch_size: int | None) -> list[ReportRow]:
     rows = list(rows)
     if not rows:
         return []
-    mask = pareto_front(np.array([row.accuracy for row in rows]), np.array([row.relative_macs for row in rows]))
+    costs = np.array([relative_cost(row, batch_size) for row in rows])
+    mask = pareto_front(np.array([row.accuracy for row in rows]), costs)
     return [row for row, chosen in zip(rows, mask, strict=True) if chosen]
 
 
-def front_of(rows: Iterable[ReportRow]) -> list[FrontPoint]:
-    """The front of just these rows, chosen on validation, by rising relative MACs on validation.
+def front_of(rows: Iterable[ReportRow], batch_size: int | None = None) -> list[FrontPoint]:
+    """The front of just these rows, chosen on validation, by rising relative MACs on validation; with a `batch_size` by
+    the relative time at that size, which all rows then need.
 
     Where points are equal on validation one stands for all. Points without a test row are left out. The backbone whose
     accuracy is compared with is the mean over the backbone rows among `rows` (nan without one).
@@ -74,32 +81,38 @@ def front_of(rows: Iterable[ReportRow]) -> list[FrontPoint]:
     tests = {row.key: row for row in rows if row.split == "test"}
     base = backbone_accuracy(rows)
     front: dict[tuple[float, float], FrontPoint] = {}
-    for row in sorted(_pareto(row for row in rows if row.split == "validation"), key=row_order):
+    validation = (row for row in rows if row.split == "validation")
+    for row in sorted(_pareto(validation, batch_size), key=row_order):
         if row.key in tests:
             test = tests[row.key]
             drop = math.nan if base is None else base - test.accuracy
-            front.setdefault((row.relative_macs, row.accuracy), FrontPoint(row, test, drop))
+            front.setdefault((relative_cost(row, batch_size), row.accuracy), FrontPoint(row, test, drop))
     return [front[place] for place in sorted(front)]
 
 
-def within_budgets(front: Sequence[FrontPoint], budgets: Iterable[float]) -> list[FrontPoint]:
+def within_budgets(
+    front: Sequence[FrontPoint], budgets: Iterable[float], batch_size: int | None = None
+) -> list[FrontPoint]:
     """For each budget of relative MACs the point that is best on validation within it; each point once.
 
-    Budgets below the first point give nothing. `front` as `front_of` gives it.
+    Budgets below the first point give nothing. `front` as `front_of` gives it, with the same `batch_size`.
     """
     chosen: list[FrontPoint] = []
     for budget in sorted(budgets):
-        affordable = [point for point in front if point.validation.relative_macs <= budget]
+        affordable = [point for point in front if relative_cost(point.validation, batch_size) <= budget]
         if affordable and affordable[-1] not in chosen:
             chosen.append(affordable[-1])
     return chosen
 
 
-def at_tenths(front: Sequence[FrontPoint]) -> list[FrontPoint]:
-    """A table's worth of a front: its cheapest point and the best within 0.1, 0.2, ... of the backbone's MACs."""
-    last = max((math.ceil(10 * point.validation.relative_macs) for point in front), default=0)
-    cheapest = [front[0].validation.relative_macs] if front else []
-    return within_budgets(front, cheapest + [tenth / 10 for tenth in range(1, last + 1)])
+def at_tenths(front: Sequence[FrontPoint], batch_size: int | None = None) -> list[FrontPoint]:
+    """A table's worth of a front: its cheapest point and the best within 0.1, 0.2, ... of the backbone's MACs or time.
+
+    `front` as `front_of` gives it, with the same `batch_size`.
+    """
+    costs = [relative_cost(point.validation, batch_size) for point in front]
+    last = max((math.ceil(10 * cost) for cost in costs), default=0)
+    return within_budgets(front, costs[:1] + [tenth / 10 for tenth in range(1, last + 1)], batch_size)
 
 
 def backbone_accuracy(rows: Iterable[ReportRow], split: str = "test") -> float | None:

@@ -25,11 +25,11 @@ from dynexit.core.calibration import (
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration
+from dynexit.record.held_back import calibration_samples
 from dynexit.record.shards import Record
 from dynexit.report.figures import HUNDREDTHS
 from dynexit.report.table import FrontPoint, front_of, within_budgets
 from dynexit.run_dir import COSTS, RunDir, atomic_write
-from dynexit.search.held_back import calibration_samples
 from dynexit.search.operating_points import ReportRow
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Point

@@ -113,7 +113,7 @@ class SearchDriver:
 
         With additive heads the budget is met by the best of the completed configurations of the weights.
         """
-        return [self._budget(budget) for budget in self.settings.budgets]
+        return [self.meet(budget) for budget in self.settings.budgets]
 
     def risk(self, candidates: Problem, certificate: Problem) -> SearchEntry:
         """The entry of the cheapest configuration whose risk is proven to be at most `settings.risk`.
@@ -162,7 +162,8 @@ class SearchDriver:
         objective = objective_at(self.searched, point, result.accuracy_weight, self.settings.normalize)
         return replace(result, configuration=configuration, point=point, objective=objective)
 
-    def _budget(self, budget: Budget) -> SearchEntry | Unattainable:
+    def meet(self, budget: Budget) -> SearchEntry | Unattainable:
+        """The entry of one budget, as in `budgets`; the driver must have been made with some budget."""
         assert self._front is not None
         try:
             weight, candidate = within(self._front, budget)

@@ -2,10 +2,10 @@
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,12 +32,23 @@ COLUMNS = {
     "point_id": "id of the training, or of the search for what it chose; empty without a study",
     "configuration": "JSON, [head type or -1, threshold] per position; empty for backbone and gates of a study",
     "budget": "JSON of the budget or risk that was asked for; empty for an accuracy weight",
+    "time_batch_size": "batch size by whose time it was chosen, empty if by MACs; only in tables with times",
+    "times": "columns latency_ms_1, relative_time_1, ...: mean time of a batch of that size on the device measured, "
+    "and the same over the plain backbone's; only in tables with times",
 }
 """The columns of an operating-point table, in order, with their meanings."""
 
-_BEFORE_EXITS, _AFTER_EXITS = tuple(COLUMNS)[:9], tuple(COLUMNS)[10:]
+_BEFORE_EXITS, _AFTER_EXITS, _WITH_TIMES = tuple(COLUMNS)[:9], tuple(COLUMNS)[10:14], "time_batch_size"
 
 RowKey = tuple[str, str, str, float | None, str, str]
+
+
+class RowTime(NamedTuple):
+    """The mean time of a batch, in ms and over that of the plain backbone, by stage bench's times."""
+
+    batch_size: int
+    latency_ms: float
+    relative_time: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,15 @@ class ReportRow:
     point_id: str = ""
     configuration: str = ""
     budget: str = ""
+    time_batch_size: int | None = None
+    times: tuple[RowTime, ...] = ()
+
+    def time(self, batch_size: int) -> RowTime:
+        """Returns the time at a batch size. Raises KeyError if there is none."""
+        for one in self.times:
+            if one.batch_size == batch_size:
+                return one
+        raise KeyError(batch_size)
 
     @property
     def key(self) -> RowKey:
@@ -94,17 +114,33 @@ def write_csv(path: Path, rows: Iterable[ReportRow], *, sort: bool = True) -> No
     """
     rows = sorted(rows, key=row_order) if sort else list(rows)
     num_exits = max((len(row.exit_fractions) for row in rows), default=0)
+    batch_sizes = sorted({time.batch_size for row in rows for time in row.times})
     sources, splits = ({getattr(row, name) for row in rows} for name in ("source", "split"))
     if not sources <= set(SOURCES) or not any(splits <= set(pair) for pair in SPLITS):
         raise ValueError(f"sources {sources} on splits {splits}; known: {SOURCES} on one pair of {SPLITS}")
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_BEFORE_EXITS, *(f"exit_{exit_}" for exit_ in range(num_exits)), *_AFTER_EXITS])
+        exit_names = (f"exit_{exit_}" for exit_ in range(num_exits))
+        writer.writerow([*_BEFORE_EXITS, *exit_names, *_AFTER_EXITS, *_time_columns(batch_sizes)])
         for row in rows:
             exits = [_text(fraction) for fraction in row.exit_fractions]
             exits += [""] * (num_exits - len(exits))
             before, after = ([_text(getattr(row, name)) for name in names] for names in (_BEFORE_EXITS, _AFTER_EXITS))
-            writer.writerow([*before, *exits, *after])
+            writer.writerow([*before, *exits, *after, *_time_cells(row, batch_sizes)])
+
+
+def _time_columns(batch_sizes: Sequence[int]) -> list[str]:
+    """The columns of times; none without any."""
+    names = [f"{name}_{batch}" for batch in batch_sizes for name in RowTime._fields[1:]]
+    return [_WITH_TIMES, *names] if names else []
+
+
+def _time_cells(row: ReportRow, batch_sizes: Sequence[int]) -> list[str]:
+    if not batch_sizes:
+        return []
+    by_size = {time.batch_size: time for time in row.times}
+    figures = [by_size[batch][1:] if batch in by_size else (None, None) for batch in batch_sizes]
+    return [_text(row.time_batch_size), *(_text(figure) for pair in figures for figure in pair)]
 
 
 def _text(value: Any) -> str:
@@ -127,9 +163,11 @@ def read_csv(path: Path) -> list[ReportRow]:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            num_exits = len(header) - len(_BEFORE_EXITS) - len(_AFTER_EXITS)
+            at = header.index(_WITH_TIMES) if _WITH_TIMES in header else len(header)
+            num_exits = at - len(_BEFORE_EXITS) - len(_AFTER_EXITS)
             exits = tuple(f"exit_{exit_}" for exit_ in range(num_exits))
-            if tuple(header) != _BEFORE_EXITS + exits + _AFTER_EXITS:
+            sizes = [int(name.rpartition("_")[2]) for name in header[at + 1 :: 2]]
+            if tuple(header) != (*_BEFORE_EXITS, *exits, *_AFTER_EXITS, *_time_columns(sizes)):
                 raise ValueError("the header is not that of an operating-point table")
             return [_row(dict(zip(header, cells, strict=True)), exits) for cells in reader]
         except (ValueError, KeyError, csv.Error) as error:
@@ -157,4 +195,10 @@ def _row(cells: dict[str, str], exits: tuple[str, ...]) -> ReportRow:
         point_id=cells["point_id"],
         configuration=cells["configuration"],
         budget=cells["budget"],
+        time_batch_size=int(cells[_WITH_TIMES]) if cells.get(_WITH_TIMES) else None,
+        times=tuple(
+            RowTime(int(name.removeprefix("latency_ms_")), float(value), float(cells[f"relative_time_{name[11:]}"]))
+            for name, value in cells.items()
+            if name.startswith("latency_ms_") and value
+        ),
     )

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from dynexit.study.keys import Section
 from dynexit.study.methods import sections_of_methods
 from dynexit.study.schema import Config, method_settings
-from dynexit.study.stages import METHOD, POINT_STAGES, STAGES
+from dynexit.study.stages import BENCH, METHOD, POINT_STAGES, STAGES
 from dynexit.study.validation import all_keys, changes_results, contradictions, sentences, unknown_key
 
 SWEEPABLE = tuple(
@@ -48,6 +48,11 @@ class Point:
     def study_dir(self) -> Path:
         """The folder of the point's study."""
         return self.config.study_dir
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that the point goes through, in order: all that leave a folder, bench only if it is needed."""
+        return tuple(stage for stage in POINT_STAGES if stage != BENCH or self.config.is_by_time)
 
     @property
     def method(self) -> str:
@@ -89,6 +94,11 @@ class Study:
     @property
     def directory(self) -> Path:
         return self.config.study_dir
+
+    @property
+    def is_by_time(self) -> bool:
+        """Whether any point's search reads measured times."""
+        return any(point.config.is_by_time for point in self.points)
 
     def at(self, directory: Path) -> "Study":
         """Returns the same study with its results in `directory`, which may have been moved or renamed."""
@@ -178,11 +188,17 @@ def _settings(sweep: dict[str, list[Any]], zipped: Sequence[str]) -> Iterator[di
 def _sections(stage: str, config: Config) -> list[str]:
     """The sections (or `seed`) that the stage's result depends on, of the methods' the configuration's own."""
     names = [config.train.method if name == METHOD else name for name in STAGES[stage].sections]
+    if stage != BENCH and not config.is_by_time:
+        names = [name for name in names if name != BENCH]
     return [name for name in names if name != config.train.method or method_settings(config) is not None]
 
 
 def is_used(section: str, config: Config) -> bool:
-    """Whether results can depend on the section: those of other methods than the configuration's own cannot."""
+    """Whether results can depend on the section: those of other methods than the configuration's own cannot, nor those
+    of bench where the search is by MACs alone.
+    """
+    if section == BENCH:
+        return config.is_by_time
     return section not in sections_of_methods() or section == config.train.method
 
 

@@ -47,6 +47,10 @@ def no_duplicates(values: Any) -> Any:
     return values
 
 
+def none_as_null(value: Any) -> Any:
+    return None if value == "none" else value
+
+
 def parse_weights(spec: str | list[float]) -> list[float]:
     """The weights a list holds or `LO:HI:STEP` stands for, HI included, without rounding drift (0.4:1:0.01 holds 0.7).
 
@@ -106,6 +110,7 @@ SearchMethodName = Annotated[str, BeforeValidator(_one_of(SEARCH_METHODS))]
 DataSetName = Annotated[str, AfterValidator(_known_data_set)]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Budgeted = Annotated[float, Field(gt=0)]
+BatchSize = Annotated[int, Field(ge=1)]
 Position = Annotated[int, Field(ge=0)]
 
 

@@ -7,10 +7,11 @@ of an id. Everything else is: two studies with the same values of the sections a
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from dynexit.study.keys import (
     DATA_SETS,
+    BatchSize,
     Budgeted,
     ConfidenceName,
     DataSetName,
@@ -22,6 +23,7 @@ from dynexit.study.keys import (
     key,
     known_weights,
     no_duplicates,
+    none_as_null,
 )
 from dynexit.study.methods import (
     BoostedSettings,
@@ -177,6 +179,17 @@ class RecordSettings(Section):
     train: bool = key(False, "whether the training split is recorded too, its images not augmented (for search.risk)")
 
 
+class BenchSettings(Section):
+    batch_sizes: Annotated[list[BatchSize], Field(min_length=1), AfterValidator(no_duplicates)] = key(
+        lambda: [1, 8, 64], "batch sizes whose times are measured", "images"
+    )
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "what is measured; auto takes a GPU if there is one")
+    num_warm_up: int = key(2, "rounds that are run before those measured", ge=0)
+    num_repeats: int = key(
+        20, "rounds measured; more where they take less than a second, fewer, at least 5, where over a minute", ge=1
+    )
+
+
 class SearchSettings(Section):
     accuracy_weights: Annotated[str | list[Weight], AfterValidator(known_weights)] = key(
         "0.4:1:0.01", "preferences searched: weights of accuracy against MACs, as LO:HI:STEP (HI included) or a list"
@@ -192,10 +205,23 @@ class SearchSettings(Section):
         list, "budgets: best accuracy within this share of the backbone's MACs; each adds a configuration"
     )
     relative_latency: list[Budgeted] = key(list, "budgets: the same of the backbone's time; needs search.latency")
+    latency_ms: list[Budgeted] = key(
+        list, "budgets: the same of a batch's mean time; needs search.latency=measured", "ms", omit_default=True
+    )
+    latency_batch_size: int | None = key(
+        None,
+        "batch size of budgets of measured time; null takes the smallest of bench.batch_sizes",
+        "images",
+        ge=1,
+        omit_default=True,
+    )
     min_accuracy: list[Weight] = key(list, "budgets: least cost with at least this accuracy on validation")
     max_accuracy_drop: list[Weight] = key(list, "budgets: least cost that loses at most this accuracy on validation")
-    latency: dict[str, Any] | None = key(
-        None, "measured times that are searched instead of MACs: stage_seconds, head_seconds and maybe gate_seconds"
+    latency: Annotated[Literal["measured"] | dict[str, Any] | None, BeforeValidator(none_as_null)] = key(
+        None,
+        "measured: configurations chosen by the times of stage bench, for each of its batch sizes, are added to those "
+        "chosen by MACs; a table (stage_seconds, head_seconds and maybe gate_seconds) is searched instead of MACs; "
+        "null or none: MACs alone",
     )
     risk: float | None = key(
         None,
@@ -295,6 +321,7 @@ class Config(Section):
     probe: ProbeSettings = Field(default_factory=ProbeSettings)
     dyce: DyceSettings = Field(default_factory=DyceSettings)
     record: RecordSettings = Field(default_factory=RecordSettings)
+    bench: BenchSettings = Field(default_factory=BenchSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
     infer: InferSettings = Field(default_factory=InferSettings)
@@ -304,6 +331,11 @@ class Config(Section):
     def study_dir(self) -> Path:
         """The study's folder."""
         return Path(self.runs_dir) / self.name
+
+    @property
+    def is_by_time(self) -> bool:
+        """Whether the search reads the times that stage bench measures."""
+        return self.search.latency == "measured"
 
 
 def method_settings(config: Config) -> Any:

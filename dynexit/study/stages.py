@@ -14,6 +14,7 @@ METHOD = "method"  # in `Stage.sections`: the section of the point's own method,
 _PREPARE = ("data", "backbone", "prepare")
 _TRAIN = (*_PREPARE, "seed", "exits", "train", METHOD)
 _RECORD = (*_TRAIN, "record")
+BENCH = "bench"  # the stage that is done only where the search needs times, and the section of its keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Stage:
     run: str
     """`module:function` of the job, called with the points that are done together."""
     needs: str | None
-    """The stage whose finished work it reads."""
+    """The stage whose finished work it reads. A search needs the times of `bench` too where it is by time."""
     sections: tuple[str, ...]
     """What its result depends on, and so what its id covers; empty where points have no result of their own."""
     ranks: Literal["all", "one", "study"]
@@ -61,10 +62,18 @@ STAGES = {
             "record what every exit says of validation and test",
         ),
         Stage(
+            BENCH,
+            "dynexit.bench.stage:run_bench",
+            "prepare",
+            (*_PREPARE, "exits", BENCH),
+            "one",
+            "measure what every stage, head and gate takes on the device",
+        ),
+        Stage(
             "search",
             "dynexit.jobs.search:run_search",
             "record",
-            (*_RECORD, "search"),
+            (*_RECORD, "search", BENCH),
             "one",
             "find the best exit configuration for every preference",
         ),
@@ -99,7 +108,13 @@ def stage_of(name: str) -> Stage:
     return INFER if name == INFER.name else STAGES[name]
 
 
-def stages_until(name: str) -> tuple[str, ...]:
-    """Returns the names of the stages up to `name`, in order; all of them for `infer`, which follows them."""
-    names = tuple(STAGES)
-    return names if name == INFER.name else names[: names.index(name) + 1]
+def stages_until(name: str, *, by_time: bool = False) -> tuple[str, ...]:
+    """Returns the names of the stages up to `name`, in order; up to the last for `infer`, which follows them.
+
+    `bench` is among them if it is asked for by name or the study searches `by_time`.
+    """
+    needed = [stage_of(name)]
+    while needed[0].needs is not None:
+        needed.insert(0, STAGES[needed[0].needs])
+    names = {stage.name for stage in needed} | ({BENCH} if by_time and "search" in (s.name for s in needed) else set())
+    return tuple(stage for stage in STAGES if stage in names)

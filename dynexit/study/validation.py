@@ -113,11 +113,16 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if search.relative_latency and search.latency is None:
         yield f"search.relative_latency = {search.relative_latency}: needs the measured times in search.latency"
-    if search.relative_macs and search.latency is not None:
+    if isinstance(search.latency, dict) and search.relative_macs:
         yield (
             f"search.relative_macs = {search.relative_macs}: the cost is time where search.latency is given; use "
             "search.relative_latency"
         )
+    if search.latency_ms and not config.is_by_time:
+        yield f"search.latency_ms = {search.latency_ms}: needs search.latency=measured, the times of stage bench"
+    size = search.latency_batch_size
+    if config.is_by_time and size is not None and size not in config.bench.batch_sizes:
+        yield f"search.latency_batch_size = {size}: should be one of bench.batch_sizes, {config.bench.batch_sizes}"
     yield from _contradictions_of_prepare(config)
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (

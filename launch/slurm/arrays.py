@@ -1,4 +1,4 @@
-"""Study -> job arrays with dependencies: prepare -> train and record -> search -> report. Knows nothing of submitit.
+"""Study -> job arrays with dependencies: prepare -> train and record, bench -> search -> report; without submitit.
 
 All dependencies are afterany: a job checks its input in files. What is queued already is not submitted again, so no two
 tasks ever write the same run directory.
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import is_recorded
-from dynexit.run_dir import RunDir
+from dynexit.jobs.finished import is_recorded, is_searched
 from dynexit.study.grid import Point, Study
+from dynexit.study.stages import BENCH
 from launch.plan import Job, make_packs, missing_jobs, report_is_done, unfinished_packs
 from launch.slurm.cluster import Limits
 
@@ -47,15 +47,18 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live,
     `ending` are cancelled jobs that have not ended: their work is submitted again, to start when they have.
     Raises UserError if the cluster's limits leave no room.
     """
-    prepare = [
-        ((job,),) for job in missing_jobs(study, "prepare") if ("prepare", job.points[0].ids["prepare"]) not in live
-    ]
+    prepare, bench = (
+        [((job,),) for job in missing_jobs(study, stage) if (stage, job.points[0].ids[stage]) not in live]
+        if stage in stages
+        else []
+        for stage in ("prepare", BENCH)
+    )
     chains = [_trainings(study, stages, live) if "train" in stages else []]
     chains.append(_recordings(study, chains[0], live) if "record" in stages else [])
     chains.append(_searches(study, [*chains[0], *chains[1]], live) if "search" in stages else [])
     num_alone = int(stages[-1] == "report")
     costs = [1 + ("search" in stages)] * 2 + [1]  # jobs of a chain
-    counts = _num_tasks(limits, len(prepare) + num_alone, [len(one) for one in chains], costs)
+    counts = _num_tasks(limits, len(prepare) + len(bench) + num_alone, [len(one) for one in chains], costs)
     arrays: list[Array] = []
 
     def add(stage: str, part: Sequence[Sequence[Pack]], after: tuple[int | str, ...]) -> None:
@@ -68,15 +71,19 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live,
 
     for part in _split(prepare, limits.array_size):
         add("prepare", part, ())
-    after_prepare = (*range(len(arrays)), *_jobs_of(live, "prepare"))
+    num_before = len(arrays)
+    after_prepare = (*range(num_before), *_jobs_of(live, "prepare"))
+    for part in _split(bench, limits.array_size):
+        add(BENCH, part, after_prepare)
+    times = (*range(num_before, len(arrays)), *_jobs_of(live, BENCH)) if BENCH in stages else ()
     training = tuple(_jobs_of(live, *TRAINING))
     for stage, packs, count, after in zip(
-        ("train", "record", "search"), chains, counts, (after_prepare, training, training), strict=True
+        ("train", "record", "search"), chains, counts, (after_prepare, training, (*training, *times)), strict=True
     ):
         for part in _split(_group(packs, count), limits.array_size):
             add(stage, part, after)
             if "search" in stages and stage in TRAINING:
-                add("search", part, (len(arrays) - 1,))
+                add("search", part, (len(arrays) - 1, *times))
     return arrays + _report(study, arrays, live) if num_alone else arrays
 
 
@@ -109,9 +116,7 @@ def _searches(study: Study, others: Sequence[Pack], live: Live) -> list[Pack]:
     left = [
         point
         for point in study.points
-        if point.id not in covered
-        and ("search", point.ids["search"]) not in live
-        and not RunDir(point, "search").is_done()
+        if point.id not in covered and ("search", point.ids["search"]) not in live and not is_searched(point)
     ]
     return [tuple(_jobs(("search",), part)) for part in _split(left, study.config.dist.members_per_pack)]
 

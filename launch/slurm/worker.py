@@ -112,18 +112,20 @@ def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
     Files decide, not the state of another job in the queue.
     """
     from dynexit.run_dir import RunDir
-    from dynexit.study.stages import POINT_STAGES, STAGES
+    from dynexit.study.stages import BENCH, POINT_STAGES, STAGES
 
-    needed = STAGES[job.stage].needs
-    if needed is None or job.stage not in POINT_STAGES:  # a report shows what there is
+    stage = STAGES[job.stage]
+    if stage.needs is None or job.stage not in POINT_STAGES:  # a report shows what there is
         return job, [], []
     ready, damaged, missing = [], [], []
     for point in job.points:
         try:
-            if RunDir(point, needed).is_done():
-                ready.append(point)
+            needed = [stage.needs, *([BENCH] if stage.name == "search" and point.config.is_by_time else [])]
+            undone = [name for name in needed if not RunDir(point, name).is_done()]
+            if undone:
+                missing.append(f"{job.stage} {point.label}: its {undone[0]} is not done")
             else:
-                missing.append(f"{job.stage} {point.label}: its {needed} is not done")
+                ready.append(point)
         except Failure as failure:
             damaged.append(str(failure))
     return dataclasses.replace(job, points=tuple(ready)), list(dict.fromkeys(damaged)), missing

@@ -51,11 +51,15 @@ def test_an_id_is_a_points_and_not_the_grids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("data.noise=0.2", {"prepare", "train", "record", "search"}),
+        ("data.noise=0.2", {"prepare", "train", "record", "bench", "search"}),
         ("train.num_epochs=9", {"train", "record", "search"}),
         ("jei_dnn.head_loss=reference", {"train", "record", "search"}),
         ("record.topk=3", {"record", "search"}),
         ("search.accuracy_weights=0.5:1:0.1", {"search"}),
+        ("exits.positions=[0, 1]", {"train", "record", "bench", "search"}),
+        ("bench.batch_sizes=[2]", {"bench"}),
+        ("search.latency=measured", {"search"}),
+        ("search.latency=none", set()),
         ("report.title=x", set()),
         ("dist.num_threads=1", set()),
         ("data.dir=/somewhere", set()),
@@ -146,7 +150,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("sweep: {exits.positions: [[1], [2], [1]]}", (), "sweep.exits.positions = [[1], [2], [1]]: has a duplicate value"),
         ("", (f"sweep.seed={list(range(1001))}", f"sweep.data.seed={list(range(1000))}"), "sweep: 1,001,000 points; at most 1,000,000 are allowed; shorten a list, or make two studies"),
         ("", (f"name={'n' * 201}",), f"name = '{'n' * 119}... (203 characters): string should have at most 200 characters"),
-        ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, probe, dyce, record, search"),
+        ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, probe, dyce, record, search, bench"),
         ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=30"),
         ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
         ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all', or should be a valid list"),
@@ -320,5 +324,6 @@ def test_ids_of_finished_studies_stay() -> None:
         "prepare": "de507b465065",
         "train": "3c62322ff2cf",
         "record": "a88ff7fff6ca",
+        "bench": "5c08e479a019",
         "search": "c4ffe2b6e95b",
     }

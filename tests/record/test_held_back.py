@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dynexit.search.held_back import calibration_samples
+from dynexit.record.held_back import calibration_samples
 from dynexit.study.schema import DataSettings
 
 
