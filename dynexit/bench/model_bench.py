@@ -23,7 +23,7 @@ from dynexit.deploy.model import EarlyExitModel, load
 from dynexit.errors import UserError
 from dynexit.run_dir import atomic_write, write_json
 
-_LEAST_IMAGES, _BATCHES = 128, 4  # of the largest batch size, so that exits are taken in the shares wanted
+_BATCHES = 4  # of the largest batch size, so that exits are taken in the shares wanted
 _WARM_UP = 1
 FULL = "full model"
 
@@ -32,7 +32,8 @@ FULL = "full model"
 class BenchRequest:
     """What is timed. `points` are shares of the plain model's time, or names of operating points.
 
-    At most `rounds` rounds over all images, fewer (at least 3) where they take longer than `seconds`.
+    At most `rounds` rounds over all images, fewer (at least 3) where they take longer than `seconds`; there are at
+    least `num_images`.
     """
 
     batch_sizes: Sequence[int] = (1, 8, 64)
@@ -41,6 +42,7 @@ class BenchRequest:
     device: str = "cpu"
     rounds: int = 15
     seconds: float = 30.0
+    num_images: int = 128
 
     def __post_init__(self) -> None:
         wrong = next((size for size in self.batch_sizes if size < 1), None)
@@ -79,7 +81,7 @@ class _ModelBench:
     def __init__(self, model: EarlyExitModel, request: BenchRequest) -> None:
         self.model, self.request = model, request
         self.sizes = sorted(set(request.batch_sizes))
-        self.images = mixed_images(model.probe["images"], max(_LEAST_IMAGES, _BATCHES * self.sizes[-1]))
+        self.images = mixed_images(model.probe["images"], max(request.num_images, _BATCHES * self.sizes[-1]))
         self.images = self.images.to(model.device)
         self.tables = self._tables()
 

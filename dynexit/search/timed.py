@@ -17,6 +17,7 @@ from dynexit.search.problem import Problem
 
 KINDS = ("latency_ms", "relative_latency")
 _MOST_TRIES = 12
+_ROUNDING = 1e-9  # of times, which the search counts in picoseconds
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class TimedSearch:
                 asked = 0.0
             timed = self._timed(replace(found, asked={kind: value, "batch_size": self.batch}))
             relative = timed.relative_latency[self._searched]
-            if relative <= share:
+            if relative <= share * (1 + _ROUNDING):
                 return timed
             nearest = min(nearest, relative)
             asked *= 0.999 * share / relative

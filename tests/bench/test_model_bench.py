@@ -1,0 +1,86 @@
+"""`dynexit bench` on a model folder: its files, and thresholds at which the shares of validation leave."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynexit.bench.images import thresholds_for
+from dynexit.bench.model_bench import BenchRequest, bench_model
+from dynexit.core.tradeoff import Configuration, apply_configuration
+from dynexit.errors import UserError
+from launch.__main__ import main
+from tests.deploy.saved import save_random
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    save_random(path)
+    return path
+
+
+def test_the_shares_of_validation_leave() -> None:
+    confidence_PHN = np.random.default_rng(0).random((3, 2, 500), dtype=np.float32)
+    for fractions in ((0.25, 0.0, 0.5, 0.25), (0.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 0.0), (0.1, 0.0, 0.9, 0.0)):
+        way = thresholds_for(confidence_PHN, Configuration(((1, 0.5), (-1, 1.0), (0, 0.25))), fractions)
+        assert [head for head, _ in way.exits] == [1, -1, 0]
+        none = np.zeros((3, 2, 500), bool)
+        exit_N, _ = apply_configuration(way, confidence_PHN, none, none[0, 0])
+        assert (np.bincount(exit_N, minlength=4) / 500).tolist() == list(fractions)
+
+
+def test_points_are_timed_beside_the_full_model(folder: Path, tmp_path: Path) -> None:
+    text = bench_model(
+        folder, BenchRequest([2, 1], ["0.5", "backbone"], rounds=3, seconds=0.0, num_images=16), tmp_path / "out"
+    )
+    with (tmp_path / "out" / "bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch_size"], row["asked"]) for row in rows] == [
+        (batch, asked) for batch in "12" for asked in ("", "0.5", "backbone")
+    ]
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert content["machine"]["device"] == "cpu"
+    assert set(content["stages"]["aa"]["seconds_by_batch_size"]) == {"1", "2"}
+    for full, early, whole in (rows[:3], rows[3:]):
+        assert full["point"] == "full model"
+        assert float(full["speed_up"]) == 1
+        assert full["predicted_by_time"] == ""
+        assert float(whole["predicted_by_macs"]) == 1
+        assert 0 < float(early["relative_macs"]) < 1
+        for row in (early, whole):
+            assert float(row["p50_ms"]) <= float(row["p95_ms"]) <= float(row["p99_ms"])
+            ratio = float(row["speed_up"]) / float(row["predicted_by_time"])
+            assert float(row["realised_over_time"]) == pytest.approx(ratio)
+    assert (tmp_path / "out" / "accuracy_time.png").read_bytes()[:4] == b"\x89PNG"
+    assert "microseconds of a batch" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "8,0"], "--batch 0: batch sizes are 1 or more, as 1,8,64"),
+        (["--batch", "x"], "--batch x: batch sizes are 1 or more"),
+        (["--points", "3"], "--points 3: should be a share of the full model's time, as 0.6, or one of aa-0.4, "),
+        (["--points", "fast"], "--points fast: should be a share"),
+        (["--runtime", "tpu"], "--runtime tpu: should be one of torch"),
+        (["--device", "tpu"], "device = 'tpu' cannot be used"),
+        (["seed=1"], "seed=1 is for a study; for a model folder: dynexit bench DIR --out FOLDER"),
+    ],
+)
+def test_a_wrong_request_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["bench", str(folder), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_folders_are_not_for_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "study.yaml").write_text("seed: 0")
+    assert main(["bench", str(tmp_path / "study.yaml"), "--batch", "1"]) == 2
+    assert "--batch is for a model folder, and" in capsys.readouterr().err
+    with pytest.raises(UserError, match="batch sizes are 1 or more"):
+        BenchRequest([0])
