@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynexit.errors import Failure, UserError
-from dynexit.study.stages import BENCH, INFER, STAGES
+from dynexit.study.stages import BENCH, INFER, STAGES, stages_until
 from launch.api import LoadedStudy, load_study
 from launch.deploy_commands import bench_folder
 
@@ -176,7 +176,8 @@ def _retry(options: argparse.Namespace) -> int:
     site = load_site(options.site) if options.site else load_last_site(before, study.directory)
     with hold(study.directory):
         check_identity(study)
-        print("\n".join(submit_study(study, tuple(STAGES), site)))
+        stages = stages_until("report", by_time=study.is_by_time)
+        print("\n".join(submit_study(study, stages, site)))
     return 0
 
 

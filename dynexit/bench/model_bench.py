@@ -17,7 +17,7 @@ from dynexit.bench.images import mixed_images, with_shares
 from dynexit.bench.machine import describe_machine
 from dynexit.bench.measure import clock, measure_times, timing_engine
 from dynexit.bench.runtimes import Runtime, make_runtime
-from dynexit.core.latency import BatchTimes, LatencyTable
+from dynexit.core.latency import BatchTimes, LatencyTable, sizes_to_measure
 from dynexit.deploy.description import SavedPoint
 from dynexit.deploy.model import EarlyExitModel, load
 from dynexit.errors import UserError
@@ -95,10 +95,10 @@ class _ModelBench:
             if same not in by_exits:
                 engine = timing_engine(self.model.engines[identity].model, training.stack)
                 times: dict[int, BatchTimes] = {}
-                for batch in self.sizes:
+                for batch in sizes_to_measure(self.sizes):
                     times[batch] = measure_times(engine, batch, 2, 20)
                 positions = training.exit_costs.positions
-                by_exits[same] = LatencyTable(positions, training.stack.head_types, times, machine)
+                by_exits[same] = LatencyTable(positions, training.stack.head_types, times, machine, tuple(self.sizes))
             tables[identity] = by_exits[same]
         return tables
 
@@ -278,7 +278,8 @@ def bench_text(rows: Sequence[BenchRow]) -> str:
 def stage_text(table: LatencyTable) -> str:
     """The table of stages and exits as lines of text, microseconds of a batch."""
     lines = ["microseconds of a batch: each stage, then its exit by head type"]
-    for batch, times in table.times.items():
+    for batch in table.batch_sizes:
+        times = table.times[batch]
         parts = [
             f"{1e6 * stage:.0f} + {' | '.join(f'{1e6 * seconds:.0f}' for seconds in row)}"
             for stage, row in zip(times.stages, times.heads, strict=False)

@@ -7,7 +7,7 @@ import torch
 
 from dynexit.bench.machine import describe_machine
 from dynexit.bench.measure import measure_times, timing_engine
-from dynexit.core.latency import LatencyTable
+from dynexit.core.latency import LatencyTable, sizes_to_measure
 from dynexit.deploy.assembly import HeadStack
 from dynexit.dist import Ranks, choose_device, find_gpus
 from dynexit.errors import UserError, end_if_stopped
@@ -42,7 +42,7 @@ def run_bench(points: Sequence[Point]) -> None:
     model, costs = load_model(point, Ranks(0, 1, device))  # by one process, whatever the number of ranks
     engine = timing_engine(model, HeadStack(costs.head_types, PRECISION, 0.0, True))
     progress = Progress("bench", directory.path, config.dist.log_seconds)
-    sizes = sorted(config.bench.batch_sizes)
+    sizes = sizes_to_measure(config.bench.batch_sizes)
     progress.start(len(sizes))
     times = {}
     for batch in sizes:
@@ -62,5 +62,6 @@ def run_bench(points: Sequence[Point]) -> None:
         end_if_stopped()
     progress.finish()
     machine = {"backbone": config.backbone.name, **describe_machine(device, PRECISION)}
-    directory.write_json(LATENCY, LatencyTable(costs.positions, costs.head_types, times, machine).to_json())
+    wanted = tuple(sorted(config.bench.batch_sizes))
+    directory.write_json(LATENCY, LatencyTable(costs.positions, costs.head_types, times, machine, wanted).to_json())
     directory.mark_done([LATENCY])

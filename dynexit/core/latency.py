@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,12 @@ class LatencyTable:
     """By batch size, rising."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Where and when it was measured: device, device_name, threads, torch, precision, date."""
+    wanted: tuple[int, ...] = ()
+    """The batch sizes that are of interest, rising; the others are there for what lies between. () for all."""
 
     def __post_init__(self) -> None:
+        if not set(self.wanted) <= set(self.times):
+            raise ValueError(f"batch sizes {list(self.wanted)} are wanted and {list(self.times)} measured")
         if not self.times or list(self.times) != sorted(set(self.times)) or min(self.times) < 1:
             raise ValueError(f"batch sizes must rise from 1 or more, got {list(self.times)}")
         num_positions, num_types = len(self.positions), len(self.head_types)
@@ -69,8 +74,8 @@ class LatencyTable:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """The batch sizes measured, rising."""
-        return tuple(self.times)
+        """The batch sizes of interest, rising."""
+        return self.wanted or tuple(self.times)
 
     def costs(self, batch: int, costs: ExitCosts, *, gates: bool = False) -> ExitCosts:
         """`costs` with an image's picoseconds, in full batches, in place of MACs; `gates`: each head with its gate.
@@ -149,6 +154,7 @@ class LatencyTable:
             **self.machine,
             "positions": list(self.positions),
             "head_types": list(self.head_types),
+            "batch_sizes": list(self.batch_sizes),
             "seconds_by_batch_size": times,
         }
 
@@ -159,17 +165,27 @@ class LatencyTable:
             raise ValueError(f"it has no format version {FORMAT}")
         rest = dict(data)
         try:
-            positions, head_types, by_size = (rest.pop(name) for name in _TABLE_KEYS)
+            positions, head_types, wanted, by_size = (rest.pop(name) for name in _TABLE_KEYS)
             times = {
                 int(batch): BatchTimes(**{k: _tuples(v) for k, v in one.items()}) for batch, one in by_size.items()
             }
             del rest["format"]
-            return cls(tuple(positions), tuple(head_types), times, rest)
+            return cls(tuple(positions), tuple(head_types), times, rest, tuple(wanted))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it holds no table of times ({error!r})") from None
 
 
-_TABLE_KEYS = ("positions", "head_types", "seconds_by_batch_size")
+_TABLE_KEYS = ("positions", "head_types", "batch_sizes", "seconds_by_batch_size")
+
+
+def sizes_to_measure(batch_sizes: Sequence[int]) -> list[int]:
+    """Returns batch sizes to measure for those wanted, rising: 1, 2 and some between, since times are no line.
+
+    Many a CPU kernel takes another path from 1 to 2 images, and then hardly more time up to a dozen.
+    """
+    sizes = sorted({*batch_sizes, 1, *([2] if max(batch_sizes) > 1 else [])})
+    between = {round(math.sqrt(low * high)) for low, high in pairwise(sizes) if high >= 4 * low}
+    return sorted({*sizes, *between})
 
 
 def _tuples(value: Any) -> Any:

@@ -173,7 +173,7 @@ def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str
                 point_id=point.ids["search"],
                 configuration=json.dumps(entry["exits"], separators=(",", ":")),
                 budget=budget_text(entry["budget"]) if "budget" in entry else "",
-                time_batch_size=entry.get("batch_size"),
+                time_batch_size=entry.get("batch_size", entry.get("budget", {}).get("batch_size")),
             )
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from dynexit.core.cost import ExitCosts
-from dynexit.errors import end_if_stopped
+from dynexit.errors import Failure, end_if_stopped
 from dynexit.jobs.finished import SPLITS, is_searched, measured_times, recorded_splits
 from dynexit.progress import Progress
 from dynexit.record.held_back import calibration_samples
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, COSTS, DONE, HEADS, LATENCY, RunDir
+from dynexit.run_dir import BUDGETS, COSTS, DONE, HEADS, LATENCY, RunDir, move_aside
 from dynexit.search.budgets import Budget, Unattainable, budgets_of, latency_costs
 from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest
 from dynexit.search.methods import fixed_configurations
@@ -21,6 +21,7 @@ from dynexit.search.timed import TimedEntry, TimedSearch, budgets_by_time
 from dynexit.study.grid import Point
 from dynexit.study.keys import parse_weights
 from dynexit.study.methods import METHODS
+from dynexit.study.stages import BENCH
 
 CONFIGURATIONS, FIXED, BY_TIME = "configurations.json", "fixed.json", "by_time.json"
 
@@ -110,7 +111,12 @@ def _search_times(
     by_time, budgets = [], []
     budget_size = settings.latency_batch_size or table.batch_sizes[0]
     for batch in table.batch_sizes:
-        search = TimedSearch(problems, how, table, batch, confidence)
+        try:
+            search = TimedSearch(problems, how, table, batch, confidence)
+        except ValueError as error:
+            source = RunDir(point, BENCH)
+            text = f"{source / LATENCY} is of another model: {error}; {move_aside(source.path)}"
+            raise Failure(text) from error
         for timed in search.weights():
             by_time.append({"batch_size": batch, **_timed_json(timed)})
         for kind, value in budgets_by_time(dict(settings)) if batch == budget_size else ():

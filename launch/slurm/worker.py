@@ -120,10 +120,12 @@ def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
     ready, damaged, missing = [], [], []
     for point in job.points:
         try:
-            needed = [stage.needs, *([BENCH] if stage.name == "search" and point.config.is_by_time else [])]
-            undone = [name for name in needed if not RunDir(point, name).is_done()]
+            undone = stage.needs
+            if RunDir(point, undone).is_done():
+                by_time = stage.name == "search" and point.config.is_by_time
+                undone = BENCH if by_time and not RunDir(point, BENCH).is_done() else ""
             if undone:
-                missing.append(f"{job.stage} {point.label}: its {undone[0]} is not done")
+                missing.append(f"{job.stage} {point.label}: its {undone} is not done")
             else:
                 ready.append(point)
         except Failure as failure:

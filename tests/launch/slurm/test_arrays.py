@@ -8,6 +8,7 @@ import pytest
 from dynexit.errors import UserError
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
+from dynexit.study.stages import stages_until
 from launch.slurm.arrays import Array, _num_tasks, plan_arrays, resolve
 from launch.slurm.cluster import Limits
 from launch.slurm.site import Site, StageSite
@@ -40,6 +41,21 @@ def test_a_fresh_sweep(tmp_path: Path) -> None:
     assert stages(plan_arrays(one, ALL[:2], Limits(1001, None), {}, {})) == [("prepare", 1), ("train", 6)]
     work = arrays[1].work()[0][0]
     assert work == {"train": [one.points[0].ids["train"]], "record": [one.points[0].ids["record"]]}
+
+
+def test_searches_by_time_wait_for_the_bench(tmp_path: Path) -> None:
+    one = study(tmp_path, "search.latency=measured")
+    arrays = plan_arrays(one, stages_until("report", by_time=True), Limits(1001, None), {}, {})
+    assert stages(arrays) == [("prepare", 1), ("bench", 1), ("train", 6), ("search", 6), ("report", 1)]
+    assert [array.after for array in arrays] == [(), (0,), (0,), (2, 1), (3,)]
+    live = {("prepare", one.points[0].ids["prepare"]): "70", ("bench", one.points[0].ids["bench"]): "71"}
+    arrays = plan_arrays(one, stages_until("report", by_time=True), Limits(1001, None), live, {})
+    assert [(array.stage, array.after) for array in arrays] == [
+        ("train", ("70",)),
+        ("search", (0, "71")),
+        ("report", (1,)),
+    ]
+    assert stages(plan_arrays(one, stages_until("bench"), Limits(1001, None), {}, {})) == [("prepare", 1), ("bench", 1)]
 
 
 @pytest.mark.parametrize("new_jobs", [None, *range(4, 16)])
