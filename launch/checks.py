@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import UserError
+from dynexit.study.baselines import network_name
 from dynexit.study.grid import Study
 from dynexit.study.keys import DATA_SETS
 from dynexit.study.schema import Config
@@ -19,7 +20,7 @@ def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> N
     """
     kinds = _untrained_kinds(study)
     mistakes: list[str] = []
-    for config, reads_weights in [] if dry_run else kinds:
+    for config, reads_weights, _ in [] if dry_run else kinds:
         mistakes += _missing_weights(config) if reads_weights else []
         mistakes += _missing_data(config, data_is_here)
     if not mistakes:
@@ -28,18 +29,23 @@ def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> N
         raise UserError("\n".join(dict.fromkeys(mistakes)))
 
 
-def _untrained_kinds(study: Study) -> list[tuple[Config, bool]]:
-    """A configuration for every kind of model that is not trained yet, and whether its file of weights will be read."""
-    kinds: dict[str, tuple[Config, bool]] = {}
+def _untrained_kinds(study: Study) -> list[tuple[Config, bool, str]]:
+    """A configuration for every kind of model that is not trained yet, whether its file of weights will be read, and
+    the key of a static network.
+    """
+    kinds: dict[str, tuple[Config, bool, str]] = {}
     keys: dict[tuple[Any, ...], str] = {}  # points share the sections that they do not differ in
     for stage in ("train", "prepare"):
-        for config in (point.config for job in missing_jobs(study, stage) for point in job.points):
+        for point in (point for job in missing_jobs(study, stage) for point in job.points):
+            config = point.config
             sections = (config.data, config.backbone, config.exits)
             rest = (config.record.topk, config.prepare.num_epochs > 0)
             same = (*map(id, sections), *rest)
             if same not in keys:
                 keys[same] = repr((sections, rest))
-            kinds[keys[same]] = (config, stage == "prepare")  # later stages read the prepared backbone
+            is_another = point.networks and point.ids["record"] != point.networks[-1]
+            name = f"baselines.static {network_name(point)}: " if is_another else ""
+            kinds[keys[same]] = (config, stage == "prepare", name)  # later stages read the prepared backbone
     return list(kinds.values())
 
 
@@ -71,16 +77,16 @@ def _missing_fashion_mnist(config: Config) -> Iterator[str]:
         yield str(error)
 
 
-def _misfits(kinds: Sequence[tuple[Config, bool]], *, dry_run: bool) -> list[str]:
+def _misfits(kinds: Sequence[tuple[Config, bool, str]], *, dry_run: bool) -> list[str]:
     mistakes = []
-    for config, reads_weights in kinds:
+    for config, reads_weights, name in kinds:
         from dynexit.jobs.load import check_model
 
         is_there = Path(config.backbone.weights or "").is_file()
         try:
             check_model(config, weights=reads_weights and (not dry_run or is_there))
         except UserError as error:
-            mistakes.append(str(error))
+            mistakes.append(name + str(error))
     return mistakes
 
 

@@ -26,12 +26,12 @@ def _load(options: argparse.Namespace) -> tuple[LoadedStudy, "list[Point]"]:
     names = [word for word in options.words if "=" not in word]
     chosen: list[Point] = []
     for name in names:
-        found = [point for point in study.points if point.id.startswith(name)]
+        found = [point for point in study.all_points if point.id.startswith(name)]
         if not found:
-            known = ", ".join(point.id for point in study.points[:5])
+            known = ", ".join(point.id for point in study.all_points[:5])
             raise UserError(f"no point's id begins with {name!r}; `dynexit status` shows them ({known}, ...)")
         chosen += found
-    return study, chosen if names else list(study.points)
+    return study, chosen if names else list(study.all_points)
 
 
 def _run(options: argparse.Namespace) -> int:

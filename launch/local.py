@@ -269,11 +269,11 @@ def _to_json(job: Job) -> dict[str, Any]:
 
 
 def _from_json(content: dict[str, Any]) -> Job:
-    points = (
-        Point(**{**point, "config": Config.model_validate(point["config"]), "sweep_keys": tuple(point["sweep_keys"])})
-        for point in content["points"]
-    )
-    return Job(content["stage"], tuple(points))
+    def read(point: dict[str, Any]) -> Point:
+        tuples = {name: tuple(point[name]) for name in ("sweep_keys", "networks")}
+        return Point(**{**point, **tuples, "config": Config.model_validate(point["config"])})
+
+    return Job(content["stage"], tuple(map(read, content["points"])))
 
 
 def main(launcher: int, result_path: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import is_recorded, report_identity
+from dynexit.jobs.finished import finished_jobs, is_recorded, report_identity
 from dynexit.run_dir import BEGUN, DONE, MEMBERS, RunDir, folders_in_place, is_done, read_json, write_json
 from dynexit.study.grid import Point, Study, canonical_json, digest, fixed_values
 from dynexit.study.methods import METHODS
@@ -56,15 +56,23 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
         return RunDir(point, stage).is_done(check_bytes=check_bytes)
 
     begun = (study.directory / stage).is_dir()  # of a new sweep of thousands of points not each is asked for
-    points = [point for point in study.points if not begun or not is_finished(point)]
+    points = [point for point in study.all_points if not begun or not is_finished(point)]
     if stage == "prepare":
         groups = list({point.ids["prepare"]: [point] for point in reversed(points)}.values())[::-1]
     elif stage == "search":
         groups = [points] if points else []
     else:
-        everyone = study.points if stage == "train" else points
+        everyone = study.all_points if stage == "train" else points
         groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study), everyone)
     return [Job(stage, tuple(group)) for group in groups]
+
+
+def with_finished(study: Study, stage: str) -> Study:
+    """The study with those of its points and static networks whose `stage` is done."""
+    points, static = (
+        tuple(point for point in group if stage in finished_jobs(point)) for group in (study.points, study.static)
+    )
+    return dataclasses.replace(study, points=points, static=static)
 
 
 def make_packs(
@@ -157,6 +165,7 @@ def describe_plan(study: Study, stages: Sequence[str], where: str) -> str:
     dist = study.config.dist
     lines = [f"study {study.config.name}: {len(study.points)} points in {study.directory}"]
     lines += [f"  point {point.id}  {point.label}" for point in study.points]
+    lines += [f"  baseline {point.id}  {point.label}" for point in study.static]
     left = study
     for stage in stages:
         if stage == "report":

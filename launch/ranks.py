@@ -5,7 +5,6 @@ it finds missing holds for all.
 """
 
 import contextlib
-import dataclasses
 import os
 import subprocess
 import sys
@@ -13,11 +12,10 @@ import time
 from collections.abc import Sequence
 
 from dynexit.errors import Failure, UserError
-from dynexit.jobs.finished import finished_jobs
 from dynexit.study.grid import Study
 from launch.local import run_here
 from launch.lock import hold
-from launch.plan import check_identity, done_together, missing_jobs
+from launch.plan import check_identity, done_together, missing_jobs, with_finished
 from launch.slurm.submissions import check_queue
 
 _POLL_SECONDS = 0.5
@@ -69,7 +67,6 @@ def run_together(study: Study, stages: Sequence[str]) -> list[str]:
         ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
         for stage in (stage for stage in stages if done_together(stage, dist)):
             failures += run_here(ranks.broadcast(missing_jobs(study, stage, check_bytes=True) if ranks.is_main else []))
-            points = ranks.broadcast([p for p in study.points if stage in finished_jobs(p)])
-            study = dataclasses.replace(study, points=tuple(points))
+            study = ranks.broadcast(with_finished(study, stage))
         stop_ranks()
     return failures if is_main() else []

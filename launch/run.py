@@ -1,6 +1,5 @@
 """Running a study: the jobs that are missing, in order, here, as local processes, or on a SLURM cluster."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import check_budgets, finished_jobs
+from dynexit.jobs.finished import check_budgets
 from dynexit.run_dir import STUDY, write_text
-from dynexit.study.grid import Point, Study
+from dynexit.study.grid import Study
 from dynexit.study.read import resolved_yaml
 from dynexit.study.schema import Config
 from dynexit.study.stages import INFER, STAGES, stages_until
@@ -18,7 +17,7 @@ from dynexit.study.validation import sentences
 from launch.checks import check_models, folders_elsewhere
 from launch.local import run_here, run_local
 from launch.lock import hold
-from launch.plan import Job, check_identity, describe_plan, missing_jobs, report_is_done
+from launch.plan import Job, check_identity, describe_plan, missing_jobs, report_is_done, with_finished
 from launch.ranks import is_main, num_ranks, prepare_alone, run_together
 from launch.slurm.site import Site, load_site
 from launch.slurm.submissions import check_listed, check_queue
@@ -111,7 +110,7 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> lis
     failures: list[str] = []
     _write_study(study)
     did_something = False
-    left = study if stages[0] == next(iter(STAGES)) else _with_finished(study, "record")
+    left = study if stages[0] == next(iter(STAGES)) else with_finished(study, "record")
     for stage in stages:
         if not left.points:
             break
@@ -123,10 +122,10 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> lis
         did_something = did_something or bool(jobs)
         failures += failed
         if stage != "report":
-            before, left = left, _with_finished(left, stage)
-            if not failed and len(left.points) < len(before.points):
-                lost = next(point for point in before.points if point not in left.points)
-                count = len(before.points) - len(left.points)
+            before, left = left, with_finished(left, stage)
+            if not failed and len(left.all_points) < len(before.all_points):
+                lost = next(point for point in before.all_points if point not in left.all_points)
+                count = len(before.all_points) - len(left.all_points)
                 failures.append(f"{stage}: {count} points have no results, although no job failed; first: {lost.label}")
         if stage == "search":
             check_budgets(left.points)
@@ -141,11 +140,6 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> lis
 
 def _write_study(study: Study) -> None:
     write_text(study.directory / STUDY, resolved_yaml(study, with_meanings=False))
-
-
-def _with_finished(study: Study, stage: str) -> Study:
-    points: tuple[Point, ...] = tuple(point for point in study.points if stage in finished_jobs(point))
-    return dataclasses.replace(study, points=points)
 
 
 def _run_jobs(jobs: Sequence[Job], on: str, study: Study) -> list[str]:

@@ -37,7 +37,7 @@ def study_status(study: Study, jobs: QueueView | None = None) -> list[PointStatu
     held = is_held(study.directory)
     packs = _pack_folders(study.directory)
     jobs = QueueView(study.directory) if jobs is None else jobs
-    return [_point_status(study, point, held, packs, jobs) for point in study.points]
+    return [_point_status(study, point, held, packs, jobs) for point in study.all_points]
 
 
 def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path], jobs: QueueView) -> PointStatus:

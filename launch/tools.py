@@ -7,6 +7,7 @@ from typing import Any
 
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.search_methods import SEARCH_METHODS
+from dynexit.errors import UserError
 
 
 def add_tools(commands: Any) -> None:
@@ -51,11 +52,17 @@ def _tool(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
 def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     record = "record to {}: a directory of shards or DyCE's .npz"
-    files.add_argument("--train", type=Path, required=True, metavar="T", help=record.format("search on"))
+    files.add_argument("--train", type=Path, metavar="T", help=record.format("search on"))
+    files.add_argument("--val", type=Path, metavar="V", help=record.format("judge on (and certify risk)"))
+    files.add_argument("--macs", type=Path, metavar="M.json", help="costs.json or DyCE's macs_info")
     files.add_argument(
-        "--val", type=Path, required=True, metavar="V", help=record.format("judge on (and certify risk)")
+        "--cascade",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="instead of those three: record/ID of two or more models on the same samples, which run in this order; "
+        "their validation splits are searched, their test splits judge",
     )
-    files.add_argument("--macs", type=Path, required=True, metavar="M.json", help="costs.json or DyCE's macs_info")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two files written")
     files.add_argument("--latency", type=Path, metavar="L.json", help="times per stage, the cost instead of MACs")
     search = parser.add_argument_group("search")
@@ -98,7 +105,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _search_records(options: argparse.Namespace) -> None:
-    from dynexit.jobs.search_records import RecordFiles, search_records, weights_of
+    from dynexit.jobs.search_records import CascadeFiles, RecordFiles, search_records, weights_of
     from dynexit.search.budgets import budgets_of
     from dynexit.search.driver import SearchRequest
 
@@ -114,6 +121,16 @@ def _search_records(options: argparse.Namespace) -> None:
         seed=options.seed,
         workers=options.workers,
     )
+    of_one = {f"--{name}": getattr(options, name) for name in ("train", "val", "macs", "latency")}
+    if options.cascade:
+        given = [flag for flag, path in of_one.items() if path is not None]
+        if given:
+            raise UserError(f"{', '.join(given)} and --cascade exclude each other; give one of them")
+        search_records(CascadeFiles(options.cascade, options.exit_confidence), settings, options.out)
+        return
+    missing = [flag for flag, path in of_one.items() if path is None and flag != "--latency"]
+    if missing:
+        raise UserError(f"the following arguments are required: {', '.join(missing)} (or --cascade)")
     files = RecordFiles(options.train, options.val, options.macs, options.latency, options.exit_confidence)
     search_records(files, settings, options.out)
 

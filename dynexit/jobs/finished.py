@@ -7,6 +7,7 @@ from typing import Any
 from dynexit.errors import Failure, UserError
 from dynexit.record.shards import Record, has_shards
 from dynexit.run_dir import BUDGETS, CLASSES, DONE, FAILED, RunDir
+from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point, digest
 from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import POINT_STAGES
@@ -141,5 +142,5 @@ def _searched(point: Point) -> Any:
 
 def report_identity(points: Sequence[Point]) -> str:
     """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
-    found = [[point.ids["search"], _searched(point)] for point in points]
+    found = [[point.ids["search"], _searched(point)] for point in (*points, *static_points(points))]
     return digest([found, points[0].config.report.model_dump(mode="json")])

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dynexit.baselines.comparison import BASELINES_CSV, compare, comparison_section, write_comparisons
+from dynexit.baselines.rows import baselines_of
 from dynexit.core.cost import ExitCosts, place_name
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
@@ -28,6 +30,7 @@ from dynexit.report.uncertainty_section import uncertainty_section
 from dynexit.run_dir import COSTS, DONE, METRICS, RunDir, mark_done
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.operating_points import ReportRow, write_csv
+from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point
 
 
@@ -38,6 +41,8 @@ def run_report(points: Sequence[Point]) -> None:
     """
     ready = [point for point in points if RunDir(point, "search").is_done()]
     failed = [missing_reason(point) for point in points if point not in ready]
+    static = [point for point in static_points(points) if not RunDir(point, "search").is_done()]
+    failed += [missing_reason(point) for point in static]
     if not ready:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
     check_budgets(ready)
@@ -52,7 +57,7 @@ def run_report(points: Sequence[Point]) -> None:
 
 
 def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
-    """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds."""
+    """Operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds, baselines."""
     rows: list[ReportRow] = []
     seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
     for point in points:
@@ -72,6 +77,8 @@ def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
             ("fixed", "fixed.json"),
         ):
             rows += _configuration_rows(point, source_name, _entries(point, file))
+    for baseline in baselines_of(points):
+        rows += [baseline.validation, baseline.test]
     return mark_front(rows)
 
 
@@ -190,11 +197,21 @@ def write_report(
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
-        sections=[_uncertainty(points, rows)],
+        sections=[*_comparisons(points, rows), _uncertainty(points, rows)],
         describe=describe,
     )
     write_page(directory / "report.html", page)
     return rows
+
+
+def _comparisons(points: Sequence[Point], rows: Sequence[ReportRow]) -> Iterator[PageSection]:
+    """Writes baselines.csv, and gives the page's part on them; nothing without baselines."""
+    found = compare(points, rows, baselines_of(points))
+    path = points[0].study_dir / "report" / BASELINES_CSV
+    path.unlink(missing_ok=True)
+    if found:
+        write_comparisons(path, found)
+        yield comparison_section(found)
 
 
 def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow]) -> PageSection:

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from dynexit.baselines.search import search_networks
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import end_if_stopped
 from dynexit.jobs.finished import SPLITS, recorded_splits
@@ -27,8 +28,8 @@ CONFIGURATIONS, FIXED = "configurations.json", "fixed.json"
 def run_search(points: Sequence[Point]) -> None:
     """Finds exit configurations for preferences and budgets from records alone; chosen on validation, judged on test.
 
-    Leaves configurations.json, budgets.json and fixed.json per point; notes a budget that a point cannot attain. The
-    result does not depend on the number of processes.
+    Leaves configurations.json, budgets.json and fixed.json per point, networks.json per static network; notes a budget
+    that a point cannot attain. The result does not depend on the number of processes.
     """
     missing = [p for p in points if not RunDir(p, "search").is_done()]
     if missing:
@@ -52,6 +53,8 @@ def _search_all(points: Sequence[Point]) -> Iterator[int]:
 
 def _search_point(point: Point) -> int:
     """Searches one point; the number of samples it was searched on."""
+    if point.networks:
+        return search_networks(point)
     settings = point.config.search
     source, checkpoint = RunDir(point, "record"), RunDir(point, "train").digest(HEADS)
     costs = ExitCosts.from_json(source.read_json(COSTS))

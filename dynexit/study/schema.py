@@ -123,9 +123,9 @@ class PrepareSettings(Section):
 
 
 class ExitsSettings(Section):
-    positions: Literal["all"] | Annotated[list[Position], Field(min_length=1), AfterValidator(no_duplicates)] = key(
-        "all", "indices of the blocks after which an exit sits; all = every block but the last"
-    )
+    positions: (
+        Literal["all", "last"] | Annotated[list[Position], Field(min_length=1), AfterValidator(no_duplicates)]
+    ) = key("all", "indices of the blocks after which an exit sits; all = every block but the last; last = it alone")
     head_types: Annotated[list[HeadType], Field(min_length=1), AfterValidator(no_duplicates)] = key(
         lambda: ["linear"], "exit heads at every position: linear, or mlp{n}x{w} (n linear layers, hidden width w)"
     )
@@ -208,6 +208,18 @@ class SearchSettings(Section):
     risk_confidence: float = key(0.95, "confidence of that certificate", gt=0, lt=1)
     calibration_share: float = key(0.0, "share of validation kept from the search to calibrate on", ge=0, lt=1)
     workers: int = key(1, "processes that search points at the same time", changes_results=False, ge=1)
+
+
+class BaselinesSettings(Section):
+    static: list[dict[str, Any]] = key(
+        list,
+        "static networks that the study is compared with: for each, what of backbone.arguments is another; fitted from "
+        "random weights as section prepare says",
+        changes_results=False,
+    )
+    cascade: bool = key(
+        False, "whether cascades of two or three of them and the backbone are searched too", changes_results=False
+    )
 
 
 class ReportSettings(Section):
@@ -296,6 +308,7 @@ class Config(Section):
     dyce: DyceSettings = Field(default_factory=DyceSettings)
     record: RecordSettings = Field(default_factory=RecordSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)
+    baselines: BaselinesSettings = Field(default_factory=BaselinesSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
     infer: InferSettings = Field(default_factory=InferSettings)
     dist: DistSettings = Field(default_factory=DistSettings)

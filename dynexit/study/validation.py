@@ -119,6 +119,7 @@ def contradictions(config: Config) -> Iterator[str]:
             "search.relative_latency"
         )
     yield from _contradictions_of_prepare(config)
+    yield from _contradictions_of_baselines(config)
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
@@ -137,3 +138,19 @@ def _contradictions_of_prepare(config: Config) -> Iterator[str]:
         yield f"dist.deepspeed_stage = {stage}: should be null where prepare.precision is fp16; bf16 needs no scaling"
     if stage is not None and prepare.compile:
         yield f"dist.deepspeed_stage = {stage}: should be null where prepare.compile is true"
+
+
+def _contradictions_of_baselines(config: Config) -> Iterator[str]:
+    baselines = config.baselines
+    if baselines.static and config.prepare.num_epochs == 0:
+        yield (
+            "baselines.static: needs prepare.num_epochs of at least 1, since static networks are fitted from random "
+            "weights; remove it or fit the backbone too"
+        )
+    if {} in baselines.static:
+        yield "baselines.static: {} is the backbone itself; give arguments that differ from backbone.arguments"
+    if baselines.cascade and not baselines.static:
+        yield (
+            "baselines.cascade = true: needs baselines.static, the networks that run before the backbone, as "
+            "[{channels: [8, 12, 16, 24]}]"
+        )

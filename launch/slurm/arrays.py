@@ -52,16 +52,20 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live,
     ]
     chains = [_trainings(study, stages, live) if "train" in stages else []]
     chains.append(_recordings(study, chains[0], live) if "record" in stages else [])
-    chains.append(_searches(study, [*chains[0], *chains[1]], live) if "search" in stages else [])
+    for points, others in ((study.points, [*chains[0], *chains[1]]), (study.static, [])):
+        chains.append(_searches(points, others, live) if "search" in stages else [])
     num_alone = int(stages[-1] == "report")
-    costs = [1 + ("search" in stages)] * 2 + [1]  # jobs of a chain
+    costs = [1 + ("search" in stages)] * 2 + [1, 1]  # jobs of a chain
     counts = _num_tasks(limits, len(prepare) + num_alone, [len(one) for one in chains], costs)
     arrays: list[Array] = []
 
     def add(stage: str, part: Sequence[Sequence[Pack]], after: tuple[int | str, ...]) -> None:
         """Adds an array that does the packs' jobs of its stage, after what is queued for the same work."""
         mine = TRAINING if stage in TRAINING else (stage,)
-        tasks = tuple(tuple(tuple(job for job in pack if job.stage in mine) for pack in packs) for packs in part)
+        own = [[tuple(job for job in pack if job.stage in mine) for pack in packs] for packs in part]
+        tasks = tuple(tuple(pack for pack in packs if pack) for packs in own if any(packs))
+        if not tasks:
+            return
         ids = {(job.stage, p.ids[job.stage]) for packs in tasks for pack in packs for job in pack for p in job.points}
         queued = {(live.get(one) or ending[one]).partition("_")[0] for one in ids & {*live, *ending}}
         arrays.append(Array(stage, tasks, (*after, *sorted(queued - {*after}))))
@@ -71,8 +75,10 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live,
     after_prepare = (*range(len(arrays)), *_jobs_of(live, "prepare"))
     training = tuple(_jobs_of(live, *TRAINING))
     for stage, packs, count, after in zip(
-        ("train", "record", "search"), chains, counts, (after_prepare, training, training), strict=True
+        ("train", "record", "search", "search"), chains, counts, (after_prepare, *[training] * 3), strict=True
     ):
+        if packs is chains[-1]:  # cascades read the records of several networks
+            after = (*(i for i, array in enumerate(arrays) if array.stage in TRAINING), *training)
         for part in _split(_group(packs, count), limits.array_size):
             add(stage, part, after)
             if "search" in stages and stage in TRAINING:
@@ -82,10 +88,12 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live,
 
 def _trainings(study: Study, stages: Sequence[str], live: Live) -> list[Pack]:
     """(train, record, search) of every pack to train, so far as `stages` ask for it."""
-    free = tuple(p for p in study.points if ("train", p.ids["train"]) not in live)
-    packs = missing_jobs(dataclasses.replace(study, points=free), "train")
+    points, static = (
+        tuple(p for p in group if ("train", p.ids["train"]) not in live) for group in (study.points, study.static)
+    )
+    packs = missing_jobs(dataclasses.replace(study, points=points, static=static), "train")
     rest = [stage for stage in ("record", "search") if stage in stages]
-    return [(pack, *_jobs(rest, _points_of(study.points, pack.points))) for pack in packs]
+    return [(pack, *_jobs(rest, _points_of(study.all_points, pack.points))) for pack in packs]
 
 
 def _recordings(study: Study, trainings: Sequence[Pack], live: Live) -> list[Pack]:
@@ -93,7 +101,7 @@ def _recordings(study: Study, trainings: Sequence[Pack], live: Live) -> list[Pac
     in_training = {point.id for pack in trainings for point in pack[0].points}
     left = [
         point
-        for point in study.points
+        for point in study.all_points
         if point.id not in in_training
         and ("record", point.ids["record"]) not in live
         and not is_recorded(point, check_sizes=True)
@@ -103,17 +111,18 @@ def _recordings(study: Study, trainings: Sequence[Pack], live: Live) -> list[Pac
     return [tuple(_jobs(("record", "search"), _points_of(left, pack))) for pack in packs]
 
 
-def _searches(study: Study, others: Sequence[Pack], live: Live) -> list[Pack]:
-    """(search,) of the points that only have to be searched."""
+def _searches(points: Sequence[Point], others: Sequence[Pack], live: Live) -> list[Pack]:
+    """(search,) of those of the points that only have to be searched."""
     covered = {point.id for pack in others for point in pack[-1].points}
     left = [
         point
-        for point in study.points
+        for point in points
         if point.id not in covered
         and ("search", point.ids["search"]) not in live
         and not RunDir(point, "search").is_done()
     ]
-    return [tuple(_jobs(("search",), part)) for part in _split(left, study.config.dist.members_per_pack)]
+    size = points[0].config.dist.members_per_pack if points else 1
+    return [(Job("search", tuple(part)),) for part in _split(left, size)]
 
 
 def _points_of(points: Iterable[Point], trained: Sequence[Point]) -> list[Point]:
@@ -123,7 +132,12 @@ def _points_of(points: Iterable[Point], trained: Sequence[Point]) -> list[Point]
 
 
 def _jobs(stages: Sequence[str], points: Sequence[Point]) -> list[Job]:
-    return [Job(stage, tuple({point.ids[stage]: point for point in points}.values())) for stage in stages]
+    """Of static networks no search, which waits for all of them."""
+    jobs = []
+    for stage in stages:
+        done = {point.ids[stage]: point for point in points if stage != "search" or not point.networks}
+        jobs += [Job(stage, tuple(done.values()))] if done else []
+    return jobs
 
 
 def _num_tasks(limits: Limits, fixed: int, lengths: Sequence[int], costs: Sequence[int]) -> list[int]:

@@ -149,7 +149,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, probe, dyce, record, search"),
         ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=30"),
         ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
-        ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all', or should be a valid list"),
+        ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all' or 'last', or should be a valid list"),
         ("", ("exits.positions=[-1]",), "exits.positions.0 = -1: should be greater than or equal to 0"),
         ("", ("exits.head_types=[mlp]",), "exits.head_types.0 = 'mlp': should be linear, or mlpNxW of N layers and width W, as mlp3x500"),
         ("", ("sweep=[1]",), "sweep = [1]: name the key that varies, as sweep.seed=[0, 1]"),
