@@ -58,6 +58,23 @@ def test_every_point_exactly_once_within_any_limits(tmp_path: Path, array_size: 
         assert all(isinstance(which, int) and which < i for which in array.after)
 
 
+@pytest.mark.parametrize("new_jobs", [None, *range(6, 14)])
+def test_cascades_wait_for_the_records_of_all_networks(tmp_path: Path, new_jobs: int | None) -> None:
+    one = study(tmp_path, "seed=0", "baselines.static=[{channels: [4, 5, 6, 7]}]", "baselines.cascade=true")
+    arrays = plan_arrays(one, ALL, Limits(2, new_jobs), {}, {})
+    assert new_jobs is None or sum(len(array.tasks) for array in arrays) <= new_jobs
+    for stage in ("train", "record", "search"):
+        ids = [point for array in arrays for task in ids_of(array, stage) for point in task]
+        assert sorted(ids) == sorted(point.id for point in one.all_points)
+    static = {point.id for point in one.static}
+    training = {i for i, array in enumerate(arrays) if array.stage == "train"}
+    for array in (array for array in arrays if array.stage == "search"):
+        ids = {point for task in ids_of(array, "search") for point in task}
+        assert ids <= static or not ids & static
+        assert (set(array.after) == training) == (ids <= static or len(training) == 1)
+    assert set(arrays[-1].after) == {i for i, array in enumerate(arrays) if array.stage == "search"}
+
+
 def test_no_room_in_the_queue(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the queue has room for 3 more jobs of yours and the study needs 4 at once"):
         plan_arrays(study(tmp_path), ALL, Limits(1001, 3), {}, {})
