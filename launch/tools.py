@@ -8,6 +8,7 @@ from typing import Any
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.search_methods import SEARCH_METHODS
 from dynexit.errors import UserError
+from dynexit.study.yaml_text import parse_yaml
 
 
 def add_tools(commands: Any) -> None:
@@ -15,6 +16,9 @@ def add_tools(commands: Any) -> None:
     macs = _tool(commands, "macs", "multiply-accumulates of a backbone up to every exit, of its heads and gates")
     macs.add_argument(
         "backbone", metavar="BACKBONE", help="a timm name of a supported family, or t2t_vit_7 and its like"
+    )
+    macs.add_argument(
+        "--arguments", type=_mapping, metavar="YAML", help="as backbone.arguments: '{channels: [8, 12, 16, 24]}'"
     )
     macs.add_argument("--image-size", type=_natural, metavar="PIXELS", help="default: the model's own")
     macs.add_argument("--num-classes", type=_natural, default=1000, metavar="K", help="default: %(default)s")
@@ -42,6 +46,17 @@ def _natural(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
     return int(text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """The mapping that `text` is as YAML. Raises what argparse makes a sentence of where it is none."""
+    try:
+        value = parse_yaml(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a mapping, as '{{channels: [8, 12, 16, 24]}}'")
+    return value
 
 
 def _tool(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -152,6 +167,7 @@ def _macs(options: argparse.Namespace) -> None:
         num_classes=options.num_classes,
         positions=options.positions,
         head_types=options.head_types or REPORTED_HEADS,
+        arguments=options.arguments,
     )
     if options.json or options.dyce:
         print(json.dumps(dyce_macs_info(report) if options.dyce else report, indent=1))

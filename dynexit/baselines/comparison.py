@@ -142,13 +142,15 @@ def _page_cells(one: Comparison) -> dict[str, str]:
     return {
         "compared with": f"{theirs.source}{within}: {describe_networks(theirs)}",
         "classifier": theirs.method,
-        "its MACs": f"{theirs.relative_macs:.3f}",
-        "its accuracy": _joined(percent(theirs.accuracy)),
-        "our MACs": f"{ours.relative_macs:.3f}",
-        "our accuracy": _joined(percent(ours.accuracy)),
+        "test MACs and accuracy": _at(theirs),
+        "ours": _at(ours),
         "difference": _joined(f"{100 * difference.value:+.2f} ({limits})").replace("-", "−"),
         "ours is": verdict(difference),
     }
+
+
+def _at(row: ReportRow) -> str:
+    return _joined(f"{row.relative_macs:.3f} at {percent(row.accuracy)}")
 
 
 def _joined(text: str) -> str:
