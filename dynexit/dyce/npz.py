@@ -278,16 +278,17 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], Any]:
             _check_sizes(path, known)
             arrays = {name: file[name] for name in known}
             meta = _read_meta(path, file) if "meta_info" in file.files else None
+            names = [name for name in file.files if name != "meta_info"]
     except _UNREADABLE as error:
         raise UserError(f"{path} cannot be read as a .npz file without pickles ({error}); record it again") from error
     missing = [name for name in ("label", "confs", "preds") if name not in arrays]
     if missing:
-        raise UserError(f"{path} is not a DyCE record: it lacks {', '.join(missing)}; it has {', '.join(arrays)}")
+        raise UserError(f"{path} is not a DyCE record: it lacks {', '.join(missing)}; it has {', '.join(names)}")
     return arrays, meta
 
 
 def _check_sizes(path: Path, names: Sequence[str]) -> None:
-    """Raises ValueError, before anything is allocated, for arrays of no numbers or of more than the free memory."""
+    """Raises ValueError, before anything is allocated, for arrays that need more than the free memory."""
     total = 0
     with zipfile.ZipFile(path) as archive:
         for name in names:
@@ -296,8 +297,6 @@ def _check_sizes(path: Path, names: Sequence[str]) -> None:
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read(member)
             num_bytes = math.prod(shape) * dtype.itemsize
-            if dtype.kind not in "biuf" or num_bytes > archive.getinfo(f"{name}.npy").file_size:
-                raise ValueError(f"{name} of type {dtype} and shape {shape} is no array of numbers that the file holds")
             total += num_bytes
     free = psutil.virtual_memory().available
     if total > free:
