@@ -219,7 +219,9 @@ class Ended:
     peak_bytes: int
 
 
-def command_in_fork(folder: Path, arguments: Sequence[str], output: Path) -> Ended:
+def command_in_fork(
+    folder: Path, arguments: Sequence[str], output: Path, longest_seconds: float = LONGEST_SECONDS
+) -> Ended:
     """Runs one command in a fork with its output in a file; a command that hangs is killed (status 124)."""
     begun = time.monotonic()
     process = os.fork()
@@ -230,7 +232,7 @@ def command_in_fork(folder: Path, arguments: Sequence[str], output: Path) -> End
         done, status, usage = os.wait4(process, os.WNOHANG)
         if done:
             break
-        if not hangs and time.monotonic() - begun > LONGEST_SECONDS:
+        if not hangs and time.monotonic() - begun > longest_seconds:
             os.kill(process, signal.SIGKILL)
             hangs = True
         time.sleep(0.005)
@@ -343,7 +345,7 @@ def build_template(folder: Path) -> None:
     folder.mkdir()
     shutil.copy(TINY, folder)
     for command in (("run", "tiny_study.yaml", *SHORT), ("infer", *STUDY), ("save", *STUDY, "model")):
-        ended = command_in_fork(folder, command, folder.parent / "output")
+        ended = command_in_fork(folder, command, folder.parent / "output", 600)
         assert ended.status == 0, ended.text
     chance = np.random.default_rng(0)
     for number in range(16):
@@ -359,7 +361,7 @@ def build_template(folder: Path) -> None:
         write_npz(folder / name, problem)
     write_json(folder / RECORDS[2], macs_info(problem))
     for command in (SEARCH_RECORDS, ("predict", "model", "images", "--out", "predictions.csv")):
-        ended = command_in_fork(folder, command, folder.parent / "output")
+        ended = command_in_fork(folder, command, folder.parent / "output", 600)
         assert ended.status == 0, ended.text
     (folder.parent / "expected.json").write_text(json.dumps(results_of(folder)))
     shutil.rmtree(folder / "o", ignore_errors=True)
