@@ -266,7 +266,8 @@ def _be_the_program(folder: Path, arguments: Sequence[str], output: Path) -> Non
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
+    asks_scheduler = Path(str(arguments[0])).name in ("scontrol", "sinfo", "squeue", "sacctmgr")
+    if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen") and not asks_scheduler:
         print(f"STARTED {arguments[0]!r}", flush=True)
 
 
