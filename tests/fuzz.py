@@ -266,9 +266,10 @@ def _be_the_program(folder: Path, arguments: Sequence[str], output: Path) -> Non
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    asks_scheduler = Path(str(arguments[0])).name in ("scontrol", "sinfo", "squeue", "sacctmgr")
-    if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen") and not asks_scheduler:
-        print(f"STARTED {arguments[0]!r}", flush=True)
+    if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
+        program = Path(os.fsdecode(arguments[0])).name
+        if program not in ("scontrol", "sinfo", "squeue", "sacctmgr"):  # what asks a scheduler changes nothing
+            print(f"STARTED {program!r}", flush=True)
 
 
 def cause_of(ended: Ended, target: str) -> str:
