@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynexit.contents import Done
 from dynexit.errors import UserError
 from dynexit.jobs.finished import finished_jobs, is_recorded, report_identity
 from dynexit.run_dir import BEGUN, DONE, MEMBERS, RunDir, folders_in_place, is_done, read_json, write_json
@@ -119,7 +120,7 @@ def _pack_key(point: Point) -> str:
 def unfinished_packs(study: Study) -> list[list[str]]:
     """Ids of the members of every pack that began and is not through, in the order of their folders."""
     folders = [folder for folder in folders_in_place(study.directory / "pack") if (folder / BEGUN).is_file()]
-    return [read_json(folder / MEMBERS) for folder in folders if (folder / MEMBERS).is_file()]
+    return [read_json(folder / MEMBERS, list[str]) for folder in folders if (folder / MEMBERS).is_file()]
 
 
 def check_identity(study: Study) -> None:
@@ -136,7 +137,7 @@ def check_identity(study: Study) -> None:
     before = values
     if any((study.directory / name).exists() for name in (*POINT_STAGES, "submitted")):
         with contextlib.suppress(FileNotFoundError):
-            before = read_json(path)
+            before = read_json(path, dict[str, Any])
     for name, value in values.items():
         if name in before and before[name] != value:
             raise UserError(
@@ -151,11 +152,11 @@ def report_is_done(study: Study) -> bool:
     """Whether the report of just these points, with what of them is finished now, is there and whole."""
     directory = study.directory / "report"
     try:
-        found = read_json(directory / DONE)
+        found = read_json(directory / DONE, Done)
     except FileNotFoundError:
         return False
     identity = report_identity(study.points)
-    if isinstance(found, dict) and found.get("id", identity) != identity:
+    if found["id"] != identity:
         return False  # of other points, or of fewer
     return is_done(directory, identity, check_bytes=True)
 

@@ -1,11 +1,10 @@
 """What runs, what is done, what failed and why: read from the files that the jobs leave."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from dynexit.contents import Progress
 from dynexit.errors import Failure
 from dynexit.jobs.finished import failure_reason, finished_jobs
 from dynexit.run_dir import MEMBERS, METRICS, PROGRESS, RunDir, folders_in_place, read_json
@@ -37,7 +36,15 @@ def study_status(study: Study, jobs: QueueView | None = None) -> list[PointStatu
     held = is_held(study.directory)
     packs = _pack_folders(study.directory)
     jobs = QueueView(study.directory) if jobs is None else jobs
-    return [_point_status(study, point, held, packs, jobs) for point in study.all_points]
+    return [_damaged_or(study, point, held, packs, jobs) for point in study.all_points]
+
+
+def _damaged_or(study: Study, point: Point, held: bool, packs: dict[str, Path], jobs: QueueView) -> PointStatus:
+    """Returns the point's status; a damaged file of one point takes no other out of the table."""
+    try:
+        return _point_status(study, point, held, packs, jobs)
+    except Failure as damage:
+        return PointStatus(point.label, point.id, "damaged", "", str(damage), "", "", "")
 
 
 def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path], jobs: QueueView) -> PointStatus:
@@ -57,15 +64,16 @@ def _point_status(study: Study, point: Point, held: bool, packs: dict[str, Path]
     elif len(finished) == len(POINT_STAGES):
         state, figures = "done", _last_figures(point)
     elif finished or folder is not None:
-        progress = _progress(folder) if missing == "train" and folder is not None else {}
+        progress = _progress(folder) if missing == "train" and folder is not None else None
         begun = missing != "train" or folder is not None
         state = f"{missing} {'running' if held and begun else 'to do'}"
-        step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
-        figures = " ".join(_told(progress))
+        step, figures = _step(progress), " ".join(_figures(progress))
         if "train" in finished:
             figures = _last_figures(point)
     elif held:
         state = "waiting (prepare running)"
+        progress = _progress(RunDir(point, "prepare").path)
+        step, figures = _step(progress), " ".join(_figures(progress))
     attempts = node = ""
     tries = jobs.tries(point) if missing is None else None
     if tries is not None:
@@ -93,28 +101,33 @@ def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:
     return on_cluster.state, not on_cluster.is_live
 
 
-def _told(progress: dict[str, Any]) -> Iterator[str]:
-    yield from (f"{name} {float(value):.4g}" for name, value in progress.get("figures", {}).items())
-    if "seconds_left" in progress:
-        yield f"{progress['images_per_second']:.0f} images/s {progress['seconds_left']:.0f} s left"
+def _step(progress: Progress | None) -> str:
+    return f"{progress['step']}/{progress['num_steps']}" if progress else ""
+
+
+def _figures(progress: Progress | None) -> Iterator[str]:
+    if progress is None:
+        return
+    yield from (f"{name} {float(value):.4g}" for name, value in progress["figures"].items())
+    yield f"{progress['images_per_second']:.0f} images/s {progress['seconds_left']:.0f} s left"
 
 
 def _last_figures(point: Point) -> str:
     """Accuracy and cost on validation at the end of the training."""
-    lines = (RunDir(point, "train") / METRICS).read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1]) if lines else {}
-    if "validation_accuracy" not in last:
+    rows = RunDir(point, "train").read_lines(METRICS)
+    if not rows or "validation_accuracy" not in rows[-1]:
         return ""
+    last = rows[-1]
     return (
         f"validation {100 * last['validation_accuracy']:.2f} % at {last['validation_relative_macs']:.3f} relative MACs"
     )
 
 
-def _progress(folder: Path) -> dict[str, Any]:
+def _progress(folder: Path) -> Progress | None:
     try:
-        content: dict[str, Any] = read_json(folder / PROGRESS)
+        content: Progress = read_json(folder / PROGRESS, Progress)
     except FileNotFoundError:
-        return {}
+        return None
     return content
 
 
@@ -122,7 +135,7 @@ def _pack_folders(study_dir: Path) -> dict[str, Path]:
     """The newest folder of a pack that each point is or was a member of."""
     lists = [folder / MEMBERS for folder in folders_in_place(study_dir / "pack")]
     by_age = sorted((path for path in lists if path.is_file()), key=lambda path: path.stat().st_mtime)
-    return {identity: path.parent for path in by_age for identity in read_json(path)}
+    return {identity: path.parent for path in by_age for identity in read_json(path, list[str])}
 
 
 def table(statuses: list[PointStatus], report: str) -> str:

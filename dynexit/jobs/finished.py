@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynexit.contents import Classes, Done, FailedTraining, Found
 from dynexit.errors import Failure, UserError
 from dynexit.record.shards import Record, has_shards
 from dynexit.run_dir import BUDGETS, CLASSES, DONE, FAILED, RunDir
@@ -82,7 +83,7 @@ def finished_jobs(point: Point) -> list[str]:
 def class_names(point: Point) -> list[str] | None:
     """The names of the classes by label, as prepare stored them; None in folders of versions that stored none."""
     try:
-        names: list[str] = RunDir(point, "prepare").read_json(CLASSES)["names"]
+        names: list[str] = RunDir(point, "prepare").read_json(CLASSES, Classes)["names"]
     except FileNotFoundError:
         return None
     return names
@@ -91,7 +92,7 @@ def class_names(point: Point) -> list[str] | None:
 def failure_reason(point: Point) -> str | None:
     """Why the point's training failed, or None."""
     try:
-        reason: str = RunDir(point, "train").read_json(FAILED)["reason"]
+        reason: str = RunDir(point, "train").read_json(FAILED, FailedTraining)["reason"]
     except FileNotFoundError:
         return None
     return reason
@@ -117,7 +118,7 @@ def check_budgets(points: Sequence[Point]) -> None:
             settings.relative_macs or settings.relative_latency or settings.min_accuracy or settings.max_accuracy_drop
         ):
             continue
-        for entry in RunDir(point, "search").read_json(BUDGETS):
+        for entry in RunDir(point, "search").read_json(BUDGETS, list[Found]):
             ((kind, value), *_) = entry["budget"].items()
             if "unattainable" in entry:
                 message = f"{entry['unattainable']} ({point.label})"
@@ -135,7 +136,7 @@ def check_budgets(points: Sequence[Point]) -> None:
 
 def _searched(point: Point) -> Any:
     try:
-        return RunDir(point, "search").read_json(DONE)
+        return RunDir(point, "search").read_json(DONE, Done)
     except FileNotFoundError:
         return None
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import PrivateAttr, ValidationError, field_validator
 
 from dynexit.errors import UserError
+from dynexit.files import regular
 from dynexit.study.keys import Section, key
 from dynexit.study.schema import Config, DistSettings
 
@@ -119,7 +120,7 @@ def load_site(path: Path | None) -> Site:
     if path is None:
         return Site()
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
         raw = yaml.safe_load(content.decode())
     except FileNotFoundError:
         raise UserError(f"there is no site profile {path}; slurm/sites/example.yaml is one to start from") from None

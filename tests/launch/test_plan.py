@@ -36,7 +36,7 @@ def test_a_pack_with_a_damaged_list_is_moved_aside_by_the_remedy_once(tmp_path: 
     (pack / "members.json").write_text('["a", "b')
     for look in (unfinished_packs, study_status):
         with pytest.raises(
-            Failure, match=r"members\.json is damaged \(not JSON: .*\); move it aside with `mv "
+            Failure, match=r"members\.json is damaged \(Invalid JSON: .*\); move it aside with `mv "
         ) as caught:
             look(study)
     subprocess.run(str(caught.value).split("`")[1], shell=True, check=True)
