@@ -31,10 +31,7 @@ class OperatingPoints(list[ReportRow]):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStudy(Study):
-    """A study that can be run. `source` and `overrides` are what it was loaded from."""
-
-    source: Path = Path()
-    overrides: tuple[str, ...] = ()
+    """A study that can be run."""
 
     def run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> None:
         """Does all missing jobs up to `until`: prepare, train, record, search, report or infer.
@@ -49,7 +46,7 @@ class LoadedStudy(Study):
 
     def run_jobs(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> list[str]:
         """As `run`; returns the messages of the jobs that failed instead of raising Failure."""
-        return run_study(self, until, on, _path(site), [str(self.source), *self.overrides])
+        return run_study(self, until, on, _path(site))
 
     def dry_run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> str:
         """Returns points, packs, ids and resources of what `run` would do, as text. Starts nothing."""
@@ -89,7 +86,7 @@ def load_study(source: str | Path, overrides: Mapping[str, Any] | Sequence[str] 
     else:
         study = read_study(source, overrides)
     parts = {field.name: getattr(study, field.name) for field in dataclasses.fields(Study)}
-    return LoadedStudy(**parts, source=source, overrides=tuple(overrides))
+    return LoadedStudy(**parts)
 
 
 def _yaml_text(value: Any) -> str:

@@ -15,7 +15,6 @@ from launch.api import LoadedStudy, load_study
 
 if TYPE_CHECKING:
     from dynexit.study.grid import Point
-    from launch.slurm.submissions import Submitted
 
 _LOG_LINES = 40
 
@@ -83,16 +82,11 @@ def _hint_at_other_keys(study: LoadedStudy) -> None:
 
 
 def _print_status(study: LoadedStudy, watch: bool) -> bool:
-    """Returns whether there is more to watch. Raises UserError if the folder is unavailable and nobody watches."""
+    """Returns whether there is more to watch."""
     from launch.slurm.submissions import QueueView
     from launch.status import OVER, report_state, study_status, table
 
     jobs = QueueView(study.directory)
-    if jobs.unlisted and not watch:
-        raise UserError(jobs.unlisted)
-    if jobs.unlisted:
-        print(f"dynexit: {jobs.unlisted}", flush=True)
-        return True
     if jobs.unanswered:
         print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
     if not study.directory.is_dir():
@@ -106,45 +100,33 @@ def _print_status(study: LoadedStudy, watch: bool) -> bool:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from launch.slurm.submissions import all_submitted, check_listed
+    from launch.slurm.submissions import all_submitted
+    from launch.status import study_status
 
     study, points = _load(options)
-    check_listed(study.directory)
-    printed = False
     ids = {identity for point in points for identity in point.ids.values()}
-    newest: dict[str, Submitted] = {}
-    for job in all_submitted(study.directory):
-        if job.stage == "report" or ids & {identity for _, identity in job.work}:
-            newest[job.stage] = job
-    for job in newest.values():
-        for path in job.logs():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if lines:
-                printed = True
-                print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
-    if not printed:
-        printed = _print_logs_of_points(study, {point.id for point in points})
+    newest = {
+        job.stage: job
+        for job in all_submitted(study.directory)
+        if job.stage == "report" or ids & {identity for _, identity in job.work}
+    }
+    printed = [path for job in newest.values() for path in job.logs()]
+    if not any(path.stat().st_size for path in printed):  # done without a queue: the logs of packs and backbones
+        chosen = {point.id for point in points}
+        printed = [Path(one.log) for one in study_status(study) if one.log and one.id in chosen]
+    for path in dict.fromkeys(printed):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines:
+            print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
     if not printed:
         raise UserError("no job of these points has printed anything")
     return 0
 
 
-def _print_logs_of_points(study: LoadedStudy, chosen: set[str]) -> bool:
-    """Of work done without a queue: the ends of what packs, or the fit of the backbone, wrote. Whether there is any."""
-    from launch.status import study_status
-
-    logs = dict.fromkeys(one.log for one in study_status(study) if one.log and one.id in chosen)
-    for log in logs:
-        lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
-        print("\n".join([f"==> {log}", *lines[-_LOG_LINES:], ""]))
-    return bool(logs)
-
-
 def _cancel(options: argparse.Namespace) -> int:
-    from launch.slurm.submissions import cancel, check_listed, live_jobs
+    from launch.slurm.submissions import cancel, live_jobs
 
     study, points = _load(options)
-    check_listed(study.directory)
     named = any("=" not in word for word in options.words)
     ids = {identity for point in points for stage, identity in point.ids.items() if stage != "prepare"}
     live = [job for job, _ in live_jobs(study.directory) if not named or ids & {identity for _, identity in job.work}]
@@ -161,19 +143,14 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _retry(options: argparse.Namespace) -> int:
-    from launch.lock import hold
-    from launch.plan import check_identity
+    from launch.run import submit
     from launch.slurm.site import load_last_site, load_site
-    from launch.slurm.submissions import check_listed, last_site
-    from launch.slurm.submit import submit_study
+    from launch.slurm.submissions import last_site
 
     study, _ = _load(options)
-    check_listed(study.directory)
     before = last_site(study.directory)
     site = load_site(options.site) if options.site else load_last_site(before, study.directory)
-    with hold(study.directory):
-        check_identity(study)
-        print("\n".join(submit_study(study, tuple(STAGES), site)))
+    submit(study, tuple(STAGES), site)
     return 0
 
 

@@ -19,31 +19,27 @@ from launch.checks import check_models, folders_elsewhere
 from launch.local import run_here, run_local
 from launch.lock import hold
 from launch.plan import Job, check_identity, describe_plan, missing_jobs, report_is_done
-from launch.ranks import is_main, num_ranks, prepare_alone, run_together
+from launch.ranks import hold_idle, is_main, num_ranks, prepare_alone, run_together
 from launch.slurm.site import Site, load_site
-from launch.slurm.submissions import check_listed, check_queue
 
 PLACES = ("here", "local", "slurm")
 
 
-def run_study(study: Study, until: str, on: str, site: Path | None, arguments: Sequence[str]) -> list[str]:
+def run_study(study: Study, until: str, on: str, site: Path | None) -> list[str]:
     """Does the missing jobs up to the stage `until`. Returns the messages of those that failed.
 
-    `on` is one of PLACES; slurm submits the jobs and returns. `arguments` are the study's on the command line, for a
-    process that loads it again. Raises UserError for a mistake of the request, the study or its models.
+    `on` is one of PLACES; slurm submits the jobs and returns. Raises UserError for a mistake of the request, the study
+    or its models.
     """
     stages, profile = _checked_request(until, on, site)
     _check_name(study)
     if num_ranks() > 1:
-        return _run_with_ranks(study, until, on, arguments)
-    check_listed(study.directory)
+        return _run_with_ranks(study, until, on)
     check_models(study, dry_run=False, data_is_here=profile is None)
     if profile is not None:
-        _submit(study, stages, profile)
+        submit(study, stages, profile)
         return []
-    with hold(study.directory):
-        check_identity(study)
-        check_queue(study)
+    with hold_idle(study):
         return _run_stages(study, stages, until, on)
 
 
@@ -79,7 +75,8 @@ def _check_name(study: Study) -> None:
         raise UserError(f"{sentences(error)[0]}; rename the folder {study.directory}") from None
 
 
-def _submit(study: Study, stages: Sequence[str], site: Site) -> None:
+def submit(study: Study, stages: Sequence[str], site: Site) -> None:
+    """Submits the missing jobs of these stages, and prints a line for each array."""
     from launch.slurm.submit import submit_study
 
     print_messages(folders_elsewhere(study))
@@ -89,16 +86,15 @@ def _submit(study: Study, stages: Sequence[str], site: Site) -> None:
         print("\n".join(submit_study(study, stages, site)))
 
 
-def _run_with_ranks(study: Study, until: str, on: str, arguments: Sequence[str]) -> list[str]:
+def _run_with_ranks(study: Study, until: str, on: str) -> list[str]:
     """One of the processes of `torchrun -m launch` or `accelerate launch -m launch`."""
     if on != "here" or until == INFER.name:
         what = INFER.name if until == INFER.name else f"--on {on}"
         raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
     stages = stages_until(until)
     if is_main():  # the others are ended with it
-        check_listed(study.directory)
         check_models(study, dry_run=False)
-    prepare_alone(study, arguments)
+    prepare_alone(study)
     failures = run_together(study, stages)
     rest = [stage for stage in stages if stage in ("search", "report")]
     if is_main() and rest:
@@ -149,7 +145,7 @@ def _with_finished(study: Study, stage: str) -> Study:
 
 
 def _run_jobs(jobs: Sequence[Job], on: str, study: Study) -> list[str]:
-    return run_here(jobs) if on == "here" else run_local(jobs, study.directory / "submitted")
+    return run_here(jobs) if on == "here" else run_local(study, jobs)
 
 
 def print_messages(messages: Sequence[str]) -> None:

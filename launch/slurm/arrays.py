@@ -15,6 +15,8 @@ from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point, Study
 from launch.plan import Job, make_packs, missing_jobs, report_is_done, unfinished_packs
 from launch.slurm.cluster import Limits
+from launch.tasks.attempts import Work
+from launch.tasks.folder import work_of
 
 Live = Mapping[tuple[str, str], str]  # (stage, id of the work) -> job id, of what waits or runs
 Pack = tuple[Job, ...]
@@ -32,13 +34,9 @@ class Array:
     tasks: tuple[tuple[Pack, ...], ...]
     after: tuple[int | str, ...] = ()
 
-    def work(self) -> list[list[dict[str, list[str]]]]:
-        """Of each task and pack the ids of what it does, by stage; a report has none."""
-        return [[_work(pack) for pack in packs] for packs in self.tasks]
-
-
-def _work(pack: Pack) -> dict[str, list[str]]:
-    return {job.stage: sorted({p.ids[job.stage] for p in job.points}) for job in pack if job.stage != "report"}
+    def work(self) -> list[list[Work]]:
+        """The work of each task and pack."""
+        return [[work_of(pack) for pack in packs] for packs in self.tasks]
 
 
 def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live, ending: Live) -> list[Array]:

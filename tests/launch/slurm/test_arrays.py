@@ -148,7 +148,7 @@ def test_the_text_of_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_percent_signs_in_paths_are_escaped(tmp_path: Path) -> None:
     text = describe_submission(study(tmp_path / "50%_%j"), ALL, Site())
-    assert f"#SBATCH --output={tmp_path}/50%%_%%j/tiny_study/slurm/NNNN/%j_0_log.out\n" in text
+    assert f"#SBATCH --output={tmp_path}/50%%_%%j/tiny_study/slurm/NNNN/%A_%a_0_log.out\n" in text
     assert f"srun --unbuffered --output={tmp_path}/50%%_%%j/tiny_study/slurm/NNNN/%A_%a_%t_log.out" in text
 
 

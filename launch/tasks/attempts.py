@@ -1,21 +1,23 @@
-"""The attempts at a SLURM job: one file of JSON lines per array task. Needs nothing but Python: a batch host reads it.
+"""The attempts at a task: one file of JSON lines. Needs nothing but Python: a batch host reads it.
 
-Only the job's batch host appends: a line when an attempt starts, and a line for every way in which a pack, or the
-attempt, ended. The ranks leave a reason file each, written whole, which the batch host reads when they have ended.
-A job is named by a path here: its folder and its id.
+Only the launcher, or the batch host of a SLURM job, appends: a line when an attempt starts, and a line for every way in
+which a pack, or the attempt, ended. The ranks leave a reason file each, written whole, which is read when they have
+ended. A job is named by a path here: its folder and its id. JOBS in that folder lists the work of all its jobs.
 """
 
 import collections
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+JOBS = "jobs.json"
 PREEMPTED, TIMED_OUT, CRASHED, FAILED, COMPLETED = "preempted", "timed-out", "crashed", "failed", "completed"
 STOPPED, TERMINATED = "stopped", "terminated"  # words of a rank: ended by SIGUSR2, by SIGTERM
 STOPPED_STATUS = 75  # exit status of a rank that a signal stopped
+
+Work = dict[str, list[str]]  # of a pack: stage -> ids of what is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +32,13 @@ class End:
     end: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.reason} {self.end} on {self.node or '?'}" + f" with exit status {self.status}" * (
-            self.status > 0
-        )
-        return f"{self.error}; {text}" if self.error else text
+        status = f" with exit status {self.status}" if self.status > 0 else ""
+        return "; ".join(filter(None, (self.error, f"{self.reason} {self.end} on {self.node or '?'}{status}")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempts:
-    """What the file of a job says: its starts as (time, restart count, nodes), and how they ended."""
+    """The content of a job's file: its starts as (time, restart count, nodes), and how they ended."""
 
     starts: tuple[tuple[str, int, str], ...] = ()
     ends: tuple[End, ...] = ()
@@ -50,23 +50,15 @@ class Attempts:
         """The nodes of the last attempt."""
         return self.starts[-1][2] if self.starts else ""
 
-    def is_superseded(self, restart: int) -> bool:
-        """Whether SLURM started the job again after its start number `restart`."""
-        return any(count > restart for _, count, _ in self.starts)
-
-    def last(self, pack: int) -> End | None:
-        """How `pack`, or an attempt in which no pack was reached, ended the last time."""
-        return next((end for end in reversed(self.ends) if end.pack in (pack, None)), None)
-
-
-def attempts_path(job: Path) -> Path:
-    """Where the attempts at a job are."""
-    return job.with_name(f"{job.name}.jsonl")
+    @property
+    def restart(self) -> int:
+        """The restart count of the newest attempt."""
+        return max((count for _, count, _ in self.starts), default=0)
 
 
 def read_attempts(job: Path) -> Attempts:
     """The attempts at a job; none if there is no file. A line that a full disk cut off is left out."""
-    lines = list(_objects(attempts_path(job)))
+    lines = list(_objects(job.with_name(f"{job.name}.jsonl")))
     starts = tuple((line["start"], line["restart"], line["node"]) for line in lines if "start" in line)
     ends = tuple(End(**line) for line in lines if "reason" in line)
     return Attempts(starts, ends, bool(lines) and "reason" in lines[-1])
@@ -84,10 +76,19 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def append_ends(job: Path, ends: Sequence[End]) -> None:
-    """Adds lines to the file, in one write. For the batch host alone."""
-    with attempts_path(job).open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(dataclasses.asdict(end)) + "\n" for end in ends))
+def append_lines(job: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Adds lines to the job's file, in one write."""
+    with job.with_name(f"{job.name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_work(job: Path) -> list[Work] | None:
+    """The packs of a job by the list in its folder; None if it is not there yet."""
+    try:
+        arrays = json.loads((job.parent / JOBS).read_text(encoding="utf-8"))["arrays"]
+    except FileNotFoundError:
+        return None
+    return next((array["tasks"][job.name] for array in arrays if job.name in array["tasks"]), None)
 
 
 def packs_left(ends: Sequence[End], num_packs: int, max_retries: int) -> list[int]:
@@ -103,11 +104,10 @@ def packs_left(ends: Sequence[End], num_packs: int, max_retries: int) -> list[in
 
 @dataclasses.dataclass
 class RankReason:
-    """What a rank says of its end; of the main rank also the pack that it is at and the packs that it finished."""
+    """How a rank ended; of the main rank also the pack that it is at and the packs that it finished."""
 
     path: Path
     restart: int = 0
-    num_packs: int = 0
     pack: int | None = None
     finished: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     word: str = ""
@@ -130,12 +130,7 @@ def reason_path(job: Path, rank: int) -> Path:
 
 
 def read_reason(job: Path, rank: int, restart: int) -> RankReason | None:
-    """What a rank of the job's start number `restart` left, or None."""
+    """The reason that a rank of the job's attempt `restart` left, or None."""
     path = reason_path(job, rank)
     content = next(_objects(path), {})
     return RankReason(path, **content) if content.get("restart") == restart else None
-
-
-def restart_count() -> int:
-    """How often SLURM started this job before."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
