@@ -11,7 +11,7 @@ from typing import Any
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.study.stages import INFER, STAGES
 from launch.deploy_commands import add_deploy_commands
-from launch.tools import add_tools
+from launch.tools import add_command, add_tools
 
 _JOBS = {
     "run": "do all jobs that are missing, in order, up to the report",
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     retry = _study_command(commands, "retry", "submit again what failed or is missing, and nothing else")
     retry.add_argument("--site", type=Path, metavar="SITE.yaml", help="default: as it was submitted before")
     text = "operating points of any number of studies, also while some still run, as one table (CSV)"
-    aggregate = _command(commands, "aggregate", text)
+    aggregate = add_command(commands, "aggregate", text)
     aggregate.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a study's folder, or runs/")
     aggregate.add_argument("--output", type=Path, metavar="FILE.csv", help="default: the terminal")
     add_tools(commands)
@@ -64,17 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _study_command(commands: Any, name: str, text: str, points: str = "") -> argparse.ArgumentParser:
-    command = _command(commands, name, text)
+    command = add_command(commands, name, text)
     command.add_argument("study", type=Path, metavar="STUDY.yaml", help="a study, or the folder in which one was run")
     what = "ids of points (or how they begin), and overrides of the study's keys" if points else "overrides of its keys"
     command.add_argument("words", nargs="*", metavar=f"{points} key.path=value".strip(), help=what)
-    return command
-
-
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + "."
-    )
     return command
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure, UserError
-from dynexit.jobs.finished import SPLITS
+from dynexit.jobs.finished import SPLITS, report_is_done
 from dynexit.run_dir import STUDY
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study as read_study
-from launch.plan import report_is_done
 from launch.run import dry_run, run_study
 
 
@@ -60,7 +59,7 @@ class LoadedStudy(Study):
         """
         if split not in SPLITS:
             raise UserError(f"split is {split!r}, allowed are {', '.join(SPLITS)}; name one of them")
-        if not report_is_done(self):
+        if not report_is_done(self.points):
             raise UserError(f"{self.directory} has no report of these points; make it with run() first")
         rows = read_csv(self.directory / "report" / "operating_points.csv")
         return OperatingPoints(row for row in rows if row.split == split and (row.on_front or not front))

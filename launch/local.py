@@ -20,6 +20,8 @@ from launch.tasks.attempts import CRASHED, TIMED_OUT, append_lines
 from launch.tasks.decision import Decision, RequeueLimits, settle
 from launch.tasks.folder import add_array, new_folder, work_of
 
+# the variables by which a process knows that it is one of several
+_ANNOUNCEMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 _POLL_SECONDS = 0.2
 _ENDING_SECONDS = 30
 _LOST_SECONDS = 10  # in which the other ranks find out by themselves
@@ -60,9 +62,10 @@ class _LocalJob:
         print(f"{self.job.name}: process {self.ranks[0].pid}{ranks}, log {self.log_path(0, 'out')}", flush=True)
 
     def _start(self, rank: int, port: int) -> "subprocess.Popen[bytes]":
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.num_ranks, "LOCAL_WORLD_SIZE": self.num_ranks}
-        environment = os.environ | {name: str(value) for name, value in numbers.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = {name: value for name, value in os.environ.items() if name not in _ANNOUNCEMENT}
+        if self.num_ranks > 1:
+            values = (rank, rank, self.num_ranks, self.num_ranks, "127.0.0.1", port)
+            environment |= dict(zip(_ANNOUNCEMENT, map(str, values), strict=False))
         if self.gpus or self.job.points[0].config.dist.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         command = [sys.executable, "-m", "launch.tasks.worker", str(self.path), str(self.restart), str(os.getpid())]

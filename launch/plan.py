@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import is_recorded, report_identity
-from dynexit.run_dir import BEGUN, DONE, MEMBERS, RunDir, folders_in_place, is_done, read_json, write_json
+from dynexit.jobs.finished import is_recorded, report_is_done, unfinished_packs
+from dynexit.run_dir import RunDir, read_json, write_json
 from dynexit.study.grid import Point, Study, canonical_json, digest, fixed_values
 from dynexit.study.methods import METHODS
 from dynexit.study.schema import DistSettings, method_settings
@@ -63,7 +63,7 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
         groups = [points] if points else []
     else:
         everyone = study.points if stage == "train" else points
-        groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study), everyone)
+        groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study.directory), everyone)
     return [Job(stage, tuple(group)) for group in groups]
 
 
@@ -108,12 +108,6 @@ def _pack_key(point: Point) -> str:
     return digest([point.ids["prepare"], settings, *(canonical_json(section) for section in sections)])
 
 
-def unfinished_packs(study: Study) -> list[list[str]]:
-    """Ids of the members of every pack that began and is not through, in the order of their folders."""
-    folders = [folder for folder in folders_in_place(study.directory / "pack") if (folder / BEGUN).is_file()]
-    return [read_json(folder / MEMBERS) for folder in folders if (folder / MEMBERS).is_file()]
-
-
 def check_identity(study: Study) -> None:
     """Raises UserError where the study's run directory was made for another backbone; else notes this one there.
 
@@ -139,19 +133,6 @@ def check_identity(study: Study) -> None:
         write_json(path, values)
 
 
-def report_is_done(study: Study) -> bool:
-    """Whether the report of just these points, with what of them is finished now, is there and whole."""
-    directory = study.directory / "report"
-    try:
-        found = read_json(directory / DONE)
-    except FileNotFoundError:
-        return False
-    identity = report_identity(study.points)
-    if isinstance(found, dict) and found.get("id", identity) != identity:
-        return False  # of other points, or of fewer
-    return is_done(directory, identity, check_bytes=True)
-
-
 def describe_plan(study: Study, stages: Sequence[str], where: str) -> str:
     """Points, packs, ids and resources of what would be done, as text."""
     dist = study.config.dist
@@ -160,7 +141,7 @@ def describe_plan(study: Study, stages: Sequence[str], where: str) -> str:
     left = study
     for stage in stages:
         if stage == "report":
-            lines.append("report: " + ("done" if report_is_done(study) else "1 job"))
+            lines.append("report: " + ("done" if report_is_done(study.points) else "1 job"))
             continue
         jobs = missing_jobs(left, stage)
         lines.append(f"{stage}: {len(jobs)} jobs" if jobs else f"{stage}: done")

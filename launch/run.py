@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import check_budgets, finished_jobs
+from dynexit.jobs.finished import check_budgets, finished_jobs, report_is_done
 from dynexit.run_dir import STUDY, write_text
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import resolved_yaml
@@ -18,7 +18,7 @@ from dynexit.study.validation import sentences
 from launch.checks import check_models, folders_elsewhere
 from launch.local import run_here, run_local
 from launch.lock import hold
-from launch.plan import Job, check_identity, describe_plan, missing_jobs, report_is_done
+from launch.plan import Job, check_identity, describe_plan, missing_jobs
 from launch.ranks import hold_idle, is_main, num_ranks, prepare_alone, run_together
 from launch.slurm.site import Site, load_site
 
@@ -112,7 +112,7 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> lis
         if not left.points:
             break
         if stage == "report":
-            jobs = [] if report_is_done(study) else [Job("report", study.points)]
+            jobs = [] if report_is_done(study.points) else [Job("report", study.points)]
         else:
             jobs = missing_jobs(left, stage, check_bytes=True)
         failed = _run_jobs(jobs, on, study) if jobs else []
@@ -128,7 +128,7 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> lis
             check_budgets(left.points)
     if not did_something and until != INFER.name:
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
-    if "report" in stages and report_is_done(study):
+    if "report" in stages and report_is_done(study.points):
         _print_result(study)
     if until == INFER.name and not failures:
         failures += _run_jobs([Job(INFER.name, left.points)], on, study)

@@ -2,18 +2,23 @@
 
 import collections
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure
-from dynexit.jobs.finished import failure_reason, finished_jobs
-from dynexit.run_dir import MEMBERS, METRICS, PROGRESS, RunDir, folders_in_place, read_json
+from dynexit.jobs.finished import (
+    failure_reason,
+    finished_jobs,
+    last_figures,
+    pack_folders,
+    read_progress,
+    report_is_done,
+)
+from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point, Study
 from dynexit.study.stages import POINT_STAGES
 from launch.lock import is_held
-from launch.plan import report_is_done
 from launch.slurm.submissions import QueueView
 
 OVER = ("done", "failed", "cancelled")  # what only a new submission changes
@@ -36,7 +41,7 @@ class PointStatus:
 def study_status(study: Study, jobs: QueueView | None = None) -> list[PointStatus]:
     """The state of every point, in the order of the sweep; one squeue call where it was submitted to a cluster."""
     held = is_held(study.directory)
-    packs = _pack_folders(study.directory)
+    packs = pack_folders(study.directory)
     jobs = QueueView(study.directory) if jobs is None else jobs
     return [_point_status(point, held, packs.get(point.id), jobs) for point in study.points]
 
@@ -46,9 +51,9 @@ def _point_status(point: Point, held: bool, folder: Path | None, jobs: QueueView
     finished = finished_jobs(point)
     missing = next((job for job in POINT_STAGES if job not in finished), None)
     log = folder / "log.txt" if folder is not None else RunDir(point, "prepare") / "log.txt"
-    progress = _progress(folder) if missing == "train" and folder is not None else {}
+    progress = read_progress(folder) if missing == "train" and folder is not None else {}
     step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
-    figures = _last_figures(point) if "train" in finished else " ".join(_figures(progress))
+    figures = last_figures(point) if "train" in finished else " ".join(_figures(progress))
     if missing is None:
         state = "done"
     elif finished or folder is not None:
@@ -73,7 +78,7 @@ def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:
     """The state of the report, and whether it is over: no job that waits or runs will make it."""
     on_cluster = jobs.of(study.points[0], "report")
     try:
-        if (on_cluster is None or not on_cluster.is_live) and report_is_done(study):
+        if (on_cluster is None or not on_cluster.is_live) and report_is_done(study.points):
             return f"done, {study.directory / 'report' / 'report.html'}", True
     except Failure as damage:
         return f"damaged: {damage}", True
@@ -88,32 +93,6 @@ def _figures(progress: dict[str, Any]) -> Iterator[str]:
     yield from (f"{name} {float(value):.4g}" for name, value in progress.get("figures", {}).items())
     if "seconds_left" in progress:
         yield f"{progress['images_per_second']:.0f} images/s {progress['seconds_left']:.0f} s left"
-
-
-def _last_figures(point: Point) -> str:
-    """Accuracy and cost on validation at the end of the training."""
-    lines = (RunDir(point, "train") / METRICS).read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1]) if lines else {}
-    if "validation_accuracy" not in last:
-        return ""
-    return (
-        f"validation {100 * last['validation_accuracy']:.2f} % at {last['validation_relative_macs']:.3f} relative MACs"
-    )
-
-
-def _progress(folder: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = read_json(folder / PROGRESS)
-    except FileNotFoundError:
-        return {}
-    return content
-
-
-def _pack_folders(study_dir: Path) -> dict[str, Path]:
-    """The newest folder of a pack that each point is or was a member of."""
-    lists = [folder / MEMBERS for folder in folders_in_place(study_dir / "pack")]
-    by_age = sorted((path for path in lists if path.is_file()), key=lambda path: path.stat().st_mtime)
-    return {identity: path.parent for path in by_age for identity in read_json(path)}
 
 
 def table(statuses: list[PointStatus], report: str) -> str:

@@ -166,7 +166,7 @@ def main(job: Path, restart: int, launcher: int | None = None) -> int:
     """Runs this rank and returns its exit status."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, errors.request_stop)
-    rank = int(os.environ["SLURM_PROCID" if launcher is None else "RANK"])
+    rank = int(os.environ["SLURM_PROCID"] if launcher is None else os.environ.get("RANK", "0"))
     reason = RankReason(attempts.reason_path(job, rank), restart)
     if launcher is None:
         threading.Thread(target=_watch, args=(job, restart), daemon=True).start()

@@ -52,7 +52,12 @@ def sweep(cluster: Cluster) -> Scenario:
     """Arrays are split by MaxArraySize, and the controller is restarted while they run."""
     study = (*ALONE, "name=sweep")
     said = yield from cluster.submit(*study)
-    assert [line.split(":")[0] for line in said.splitlines()[:-1]] == ["prepare", *["train", "search"] * 2, "report"]
+    assert [line.split(":")[0] for line in said.splitlines()[:-1]] == [
+        "prepare",
+        *["train"] * 2,
+        *["search"] * 2,
+        "report",
+    ]
     assert "train: 3 tasks, 3 packs" in said
     assert "train: 1 task, 1 pack" in said
     assert (yield from cluster.status(*study))[-1].startswith("4 ")

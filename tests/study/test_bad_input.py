@@ -102,7 +102,7 @@ def test_a_data_folder_is_asked_for_before_anything_starts_and_may_be_on_the_nod
     capsys.readouterr()
     assert (
         refused(capsys, "run", "cifar.yaml")
-        == "dynexit: data.dir is not set; cifar10 needs it: the folder with its files\n"
+        == "dynexit: data.dir is not set; cifar10 needs it: the folder with the files of cifar10\n"
     )
     assert not Path("runs").exists()
     given = load_study(Path("cifar.yaml"), ["data.dir=scratch"])
