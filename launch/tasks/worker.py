@@ -33,6 +33,8 @@ _WATCH_SECONDS = 5
 _LIST_SECONDS = 60  # within which the launcher lists a job that sbatch took
 _FAILURES = (errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.EDQUOT)  # another try would meet them again
 
+ONE_RANK = SimpleNamespace(is_main=True, world_size=1, broadcast=lambda value: value)  # needs no torch
+
 
 class _FailedAlone(Exception):  # noqa: N818  its text is the rank's error message
     """One of several ranks failed, and the others wait for it."""
@@ -135,7 +137,7 @@ def _announce_ranks(restart: int) -> None:
 def _start_ranks(job: "Job") -> Any:
     """Joins the job's ranks, if it has several; one alone needs no torch, as for a search."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return SimpleNamespace(is_main=True, world_size=1, broadcast=lambda value: value)
+        return ONE_RANK
     from dynexit.dist import start_ranks
 
     dist = job.points[0].config.dist
