@@ -109,13 +109,10 @@ def _pack_key(point: Point) -> str:
 
 
 def check_identity(study: Study) -> None:
-    """Raises UserError where the study's run directory was made for another backbone; else notes this one there.
+    """Raises UserError if the study's run directory has results for another backbone; else notes this one there.
 
-    A point's results are found by ids that cover every key they depend on, so points of other settings never enter this
-    study's tables. A change of the fixed keys that the prepared backbone does not depend on keeps it, and its points
-    are trained. With another fixed key of data, backbone or prepare nothing in the folder can be used again, which is
-    a mistake more often than not. Where no job began, as after a mistake that the first one found, there are no results
-    yet.
+    With another fixed key of data, backbone or prepare nothing in the folder can be used again, which is a mistake more
+    often than not. Other keys are covered by the points' ids.
     """
     path = study.directory / "study.json"
     values = fixed_values(study)

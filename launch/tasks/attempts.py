@@ -6,11 +6,14 @@ ended. A job is named by a path here: its folder and its id. JOBS in that folder
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from dynexit.errors import Failure
 
 JOBS = "jobs.json"
 PREEMPTED, TIMED_OUT, CRASHED, FAILED, COMPLETED = "preempted", "timed-out", "crashed", "failed", "completed"
@@ -58,22 +61,14 @@ class Attempts:
 
 def read_attempts(job: Path) -> Attempts:
     """The attempts at a job; none if there is no file. A line that a full disk cut off is left out."""
-    lines = list(_objects(job.with_name(f"{job.name}.jsonl")))
+    lines: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in job.with_name(f"{job.name}.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
     starts = tuple((line["start"], line["restart"], line["node"]) for line in lines if "start" in line)
     ends = tuple(End(**line) for line in lines if "reason" in line)
     return Attempts(starts, ends, bool(lines) and "reason" in lines[-1])
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
 
 
 def append_lines(job: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -115,13 +110,10 @@ class RankReason:
 
     def write(self) -> None:
         """Writes the file whole. A full disk is no error here: without the file the end counts as a crash."""
-        content = {name: value for name, value in vars(self).items() if name != "path"}
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
-            temporary.replace(self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        from dynexit.run_dir import write_json  # only ranks write
+
+        with contextlib.suppress(Failure):
+            write_json(self.path, {name: value for name, value in vars(self).items() if name != "path"})
 
 
 def reason_path(job: Path, rank: int) -> Path:
@@ -132,5 +124,8 @@ def reason_path(job: Path, rank: int) -> Path:
 def read_reason(job: Path, rank: int, restart: int) -> RankReason | None:
     """The reason that a rank of the job's attempt `restart` left, or None."""
     path = reason_path(job, rank)
-    content = next(_objects(path), {})
-    return RankReason(path, **content) if content.get("restart") == restart else None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return RankReason(path, **content) if content["restart"] == restart else None

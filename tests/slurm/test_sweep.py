@@ -65,7 +65,7 @@ def sweep(cluster: Cluster) -> Scenario:
     assert "jobs of runs/sweep are in the cluster's queue" in error
     again = yield from cluster.submit(*study)
     assert [line.split(":")[0] for line in again.splitlines()] == ["report", "logs"]  # in place of the one before
-    assert cluster.squeue("--name=sweep-report", "--format=%i").split() == [again.split("job ")[1].split()[0]]
+    assert cluster.squeue("--name=sweep-report", "--format=%A").split() == [again.split("job ")[1].split()[0]]
     yield lambda: cluster.is_at_step("sweep", 1) and cluster.num_calls == 0
     controller = int((cluster.place / "pid" / "slurmctld.pid").read_text())
     os.kill(controller, signal.SIGTERM)
