@@ -82,25 +82,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _call(options: argparse.Namespace) -> int:
+def _call(options: argparse.Namespace) -> None:
     if "tool" in options:
         options.tool(options)
-        return 0
+        return
     from launch.commands import COMMANDS
 
-    return COMMANDS[options.command](options)
+    COMMANDS[options.command](options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
     try:
         with unmasked_interrupts():
-            return _call(_parse(arguments))
+            _call(_parse(arguments))
+        return 0
     except UserError as error:
         print(f"dynexit: {error}", file=sys.stderr)
         return 2
     except Failure as error:
-        print(f"dynexit: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"dynexit: {line}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"dynexit: {str(stop) or 'interrupted'}; the same command resumes from there", file=sys.stderr)

@@ -39,13 +39,9 @@ class LoadedStudy(Study):
         the profile `site` and returns. Prints what `dynexit run` prints. Raises UserError for a mistake in the request,
         the study or its files, and Failure with a line for each job that failed.
         """
-        failures = self.run_jobs(until, on, site)
+        failures = run_study(self, until, on, _path(site))
         if failures:
             raise Failure("\n".join(failures))
-
-    def run_jobs(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> list[str]:
-        """As `run`; returns the messages of the jobs that failed instead of raising Failure."""
-        return run_study(self, until, on, _path(site))
 
     def dry_run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> str:
         """Returns points, packs, ids and resources of what `run` would do, as text. Starts nothing."""

@@ -33,27 +33,22 @@ def _load(options: argparse.Namespace) -> tuple[LoadedStudy, "list[Point]"]:
     return study, chosen if names else list(study.points)
 
 
-def _run(options: argparse.Namespace) -> int:
-    from launch.run import print_messages
-
+def _run(options: argparse.Namespace) -> None:
     study = load_study(options.study, options.words)
     until = "report" if options.command == "run" else options.command
     if options.dry_run:
         print(study.dry_run(until, options.on, options.site))
-        return 0
-    failures = study.run_jobs(until, options.on, options.site)
-    print_messages(failures)
-    return 1 if failures else 0
+    else:
+        study.run(until, options.on, options.site)
 
 
-def _config(options: argparse.Namespace) -> int:
+def _config(options: argparse.Namespace) -> None:
     from dynexit.study.read import resolved_yaml
 
     print(resolved_yaml(load_study(options.study, options.words)), end="")
-    return 0
 
 
-def _ui(options: argparse.Namespace) -> int:
+def _ui(options: argparse.Namespace) -> None:
     config = load_study(options.study, options.words).config
     uri = config.report.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = uri or f"sqlite:///{(Path(config.runs_dir) / 'mlflow.db').resolve()}"
@@ -62,14 +57,13 @@ def _ui(options: argparse.Namespace) -> int:
     os.execv(command[0], command)
 
 
-def _status(options: argparse.Namespace) -> int:
+def _status(options: argparse.Namespace) -> None:
     from launch.slurm.cluster import QUERY_SECONDS
 
     study, _ = _load(options)
     while _print_status(study, options.watch):
         time.sleep(QUERY_SECONDS)
         print("\n" + time.strftime("%H:%M:%S"))
-    return 0
 
 
 def _hint_at_other_keys(study: LoadedStudy) -> None:
@@ -99,7 +93,7 @@ def _print_status(study: LoadedStudy, watch: bool) -> bool:
     return watch and not (is_over and all(one.state in OVER for one in states))
 
 
-def _logs(options: argparse.Namespace) -> int:
+def _logs(options: argparse.Namespace) -> None:
     from launch.slurm.submissions import all_submitted
     from launch.status import study_status
 
@@ -120,10 +114,9 @@ def _logs(options: argparse.Namespace) -> int:
             print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
     if not printed:
         raise UserError("no job of these points has printed anything")
-    return 0
 
 
-def _cancel(options: argparse.Namespace) -> int:
+def _cancel(options: argparse.Namespace) -> None:
     from launch.slurm.submissions import cancel, live_jobs
 
     study, points = _load(options)
@@ -132,17 +125,16 @@ def _cancel(options: argparse.Namespace) -> int:
     live = [job for job, _ in live_jobs(study.directory) if not named or ids & {identity for _, identity in job.work}]
     if not live:
         print("no jobs of this study are queued")
-        return 0
+        return
     cancel(live)
     chosen = {point.id for point in points}
     for job in live:
         others = {identity for stage, identity in job.work if stage == "train"} - chosen  # those of points
         with_others = f", and with it {len(others)} other points of its task" if others and job.stage == "train" else ""
         print(f"cancelled {job.stage} {job.job_id}{with_others}")
-    return 0
 
 
-def _retry(options: argparse.Namespace) -> int:
+def _retry(options: argparse.Namespace) -> None:
     from launch.run import submit
     from launch.slurm.site import load_last_site, load_site
     from launch.slurm.submissions import last_site
@@ -151,10 +143,9 @@ def _retry(options: argparse.Namespace) -> int:
     before = last_site(study.directory)
     site = load_site(options.site) if options.site else load_last_site(before, study.directory)
     submit(study, tuple(STAGES), site)
-    return 0
 
 
-def _aggregate(options: argparse.Namespace) -> int:
+def _aggregate(options: argparse.Namespace) -> None:
     from dynexit.jobs.aggregate import aggregate
 
     text, left_out = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
@@ -166,10 +157,9 @@ def _aggregate(options: argparse.Namespace) -> int:
         write_text(options.output, text)
     if left_out:
         raise Failure(f"not in the table, for the reasons above: {', '.join(map(str, left_out))}")
-    return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     **dict.fromkeys(("run", *STAGES, INFER.name), _run),
     "config": _config,
     "ui": _ui,
@@ -179,4 +169,4 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "retry": _retry,
     "aggregate": _aggregate,
 }
-"""By name what a command does; each returns the exit status."""
+"""By name what a command does."""

@@ -87,7 +87,8 @@ def submit(study: Study, stages: Sequence[str], site: Site) -> None:
     """Submits the missing jobs of these stages, and prints a line for each array."""
     from launch.slurm.submit import submit_study
 
-    print_messages(folders_elsewhere(study))
+    for text in folders_elsewhere(study):
+        print(f"dynexit: {text}", file=sys.stderr)
     with hold(study.directory):
         check_identity(study)
         write_text(study.directory / STUDY, resolved_yaml(study, with_meanings=False))
@@ -169,12 +170,6 @@ def _run_jobs(jobs: Sequence[Job], on: str, study: Study, ranks: "Ranks") -> lis
     if ranks.world_size > 1 and jobs[0].stage == "prepare" and not is_for_all:
         on = "local"  # a process without ranks: with several, batch normalisation would see another batch
     return run_here(jobs) if on == "here" else run_local(study, jobs)
-
-
-def print_messages(messages: Sequence[str]) -> None:
-    """Prints each message on a line of standard error."""
-    for text in messages:
-        print(f"dynexit: {text}", file=sys.stderr)
 
 
 def _print_result(study: Study) -> None:

@@ -11,19 +11,7 @@ from dynexit.run_dir import folders_in_place, read_json
 from dynexit.study.grid import Point, Study
 from launch.slurm import cluster
 from launch.slurm.cluster import QueuedJob
-from launch.tasks.attempts import (
-    COMPLETED,
-    CRASHED,
-    FAILED,
-    JOBS,
-    Attempts,
-    End,
-    RankReason,
-    Work,
-    packs_left,
-    read_attempts,
-    read_reason,
-)
+from launch.tasks.attempts import COMPLETED, FAILED, JOBS, Attempts, End, Work, packs_left, read_attempts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +38,6 @@ class Submitted:
         """How often it was started, and how that ended."""
         return read_attempts(self.path)
 
-    @functools.cached_property
-    def main_reason(self) -> RankReason:
-        """The state of the main rank in the last attempt, which noted no end: its pack, and those that it finished."""
-        found = None if self.attempts.has_ended else read_reason(self.path, 0, self.attempts.restart)
-        return found or RankReason(self.path)
-
-    @property
-    def ends(self) -> list[End]:
-        """How its packs ended, also in an attempt that goes on."""
-        return [*self.attempts.ends, *(End(**one) for one in self.main_reason.finished)]
-
-    def last(self, pack: int) -> End | None:
-        """How a pack, or an attempt in which no pack was reached, ended the last time."""
-        return next((end for end in reversed(self.ends) if end.pack in (pack, None)), None)
-
     @property
     def is_cancelled(self) -> bool:
         return (self.folder / f"{self.job_id}.cancelled").exists()
@@ -72,12 +45,6 @@ class Submitted:
     def pack_of(self, work: tuple[str, str]) -> int:
         """The number of the pack that does the work."""
         return next((i for i, pack in enumerate(self.packs) if work[1] in pack.get(work[0], ())), 0)
-
-    def num_tries(self, pack: int) -> int:
-        """How often a pack was begun: of one alone whenever the job started, of several by its ends and the rank."""
-        if len(self.packs) == 1:
-            return len(self.attempts.starts)
-        return sum(end.pack == pack for end in self.ends) + int(self.main_reason.pack == pack)
 
     def logs(self) -> list[Path]:
         """What its ranks printed: outputs first, then errors, by rank."""
@@ -181,44 +148,43 @@ class QueueView:
             return None
         jobs, job = self._jobs[work], self._jobs[work][-1]
         entry = (self._queue or {}).get(job.job_id)
+        pack = job.pack_of(work)
+        last = next((end for end in reversed(job.attempts.ends) if end.pack in (pack, None)), None)
+        state = _state(job, last, stage, entry)
+        left = packs_left(job.attempts.ends, len(job.packs), point.config.dist.max_retries)
+        is_over = last is not None and last.reason != COMPLETED and pack not in left
         is_live = entry is not None and entry.is_live
-        state = self._state(job, job.pack_of(work), stage, entry)
-        reason = ""
-        if state != "cancelled":
-            reason = self._failure(job, job.pack_of(work), entry, point.config.dist.max_retries)
-        tries = sum(one.num_tries(one.pack_of(work)) for one in jobs)
+        has_failed = is_over or not (is_live or self._queue is None or state == "cancelled")
+        reason = _failure(job, last, entry, is_noted=is_over or job.attempts.has_ended) if has_failed else ""
         node = next((one.attempts.node for one in reversed(jobs) if one.attempts.node), "")
         logs = [job.folder / f"{job.job_id}_0_log.{kind}" for kind in (("err", "out") if reason else ("out", "err"))]
         log = next((path for path in logs if path.is_file() and path.stat().st_size), logs[-1])
+        tries = sum(len(one.attempts.starts) for one in jobs)
         return ClusterState(state, is_live, reason, tries, (entry.node if entry else "") or node, log)
 
-    def _state(self, job: Submitted, pack: int, stage: str, entry: QueuedJob | None) -> str:
-        last = job.last(pack)
-        if entry is None or not entry.is_live:
-            is_cancelled = job.is_cancelled or (entry is not None and entry.state == "CANCELLED")
-            return "cancelled" if is_cancelled else "submitted" + (f", {last.reason} before" if last else "")
-        waits = len(job.packs) > 1 and job.main_reason.pack != pack
-        if entry.state == "RUNNING" and not (waits and last is not None and last.reason == CRASHED):
-            return f"{stage} {'waits for its turn' if waits else 'running'}"
-        if last is not None:
-            return f"{last.reason}, waits to resume"
-        if entry.state == "COMPLETING":
-            return f"{stage} ending"
-        return "waiting" if entry.reason == "None" else f"waiting ({entry.reason})"
 
-    def _failure(self, job: Submitted, pack: int, entry: QueuedJob | None, max_retries: int) -> str:
-        """Why the pack failed; '' if it did not, also while the job continues with others."""
-        last = job.last(pack)
-        is_over = last is not None and last.reason != COMPLETED
-        is_over = is_over and pack not in packs_left(job.ends, len(job.packs), max_retries)
-        if not is_over and (self._queue is None or (entry is not None and entry.is_live)):
-            return ""
-        if last is not None and last.reason == FAILED and last.error:
-            return last.error
-        if last is not None and (is_over or job.attempts.has_ended):
-            return str(last)
-        if entry is None:
-            return f"{job.stage} job {job.job_id} ended without an error message"
-        if entry.state == "COMPLETED":
-            return f"{job.stage} job {job.job_id} completed, but its outputs are missing"
-        return f"{job.stage} job {job.job_id} ended as {entry.state}"
+def _state(job: Submitted, last: End | None, stage: str, entry: QueuedJob | None) -> str:
+    """What the job does for a pack that ended as `last` before."""
+    if entry is None or not entry.is_live:
+        is_cancelled = job.is_cancelled or (entry is not None and entry.state == "CANCELLED")
+        return "cancelled" if is_cancelled else "submitted" + (f", {last.reason} before" if last else "")
+    if entry.state == "RUNNING":
+        return f"{stage} running"
+    if last is not None:
+        return f"{last.reason}, waits to resume"
+    if entry.state == "COMPLETING":
+        return f"{stage} ending"
+    return "waiting" if entry.reason == "None" else f"waiting ({entry.reason})"
+
+
+def _failure(job: Submitted, last: End | None, entry: QueuedJob | None, *, is_noted: bool) -> str:
+    """Why a pack failed: by its last end if the last attempt noted it (`is_noted`), else by the job's state."""
+    if last is not None and last.reason == FAILED and last.error:
+        return last.error
+    if last is not None and is_noted:
+        return str(last)
+    if entry is None:
+        return f"{job.stage} job {job.job_id} ended without an error message"
+    if entry.state == "COMPLETED":
+        return f"{job.stage} job {job.job_id} completed, but its outputs are missing"
+    return f"{job.stage} job {job.job_id} ended as {entry.state}"

@@ -13,7 +13,7 @@ from launch.slurm import cluster
 from launch.slurm.cluster import QueuedJob
 from launch.slurm.submissions import QueueView, Submitted, all_submitted, take_back
 from launch.status import report_state, study_status
-from launch.tasks.attempts import COMPLETED, CRASHED, FAILED, End, RankReason, Work, append_lines, reason_path
+from launch.tasks.attempts import COMPLETED, CRASHED, FAILED, End, Work, append_lines
 from launch.tasks.folder import add_array, new_folder
 from tests.command_line import TINY
 
@@ -132,38 +132,25 @@ def test_a_failed_backbone_explains_every_point(study: Study, queue: Queue) -> N
     assert again == {("failed", "prepare job 8 ended without an error message", "2", "dev2")}  # of both submissions
 
 
-def test_each_pack_of_a_task_has_its_own_state(study: Study, queue: Queue) -> None:
+def test_each_pack_of_a_task_has_its_own_end(study: Study, queue: Queue) -> None:
     queue |= queued("7", "RUNNING", "dev3")
     ids = [point.id for point in prepared(study).points]
     folder = submit(study, "train", {"7": [{"train": [one], "record": [f"{one}-record"]} for one in ids]})
     path = folder / "7.jsonl"
-    # 0 crashed too often, 1 failed, 2 crashed once, 3 is at work, the others wait
+    # 0 crashed too often, 1 failed, 2 crashed once, the others wait
     ends = [End(FAILED, 1, 0, "not finite"), *(End(CRASHED, i, 137, "torn", "dev1", "then") for i in (0, 2, 0, 0))]
     note(path, "dev1", "dev1", "dev1", "dev1", ends=ends)
-    with path.open("a") as file:
-        file.write('{"start": "2026-11-21T20:09:00", "restart": 4, "node": "dev3"}\n')
-    RankReason(reason_path(folder / "7", 0), 4, pack=3).write()
     over = "torn; crashed then on dev1 with exit status 137"
-    shown = [(one.state, one.figures, one.attempts) for one in study_status(study)]
-    assert shown == [
-        ("failed", over, "3"),
-        ("failed", "not finite", "1"),
-        ("crashed, waits to resume", "", "1"),
-        ("train running", "", "1"),
-        ("train waits for its turn", "", "0"),
-        ("train waits for its turn", "", "0"),
-    ]
-    finished = [{"pack": 3, "reason": FAILED, "error": "no space"}]
-    RankReason(reason_path(folder / "7", 0), 4, pack=4, finished=finished).write()
-    assert [one.figures for one in study_status(study)][3] == "no space"  # reported while others run
-    assert [one.attempts for one in study_status(study)][3:5] == ["1", "1"]
+    shown = [(one.state, one.figures) for one in study_status(study)]
+    assert shown == [("failed", over), ("failed", "not finite"), *[("train running", "")] * 4]
+    queue |= queued("7", "PENDING")
+    assert [one.state for one in study_status(study)][2:4] == ["crashed, waits to resume", "waiting"]
     queue.clear()
-    ends = [End(FAILED, 3, 0, "no space"), End(CRASHED, 4, 1, "KeyError: 'x'", "dev3", "then")]
-    append_ends(path.with_suffix(""), *ends)
+    append_ends(folder / "7", End(FAILED, 3, 0, "no space"), End(CRASHED, 4, 1, "KeyError: 'x'", "dev3", "then"))
     figures = [one.figures for one in study_status(study)]
     assert figures[3:5] == ["no space", "KeyError: 'x'; crashed then on dev3 with exit status 1"]
     assert figures[5] == "train job 7 ended without an error message"
-    append_ends(path.with_suffix(""), End(COMPLETED, 5))
+    append_ends(folder / "7", End(COMPLETED, 5))
     assert study_status(study)[5].figures.startswith("completed")
 
 
