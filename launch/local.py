@@ -1,6 +1,7 @@
 """Running jobs: in this process, or as processes of this machine, with the ranks that the study asks for."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from dynexit.study.grid import Study
 from dynexit.study.schema import DistSettings
 from dynexit.study.stages import stage_of
 from launch.plan import Job, done_together
-from launch.tasks.attempts import CRASHED, TIMED_OUT, append_lines
+from launch.tasks.attempts import FAILED, append_lines
 from launch.tasks.decision import Decision, RequeueLimits, settle
 from launch.tasks.folder import add_array, new_folder, work_of
 
@@ -46,13 +47,11 @@ class _LocalJob:
         self.restart = -1
         self.gpus: list[int] = []
         self.ranks: list[subprocess.Popen[bytes]] = []
-        self.started = 0.0
-        self.is_late = False
         self.lost_at: float | None = None  # when a rank was first seen to be missing
 
     def start(self, gpus: list[int]) -> None:
         """Starts the next attempt."""
-        self.gpus, self.started, self.is_late, self.lost_at = gpus, time.monotonic(), False, None
+        self.gpus, self.lost_at = gpus, None
         self.restart += 1
         line = {"start": time.strftime("%FT%T"), "restart": self.restart, "node": socket.gethostname()}
         append_lines(self.path, [line])
@@ -77,17 +76,13 @@ class _LocalJob:
         return self.path.with_name(f"{self.path.name}_{rank}_log.{kind}")
 
     def is_over(self) -> bool:
-        """Whether all ranks have ended. Ends those that wait for a lost one, and all after the time limit."""
+        """Whether all ranks have ended. Ends those that wait for a lost one."""
         alive = [process for process in self.ranks if process.poll() is None]
         if alive and any(process.returncode for process in self.ranks):
             self.lost_at = self.lost_at or time.monotonic()
             if time.monotonic() - self.lost_at > _LOST_SECONDS:
                 for process in alive:
                     process.kill()
-        limit = 60 * self.job.points[0].config.dist.timeout_minutes
-        if alive and not self.is_late and time.monotonic() - self.started > limit:
-            self.is_late = True
-            self.terminate()
         return not alive
 
     def terminate(self) -> None:
@@ -100,18 +95,18 @@ class _LocalJob:
         """Notes how the attempt ended; returns what follows. Raises UserError for the user's mistake."""
         # as a shell and srun give it: 128 + the signal
         status = max(one.returncode if one.returncode >= 0 else 128 - one.returncode for one in self.ranks)
-        seconds = time.monotonic() - self.started
-        decision = settle(self.path, self.restart, socket.gethostname(), status, seconds, limits)
+        decision = settle(self.path, self.restart, socket.gethostname(), status, 0, limits)
         if status == 2 and decision.end is not None:
             raise UserError(decision.end.error)
         return decision
 
     def failure(self, decision: Decision) -> str:
         """Returns the message of the failure."""
-        if decision.end is None or decision.end.reason != CRASHED:
-            return str(decision.end and decision.end.error)
+        error = decision.end.error if decision.end is not None else ""
+        if error and decision.end is not None and decision.end.reason == FAILED:
+            return error
         logs = ", ".join(str(self.log_path(rank, "err")) for rank in range(self.num_ranks))
-        return f"{self.job.name} failed: {decision.end.error or f'exit status {decision.status}'} (log {logs})"
+        return f"{self.job.name} failed: {error or f'exit status {decision.status}'} (log {logs})"
 
 
 def run_local(study: Study, jobs: Sequence[Job]) -> list[str]:
@@ -126,8 +121,7 @@ def run_local(study: Study, jobs: Sequence[Job]) -> list[str]:
     places = _places(dist, num_ranks)
     folder = new_folder(study, "submitted")
     add_array(folder, jobs[0].stage, {str(i): [work_of([job])] for i, job in enumerate(jobs)})
-    seconds = 60 * dist.timeout_minutes
-    limits = RequeueLimits(dist.max_timeouts, dist.max_preemptions, dist.max_retries, seconds, num_ranks)
+    limits = RequeueLimits(0, dist.max_preemptions, dist.max_retries, math.inf, num_ranks)  # there is no time limit
     waiting = [_LocalJob(job, folder / str(i), num_ranks) for i, job in enumerate(jobs)]
     running, failures = list[_LocalJob](), list[str]()
     with _terminable(), _ending(running):
@@ -140,9 +134,7 @@ def run_local(study: Study, jobs: Sequence[Job]) -> list[str]:
                 places.append(local.gpus)
                 decision = local.settle(limits)
                 if decision.requeue:
-                    is_late = decision.end is not None and decision.end.reason == TIMED_OUT
-                    what = f"{local.job.name}: reached the time limit" if is_late else local.failure(decision)
-                    print(f"{what}; tried again", flush=True)
+                    print(f"{local.failure(decision)}; tried again", flush=True)
                     waiting.append(local)
                 elif decision.status:
                     failures.append(local.failure(decision))

@@ -147,9 +147,6 @@ def describe_plan(study: Study, stages: Sequence[str], where: str) -> str:
     lines.append(
         f"resources: --on {where}, device {dist.device}, {threads} threads a process, {dist.num_workers} loading "
         f"processes, at most {dist.members_per_pack} points a pack"
-        # on a cluster the site's profile may say another time
-        + f", {dist.timeout_minutes} minutes a job"
-        * (where == "local")
     )
     return "\n".join(lines)
 

@@ -100,7 +100,7 @@ def timed_out(cluster: Cluster) -> Scenario:
     """The time of a training is up; it is stopped until SLURM's signal came, so that it is not complete before."""
     later = 'case "$SLURM_JOB_NAME,$SLURM_RESTART_COUNT" in *-train,) ;; *) '
     later += 'scontrol update JobId="$SLURM_JOB_ID" TimeLimit=30 ;; esac'  # what follows has more time
-    site = own_site(cluster, time_minutes=1, signal_delay_seconds=15, setup=[later])
+    site = own_site(cluster, time_minutes=2, signal_delay_seconds=30, setup=[later])
     yield from begin(cluster, "timed-out", RARELY, site=site)
     yield lambda: cluster.is_at_step("timed-out", 1) or cluster.ends("timed-out")
     ranks = [] if cluster.ends("timed-out") else ranks_of(cluster.job("timed-out-train"))
