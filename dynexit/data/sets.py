@@ -7,8 +7,8 @@ from types import MappingProxyType
 import torch
 
 from dynexit.data.digits import load_digits, num_train_digits
-from dynexit.data.fashion_mnist import check_fashion_mnist, load_fashion_mnist
-from dynexit.data.folders import IMAGENET_CLASSES, checked_part, class_folders, read_folders
+from dynexit.data.fashion_mnist import check_fashion_mnist, find_fashion_mnist, load_fashion_mnist
+from dynexit.data.folders import IMAGENET_CLASSES, checked_part, class_folders, existing_dir, read_folders
 from dynexit.data.images import FileSource, Source, Sources, TransformedImages
 from dynexit.data.inspection import class_remarks, copies_remark
 from dynexit.data.splits import DataSets, Split, Workers, stratified_order
@@ -36,6 +36,14 @@ _SETS: Mapping[str, _Set] = MappingProxyType(
         "image_folder": _Set(read_folders, None),
     }
 )
+
+
+def check_files(data: DataSettings, *, is_here: bool) -> None:
+    """Raises UserError if data.dir is not set and needed or, if this machine needs the data, has no such folder."""
+    if data.name == "fashion_mnist" and is_here:
+        find_fashion_mnist(data)
+    elif data.name in _SETS and (data.dir is None or (is_here and not data.download)):
+        existing_dir(data, f"the folder with the files of {data.name}")
 
 
 def describe_data(data: DataSettings) -> tuple[int, int]:

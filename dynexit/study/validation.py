@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
@@ -64,7 +64,7 @@ def unknown_key(dotted: str) -> str:
     return f"{dotted} is not a key; {hint}"
 
 
-def sentences(error: ValidationError, prefix: str = "") -> list[str]:
+def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[str], str] = unknown_key) -> list[str]:
     """One sentence per key that pydantic found wrong; `prefix` goes before the keys."""
     found: dict[str, str] = {}
     for item in error.errors(include_url=False):

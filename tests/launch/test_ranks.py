@@ -102,7 +102,7 @@ def test_torchrun_accelerate_and_local_ranks_agree_with_one_process(one_process:
     assert running.returncode == 0, complaints
     assert said.count("train 2 points: process") == 2
     assert ", 2 ranks, log" in said
-    assert "; tried again, 1 of 2" in said
+    assert "; tried again" in said
     assert digests(folder / "runs" / "tiny_study") == digests(tmp_path / "torchrun" / "runs" / "tiny_study")
 
 
