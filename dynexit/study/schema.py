@@ -166,6 +166,22 @@ class TrainSettings(Section):
         0.0, "weight of the exits' divergence from the backbone's own classifier, added to their cross-entropy", ge=0
     )
     precision: Literal["float32", "float64"] = key("float32", "arithmetic of heads and gates")
+    features: Literal["fresh", "kept"] = key(
+        "fresh",
+        "fresh: the backbone runs in every epoch; kept: once for each image, and what exits read is stored in "
+        "runs_dir/features, for all epochs, points, methods and studies that share it",
+        omit_default=True,
+    )
+    kept_views: int = key(
+        0,
+        "augmented views kept of each training image, epoch e trains on view e modulo their number; 0: plain images",
+        "views",
+        ge=0,
+        omit_default=True,
+    )
+    max_feature_gb: float = key(
+        16.0, "most disk space of the features that one training reads", "GB", changes_results=False, gt=0
+    )
 
 
 class RecordSettings(Section):
