@@ -109,6 +109,9 @@ class GreyImages:
     def file_names(self) -> None:
         return None
 
+    def share(self) -> None:
+        """The images are in memory."""
+
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         chosen = np.asarray(indices, dtype=np.int64)
         pixels_BHW = self.pixels[chosen]

@@ -109,7 +109,7 @@ def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bo
         if name == "plain_train" and not is_random:
             splits[name] = splits["train"]
             continue
-        images = TransformedImages(source, chosen, transform, seed)
+        images = TransformedImages(source, chosen, transform, seed, cache=data.cache, image_size=data.image_size)
         splits[name] = Split(images, source.labels[chosen], chosen, workers)
         if isinstance(source, FileSource) and name != "plain_train":
             files[name] = (source, chosen)

@@ -68,6 +68,9 @@ class KeptRows:
     def file_names(self) -> None:
         return None
 
+    def share(self) -> None:
+        """The rows are mapped."""
+
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         shards = self.views[epoch % len(self.views)]
         rows_per_shard, width = shards[0].shape

@@ -83,6 +83,12 @@ class DataSettings(Section):
         "(alpha is dropped, palettes and CMYK become RGB, integers are scaled by their depth, EXIF rotation ignored)",
         changes_results=False,
     )
+    cache: Literal["auto", "memory", "none"] = key(
+        "auto",
+        "whether decoded images stay in memory (uint8, in each rank; the results are the same): auto keeps a split of "
+        "at most 2 GiB and a quarter of the memory available, memory keeps every split",
+        changes_results=False,
+    )
     noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
 
 

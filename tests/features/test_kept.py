@@ -48,6 +48,8 @@ class Shifted:
     def file_names(self) -> None:
         return None
 
+    def share(self) -> None: ...
+
     def load(self, indices: Any, epoch: int) -> torch.Tensor:
         index = torch.as_tensor(list(indices), dtype=torch.int64)
         return self.images[index] + 0.1 * epoch + 0.001 * index[:, None, None, None]
