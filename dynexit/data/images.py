@@ -116,20 +116,20 @@ class TransformedImages:
     def share(self) -> None:
         if not self._is_decided:
             self._is_decided = True
-            sizes_N2 = self._kept_sizes()
-            num_bytes = 0 if sizes_N2 is None else int(sizes_N2.prod(1).sum()) * 3
-            if sizes_N2 is not None and fits(num_bytes, self.cache, f"{len(self.rows)} images"):
-                self.memory = PixelMemory(sizes_N2)
+            shapes_N3 = self._kept_shapes()
+            num_bytes = 0 if shapes_N3 is None else int(shapes_N3.prod(1).sum())
+            if shapes_N3 is not None and fits(num_bytes, self.cache, f"{len(self.rows)} images"):
+                self.memory = PixelMemory(shapes_N3)
 
-    def _kept_sizes(self) -> np.ndarray | None:
-        """Height and width (N, 2) of what would be kept of each image; None where that is not known or far too much."""
-        sizes_N2 = np.full((len(self.rows), 2), self.image_size, np.int64)
+    def _kept_shapes(self) -> np.ndarray | None:
+        """(N, 3): the shape of what would be kept of each image; None where that is not known or far too much."""
+        shapes_N3 = np.array([[3, self.image_size, self.image_size]]).repeat(len(self.rows), 0)
         if self.steps is not None:
-            return sizes_N2
-        is_likely = self.cache == "memory" or int(sizes_N2.prod(1).sum()) * 3 <= LIMIT_BYTES
+            return shapes_N3
+        is_likely = self.cache == "memory" or int(shapes_N3.prod(1).sum()) <= LIMIT_BYTES
         if not isinstance(self.source, FileSource) or not is_likely:
             return None
-        return np.array([self.source.size(row) for row in self.rows.tolist()], np.int64)
+        return np.array([(*self.source.size(row), 3) for row in self.rows.tolist()])
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         self.share()
@@ -138,7 +138,7 @@ class TransformedImages:
         with kept_random_state():
             if self.memory is None or self.steps is None:
                 return torch.stack([self._one(index, epoch) for index in indices])
-            return self.steps.finish(np.stack([self._pixels(index, epoch) for index in indices]))
+            return self.steps.finish([self._pixels(index, epoch) for index in indices])
 
     def file_names(self) -> list[str] | None:
         names = [self.source.file_name(row) for row in self.rows.tolist()]

@@ -11,29 +11,28 @@ _LIMIT_SHARE = 0.25  # of the memory that is available, likewise
 
 
 class PixelMemory:
-    """Room for the pixels of N images of `sizes_N2` (height, width); processes that are forked later share it."""
+    """Room for the pixels of N images of `shapes_N3`; processes that are forked later share it."""
 
-    def __init__(self, sizes_N2: np.ndarray) -> None:
-        self.sizes_N2 = sizes_N2
-        self.ends = np.cumsum(sizes_N2.prod(1) * 3)
+    def __init__(self, shapes_N3: np.ndarray) -> None:
+        self.shapes_N3 = shapes_N3
+        self.ends = np.cumsum(shapes_N3.prod(1))
         self._pixels = np.frombuffer(mmap.mmap(-1, max(int(self.ends[-1]), 1)), np.uint8)
-        self._filled = np.frombuffer(mmap.mmap(-1, len(sizes_N2)), np.bool_)
+        self._filled = np.frombuffer(mmap.mmap(-1, len(shapes_N3)), np.bool_)
 
     def get(self, i: int) -> np.ndarray | None:
-        """Image i (H, W, 3), not to be written to; None before `put`."""
+        """The pixels of image i, not to be written to; None before `put`."""
         return self._place(i) if self._filled[i] else None
 
     def put(self, i: int, pixels: np.ndarray) -> None:
-        """Keeps image i, unless it has another size than its place."""
+        """Keeps the pixels of image i, unless their shape is not that of its place."""
         place = self._place(i)
         if pixels.shape == place.shape:
             place[:] = pixels
             self._filled[i] = True
 
     def _place(self, i: int) -> np.ndarray:
-        height, width = self.sizes_N2[i]
-        end = self.ends[i]
-        return self._pixels[end - height * width * 3 : end].reshape(height, width, 3)
+        shape, end = self.shapes_N3[i], self.ends[i]
+        return self._pixels[end - shape.prod() : end].reshape(shape)
 
 
 def fits(num_bytes: int, cache: str, what: str) -> bool:
