@@ -42,15 +42,17 @@ def counted() -> Iterator[list[int]]:
         MultiExit.start = start  # type: ignore[method-assign]
 
 
-def main(path: Path, num_epochs: int, overrides: list[str]) -> None:
+def main(path: Path, num_epochs: int, with_fresh: bool, overrides: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         seconds: dict[str, float] = {}
         passed: dict[str, int] = {}
-        for name, features in (("fresh", "fresh"), ("kept", "kept"), ("kept again", "kept")):
+        prepared = Path()
+        for name in (*["fresh"] * with_fresh, "kept", "kept again"):
+            features = name.partition(" ")[0]
             given = [f"runs_dir={folder}", f"train.num_epochs={num_epochs}", f"train.features={features}"]
             study = load_study(path, [*given, f"name={name.replace(' ', '_')}", *POINTS, *QUIET, *overrides])
-            if name == "fresh":
+            if not seconds:
                 stage_of("prepare").runner()(study.points)
                 point, prepared = study.points[0], study.directory / "prepare"
             else:
@@ -80,6 +82,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", type=Path, default=Path("configs/digits.yaml"))
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--no-fresh", action="store_true", help="leave out the training on images")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    main(options.study, options.epochs, options.overrides)
+    main(options.study, options.epochs, not options.no_fresh, options.overrides)
