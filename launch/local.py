@@ -21,8 +21,9 @@ from typing import Any
 
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.run_dir import read_json, write_json
+from dynexit.study.dist import DistSettings
 from dynexit.study.grid import Point
-from dynexit.study.schema import Config, DistSettings
+from dynexit.study.schema import Config
 from dynexit.study.stages import stage_of
 from launch.lock import work_for
 from launch.plan import Job, done_together

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynexit.errors import UserError
-from dynexit.study.schema import DistSettings
+from dynexit.study.dist import DistSettings
 
 Batch = tuple[Tensor, Tensor, Tensor]  # index (B,) int64, images (B, C, H, W) float32, labels (B,) int64
 

@@ -14,8 +14,9 @@ import yaml
 from pydantic import PrivateAttr, ValidationError, field_validator
 
 from dynexit.errors import UserError
+from dynexit.study.dist import DistSettings
 from dynexit.study.keys import Section, key
-from dynexit.study.schema import Config, DistSettings
+from dynexit.study.schema import Config
 
 
 class _Request(Section):
