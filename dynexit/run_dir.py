@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dynexit.contents import Costs, Done, MetricsRow, PromisedFile
+from dynexit.contents import Costs, Done, MetricsRow
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.files import read_text, regular
@@ -158,11 +158,12 @@ def is_done(directory: Path, identity: str, *, check_bytes: bool = False) -> boo
             f"{move_aside(directory)}"
         )
     for name, promised in done["files"].items():
-        _check_file(directory, name, promised, check_bytes)
+        check_file(directory, name, promised, check_bytes=check_bytes)
     return True
 
 
-def _check_file(directory: Path, name: str, promised: PromisedFile, check_bytes: bool) -> None:
+def check_file(directory: Path, name: str, promised: Mapping[str, Any], *, check_bytes: bool) -> None:
+    """Raises Failure where a file is missing or has not the `promised` size (with `check_bytes`, SHA-256)."""
     path, remedy = directory / name, move_aside(directory)
     if not path.is_file():
         raise Failure(f"{path} is missing although its job is finished; {remedy}")

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from dynexit.errors import Failure, Interrupted, UserError
+from dynexit.study.dist import DistSettings
 from dynexit.study.grid import Study
-from dynexit.study.schema import DistSettings
 from dynexit.study.stages import stage_of
 from launch.plan import Job, done_together
 from launch.tasks.attempts import FAILED, append_lines

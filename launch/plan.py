@@ -11,9 +11,10 @@ from typing import Any
 from dynexit.errors import UserError
 from dynexit.jobs.finished import is_recorded, report_is_done, unfinished_packs
 from dynexit.run_dir import RunDir, read_json, write_json
+from dynexit.study.dist import DistSettings
 from dynexit.study.grid import Point, Study, canonical_json, digest, fixed_values
 from dynexit.study.methods import METHODS
-from dynexit.study.schema import DistSettings, method_settings
+from dynexit.study.schema import method_settings
 from dynexit.study.stages import POINT_STAGES, stage_of
 
 

@@ -108,12 +108,16 @@ def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bo
     plain = test_transform(data)
     sources = (read_timm if "/" in data.name else _SETS[data.name].read)(data)
     rows = _held_out(data, sources)
-    splits, files = {}, {}
+    splits: dict[str, Split] = {}
+    files: dict[str, tuple[FileSource, torch.Tensor]] = {}
     for name in ("train", "plain_train", "validation", "test"):
         source, chosen = getattr(sources, name, None) or sources.train, rows[name.removeprefix("plain_")]
         _check_labels(data, source, num_classes)
         transform, seed = (augment, data.seed) if name == "train" and is_random else (plain, None)
-        images = TransformedImages(source, chosen, transform, seed)
+        if name == "plain_train" and not is_random:
+            splits[name] = splits["train"]
+            continue
+        images = TransformedImages(source, chosen, transform, seed, cache=data.cache, image_size=data.image_size)
         splits[name] = Split(images, source.labels[chosen], chosen, workers)
         if isinstance(source, FileSource) and name != "plain_train":
             files[name] = (source, chosen)

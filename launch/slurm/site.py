@@ -15,8 +15,9 @@ from pydantic import PrivateAttr, ValidationError
 
 from dynexit.errors import UserError
 from dynexit.files import regular
+from dynexit.study.dist import DistSettings
 from dynexit.study.keys import Section, key
-from dynexit.study.schema import Config, DistSettings
+from dynexit.study.schema import Config
 from dynexit.study.validation import sentences
 
 

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dynexit.errors import UserError
-from dynexit.study.schema import DistSettings
+from dynexit.study.dist import DistSettings
 from launch.__main__ import main
 from launch.local import _places
 from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dynexit.errors import UserError
-from dynexit.study.schema import Config, DistSettings
+from dynexit.study.dist import DistSettings
+from dynexit.study.schema import Config
 from launch.slurm.site import Site, StageSite, load_last_site, load_site, site_contradictions
 
 SITES = Path(__file__).parents[3] / "slurm" / "sites"
