@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import UserError
+from launch.tools import add_command
 
 
 def add_deploy_commands(commands: Any) -> None:
     """Adds the commands to the command line."""
-    save = _command(commands, "save", "write operating points of a finished study as a model folder")
+    save = add_command(commands, "save", "write operating points of a finished study as a model folder")
     save.add_argument("study", type=Path, metavar="STUDY.yaml")
     save.add_argument("directory", type=Path, metavar="DIR", help="the new folder")
     save.add_argument("words", nargs="*", metavar="key.path=value", help="overrides of the study's keys")
@@ -25,7 +26,7 @@ def add_deploy_commands(commands: Any) -> None:
     save.add_argument("--batch-size", type=int, metavar="B", help="of --latency-ms; default: the smallest measured")
     save.add_argument("--point", metavar="ID", help="of one training, search or prepared backbone alone")
     save.set_defaults(tool=_save)
-    predict = _command(commands, "predict", "classify image files with a model folder")
+    predict = add_command(commands, "predict", "classify image files with a model folder")
     predict.add_argument("directory", type=Path, metavar="DIR", help="a folder that `dynexit save` wrote")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="of a folder all below it")
     target = predict.add_mutually_exclusive_group()
@@ -85,13 +86,6 @@ def _batch_size(text: str) -> int:
     if not text.strip().isdigit() or int(text) == 0:
         raise UserError(f"--batch {text}: batch sizes are 1 or more, as 1,8,64")
     return int(text)
-
-
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + "."
-    )
-    return command
 
 
 def _save(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from dynexit.jobs.finished import measured_times
 from dynexit.jobs.infer import expected_exits
 from dynexit.jobs.report import choosing_samples
 from dynexit.record.shards import Record
-from dynexit.run_dir import COSTS, HEADS, RunDir
+from dynexit.run_dir import HEADS, RunDir
 from dynexit.search.operating_points import ReportRow
 from dynexit.study.grid import Point
 
@@ -41,7 +41,7 @@ class RecordedTraining:
     @classmethod
     def of(cls, point: Point, data: DataSets) -> "RecordedTraining":
         source, checkpoint = RunDir(point, "record"), RunDir(point, "train").digest(HEADS)
-        costs = ExitCosts.from_json(source.read_json(COSTS))
+        costs = source.costs()
         records = {split: Record.open(source / split, checkpoint) for split in ("validation", "test")}
         samples = {split: choosing_samples(point, split, record.num_samples) for split, record in records.items()}
         origins = {split: data.split(split).origin.numpy() for split in records}
@@ -85,7 +85,7 @@ class RecordedTraining:
         )
 
     def _latency(self, row: ReportRow) -> tuple[SavedLatency, ...]:
-        if not row.times or not self.point.config.is_by_time:
+        if not row.times or not self.point.is_by_time:
             return ()
         machine = measured_times(self.point, "search").machine
         device, name = str(machine.get("device")), str(machine.get("device_name"))

@@ -6,13 +6,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from dynexit.core.cost import ExitCosts
+from dynexit.baselines.search import search_networks
 from dynexit.errors import Failure, end_if_stopped
 from dynexit.jobs.finished import SPLITS, is_searched, measured_times, recorded_splits
 from dynexit.progress import Progress
 from dynexit.record.held_back import calibration_samples
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, COSTS, DONE, HEADS, LATENCY, RunDir, move_aside
+from dynexit.run_dir import BUDGETS, DONE, HEADS, LATENCY, RunDir, move_aside
 from dynexit.search.budgets import Budget, Unattainable, budgets_of, latency_costs
 from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest
 from dynexit.search.methods import fixed_configurations
@@ -29,9 +29,9 @@ CONFIGURATIONS, FIXED, BY_TIME = "configurations.json", "fixed.json", "by_time.j
 def run_search(points: Sequence[Point]) -> None:
     """Finds exit configurations for preferences and budgets from records alone; chosen on validation, judged on test.
 
-    Leaves configurations.json, budgets.json and fixed.json per point, and with search.latency=measured by_time.json and
-    the times that it read; notes a budget that a point cannot attain. The result does not depend on the number of
-    processes.
+    Leaves configurations.json, budgets.json and fixed.json per point, networks.json per static network, and with
+    search.latency=measured by_time.json and the times that it read; notes a budget that a point cannot attain. The
+    result does not depend on the number of processes.
     """
     missing = [p for p in points if not is_searched(p)]
     if missing:
@@ -55,9 +55,11 @@ def _search_all(points: Sequence[Point]) -> Iterator[int]:
 
 def _search_point(point: Point) -> int:
     """Searches one point; the number of samples it was searched on."""
+    if point.networks:
+        return search_networks(point)
     settings = point.config.search
     source, checkpoint = RunDir(point, "record"), RunDir(point, "train").digest(HEADS)
-    costs = ExitCosts.from_json(source.read_json(COSTS))
+    costs = source.costs()
     problems = {
         split: Problem.from_record(Record.open(source / split, checkpoint), costs, settings.confidence)
         for split in recorded_splits(point.config.record)
@@ -65,7 +67,7 @@ def _search_point(point: Point) -> int:
     }
     held_back = calibration_samples(point.config.data, settings.calibration_share, problems["validation"].num_samples)
     problems["validation"] = problems["validation"].of(~held_back)
-    asked = dict(settings) if not point.config.is_by_time else dict(settings) | {"relative_latency": []}
+    asked = dict(settings) if not point.is_by_time else dict(settings) | {"relative_latency": []}
     how = SearchRequest(
         accuracy_weights=parse_weights(settings.accuracy_weights),
         budgets=budgets_of(asked),
@@ -86,7 +88,7 @@ def _search_point(point: Point) -> int:
     directory = RunDir(point, "search")
     (directory / DONE).unlink(missing_ok=True)  # of older times
     files = [CONFIGURATIONS, BUDGETS, FIXED]
-    if point.config.is_by_time:
+    if point.is_by_time:
         by_time, timed_budgets = _search_times(point, {split: problems[split] for split in SPLITS}, how)
         budgets += timed_budgets
         directory.write_json(BY_TIME, by_time)

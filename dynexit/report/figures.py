@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter
 from dynexit.report.published import PublishedPoint
 from dynexit.report.table import by_seed, front_of, within_budgets
 from dynexit.run_dir import atomic_write
-from dynexit.search.operating_points import ReportRow
+from dynexit.search.operating_points import BASELINES, ReportRow
 
 DOTS_PER_INCH = 160
 MARKERS = "osD^vPX<>*"
@@ -29,7 +29,7 @@ _MOST_MARKED = 20  # a longer published curve is a line without markers
 # The finest budgets of relative MACs a picture tells apart; closer points of a front differ by noise, not by cost.
 HUNDREDTHS = [hundredth / 100 for hundredth in range(1, 151)]
 
-_PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g} %")
+PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g} %")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Theme:
     map_range: tuple[float, float]
 
 
-_THEMES = {
+THEMES = {
     "light": _Theme(
         "#ffffff", "#1c2128", "#5f6875", "#e6e8ec",
         ("#d9480f", "#1971c2", "#2b8a3e", "#9c36b5", "#a37500", "#c2255c"), (0.0, 0.85),
@@ -62,29 +62,31 @@ def pareto_figure(
     With one method MSDNet's thresholds are drawn too, a gate's colour is its ce_ic_tradeoff and its marker its seed.
     With several a colour is a method and its line the accuracy that each budget buys: mean over seeds, the band from
     the worst to the best seed.
+    Static networks are hollow markers and cascades thin lines, a marker and a line style for each of their classifiers.
     `published` points are drawn beside. Any part may be missing; without test rows the axes are empty.
     """
     rows = list(rows)
-    look = _THEMES[theme]
-    figure, axes = _figure(look, (9, 5.4))
+    look = THEMES[theme]
+    figure, axes = new_figure(look, (9, 5.4))
     methods = sorted({row.method for row in rows if row.source == "search"})
     colours = {method: look.methods[index % len(look.methods)] for index, method in enumerate(methods)}
-    _draw_backbone(axes, rows, look)
+    draw_backbone(axes, rows, look)
     if len(methods) > 1:
         _draw_budget_curves(axes, rows, colours)
     else:
         _draw_search_front(axes, rows, colours)
         _draw_fixed(axes, rows, look)
     _draw_gates(figure, axes, rows, colours if len(methods) > 1 else {}, look)
+    _draw_baselines(axes, rows, look)
     _draw_published(axes, published or (), look)
     axes.set(xlabel="relative MACs (bare backbone = 1)", ylabel="test accuracy")
-    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(PERCENT)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="lower right", frameon=False, labelcolor=look.ink, borderaxespad=1.2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_backbone(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
+def draw_backbone(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
     accuracies = [row.accuracy for row in rows if row.source == "backbone" and row.split == "test"]
     if not accuracies:
         return
@@ -185,6 +187,28 @@ def _tradeoff_bar(figure: Figure, axes: Axes, tradeoffs: list[float], shades: Li
     bar.set_label("gates: ce_ic_tradeoff", color=look.ink, labelpad=8)
 
 
+def _draw_baselines(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
+    baselines = [row for row in rows if row.source in BASELINES and row.split == "test"]
+    methods = sorted({row.method for row in baselines}, key=lambda method: (method != "own classifier", method))
+    for index, method in enumerate(methods):
+        static, cascades = (
+            sorted((row for row in baselines if (row.source, row.method) == (source, method)), key=_cost)
+            for source in BASELINES
+        )
+        marker, style = "sD^vo"[index % 5], (":", "-.", "--")[index % 3]
+        axes.scatter(
+            [row.relative_macs for row in static], [row.accuracy for row in static],
+            s=40, marker=marker, facecolors="none", edgecolors=look.ink, linewidths=1.2, zorder=3.5,
+            label=f"static networks, {method}",
+        )  # fmt: skip
+        if cascades:
+            axes.plot(
+                [row.relative_macs for row in cascades], [row.accuracy for row in cascades], color=look.ink,
+                linewidth=0.9, linestyle=style, marker="x", markersize=4, markevery=max(1, len(cascades) // 12),
+                zorder=2.5, label=f"cascades, {method}",
+            )  # fmt: skip
+
+
 def _draw_published(axes: Axes, published: Sequence[PublishedPoint], look: _Theme) -> None:
     methods = sorted({point.method for point in published}, key=lambda method: (method != "jei_dnn", method))
     for index, method in enumerate(methods):
@@ -217,8 +241,8 @@ def exit_share_figure(
     for index, row in enumerate(bars):
         share_BL[index, : len(row.exit_fractions) - 1] = row.exit_fractions[:-1]
         share_BL[index, -1] = row.exit_fractions[-1]
-    look = _THEMES[theme]
-    figure, axes = _figure(look, (9, 3.6))
+    look = THEMES[theme]
+    figure, axes = new_figure(look, (9, 3.6))
     shades = colormaps["viridis"](np.linspace(look.map_range[1], look.map_range[0], max(1, num_exits - 1)))
     for exit_ in range(num_exits):
         last = exit_ == num_exits - 1
@@ -228,7 +252,7 @@ def exit_share_figure(
         )  # fmt: skip
     axes.set(xlabel="relative MACs of the front's points", ylabel="share of test samples", ylim=(0, 1))
     axes.set_xticks(range(len(bars)), [f"{row.relative_macs:.2f}" for row in bars], fontsize=8)
-    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(PERCENT)
     axes.grid(visible=False)
     axes.margins(x=0.01)
     if num_exits:
@@ -237,7 +261,7 @@ def exit_share_figure(
             handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False,
             labelcolor=look.ink, handlelength=1, handleheight=1,
         )  # fmt: skip
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def uncertainty_figure(
@@ -253,8 +277,8 @@ def uncertainty_figure(
 
     `level` is what the sets were made for. Values are fractions; nan leaves a gap.
     """
-    look = _THEMES[theme]
-    figure, left = _figure(look, (9, 3.6), num_columns=2)
+    look = THEMES[theme]
+    figure, left = new_figure(look, (9, 3.6), num_columns=2)
     right = figure.axes[1]
     for axes, curves, title in (
         (left, errors, "calibration error of the exits taken"),
@@ -264,48 +288,19 @@ def uncertainty_figure(
             axes.plot(relative_macs_N, values_N, color=colour, linewidth=1.8, marker=".", markersize=5, label=label)
         axes.set(xlabel="relative MACs of the front's points")
         axes.set_title(title, loc="left", color=look.ink, fontsize=10.5)
-        axes.yaxis.set_major_formatter(_PERCENT)
+        axes.yaxis.set_major_formatter(PERCENT)
     left.set_ylim(bottom=0)
     right.axhline(level, color=look.ink, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
     for axes in (left, right):
         axes.legend(loc="best", frameon=False, labelcolor=look.ink, fontsize=9)
-    _save(figure, path)
-
-
-def time_figure(rows: Sequence[ReportRow], batch_sizes: Sequence[int], path: Path, *, theme: str = "light") -> None:
-    """Draws test accuracy against relative time as a PNG, for each batch size side by side (at most four).
-
-    The front by time is a line, that by MACs dotted at the time that it takes; the backbone is a dashed line.
-    """
-    look, sizes = _THEMES[theme], list(batch_sizes)[:4]
-    figure, _ = _figure(look, (max(4.5, 3.2 * len(sizes)), 3.8), num_columns=len(sizes))
-    timed = [row for row in rows if row.times]
-    early = [row for row in timed if row.source != "backbone"]
-    for axes, batch in zip(figure.axes, sizes, strict=True):
-        for label, front, style, colour in (
-            ("front by MACs", front_of(early), (0, (1, 1.5)), look.methods[1]),
-            ("front by time", within_budgets(front_of(early, batch), HUNDREDTHS, batch), "-", look.methods[0]),
-        ):
-            tests = sorted((point.test for point in front), key=lambda row: row.time(batch).relative_time)
-            axes.plot(
-                [row.time(batch).relative_time for row in tests], [row.accuracy for row in tests],
-                color=colour, linewidth=1.8, linestyle=style, marker=".", markersize=4, label=label,
-            )  # fmt: skip
-        _draw_backbone(axes, timed, look)
-        axes.axvline(1, color=look.muted, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
-        axes.set(xlabel="relative time")
-        axes.set_title(f"batch size {batch}", loc="left", color=look.ink, fontsize=10.5)
-        axes.yaxis.set_major_formatter(_PERCENT)
-    figure.axes[0].set_ylabel("test accuracy", color=look.ink)
-    figure.axes[0].legend(loc="lower right", frameon=False, labelcolor=look.ink, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _cost(row: ReportRow) -> float:
     return row.relative_macs
 
 
-def _figure(look: _Theme, inches: tuple[float, float], num_columns: int = 1) -> tuple[Figure, Axes]:
+def new_figure(look: _Theme, inches: tuple[float, float], num_columns: int = 1) -> tuple[Figure, Axes]:
     """A figure of axes side by side, all in the theme, and the first of them."""
     with rc_context({"font.size": 10.5, "axes.axisbelow": True}):
         figure = Figure(
@@ -323,6 +318,6 @@ def _figure(look: _Theme, inches: tuple[float, float], num_columns: int = 1) -> 
     return figure, figure.axes[0]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})

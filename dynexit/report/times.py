@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.core.latency import LatencyTable
-from dynexit.report.figures import time_figure
 from dynexit.report.page import Figure, PageSection
 from dynexit.report.table import at_tenths, front_of, percent
+from dynexit.report.time_figure import time_figure
 from dynexit.search.operating_points import ReportRow, RowTime
 
 

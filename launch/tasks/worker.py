@@ -1,9 +1,9 @@
-"""What a rank of a SLURM job does: its packs in turn, until a signal asks it to stop.
+"""What a rank of a job does, under SLURM or as a local process: its packs in turn, until a signal asks it to stop.
 
-    python -m launch.slurm.worker FOLDER
+    python -m launch.tasks.worker FOLDER/JOB RESTART [LAUNCHER]
 
-runs the job's own pickle in FOLDER. How the rank ended goes into its reason file, which the job's script reads when
-all ranks have ended.
+LAUNCHER is the process that started a local rank. How the rank ended goes into its reason file, which is read when all
+ranks have ended. The exit status is 0, 1 for a failure, 2 for the user's mistake, 75 when a signal stopped it.
 """
 
 import atexit
@@ -11,9 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import os
-import pickle
 import signal
-import stat
 import sys
 import threading
 import time
@@ -24,73 +22,70 @@ from typing import TYPE_CHECKING, Any
 
 from dynexit import errors
 from dynexit.errors import Failure, UserError
-from launch.slurm import attempts
-from launch.slurm.attempts import COMPLETED, FAILED, STOPPED_STATUS, RankReason
+from launch.tasks import attempts
+from launch.tasks.attempts import COMPLETED, FAILED, RankReason
 
 if TYPE_CHECKING:
     from dynexit.dist import Ranks
     from launch.plan import Job
 
 _WATCH_SECONDS = 5
-_PICKLE_SECONDS = 60  # submitit names it after the job when sbatch has answered
+_LIST_SECONDS = 60  # within which the launcher lists a job that sbatch took
 _FAILURES = (errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.EDQUOT)  # another try would meet them again
+
+ONE_RANK = SimpleNamespace(is_main=True, world_size=1, broadcast=lambda value: value)  # needs no torch
 
 
 class _FailedAlone(Exception):  # noqa: N818  its text is the rank's error message
     """One of several ranks failed, and the others wait for it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ClusterTask:
-    """The work of one task of an array: packs, each with the jobs that are done for it in turn."""
-
-    packs: "tuple[tuple[Job, ...], ...]"
-    max_retries: int = 0
-
-    def __call__(self, job: Path, reason: RankReason) -> int:
-        """Does the packs that are left, and returns the exit status: 1 if one of them failed, now or before."""
-        ranks = _start_ranks(self.packs[0][0])
-        ends = attempts.read_attempts(job).ends
-        left = attempts.packs_left(ends, len(self.packs), self.max_retries)
-        completed = {end.pack for end in ends if end.reason == COMPLETED}
-        for pack in ranks.broadcast(left):
-            errors.end_if_stopped()
-            reason.pack, reason.num_packs = pack, len(self.packs)
-            if ranks.is_main:
-                reason.write()
-            found = do_pack(self.packs[pack], ranks)
-            finished = {"pack": pack, "reason": FAILED if found else COMPLETED, "error": "; ".join(found)}
-            reason.finished.append(finished)
-            completed |= set() if found else {pack}
-        reason.pack, reason.word = None, COMPLETED
+def run_packs(job: Path, reason: RankReason, packs: "list[tuple[Job, ...]]") -> int:
+    """Does the packs that are left, and returns the exit status: 0 only if all have completed, now or before."""
+    ranks = _start_ranks(packs[0][0])
+    ends = attempts.read_attempts(job).ends
+    max_retries = packs[0][0].points[0].config.dist.max_retries
+    completed = {end.pack for end in ends if end.reason == COMPLETED}
+    is_mistake = False
+    for pack in ranks.broadcast(attempts.packs_left(ends, len(packs), max_retries)):
+        errors.end_if_stopped()
+        reason.pack = pack
         if ranks.is_main:
             reason.write()
-        if ranks.world_size > 1:
-            from dynexit.dist import stop_ranks
+        found = do_pack(packs[pack], ranks)
+        error = "; ".join(map(str, found))
+        reason.finished.append({"pack": pack, "reason": FAILED if found else COMPLETED, "error": error})
+        completed |= set() if found else {pack}
+        is_mistake |= any(isinstance(one, UserError) for one in found)
+    reason.pack, reason.word = None, COMPLETED
+    if ranks.is_main:
+        reason.write()
+    if ranks.world_size > 1:
+        from dynexit.dist import stop_ranks
 
-            stop_ranks()
-        return int(len(completed) < len(self.packs))
+        stop_ranks()
+    return 2 if is_mistake else int(len(completed) < len(packs))
 
 
-def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks") -> list[str]:
-    """Does the jobs of a pack for the points whose input is complete, and returns the error messages of the others.
+def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks") -> list[Exception]:
+    """Does the jobs of a pack for the points whose input is complete, and returns the errors of the others.
 
     Raises what another try may repair, and _FailedAlone if one of several ranks failed.
     """
-    found: list[str] = []
+    found: list[Exception] = []
     for job in jobs:
         ready, damaged, missing = ranks.broadcast(split_by_input(job) if ranks.is_main else (job, [], []))
         new = damaged + ([] if found else missing)  # what the job before did not make has its message already
         for text in new if ranks.is_main else []:
             print(text, file=sys.stderr, flush=True)
-        found += new
+        found += map(Failure, new)
         if ready.points:
             found += _run(ready, ranks)
     return found
 
 
-def _run(job: "Job", ranks: "Ranks") -> list[str]:
-    """Runs a job; returns the error message of a failure that another try would repeat, if any."""
+def _run(job: "Job", ranks: "Ranks") -> list[Exception]:
+    """Runs a job; returns the failure that another try would repeat, if any."""
     from dynexit.study.stages import stage_of
 
     try:
@@ -103,7 +98,7 @@ def _run(job: "Job", ranks: "Ranks") -> list[str]:
         if ranks.world_size > 1 and not getattr(error, "on_all_ranks", False):
             raise _FailedAlone(str(error)) from error
         print(error, file=sys.stderr, flush=True)
-        return [str(error)]
+        return [error]
 
 
 def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
@@ -114,15 +109,15 @@ def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
     from dynexit.run_dir import RunDir
     from dynexit.study.stages import BENCH, POINT_STAGES, STAGES
 
-    stage = STAGES[job.stage]
-    if stage.needs is None or job.stage not in POINT_STAGES:  # a report shows what there is
+    needed = STAGES[job.stage].needs if job.stage in POINT_STAGES else None  # a report shows what there is
+    if needed is None:
         return job, [], []
     ready, damaged, missing = [], [], []
     for point in job.points:
         try:
-            undone = stage.needs
+            undone = needed
             if RunDir(point, undone).is_done():
-                by_time = stage.name == "search" and point.config.is_by_time
+                by_time = job.stage == "search" and point.is_by_time
                 undone = BENCH if by_time and not RunDir(point, BENCH).is_done() else ""
             if undone:
                 missing.append(f"{job.stage} {point.label}: its {undone} is not done")
@@ -133,35 +128,34 @@ def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
     return dataclasses.replace(job, points=tuple(ready)), list(dict.fromkeys(damaged)), missing
 
 
+def _announce_ranks(restart: int) -> None:
+    """Sets the variables of torch.distributed from those of SLURM."""
+    if int(os.environ["SLURM_NTASKS"]) > 1:
+        import submitit
+
+        # a port that the job's last attempt left may be taken for a minute; these are below what Linux gives to others
+        os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + restart) % 12000)
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
 def _start_ranks(job: "Job") -> Any:
     """Joins the job's ranks, if it has several; one alone needs no torch, as for a search."""
-    if int(os.environ["SLURM_NTASKS"]) == 1:
-        return SimpleNamespace(is_main=True, world_size=1, broadcast=lambda value: value)
-    import submitit
-
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ONE_RANK
     from dynexit.dist import start_ranks
 
-    # a port that the job's last attempt left may be taken for a minute
-    number = int(os.environ["SLURM_JOB_ID"]) * 7 + attempts.restart_count()
-    os.environ["MASTER_PORT"] = str(20000 + number % 12000)  # below the ports that Linux gives to others
-    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     dist = job.points[0].config.dist
     return start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
 
 
-def load_task(path: Path) -> Any:
-    """The pickled task of this job. Raises UserError if others could have written it: a pickle can run any program."""
-    deadline = time.monotonic() + _PICKLE_SECONDS
-    while not path.exists() and time.monotonic() < deadline:
+def listed_work(job: Path) -> list[attempts.Work]:
+    """The packs of a job. Raises UserError if its launcher was killed before it listed the job: it must not write."""
+    deadline = time.monotonic() + _LIST_SECONDS
+    while (work := attempts.read_work(job)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"{job.parent / attempts.JOBS} does not list job {job.name}; submit the study again")
         time.sleep(1)
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        both = (os.fstat(file.fileno()), path.parent.stat())
-        if any(one.st_uid != os.geteuid() or stat.S_IMODE(one.st_mode) & 0o077 for one in both):
-            raise UserError(
-                f"{path} and its folder should belong to the user who runs the job, with modes 0600 and 0700; "
-                "submit the study again"
-            )
-        return pickle.load(file).function
+    return work
 
 
 def _watch(job: Path, restart: int) -> None:
@@ -169,30 +163,41 @@ def _watch(job: Path, restart: int) -> None:
     while True:
         time.sleep(_WATCH_SECONDS)
         with contextlib.suppress(OSError):
-            if attempts.read_attempts(job).is_superseded(restart):
+            if attempts.read_attempts(job).restart > restart:
                 print("SLURM has started this job again elsewhere; this process ends", file=sys.stderr, flush=True)
                 os._exit(1)
 
 
-def main(folder: Path) -> int:
+def main(job: Path, restart: int, launcher: int | None = None) -> int:
     """Runs this rank and returns its exit status."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, errors.request_stop)
-    array, environment = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ
-    job = folder / (f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"])
-    reason = RankReason(attempts.reason_path(job, int(environment["SLURM_PROCID"])), attempts.restart_count())
-    threading.Thread(target=_watch, args=(job, reason.restart), daemon=True).start()
+    rank = int(os.environ["SLURM_PROCID"] if launcher is None else os.environ.get("RANK", "0"))
+    reason = RankReason(attempts.reason_path(job, rank), restart)
+    if launcher is None:
+        threading.Thread(target=_watch, args=(job, restart), daemon=True).start()
+    else:
+        from launch.lock import work_for
+
+        work_for(launcher, job.parents[2])
     try:
-        return int(load_task(folder / f"{job.name}_submitted.pkl")(job, reason))
+        if launcher is None:
+            _announce_ranks(restart)
+        work = listed_work(job)
+        from launch.tasks.folder import read_jobs
+
+        return run_packs(job, reason, read_jobs(job.parent, work))
     except BaseException as error:
         reason.error, status = str(error), 1
         if errors.received_signals:  # SIGTERM is also what srun sends to the ranks beside one that was killed
             print(error if isinstance(error, errors.Interrupted) else f"stopped: {error!r}", file=sys.stderr)
             is_asked = signal.SIGUSR2 in errors.received_signals
-            reason.word, status = attempts.STOPPED if is_asked else attempts.TERMINATED, STOPPED_STATUS
+            reason.word = attempts.STOPPED if is_asked else attempts.TERMINATED
+            status = attempts.STOPPED_STATUS
         elif isinstance(error, (UserError, _FailedAlone)):
             print(error, file=sys.stderr)
             reason.word = FAILED
+            status = 2 if isinstance(error.__cause__ or error, UserError) else 1
         else:
             traceback.print_exc()
             reason.word, reason.error = attempts.CRASHED, f"{type(error).__name__}: {error}"
@@ -201,7 +206,7 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main(Path(sys.argv[1]))
+    exit_status = main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
     atexit._run_exitfuncs()  # threads of a process group that was left may abort an interpreter
     sys.stdout.flush()
     sys.stderr.flush()
