@@ -66,12 +66,10 @@ def test_cascades_wait_for_the_records_of_all_networks(tmp_path: Path, new_jobs:
     for stage in ("train", "record", "search"):
         ids = [point for array in arrays for task in ids_of(array, stage) for point in task]
         assert sorted(ids) == sorted(point.id for point in one.all_points)
-    static = {point.id for point in one.static}
-    training = {i for i, array in enumerate(arrays) if array.stage == "train"}
     for array in (array for array in arrays if array.stage == "search"):
-        ids = {point for task in ids_of(array, "search") for point in task}
-        assert ids <= static or not ids & static
-        assert (set(array.after) == training) == (ids <= static or len(training) == 1)
+        searched = [p for packs in array.tasks for pack in packs for job in pack for p in job.points]
+        read = {identity for p in searched for identity in (p.ids["record"], *p.networks)}
+        assert set(array.after) == {i for i, one in enumerate(arrays) if one.stage == "train" and recorded(one) & read}
     assert set(arrays[-1].after) == {i for i, array in enumerate(arrays) if array.stage == "search"}
 
 
