@@ -13,7 +13,7 @@ from dynexit.study.yaml_text import parse_yaml
 
 def add_tools(commands: Any) -> None:
     """Adds the commands to the command line."""
-    macs = _tool(commands, "macs", "multiply-accumulates of a backbone up to every exit, of its heads and gates")
+    macs = add_command(commands, "macs", "multiply-accumulates of a backbone up to every exit, of its heads and gates")
     macs.add_argument(
         "backbone", metavar="BACKBONE", help="a timm name of a supported family, or t2t_vit_7 and its like"
     )
@@ -32,13 +32,19 @@ def add_tools(commands: Any) -> None:
     form.add_argument("--json", action="store_true", help="print JSON, in MACs")
     form.add_argument("--dyce", action="store_true", help="print DyCE's macs_info JSON")
     macs.set_defaults(tool=_macs)
-    search = _tool(commands, "search-records", "the best exit configurations for records, without any run")
+    search = add_command(commands, "search-records", "the best exit configurations for records, without any run")
     _add_search_arguments(search)
     search.set_defaults(tool=_search_records)
-    convert = _tool(commands, "convert", "a DyCE .npz into a directory of shards, or back")
+    convert = add_command(commands, "convert", "a DyCE .npz into a directory of shards, or back")
     convert.add_argument("source", type=Path, metavar="SOURCE", help="a .npz or a directory of shards")
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="the other of the two")
     convert.set_defaults(tool=_convert)
+
+
+def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """Adds a command, `text` its help, and returns its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    return parser
 
 
 def _natural(text: str) -> int:
@@ -57,11 +63,6 @@ def _mapping(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} should be a mapping, as '{{channels: [8, 12, 16, 24]}}'")
     return value
-
-
-def _tool(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    tool: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    return tool
 
 
 def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +160,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _macs(options: argparse.Namespace) -> None:
     from dynexit.dyce.macs_info import dyce_macs_info
-    from dynexit.models.macs import REPORTED_HEADS, macs_report
+    from dynexit.models.macs import REPORTED_HEADS, macs_report, macs_table
 
     report = macs_report(
         options.backbone,
@@ -171,14 +172,5 @@ def _macs(options: argparse.Namespace) -> None:
     )
     if options.json or options.dyce:
         print(json.dumps(dyce_macs_info(report) if options.dyce else report, indent=1))
-        return
-    full = report["full_macs"]
-    height, width = report["image_size"]
-    print(f"{report['backbone']} at {height}x{width}, {report['num_classes']} classes: {full / 1e6:,.1f} M MACs")
-    heads = report["head_macs"]
-    print("  ".join(["position", "backbone M", "relative", "gate", *(f"{name} M" for name in heads)]))
-    for p, position in enumerate(report["positions"]):
-        macs = report["backbone_macs"][p]
-        cells = [f"{position:8d}", f"{macs / 1e6:10,.1f}", f"{macs / full:8.3f}", f"{report['gate_macs'][p]:4d}"]
-        cells += [f"{values[p] / 1e6:{len(name) + 2},.3f}" for name, values in heads.items()]
-        print("  ".join(cells))
+    else:
+        print(macs_table(report))

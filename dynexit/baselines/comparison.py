@@ -11,14 +11,13 @@ import numpy as np
 
 from dynexit.baselines.rows import Baseline, describe_networks
 from dynexit.baselines.search import BUDGETS
-from dynexit.core.cost import ExitCosts
 from dynexit.core.statistics import Interval, mean_interval, verdict
 from dynexit.core.tradeoff import Configuration
 from dynexit.record.shards import Record
 from dynexit.report.page import PageSection
 from dynexit.report.table import FrontPoint, front_of, percent, within_budgets
 from dynexit.report.uncertainty import read_outputs
-from dynexit.run_dir import COSTS, RunDir, atomic_write
+from dynexit.run_dir import RunDir, atomic_write
 from dynexit.search.operating_points import ReportRow
 from dynexit.study.grid import Point
 from dynexit.study.schema import DataSettings
@@ -115,7 +114,7 @@ def compare(points: Sequence[Point], rows: Sequence[ReportRow], baselines: Itera
 def _is_right(row: ReportRow, point: Point) -> np.ndarray:
     """Whether one of the study's points is right on each test sample (N,)."""
     source = RunDir(point, "record")
-    costs = ExitCosts.from_json(source.read_json(COSTS))
+    costs = source.costs()
     configuration = None
     if row.source == "backbone":
         configuration = Configuration(((-1, 0.0),) * len(costs.positions))

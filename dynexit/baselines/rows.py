@@ -9,6 +9,7 @@ import numpy as np
 
 from dynexit.baselines.cascades import Network, cascade_problem
 from dynexit.baselines.search import NETWORKS, OWN, RecordedNetwork, confidence_of
+from dynexit.contents import JudgedNetworks, Networks
 from dynexit.core.tradeoff import Configuration, apply_configuration, pareto_front
 from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import ReportRow
@@ -70,7 +71,7 @@ def _front(group: Sequence[Baseline]) -> list[Baseline]:
 
 
 def _baselines(point: Point, by_record: Mapping[str, Point]) -> Iterator[Baseline]:
-    content = RunDir(point, "search").read_json(NETWORKS)
+    content: Networks = RunDir(point, "search").read_json(NETWORKS, Networks)
     backbone = by_record[point.networks[-1]].ids["prepare"]
     for entry in content["static"]:
         rows = _rows(point, "static", entry, [[network_name(point), None]])
@@ -88,7 +89,7 @@ def _baselines(point: Point, by_record: Mapping[str, Point]) -> Iterator[Baselin
         yield Baseline(point, entry["head"], tuple(entry["networks"]), exits, backbone, *rows)
 
 
-def _rows(point: Point, source: str, entry: Mapping[str, Any], networks: list[Any]) -> tuple[ReportRow, ReportRow]:
+def _rows(point: Point, source: str, entry: JudgedNetworks, networks: list[Any]) -> tuple[ReportRow, ReportRow]:
     reader = point.config.exits.reader
     method = entry["head"] if entry["head"] == OWN or reader is None else f"{entry['head']} on {reader}"
     stage = "search" if source == "cascade" else "prepare" if entry["head"] == OWN else "train"

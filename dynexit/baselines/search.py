@@ -13,7 +13,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration, OperatingPoint, configuration_macs_L, operating_point, pareto_front
 from dynexit.errors import Failure
 from dynexit.record.shards import Record
-from dynexit.run_dir import COSTS, RunDir
+from dynexit.run_dir import RunDir
 from dynexit.search.held_back import calibration_samples
 from dynexit.study.grid import Point
 from dynexit.study.keys import parse_weights
@@ -45,7 +45,7 @@ class RecordedNetwork:
                 "run `dynexit record` on the study"
             )
         records = {split: Record.open(source / split) for split in _SPLITS}
-        return cls(identity, records, ExitCosts.from_json(source.read_json(COSTS)))
+        return cls(identity, records, source.costs())
 
     def heads(self) -> dict[str, tuple[int, int]]:
         """By name the row of each classifier at its end, and the MACs of the network with it."""

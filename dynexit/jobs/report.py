@@ -14,6 +14,7 @@ import torch
 
 from dynexit.baselines.comparison import BASELINES_CSV, compare, comparison_section, write_comparisons
 from dynexit.baselines.rows import baselines_of
+from dynexit.contents import Found, MetricsRow
 from dynexit.core.cost import ExitCosts, place_name
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
@@ -27,7 +28,7 @@ from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import mark_front
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
-from dynexit.run_dir import COSTS, DONE, METRICS, RunDir, mark_done
+from dynexit.run_dir import DONE, METRICS, RunDir, mark_done
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.operating_points import ReportRow, write_csv
 from dynexit.study.baselines import static_points
@@ -62,7 +63,7 @@ def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
     seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
     for point in points:
         source = RunDir(point, "record")
-        costs = ExitCosts.from_json(source.read_json(COSTS))
+        costs = source.costs()
         for split in SPLITS:
             record = Record.open(source / split)
             samples = choosing_samples(point, split, record.num_samples)
@@ -133,7 +134,7 @@ def _one_head_rows(costs: ExitCosts) -> list[int]:
 
 
 def _entries(point: Point, file: str) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = RunDir(point, "search").read_json(file)
+    entries: list[dict[str, Any]] = RunDir(point, "search").read_json(file, list[Found])
     return entries
 
 
@@ -176,7 +177,7 @@ def write_report(
     study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
     figures = []
-    costs = ExitCosts.from_json(RunDir(points[0], "record").read_json(COSTS))
+    costs = RunDir(points[0], "record").costs()
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: _entries(point, "budgets.json") for point in points}
     published = published_beside(points[0])
@@ -291,7 +292,7 @@ def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:
             "name": point.label,
             "params": flatten(point.config.model_dump(mode="json", exclude={"dist", "report", "infer"})),
             "metrics": own[point.id],
-            "history": _history(RunDir(point, "train") / METRICS),
+            "history": _history(RunDir(point, "train").read_lines(METRICS)),
             "tags": {"dynexit.method": point.config.train.method},
         }
         for point in points
@@ -301,11 +302,10 @@ def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:
     log_study(uri, config.name, config.name, tracked, points[0].study_dir / "report", {}, metrics)  # type: ignore[arg-type]
 
 
-def _history(path: Path) -> dict[str, list[tuple[int, float]]]:
+def _history(rows: Sequence[MetricsRow]) -> dict[str, list[tuple[int, float]]]:
     """The per-epoch figures of a training, as (epoch, value) by name."""
     history: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in rows:
         for name, value in row.items():
             if isinstance(value, float):
                 history.setdefault(name, []).append((row["epoch"], value))

@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from dynexit.baselines.search import search_networks
-from dynexit.core.cost import ExitCosts
 from dynexit.errors import end_if_stopped
 from dynexit.jobs.finished import SPLITS, recorded_splits
 from dynexit.progress import Progress
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, COSTS, HEADS, RunDir
+from dynexit.run_dir import BUDGETS, HEADS, RunDir
 from dynexit.search.budgets import Budget, Unattainable, budgets_of, latency_costs
 from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest
 from dynexit.search.held_back import calibration_samples
@@ -57,7 +56,7 @@ def _search_point(point: Point) -> int:
         return search_networks(point)
     settings = point.config.search
     source, checkpoint = RunDir(point, "record"), RunDir(point, "train").digest(HEADS)
-    costs = ExitCosts.from_json(source.read_json(COSTS))
+    costs = source.costs()
     problems = {
         split: Problem.from_record(Record.open(source / split, checkpoint), costs, settings.confidence)
         for split in recorded_splits(point.config.record)

@@ -62,9 +62,14 @@ class MultiExit(nn.Module):
         own, _ = measure_reads(backbone, self.positions, self.reading.reader)
         self.own_dims, self.feature_dims = own, tuple(accumulate(own) if self.reading.concatenate else own)
         self.backbone = backbone.requires_grad_(False).eval()
+        self.head_types = tuple(head_types)
         readers = {"linear": backbone.feature, "mlp": backbone.pooled_feature}
         kinds = sorted({"linear" if name == "linear" else "mlp" for name in head_types})
-        self._readers = [readers[kind] for kind in (kinds if backbone.has_class_token else kinds[:1])]
+        kinds = kinds if backbone.has_class_token else kinds[:1]
+        self._readers = [readers[kind] for kind in kinds]
+        own_reads = kinds if backbone.has_class_token else ["average"]
+        self.reads = tuple(own_reads) if self.reading.reader is None else (self.reading.reader,)
+        """Names of what is read at an exit, for identities."""
         self.reads_two = self.reading.reader is None and len(self._readers) == 2
 
     def train(self, mode: bool = True) -> "MultiExit":

@@ -99,6 +99,12 @@ class Study:
         """All that has jobs: the study's points, then its static networks."""
         return (*self.points, *self.static)
 
+    def only(self, kept: Sequence[bool]) -> "Study":
+        """Returns the same study with those of `all_points` that `kept` says."""
+        count = len(self.points)
+        points, static = itertools.compress(self.points, kept[:count]), itertools.compress(self.static, kept[count:])
+        return dataclasses.replace(self, points=tuple(points), static=tuple(static))
+
     def at(self, directory: Path) -> "Study":
         """Returns the same study with its results in `directory`, which may have been moved or renamed."""
         place = {"runs_dir": str(directory.parent), "name": directory.name}

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
@@ -64,7 +64,7 @@ def unknown_key(dotted: str) -> str:
     return f"{dotted} is not a key; {hint}"
 
 
-def sentences(error: ValidationError, prefix: str = "") -> list[str]:
+def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[str], str] = unknown_key) -> list[str]:
     """One sentence per key that pydantic found wrong; `prefix` goes before the keys."""
     found: dict[str, str] = {}
     for item in error.errors(include_url=False):
@@ -118,12 +118,24 @@ def contradictions(config: Config) -> Iterator[str]:
             f"search.relative_macs = {search.relative_macs}: the cost is time where search.latency is given; use "
             "search.relative_latency"
         )
+    yield from _contradictions_of_features(config)
     yield from _contradictions_of_prepare(config)
     yield from _contradictions_of_baselines(config)
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
             f"{config.prepare.num_epochs}"
+        )
+
+
+def _contradictions_of_features(config: Config) -> Iterator[str]:
+    train, dyce = config.train, config.dyce
+    if train.features == "fresh" and train.kept_views:
+        yield f"train.kept_views = {train.kept_views}: should be 0 where train.features is fresh; set it to kept"
+    if train.features == "kept" and train.method == "dyce" and (dyce.mixup or dyce.cutmix):
+        yield (
+            f"train.features = 'kept': should be fresh where dyce.mixup = {dyce.mixup:g} and dyce.cutmix = "
+            f"{dyce.cutmix:g} mix images; or set both to 0"
         )
 
 
