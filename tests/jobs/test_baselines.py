@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dynexit.baselines.comparison import compare
 from dynexit.baselines.rows import baselines_of
 from dynexit.core.cost import ExitCosts
 from dynexit.core.statistics import mean_interval, verdict
@@ -133,6 +134,9 @@ def test_the_comparison_is_paired_and_chosen_on_validation(finished: tuple[Study
         (one.test.method, one.test.accuracy, one.test.relative_macs): one for one in baselines_of(study.points)
     }
     assert {line["source"] for line in table} == set(BASELINES)
+    for one in compare(study.points, [row for row in rows if row.source == "backbone"], baselines_of(study.points)):
+        is_cheaper = (one.budget or one.baseline.validation.relative_macs) < 1
+        assert (one.ours is None) == is_cheaper == (one.verdict == "none as cheap")
     for line in table:
         one = baselines[line["classifier"], float(line["accuracy"]), float(line["relative_macs"])]
         most = float(line["budget"]) if line["budget"] else one.validation.relative_macs

@@ -42,6 +42,11 @@ def test_a_fresh_sweep(tmp_path: Path) -> None:
     assert work == {"train": [one.points[0].ids["train"]], "record": [one.points[0].ids["record"]]}
 
 
+def recorded(array: Array) -> set[str]:
+    """The ids of the records that the array makes."""
+    return {p.ids["record"] for packs in array.tasks for pack in packs for job in pack for p in job.points}
+
+
 @pytest.mark.parametrize("new_jobs", [None, *range(4, 16)])
 @pytest.mark.parametrize("array_size", [1, 2, 4, 1001])
 def test_every_point_exactly_once_within_any_limits(tmp_path: Path, array_size: int, new_jobs: int | None) -> None:
@@ -69,7 +74,8 @@ def test_cascades_wait_for_the_records_of_all_networks(tmp_path: Path, new_jobs:
     for array in (array for array in arrays if array.stage == "search"):
         searched = [p for packs in array.tasks for pack in packs for job in pack for p in job.points]
         read = {identity for p in searched for identity in (p.ids["record"], *p.networks)}
-        assert set(array.after) == {i for i, one in enumerate(arrays) if one.stage == "train" and recorded(one) & read}
+        trainings = {i for i, before in enumerate(arrays) if before.stage == "train" and recorded(before) & read}
+        assert set(array.after) == trainings
     assert set(arrays[-1].after) == {i for i, array in enumerate(arrays) if array.stage == "search"}
 
 
