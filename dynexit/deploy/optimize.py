@@ -25,9 +25,44 @@ def optimized_backbone(backbone: Backbone, precision: str) -> Backbone:
         raise UserError("precision = bf16: this CPU has no instructions for it (avx512_bf16); use float32")
     folded = copy.deepcopy(backbone).cpu()
     fold_batch_norms(folded)
+    _quicken_pooling(folded)
     changed = copy.deepcopy(folded)  # a copy is cut again, with the modules that took the places of others
     changed.to(memory_format=torch.channels_last)
     return changed.to(torch.bfloat16) if precision == "bf16" else changed
+
+
+class QuickMaxPool(nn.MaxPool2d):
+    """As nn.MaxPool2d, bit for bit, but by oneDNN where torch's own loop over maps takes five to ten times as long."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """The pooled maps."""
+        if maps.numel() < _FEW_VALUES or maps.device.type != "cpu" or not maps.is_contiguous():
+            plain: Tensor = super().forward(maps)
+            return plain
+        pooled: Tensor = torch.mkldnn_max_pool2d(
+            maps.to_mkldnn(), self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        ).to_dense()
+        return pooled
+
+
+_FEW_VALUES = 1 << 14
+"""Of these oneDNN's preparation takes longer than the pooling."""
+
+
+def with_quick_pooling(backbone: Backbone) -> Backbone:
+    """Returns a copy with the same outputs, bit for bit, whose max pooling is quicker on a CPU."""
+    changed = copy.deepcopy(backbone)
+    _quicken_pooling(changed)
+    return copy.deepcopy(changed)
+
+
+def _quicken_pooling(backbone: Backbone) -> None:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
+    for name, module in list(backbone.model.named_modules()):
+        if type(module) is nn.MaxPool2d and module.dilation == 1 and not module.return_indices:
+            pool = QuickMaxPool(module.kernel_size, module.stride, module.padding, ceil_mode=module.ceil_mode)
+            _replace(backbone.model, name, pool)
 
 
 @torch.inference_mode(False)
