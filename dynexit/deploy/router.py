@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dynexit.core.confidence import gate_features
 from dynexit.models.families import State
+from dynexit.models.heads import PlainHead
 from dynexit.models.multi_exit import MultiExit
 
 NEAR = 1e-5
@@ -48,24 +48,6 @@ def join(parts: Sequence[Answers]) -> Answers:
 def even_parts(images: Tensor, most: int | None) -> Sequence[Tensor]:
     """Returns the images in as few parts as possible of at most `most`, of nearly the same size."""
     return [images] if most is None else images.tensor_split(-(-len(images) // most))
-
-
-@dataclasses.dataclass(frozen=True)
-class PlainHead:
-    """One exit head as plain (weight, bias) pairs, ReLU between them."""
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    is_linear: bool
-
-    def __call__(self, feature: Tensor) -> Tensor:
-        """Logits (b, K) in float32 from what its exit reads, (b, D) or (b, 2, D)."""
-        if feature.dim() == 3:  # what linear heads read, then what MLP heads read
-            feature = feature[:, 0 if self.is_linear else 1]
-        x = feature.to(self.layers[0][0].dtype)
-        for weight, bias in self.layers[:-1]:
-            x = linear(x, weight, bias).relu_()
-        weight, bias = self.layers[-1]
-        return linear(x, weight, bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +134,10 @@ class Leaving:
 
 def _move_rows(tensor: Tensor, source_k: np.ndarray, to_k: np.ndarray) -> None:
     """Copies rows within a tensor; numpy takes a fifth of torch's time for the few rows of small images."""
-    if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous():
-        rows = tensor.numpy()
+    last = tensor.dim() == 4 and not tensor.is_contiguous()  # channels
+    laid_out = tensor.permute(0, 2, 3, 1) if last else tensor
+    if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and laid_out.is_contiguous():
+        rows = laid_out.numpy()
         rows[to_k] = rows[source_k]
     else:
         to, source = torch.from_numpy(to_k).to(tensor.device), torch.from_numpy(source_k).to(tensor.device)
@@ -196,6 +180,10 @@ def _in_a_row(tensors: Sequence[Tensor], num_more: int) -> Tensor:
     return torch.cat([*tensors, *more])
 
 
+Walk = Sequence[tuple[Sequence[Callable[[State], State]], int]]
+"""Blocks to run and the position number to read at then, as often as needed."""
+
+
 class Router:
     """A backbone with one way to leave early: a configuration, or the gates. Immutable; threads may share it.
 
@@ -221,6 +209,7 @@ class Router:
         """The most images that run together; None for any number."""
         self._few_sizes = self.tile is not None and self.tile >= _SMALL_IMAGES
         self.num_classes, self.num_stages = model.backbone.num_classes, len(self._stops) + 1
+        self._walks = [self._walk(stop) for stop in stops]
 
     @torch.inference_mode()
     def classify(self, images: Tensor) -> Answers:
@@ -233,8 +222,8 @@ class Router:
         state, near, used = self._model.start(image.to(self._dtype)), False, 0.0
         before: Tensor | None = None
         feature: Tensor | None = None
-        for stop in self._stops:
-            state, feature = self._reach(stop, state, feature)
+        for stop, walk in zip(self._stops, self._walks, strict=True):
+            state, feature = self._reach(walk, state, feature)
             logits = self._logits(stop, feature, before)
             value, before = self._measure(stop, logits).item(), logits
             if stop.threshold is None:
@@ -282,7 +271,7 @@ class Router:
             flight.ids_b = flight.ids_b[:0]
             return left
         stop = self._stops[stage]
-        flight.state, feature = self._reach(stop, flight.state, flight.feature_cD)
+        flight.state, feature = self._reach(self._walks[stage], flight.state, flight.feature_cD)
         flight.feature_cD = feature if self._model.reading.concatenate else None
         logits = self._logits(stop, feature[: len(flight)], flight.before_bK)
         value_b = self._measure(stop, logits).cpu().numpy()
@@ -314,15 +303,20 @@ class Router:
             return size
         return -(-size // 8) * 8 if size > 8 else 1 << (size - 1).bit_length()
 
-    def _reach(self, stop: Stop, state: State, feature: Tensor | None) -> tuple[State, Tensor]:
-        """The state at an exit and what it reads, from those at the exit before.
-
-        Concatenated features are read at every position on the way.
-        """
+    def _walk(self, stop: Stop) -> Walk:
+        """The way to an exit from the one before. Concatenated features are read at every position on it."""
         first = stop.before_p + 1 if self._model.reading.concatenate else stop.p
-        reached = stop.before_p
-        for p in range(first, stop.p + 1):
-            state, reached = self._model.advance(state, reached, p), p
+        reads = range(first, stop.p + 1)
+        return [
+            (self._model.blocks_between(from_p, p), p)
+            for from_p, p in zip([stop.before_p, *reads], reads, strict=False)
+        ]
+
+    def _reach(self, walk: Walk, state: State, feature: Tensor | None) -> tuple[State, Tensor]:
+        """The state at an exit and what it reads, from those at the exit before."""
+        for blocks, p in walk:
+            for block in blocks:
+                state = block(state)
             feature = self._model.feature(p, state, feature)
         assert feature is not None
         return state, feature

@@ -131,10 +131,12 @@ class _Batches:
     def __iter__(self) -> Iterator[Tensor]:
         order, start = list(range(len(self._samples))), _now(self._ranks)
         batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
-        for number, (_, images, _) in enumerate(load_batches(self._samples, batches)):
+        prepared = set[int]()
+        for _, images, _ in load_batches(self._samples, batches):
             images = images.to(self._ranks.device)
-            if number == 0:  # the first pass of each pays for what is set up once
+            if len(images) not in prepared:  # the first pass of each size pays for what is set up once
                 self._router.classify(images), self._run(images)
+                prepared.add(len(images))
             before = _now(self._ranks)
             self._run(images)
             now = _now(self._ranks)

@@ -1,6 +1,6 @@
 """Times early exit against the plain backbone and holds it against the goals: medians of process time, one thread.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/inference.py [digits resnet50 ...] [--rounds 7] [--optimize float32]
+    OMP_NUM_THREADS=1 python tests/benchmarks/inference.py [digits resnet50 ...] [--rounds 7] [--optimize none]
 
 Weights are random, and thresholds are chosen so that samples leave in the shares that make the mean time 0.4, 0.6 and
 0.8 of the plain backbone's, by the stages' times at full batches. All ways run in turn in each round, with the same
@@ -73,7 +73,7 @@ CASES = {
 }
 
 
-def build(case: Case, optimize: str | None) -> tuple[Engine, ExitCosts]:
+def build(case: Case, optimize: str) -> tuple[Engine, ExitCosts]:
     """The model, its backbone optimised."""
     torch.manual_seed(0)
     channels, side = case.image
@@ -82,7 +82,11 @@ def build(case: Case, optimize: str | None) -> tuple[Engine, ExitCosts]:
     )
     positions = [*([STEM] if case.stem else []), *range(backbone.num_blocks - 1)]
     costs = exit_costs(backbone, positions, [case.head_type], reading=case.reading)
-    backbone = with_quick_pooling(backbone) if optimize is None else optimized_backbone(backbone, optimize)
+    backbone = (
+        with_quick_pooling(backbone)
+        if optimize == "none"
+        else optimized_backbone(backbone, optimize, torch.device("cpu"))
+    )
     model = MultiExit(backbone, positions, [case.head_type], case.reading)
     heads = StackedHeads(model.feature_dims, positions, [case.head_type], case.num_classes, [0]).requires_grad_(False)
     for parameter in heads.parameters():
@@ -188,7 +192,7 @@ def report(text: str, value: float, goal: float) -> None:
     print(f"{text} {value:.3f} ({verdict})", flush=True)
 
 
-def measure_one_by_one(name: str, case: Case, optimize: str | None, rounds: int) -> None:
+def measure_one_by_one(name: str, case: Case, optimize: str, rounds: int) -> None:
     """Prints the rate at batch 1 with all exits enabled and nobody leaving."""
     engine, costs = build(case, optimize)
     images = list(make_images(engine, 128 if case.is_small else 6).split(1))
@@ -206,7 +210,7 @@ def measure_one_by_one(name: str, case: Case, optimize: str | None, rounds: int)
     )
 
 
-def measure_batches(name: str, case: Case, optimize: str | None, rounds: int, batch: int = 64) -> None:
+def measure_batches(name: str, case: Case, optimize: str, rounds: int, batch: int = 64) -> None:
     """Prints the realised speed-up at every target, by batches and for small images as a stream too."""
     engine, costs = build(case, optimize)
     images = make_images(engine, 1024 if case.is_small else batch)
@@ -270,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--optimize", choices=["float32", "bf16"])
+    parser.add_argument("--optimize", choices=["none", "float32", "bf16"], default="float32")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.cases:
