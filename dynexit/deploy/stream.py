@@ -24,7 +24,7 @@ class _Pending:
     def __init__(self, num_classes: int) -> None:
         self._num_classes, self._first, self._num_batches_done = num_classes, 0, 0  # _first: that of row 0
         self._size, self._end = 0, 0  # rows there are; number of the next sample
-        self._batches = collections.deque[_Batch]()
+        self._batches = collections.deque[_PendingBatch]()
         self._make_room(0)
 
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class _Pending:
         if start + size - self._first > self._size:
             self._make_room(size)
         self._batch_N[start - self._first : start + size - self._first] = self._num_batches_done + len(self._batches)
-        self._batches.append(_Batch(start, size, size, time.monotonic()))
+        self._batches.append(_PendingBatch(start, size, size, time.monotonic()))
         self._end += size
         return start
 
@@ -79,7 +79,7 @@ class _Pending:
 
 
 @dataclasses.dataclass(slots=True)
-class _Batch:
+class _PendingBatch:
     start: int
     size: int
     num_missing: int

@@ -51,7 +51,7 @@ def run_infer(points: Sequence[Point]) -> None:
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     router = engine.router(configuration, config.search.confidence)
     samples = data.split(settings.split)
-    batches = _Batches(router, model.backbone, samples, settings.batch_size, ranks)
+    batches = _TimedBatches(router, model.backbone, samples, settings.batch_size, ranks)
     answers, seconds = _classify(router, batches, settings.batch_size, ranks)
     checkpoint = RunDir(point, "train").digest(HEADS)
     record = Record.open(RunDir(point, "record") / settings.split, checkpoint)
@@ -116,7 +116,7 @@ def expected_exits(
     return exit_N, configuration_macs_L(configuration, problem.costs), rows_L
 
 
-class _Batches:
+class _TimedBatches:
     """Batches of a split on the device. The whole backbone runs on each before it is given out.
 
     `seconds` is what loading and the backbone took, `backbone_seconds` the backbone's share of it. The backbone runs in
@@ -151,7 +151,7 @@ class _Batches:
             self._backbone(part)
 
 
-def _classify(router: Router, batches: _Batches, batch_size: int, ranks: Ranks) -> tuple[Answers, float]:
+def _classify(router: Router, batches: _TimedBatches, batch_size: int, ranks: Ranks) -> tuple[Answers, float]:
     """The router's answers for all batches, as a stream unless images come one by one, and the seconds they took."""
     start = _now(ranks)
     single = batch_size == 1

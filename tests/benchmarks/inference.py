@@ -41,7 +41,7 @@ TIME_GOAL = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class TimedNet:
     """A backbone with heads of one type after every block but the last, and its goals."""
 
     backbone: str
@@ -60,20 +60,20 @@ class Case:
 
 
 CASES = {
-    "digits": Case("resnet18", SMALL, (1, 32), 10, batch_1_goal=0.6),
-    "fashion_mnist": Case(
+    "digits": TimedNet("resnet18", SMALL, (1, 32), 10, batch_1_goal=0.6),
+    "fashion_mnist": TimedNet(
         *("resnet18", SMALL, (1, 32), 10, "mlp2x64"),
         Reading("average_max_std", concatenate=True),
         stem=True,
         batch_1_goal=0,
     ),
-    "vit_s": Case("vit_small_patch16_224", macs_goals=(0.9, 0.9, 0.9)),
-    "resnet50": Case("resnet50", macs_goals=(0.8, 0.88, 0.93)),
-    "t2t_vit_7": Case("t2t_vit_7"),
+    "vit_s": TimedNet("vit_small_patch16_224", macs_goals=(0.9, 0.9, 0.9)),
+    "resnet50": TimedNet("resnet50", macs_goals=(0.8, 0.88, 0.93)),
+    "t2t_vit_7": TimedNet("t2t_vit_7"),
 }
 
 
-def build(case: Case, optimize: str) -> tuple[Engine, ExitCosts]:
+def build(case: TimedNet, optimize: str) -> tuple[Engine, ExitCosts]:
     """The model, its backbone optimised."""
     torch.manual_seed(0)
     channels, side = case.image
@@ -192,7 +192,7 @@ def report(text: str, value: float, goal: float) -> None:
     print(f"{text} {value:.3f} ({verdict})", flush=True)
 
 
-def measure_one_by_one(name: str, case: Case, optimize: str, rounds: int) -> None:
+def measure_one_by_one(name: str, case: TimedNet, optimize: str, rounds: int) -> None:
     """Prints the rate at batch 1 with all exits enabled and nobody leaving."""
     engine, costs = build(case, optimize)
     images = list(make_images(engine, 128 if case.is_small else 6).split(1))
@@ -210,7 +210,7 @@ def measure_one_by_one(name: str, case: Case, optimize: str, rounds: int) -> Non
     )
 
 
-def measure_batches(name: str, case: Case, optimize: str, rounds: int, batch: int = 64) -> None:
+def measure_batches(name: str, case: TimedNet, optimize: str, rounds: int, batch: int = 64) -> None:
     """Prints the realised speed-up at every target, by batches and for small images as a stream too."""
     engine, costs = build(case, optimize)
     images = make_images(engine, 1024 if case.is_small else batch)
