@@ -226,17 +226,17 @@ class EarlyExitModel:
         return check_probe(self.probe, self.engines, self.points, "the model")
 
     def optimize(self, device: str = "cpu", *, precision: str = "float32") -> "EarlyExitModel":
-        """Returns a faster model with the same operating points; this one stays as it is. Only for the CPU so far.
+        """Returns a faster model with the same operating points on that device; this one stays as it is.
 
         Folds batch norms into convolutions, puts channels last, and with `precision` bf16 runs the backbone in
         bfloat16. The probe must give the saved answers: logits within 1e-3 of the largest in float32 and 5e-2 in bf16,
         and the same exits but for confidences near a threshold, with a tolerance that is measured. Raises UserError for
-        another device or precision and for bf16 on a CPU without it, Failure for other answers.
+        another precision, for bf16 on a device without it and for a device that torch cannot use, Failure for other
+        answers.
         """
-        if device != "cpu":
-            raise UserError(f"optimize() is for the device cpu, got {device!r}; use the model as it is on others")
-        backbone = optimized_backbone(self.backbone, precision)
-        faster = EarlyExitModel(dataclasses.replace(self._contents, backbone=backbone))
+        usable = _usable(device)
+        backbone = optimized_backbone(self.backbone, precision, usable)
+        faster = EarlyExitModel(dataclasses.replace(self._contents, backbone=backbone), usable)
         difference = check_probe(faster.probe, faster.engines, faster.points, "the model", DIFFERENCES[precision])
         faster.tolerance = max(faster.tolerance, 4 * difference)
         return faster
