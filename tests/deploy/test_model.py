@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dynexit
 from dynexit.core.calibration import conformal_sets
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
+from dynexit.deploy.engine import Engine
 from dynexit.deploy.model import EarlyExitModel, Outputs, View
 from dynexit.errors import UserError
 from tests.deploy.saved import CLASSES, make_images, save_random
@@ -136,6 +137,18 @@ def test_answers_near_a_threshold_are_counted(model: EarlyExitModel) -> None:
     view = model.use(model.points[0])
     out = view(make_images(model.input_size, 40))
     assert 0 < view.stats().num_near == int(out.near.sum()) < 40
+
+
+def test_tolerance_holds_differences_by_batch_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_logits = Engine.all_logits
+
+    def by_size(engine: Engine, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_PHBK, final_BK = all_logits(engine, images)
+        return logits_PHBK * (1.001 if len(images) == 1 else 1.0), final_BK
+
+    before = dynexit.load(folder).tolerance
+    monkeypatch.setattr(Engine, "all_logits", by_size)
+    assert 2 * before < dynexit.load(folder).tolerance < 0.01
 
 
 def test_a_configuration_is_used_as_given(model: EarlyExitModel) -> None:
