@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure, UserError
-from dynexit.jobs.finished import SPLITS
+from dynexit.jobs.finished import SPLITS, report_is_done
 from dynexit.run_dir import STUDY
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study as read_study
-from launch.plan import report_is_done
 from launch.run import dry_run, run_study
 
 
@@ -31,10 +30,7 @@ class OperatingPoints(list[ReportRow]):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStudy(Study):
-    """A study that can be run. `source` and `overrides` are what it was loaded from."""
-
-    source: Path = Path()
-    overrides: tuple[str, ...] = ()
+    """A study that can be run."""
 
     def run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> None:
         """Does all missing jobs up to `until`: prepare, train, record, search, report or infer.
@@ -43,13 +39,9 @@ class LoadedStudy(Study):
         the profile `site` and returns. Prints what `dynexit run` prints. Raises UserError for a mistake in the request,
         the study or its files, and Failure with a line for each job that failed.
         """
-        failures = self.run_jobs(until, on, site)
+        failures = run_study(self, until, on, _path(site))
         if failures:
             raise Failure("\n".join(failures))
-
-    def run_jobs(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> list[str]:
-        """As `run`; returns the messages of the jobs that failed instead of raising Failure."""
-        return run_study(self, until, on, _path(site), [str(self.source), *self.overrides])
 
     def dry_run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> str:
         """Returns points, packs, ids and resources of what `run` would do, as text. Starts nothing."""
@@ -63,7 +55,7 @@ class LoadedStudy(Study):
         """
         if split not in SPLITS:
             raise UserError(f"split is {split!r}, allowed are {', '.join(SPLITS)}; name one of them")
-        if not report_is_done(self):
+        if not report_is_done(self.points):
             raise UserError(f"{self.directory} has no report of these points; make it with run() first")
         rows = read_csv(self.directory / "report" / "operating_points.csv")
         return OperatingPoints(row for row in rows if row.split == split and (row.on_front or not front))
@@ -89,7 +81,7 @@ def load_study(source: str | Path, overrides: Mapping[str, Any] | Sequence[str] 
     else:
         study = read_study(source, overrides)
     parts = {field.name: getattr(study, field.name) for field in dataclasses.fields(Study)}
-    return LoadedStudy(**parts, source=source, overrides=tuple(overrides))
+    return LoadedStudy(**parts)
 
 
 def _yaml_text(value: Any) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dynexit.deploy.description import Description, FilePromise, read_description
 from dynexit.errors import Failure, UserError
+from dynexit.files import read_text
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.run_dir import load_tensors, save_tensors, sha256_file
 
@@ -158,7 +159,7 @@ def _promise(path: Path) -> FilePromise:
 def read_folder(directory: Path) -> Contents:
     """Returns what the folder holds. Raises UserError, naming the file, if it is foreign, cut short or altered."""
     try:
-        text = (directory / EXITS).read_text(encoding="utf-8")
+        text = read_text(directory / EXITS)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{directory} is no model folder of dynexit (it has no {EXITS}); give a folder that `dynexit save` wrote"
