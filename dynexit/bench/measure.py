@@ -175,7 +175,7 @@ class _Parts:
             return 0.0
         copy: State = (tensor.clone(), *state[1:]) if isinstance(state, tuple) else tensor.clone()
         kept = feature if self.engine.model.reading.concatenate else None
-        flight = InFlight(copy, np.arange(size), np.zeros(size, bool), feature_bD=kept)
+        flight = InFlight(copy, np.arange(size), np.zeros(size, bool), feature_cD=kept)
         start = clock(self.device)
-        flight.drop(np.arange(size) % 2 == 0, size // 2)
+        flight.drop(np.arange(size) % 2 == 0, size // 2, size // 2)
         return clock(self.device) - start

@@ -19,8 +19,11 @@ from dynexit.search.problem import with_gates
 from dynexit.study.keys import ConfidenceName
 from dynexit.study.schema import DataSettings, ExitsSettings
 
-FORMAT = 1
-"""The version of the folder's format. Any change of what a reader must know raises it."""
+FORMAT = 2
+"""The version of the folder's format. Any change of what a reader must know raises it.
+
+Version 1 is read too: it lacks conformal levels, which are optional.
+"""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -78,6 +81,9 @@ class SavedPoint(_DescriptionPart):
     certified_risk: Share | None = None
     latency: tuple[SavedLatency, ...] = ()
     """By batch size, rising; empty where no times were measured."""
+    conformal: tuple[tuple[Share, Share], ...] = ()
+    """(alpha, threshold): sets of the classes whose probability, unscaled, is at least 1 - threshold at the exit taken
+    hold the label of a share 1 - alpha of images."""
 
     def times_of(self, batch_size: int, device: str) -> list[SavedLatency]:
         """Those of `latency` for a batch size and a device type."""
@@ -223,7 +229,7 @@ def read_description(text: str, folder: str) -> Description:
         raise UserError(foreign % "is not JSON, or cut short") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise UserError(foreign % "has no format version")
-    if content["format"] != FORMAT:
+    if content["format"] not in (1, FORMAT):
         age = "newer" if content["format"] > FORMAT else "older"
         advice = "install a newer dynexit" if age == "newer" else "save the study again with this dynexit"
         raise UserError(
@@ -233,6 +239,7 @@ def read_description(text: str, folder: str) -> Description:
     digest = content.pop("digest", None)
     if digest != _digest(content):
         raise UserError(f"{folder}/exits.json was altered (its digest does not fit); copy the folder again")
+    content["format"] = FORMAT
     try:
         # as JSON: lists are taken for tuples then
         return TypeAdapter(Description).validate_json(json.dumps(content))
