@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynexit.errors import Failure, UserError
+from dynexit.study.own_code import allowing_code
 from dynexit.study.stages import INFER, STAGES
 from launch.api import LoadedStudy, load_study
 
@@ -37,7 +38,7 @@ def _load(options: argparse.Namespace) -> tuple[LoadedStudy, "list[Point]"]:
 def _run(options: argparse.Namespace) -> int:
     from launch.run import print_messages
 
-    study = load_study(options.study, options.words)
+    study = load_study(options.study, options.words, allow_code=options.allow_code)
     until = "report" if options.command == "run" else options.command
     if options.dry_run:
         print(study.dry_run(until, options.on, options.site))
@@ -171,7 +172,7 @@ def _retry(options: argparse.Namespace) -> int:
     check_listed(study.directory)
     before = last_site(study.directory)
     site = load_site(options.site) if options.site else load_last_site(before, study.directory)
-    with hold(study.directory):
+    with hold(study.directory), allowing_code(options.allow_code):
         check_identity(study)
         print("\n".join(submit_study(study, tuple(STAGES), site)))
     return 0

@@ -22,6 +22,7 @@ from typing import Any
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.run_dir import read_json, write_json
 from dynexit.study.grid import Point
+from dynexit.study.own_code import allowed_code, allowing_code
 from dynexit.study.schema import Config, DistSettings
 from dynexit.study.stages import stage_of
 from launch.lock import work_for
@@ -73,6 +74,7 @@ class _LocalJob:
             environment |= {name: str(value) for name, value in numbers.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, "-m", "launch.local", str(os.getpid()), str(self.result_path(rank))]
+        command += allowed_code()
         with self.log_path(rank, "out").open("wb") as out, self.log_path(rank, "err").open("wb") as err:
             # in a session of its own: only the launcher hears Ctrl-C
             return subprocess.Popen(
@@ -307,7 +309,8 @@ def _join_ranks(dist: DistSettings) -> None:
 
 
 if __name__ == "__main__":
-    status = main(int(sys.argv[1]), Path(sys.argv[2]))
+    with allowing_code(sys.argv[3:]):
+        status = main(int(sys.argv[1]), Path(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # threads of a process group that was left may abort an interpreter

@@ -1,4 +1,4 @@
-"""Commands that need no study: what a backbone costs, a search on records alone, exchange of record formats."""
+"""Commands that need no study: what a backbone costs, where a module can be cut, a search on records alone, formats."""
 
 import argparse
 import json
@@ -27,6 +27,10 @@ def add_tools(commands: Any) -> None:
     form.add_argument("--json", action="store_true", help="print JSON, in MACs")
     form.add_argument("--dyce", action="store_true", help="print DyCE's macs_info JSON")
     macs.set_defaults(tool=_macs)
+    cut = _tool(commands, "cut", "the places where exits can sit in a module of your own")
+    cut.add_argument("function", metavar="package.module:function", help="returns the module, an nn.Module")
+    cut.add_argument("--input", type=_shape, default=(3, 224, 224), metavar="CxHxW", help="default: 3x224x224")
+    cut.set_defaults(tool=_cut)
     search = _tool(commands, "search-records", "the best exit configurations for records, without any run")
     _add_search_arguments(search)
     search.set_defaults(tool=_search_records)
@@ -41,6 +45,15 @@ def _natural(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
     return int(text)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """The shape that `text` is. Raises what argparse makes a sentence of where it is no CxHxW."""
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} should be channels, height and width, as 3x224x224")
+    channels, height, width = map(int, sizes)
+    return channels, height, width
 
 
 def _tool(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -149,3 +162,11 @@ def _macs(options: argparse.Namespace) -> None:
         cells = [f"{position:8d}", f"{macs / 1e6:10,.1f}", f"{macs / full:8.3f}", f"{report['gate_macs'][p]:4d}"]
         cells += [f"{values[p] / 1e6:{len(name) + 2},.3f}" for name, values in heads.items()]
         print("  ".join(cells))
+
+
+def _cut(options: argparse.Namespace) -> None:
+    from dynexit.models.cut.listing import list_places
+    from dynexit.study.own_code import allowing_code
+
+    with allowing_code(options.allow_code):
+        print(list_places(options.function, options.input))

@@ -118,12 +118,22 @@ def contradictions(config: Config) -> Iterator[str]:
             f"search.relative_macs = {search.relative_macs}: the cost is time where search.latency is given; use "
             "search.relative_latency"
         )
+    yield from _contradictions_of_backbone(config)
     yield from _contradictions_of_prepare(config)
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
             f"{config.prepare.num_epochs}"
         )
+
+
+def _contradictions_of_backbone(config: Config) -> Iterator[str]:
+    backbone = config.backbone
+    for name, value, default in (("at", backbone.at, "auto"), ("feature", backbone.feature, None)):
+        if backbone.module is None and value != default:
+            yield f"backbone.{name} = {value!r}: needs backbone.module; timm's families have their own places"
+    if backbone.module is not None and backbone.weights == "pretrained":
+        yield "backbone.weights = 'pretrained': should be a file or null where backbone.module makes the model"
 
 
 def _contradictions_of_prepare(config: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ import submitit
 
 from dynexit.errors import Failure, UserError
 from dynexit.study.grid import Study
+from dynexit.study.own_code import allowed_code, check_allowed
 from launch.plan import done_together
 from launch.slurm import cluster
 from launch.slurm.arrays import TRAINING, Array, plan_arrays, resolve
@@ -51,6 +52,8 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     if not cluster.is_here():
         raise UserError("there is no sbatch on this machine; submit from a node of the cluster, or run --on here")
     check_site(study, site)
+    for module in {point.config.backbone.module for point in study.points} - {None}:
+        check_allowed(str(module))
     arrays, queued = _plan(study, stages, site)
     if not arrays:
         return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
@@ -191,7 +194,8 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
     srun = ["srun", "--unbuffered", f"--output={logs}_%t_log.out", f"--error={logs}_%t_log.err"]
     srun += ["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}", *site.srun_args]
     executor = _Executor(folder)
-    executor.command = f"{shlex.join(srun)} {python} -u -m launch.slurm.worker {shlex.quote(str(folder))}"
+    worker = shlex.join(["launch.slurm.worker", str(folder), *allowed_code()])
+    executor.command = f"{shlex.join(srun)} {python} -u -m {worker}"
     options: dict[str, Any] = {"output": f"{logs}_0_log.out", "error": f"{logs}_0_log.err", "requeue": True}
     keys = ("partition", "account", "qos", "constraint", "exclude")
     umask = os.umask(0o077)

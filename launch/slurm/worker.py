@@ -1,9 +1,9 @@
 """What a rank of a SLURM job does: its packs in turn, until a signal asks it to stop.
 
-    python -m launch.slurm.worker FOLDER
+    python -m launch.slurm.worker FOLDER MODULE...
 
-runs the job's own pickle in FOLDER. How the rank ended goes into its reason file, which the job's script reads when
-all ranks have ended.
+runs the job's own pickle in FOLDER; the study may run the code of each MODULE. How the rank ended goes into its
+reason file, which the job's script reads when all ranks have ended.
 """
 
 import atexit
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynexit import errors
 from dynexit.errors import Failure, UserError
+from dynexit.study.own_code import allowing_code
 from launch.slurm import attempts
 from launch.slurm.attempts import COMPLETED, FAILED, STOPPED_STATUS, RankReason
 
@@ -197,7 +198,8 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main(Path(sys.argv[1]))
+    with allowing_code(sys.argv[2:]):
+        exit_status = main(Path(sys.argv[1]))
     atexit._run_exitfuncs()  # threads of a process group that was left may abort an interpreter
     sys.stdout.flush()
     sys.stderr.flush()
