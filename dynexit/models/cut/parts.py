@@ -22,7 +22,7 @@ _NUMBERS = {  # of the batch's size
     name: getattr(operator, name) for name in ("add", "floordiv", "getitem", "mod", "mul", "neg", "sub", "truediv")
 }
 _FILES = {"from_file"}  # the operations of aten that open files
-_PATH = re.compile(r"(model|constants)(\.\w+)+")
+_PATH = re.compile(r"(model|constants)(\.(?!__)\w+)+")
 
 
 class PartError(ValueError):
