@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dynexit.errors import UserError
 from dynexit.models.backbones import Backbone
 from dynexit.models.cut.features import Features
 from dynexit.models.cut.parts import Parts
@@ -128,9 +129,13 @@ class OwnBackbone(Backbone):
         return isinstance(self.how, GraphCut)
 
     def stem(self, x: Tensor) -> Any:
-        """The state before block 0, from images (B, C, H, W). Raises ValueError for another size than its own."""
+        """The state before block 0, from images (B, C, H, W). Raises UserError for another size than its own."""
         if tuple(map(int, x.shape[1:])) != self.input_size:
-            raise ValueError(f"{self.name} was cut for images of {self.input_size}, and these are {tuple(x.shape[1:])}")
+            own, found = ("x".join(map(str, size)) for size in (self.input_size, x.shape[1:]))
+            raise UserError(
+                f"{self.name} was cut for images of {own}, and these are {found}; give such images, or cut it again "
+                "with an example of that size"
+            )
         return super().stem(x)
 
     def _shape_model(self) -> nn.Module:
