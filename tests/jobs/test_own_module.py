@@ -86,6 +86,7 @@ def build():
 """
 
 
+@pytest.mark.slow
 def test_commands_import_only_what_is_allowed_and_resume(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "interrupted")]
     for folder in folders:
