@@ -3,12 +3,16 @@
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dynexit.errors import Failure
 from dynexit.run_dir import PROGRESS, write_json
+
+T = TypeVar("T")
+
+_NOTABLE_WAIT = 0.05  # of the time
 
 
 class Progress:
@@ -25,7 +29,7 @@ class Progress:
 
     def _begin(self, step: int, num_steps: int) -> None:
         self.step, self.num_steps = step, num_steps
-        self._first_step, self._num_images = step, 0
+        self._first_step, self._num_images, self._seconds_waited = step, 0, 0.0
         self._started = self._last_said = time.monotonic()
 
     def start(self, num_steps: int, step: int = 0) -> None:
@@ -35,6 +39,19 @@ class Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(total=num_steps, initial=step, desc=self.name, unit="step", dynamic_ncols=True)
+
+    def awaited(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields `batches`, timing how long each takes to come: a large share of that is shown."""
+        source = iter(batches)
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            finally:
+                self._seconds_waited += time.monotonic() - began
+            yield batch
 
     def advance(self, num_images: int, figures: Mapping[str, Any]) -> None:
         """One step done on `num_images` images; `figures` are read (and so computed) only when something is said."""
@@ -53,12 +70,17 @@ class Progress:
         rate = self._num_images / seconds
         left = seconds / max(self.step - self._first_step, 1) * (self.num_steps - self.step)
         shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self._write(f"{self.name}: step {self.step}/{self.num_steps} {shown} {rate:.0f} images/s {left:.0f} s left")
+        waited = min(self._seconds_waited / seconds, 1.0)
+        waits = f", {100 * waited:.0f} % of the time waiting for data" if waited > _NOTABLE_WAIT else ""
+        self._write(
+            f"{self.name}: step {self.step}/{self.num_steps} {shown} {rate:.0f} images/s {left:.0f} s left{waits}"
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
         content = {"step": self.step, "num_steps": self.num_steps, "figures": {k: repr(v) for k, v in values.items()}}
+        speed = {"images_per_second": rate, "seconds_left": left, "share_waiting_for_data": waited}
         with contextlib.suppress(Failure):  # a full disk is reported by the writers that need it
-            write_json(self.directory / PROGRESS, {**content, "images_per_second": rate, "seconds_left": left})
+            write_json(self.directory / PROGRESS, {**content, **speed})
 
     def say(self, text: str) -> None:
         """A line in the log and on the terminal."""

@@ -6,17 +6,23 @@ SHA-256 of every file that was promised. The existence of any other file says no
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
+import secrets
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from dynexit.contents import Costs, Done, MetricsRow
+from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
+from dynexit.files import read_text, regular
 from dynexit.study.grid import Point
 
 if TYPE_CHECKING:
@@ -45,15 +51,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The bytes are on disk (fsync of file and folder) before the rename, so a reader or a machine that loses power sees
     the old file or the new one. Raises Failure, naming the file, where the disk is full or the folder is read-only.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask
         yield temporary
         _sync(temporary)
-        temporary.chmod(0o644)
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
@@ -62,7 +65,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             f"{path} could not be written: {reason}; free space or fix the permissions, then run again"
         ) from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -85,17 +88,35 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in `path`; a damaged file is a Failure that names it, a missing one FileNotFoundError."""
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Returns the JSON in `path`, checked against `kind`, a type of dynexit.contents.
+
+    Raises Failure, naming the file and its first mistake, where it is damaged; FileNotFoundError where it is missing.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Failure(f"{path} is damaged (not JSON: {error}); {move_aside(path.parent)}") from error
+        return _adapter(kind).validate_json(read_text(path), strict=True)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise Failure(f"{path} is damaged ({_first_mistake(error)}); {move_aside(path.parent)}") from error
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _first_mistake(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return getattr(error, "strerror", None) or str(error)
+    mistake = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(map(str, mistake["loc"]))
+    return f"{place}: {mistake['msg']}" if place else mistake["msg"]
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of the file's bytes, in hex."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -116,8 +137,8 @@ def mark_done(directory: Path, identity: str, files: Sequence[str]) -> None:
     listed = {
         name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)} for name in files
     }
-    for name in (FAILED, PROGRESS):
-        (directory / name).unlink(missing_ok=True)
+    for stale in (directory / FAILED, directory / PROGRESS, *directory.glob(".*.tmp")):  # .tmp of a killed writer
+        stale.unlink(missing_ok=True)
     write_json(directory / DONE, {"id": identity, "files": listed})
 
 
@@ -128,22 +149,21 @@ def is_done(directory: Path, identity: str, *, check_bytes: bool = False) -> boo
     another id or damaged, or where a promised file is missing or has another size (with `check_bytes`, other bytes).
     """
     try:
-        done = read_json(directory / DONE)
+        done: Done = read_json(directory / DONE, Done)
     except FileNotFoundError:
         return False
-    if not isinstance(done, dict) or not isinstance(done.get("files"), dict):
-        raise Failure(f"{directory / DONE} is damaged; {move_aside(directory)}")
-    if done.get("id") != identity:
+    if done["id"] != identity:
         raise Failure(
-            f"{directory} holds the work of another configuration (id {done.get('id')}, expected {identity}); "
+            f"{directory} holds the work of another configuration (id {done['id']}, expected {identity}); "
             f"{move_aside(directory)}"
         )
     for name, promised in done["files"].items():
-        _check_file(directory, name, promised, check_bytes)
+        check_file(directory, name, promised, check_bytes=check_bytes)
     return True
 
 
-def _check_file(directory: Path, name: str, promised: dict[str, Any], check_bytes: bool) -> None:
+def check_file(directory: Path, name: str, promised: Mapping[str, Any], *, check_bytes: bool) -> None:
+    """Raises Failure where a file is missing or has not the `promised` size (with `check_bytes`, SHA-256)."""
     path, remedy = directory / name, move_aside(directory)
     if not path.is_file():
         raise Failure(f"{path} is missing although its job is finished; {remedy}")
@@ -186,12 +206,36 @@ class RunDir:
 
     def digest(self, name: str) -> str:
         """Returns the SHA-256 that DONE promises for the file `name`."""
-        digest: str = self.read_json(DONE)["files"][name]["sha256"]
-        return digest
+        done: Done = self.read_json(DONE, Done)
+        if name not in done["files"]:
+            raise Failure(f"{self.path / DONE} is damaged (it does not list {name}); {move_aside(self.path)}")
+        return done["files"][name]["sha256"]
 
-    def read_json(self, name: str) -> Any:
-        """Returns the JSON in `name`. Raises Failure for a damaged file, FileNotFoundError for a missing one."""
-        return read_json(self.path / name)
+    def read_json(self, name: str, kind: Any = Any) -> Any:
+        """Returns the JSON in `name`; see `read_json`."""
+        return read_json(self.path / name, kind)
+
+    def costs(self) -> ExitCosts:
+        """Returns what leaving at each exit costs, from costs.json. Raises Failure where it is damaged."""
+        try:
+            return ExitCosts.from_json(self.read_json(COSTS, Costs))
+        except ValueError as error:
+            raise Failure(f"{self.path / COSTS} is damaged ({error}); {move_aside(self.path)}") from error
+
+    def read_lines(self, name: str) -> list[MetricsRow]:
+        """Returns the rows of JSON lines. Raises Failure, naming file and line, where one is damaged."""
+        rows: list[MetricsRow] = []
+        try:
+            for line in read_text(self.path / name).splitlines():
+                rows.append(_adapter(MetricsRow).validate_json(line, strict=True))
+        except FileNotFoundError:
+            raise
+        except (ValueError, OSError) as error:
+            path = self.path / name
+            raise Failure(
+                f"{path} is damaged (line {len(rows) + 1}: {_first_mistake(error)}); {move_aside(self.path)}"
+            ) from error
+        return rows
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes JSON atomically."""
@@ -230,6 +274,6 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return load_file(regular(path))
+    except (SafetensorError, OSError, ValueError) as error:
         raise Failure(f"{path} cannot be read ({error}); {move_aside(path.parent)}") from error

@@ -11,7 +11,7 @@ from typing import Any
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.study.stages import INFER, STAGES
 from launch.deploy_commands import add_deploy_commands
-from launch.tools import add_tools
+from launch.tools import add_command, add_tools
 
 _JOBS = {
     "run": "do all jobs that are missing, in order, up to the report",
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     retry = _study_command(commands, "retry", "submit again what failed or is missing, and nothing else")
     retry.add_argument("--site", type=Path, metavar="SITE.yaml", help="default: as it was submitted before")
     text = "operating points of any number of studies, also while some still run, as one table (CSV)"
-    aggregate = _command(commands, "aggregate", text)
+    aggregate = add_command(commands, "aggregate", text)
     aggregate.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a study's folder, or runs/")
     aggregate.add_argument("--output", type=Path, metavar="FILE.csv", help="default: the terminal")
     add_tools(commands)
@@ -74,17 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _study_command(commands: Any, name: str, text: str, points: str = "") -> argparse.ArgumentParser:
-    command = _command(commands, name, text)
+    command = add_command(commands, name, text)
     command.add_argument("study", type=Path, metavar="STUDY.yaml", help="a study, or the folder in which one was run")
     what = "ids of points (or how they begin), and overrides of the study's keys" if points else "overrides of its keys"
     command.add_argument("words", nargs="*", metavar=f"{points} key.path=value".strip(), help=what)
-    return command
-
-
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + "."
-    )
     return command
 
 
@@ -99,25 +92,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _call(options: argparse.Namespace) -> int:
+def _call(options: argparse.Namespace) -> None:
     if "tool" in options:
         options.tool(options)
-        return 0
+        return
     from launch.commands import COMMANDS
 
-    return COMMANDS[options.command](options)
+    COMMANDS[options.command](options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
     try:
         with unmasked_interrupts():
-            return _call(_parse(arguments))
+            _call(_parse(arguments))
+        return 0
     except UserError as error:
         print(f"dynexit: {error}", file=sys.stderr)
         return 2
     except Failure as error:
-        print(f"dynexit: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"dynexit: {line}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"dynexit: {str(stop) or 'interrupted'}; the same command resumes from there", file=sys.stderr)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import Failure, UserError
-from dynexit.jobs.finished import SPLITS
+from dynexit.jobs.finished import SPLITS, report_is_done
 from dynexit.run_dir import STUDY
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Study
 from dynexit.study.own_code import allowing_code
 from dynexit.study.read import load_study as read_study
-from launch.plan import report_is_done
 from launch.run import dry_run, run_study
 
 
@@ -32,13 +31,8 @@ class OperatingPoints(list[ReportRow]):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStudy(Study):
-    """A study that can be run. `source` and `overrides` are what it was loaded from.
+    """A study that can be run. `allow_code` names the modules whose code its jobs may run (see backbone.module)."""
 
-    `allow_code` names the modules whose code its jobs may run (see backbone.module).
-    """
-
-    source: Path = Path()
-    overrides: tuple[str, ...] = ()
     allow_code: tuple[str, ...] = ()
 
     def run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> None:
@@ -48,15 +42,10 @@ class LoadedStudy(Study):
         the profile `site` and returns. Prints what `dynexit run` prints. Raises UserError for a mistake in the request,
         the study or its files, and Failure with a line for each job that failed.
         """
-        failures = self.run_jobs(until, on, site)
+        with allowing_code(self.allow_code):
+            failures = run_study(self, until, on, _path(site))
         if failures:
             raise Failure("\n".join(failures))
-
-    def run_jobs(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> list[str]:
-        """As `run`; returns the messages of the jobs that failed instead of raising Failure."""
-        flags = [word for module in self.allow_code for word in ("--allow-code", module)]
-        with allowing_code(self.allow_code):
-            return run_study(self, until, on, _path(site), [str(self.source), *self.overrides, *flags])
 
     def dry_run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> str:
         """Returns points, packs, ids and resources of what `run` would do, as text. Starts nothing."""
@@ -71,7 +60,7 @@ class LoadedStudy(Study):
         """
         if split not in SPLITS:
             raise UserError(f"split is {split!r}, allowed are {', '.join(SPLITS)}; name one of them")
-        if not report_is_done(self):
+        if not report_is_done(self.points):
             raise UserError(f"{self.directory} has no report of these points; make it with run() first")
         rows = read_csv(self.directory / "report" / "operating_points.csv")
         return OperatingPoints(row for row in rows if row.split == split and (row.on_front or not front))
@@ -103,7 +92,7 @@ def load_study(
     else:
         study = read_study(source, overrides)
     parts = {field.name: getattr(study, field.name) for field in dataclasses.fields(Study)}
-    return LoadedStudy(**parts, source=source, overrides=tuple(overrides), allow_code=tuple(allow_code))
+    return LoadedStudy(**parts, allow_code=tuple(allow_code))
 
 
 def _yaml_text(value: Any) -> str:

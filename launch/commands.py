@@ -16,7 +16,6 @@ from launch.api import LoadedStudy, load_study
 
 if TYPE_CHECKING:
     from dynexit.study.grid import Point
-    from launch.slurm.submissions import Submitted
 
 _LOG_LINES = 40
 
@@ -27,35 +26,30 @@ def _load(options: argparse.Namespace) -> tuple[LoadedStudy, "list[Point]"]:
     names = [word for word in options.words if "=" not in word]
     chosen: list[Point] = []
     for name in names:
-        found = [point for point in study.points if point.id.startswith(name)]
+        found = [point for point in study.all_points if point.id.startswith(name)]
         if not found:
-            known = ", ".join(point.id for point in study.points[:5])
+            known = ", ".join(point.id for point in study.all_points[:5])
             raise UserError(f"no point's id begins with {name!r}; `dynexit status` shows them ({known}, ...)")
         chosen += found
-    return study, chosen if names else list(study.points)
+    return study, chosen if names else list(study.all_points)
 
 
-def _run(options: argparse.Namespace) -> int:
-    from launch.run import print_messages
-
+def _run(options: argparse.Namespace) -> None:
     study = load_study(options.study, options.words, allow_code=options.allow_code)
     until = "report" if options.command == "run" else options.command
     if options.dry_run:
         print(study.dry_run(until, options.on, options.site))
-        return 0
-    failures = study.run_jobs(until, options.on, options.site)
-    print_messages(failures)
-    return 1 if failures else 0
+    else:
+        study.run(until, options.on, options.site)
 
 
-def _config(options: argparse.Namespace) -> int:
+def _config(options: argparse.Namespace) -> None:
     from dynexit.study.read import resolved_yaml
 
     print(resolved_yaml(load_study(options.study, options.words)), end="")
-    return 0
 
 
-def _ui(options: argparse.Namespace) -> int:
+def _ui(options: argparse.Namespace) -> None:
     config = load_study(options.study, options.words).config
     uri = config.report.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = uri or f"sqlite:///{(Path(config.runs_dir) / 'mlflow.db').resolve()}"
@@ -64,14 +58,13 @@ def _ui(options: argparse.Namespace) -> int:
     os.execv(command[0], command)
 
 
-def _status(options: argparse.Namespace) -> int:
+def _status(options: argparse.Namespace) -> None:
     from launch.slurm.cluster import QUERY_SECONDS
 
     study, _ = _load(options)
     while _print_status(study, options.watch):
         time.sleep(QUERY_SECONDS)
         print("\n" + time.strftime("%H:%M:%S"))
-    return 0
 
 
 def _hint_at_other_keys(study: LoadedStudy) -> None:
@@ -84,16 +77,11 @@ def _hint_at_other_keys(study: LoadedStudy) -> None:
 
 
 def _print_status(study: LoadedStudy, watch: bool) -> bool:
-    """Returns whether there is more to watch. Raises UserError if the folder is unavailable and nobody watches."""
+    """Returns whether there is more to watch."""
     from launch.slurm.submissions import QueueView
     from launch.status import OVER, report_state, study_status, table
 
     jobs = QueueView(study.directory)
-    if jobs.unlisted and not watch:
-        raise UserError(jobs.unlisted)
-    if jobs.unlisted:
-        print(f"dynexit: {jobs.unlisted}", flush=True)
-        return True
     if jobs.unanswered:
         print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
     if not study.directory.is_dir():
@@ -106,79 +94,60 @@ def _print_status(study: LoadedStudy, watch: bool) -> bool:
     return watch and not (is_over and all(one.state in OVER for one in states))
 
 
-def _logs(options: argparse.Namespace) -> int:
-    from launch.slurm.submissions import all_submitted, check_listed
-
-    study, points = _load(options)
-    check_listed(study.directory)
-    printed = False
-    ids = {identity for point in points for identity in point.ids.values()}
-    newest: dict[str, Submitted] = {}
-    for job in all_submitted(study.directory):
-        if job.stage == "report" or ids & {identity for _, identity in job.work}:
-            newest[job.stage] = job
-    for job in newest.values():
-        for path in job.logs():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if lines:
-                printed = True
-                print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
-    if not printed:
-        printed = _print_logs_of_points(study, {point.id for point in points})
-    if not printed:
-        raise UserError("no job of these points has printed anything")
-    return 0
-
-
-def _print_logs_of_points(study: LoadedStudy, chosen: set[str]) -> bool:
-    """Of work done without a queue: the ends of what packs, or the fit of the backbone, wrote. Whether there is any."""
+def _logs(options: argparse.Namespace) -> None:
+    from launch.slurm.submissions import all_submitted
     from launch.status import study_status
 
-    logs = dict.fromkeys(one.log for one in study_status(study) if one.log and one.id in chosen)
-    for log in logs:
-        lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
-        print("\n".join([f"==> {log}", *lines[-_LOG_LINES:], ""]))
-    return bool(logs)
+    study, points = _load(options)
+    ids = {identity for point in points for identity in point.ids.values()}
+    newest = {
+        job.stage: job
+        for job in all_submitted(study.directory)
+        if job.stage == "report" or ids & {identity for _, identity in job.work}
+    }
+    printed = [path for job in newest.values() for path in job.logs()]
+    if not any(path.stat().st_size for path in printed):  # done without a queue: the logs of packs and backbones
+        chosen = {point.id for point in points}
+        printed = [Path(one.log) for one in study_status(study) if one.log and one.id in chosen]
+    for path in dict.fromkeys(printed):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines:
+            print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
+    if not printed:
+        raise UserError("no job of these points has printed anything")
 
 
-def _cancel(options: argparse.Namespace) -> int:
-    from launch.slurm.submissions import cancel, check_listed, live_jobs
+def _cancel(options: argparse.Namespace) -> None:
+    from launch.slurm.submissions import cancel, live_jobs
 
     study, points = _load(options)
-    check_listed(study.directory)
     named = any("=" not in word for word in options.words)
     ids = {identity for point in points for stage, identity in point.ids.items() if stage != "prepare"}
     live = [job for job, _ in live_jobs(study.directory) if not named or ids & {identity for _, identity in job.work}]
     if not live:
         print("no jobs of this study are queued")
-        return 0
+        return
     cancel(live)
     chosen = {point.id for point in points}
     for job in live:
         others = {identity for stage, identity in job.work if stage == "train"} - chosen  # those of points
         with_others = f", and with it {len(others)} other points of its task" if others and job.stage == "train" else ""
         print(f"cancelled {job.stage} {job.job_id}{with_others}")
-    return 0
 
 
-def _retry(options: argparse.Namespace) -> int:
-    from launch.lock import hold
-    from launch.plan import check_identity
+def _retry(options: argparse.Namespace) -> None:
+    from launch.run import submit
     from launch.slurm.site import load_last_site, load_site
-    from launch.slurm.submissions import check_listed, last_site
-    from launch.slurm.submit import submit_study
+    from launch.slurm.submissions import last_site
 
     study, _ = _load(options)
-    check_listed(study.directory)
     before = last_site(study.directory)
     site = load_site(options.site) if options.site else load_last_site(before, study.directory)
-    with hold(study.directory), allowing_code(options.allow_code):
-        check_identity(study)
-        print("\n".join(submit_study(study, tuple(STAGES), site)))
-    return 0
+    with allowing_code(options.allow_code):
+        submit(study, tuple(STAGES), site)
 
 
-def _aggregate(options: argparse.Namespace) -> int:
+def _aggregate(options: argparse.Namespace) -> None:
     from dynexit.jobs.aggregate import aggregate
 
     text, left_out = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
@@ -190,10 +159,9 @@ def _aggregate(options: argparse.Namespace) -> int:
         write_text(options.output, text)
     if left_out:
         raise Failure(f"not in the table, for the reasons above: {', '.join(map(str, left_out))}")
-    return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     **dict.fromkeys(("run", *STAGES, INFER.name), _run),
     "config": _config,
     "ui": _ui,
@@ -203,4 +171,4 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "retry": _retry,
     "aggregate": _aggregate,
 }
-"""By name what a command does; each returns the exit status."""
+"""By name what a command does."""

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launch.tools import add_command
+
 
 def add_deploy_commands(commands: Any) -> None:
     """Adds the commands to the command line."""
-    save = _command(commands, "save", "write operating points of a finished study as a model folder")
+    save = add_command(commands, "save", "write operating points of a finished study as a model folder")
     save.add_argument("study", type=Path, metavar="STUDY.yaml")
     save.add_argument("directory", type=Path, metavar="DIR", help="the new folder")
     save.add_argument("words", nargs="*", metavar="key.path=value", help="overrides of the study's keys")
@@ -19,7 +21,7 @@ def add_deploy_commands(commands: Any) -> None:
     )
     save.add_argument("--point", metavar="ID", help="of one training, search or prepared backbone alone")
     save.set_defaults(tool=_save)
-    predict = _command(commands, "predict", "classify image files with a model folder")
+    predict = add_command(commands, "predict", "classify image files with a model folder")
     predict.add_argument("directory", type=Path, metavar="DIR", help="a folder that `dynexit save` wrote")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="of a folder all below it")
     target = predict.add_mutually_exclusive_group()
@@ -31,13 +33,6 @@ def add_deploy_commands(commands: Any) -> None:
     predict.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
     predict.add_argument("--out", type=Path, metavar="FILE.csv", help="default: the terminal")
     predict.set_defaults(tool=_predict)
-
-
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + "."
-    )
-    return command
 
 
 def _save(options: argparse.Namespace) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import is_recorded, report_identity
-from dynexit.run_dir import BEGUN, DONE, MEMBERS, RunDir, folders_in_place, is_done, read_json, write_json
+from dynexit.jobs.finished import is_recorded, report_is_done, unfinished_packs
+from dynexit.run_dir import RunDir, read_json, write_json
+from dynexit.study.dist import DistSettings
 from dynexit.study.grid import Point, Study, canonical_json, digest, fixed_values
 from dynexit.study.methods import METHODS
-from dynexit.study.schema import DistSettings, method_settings
+from dynexit.study.schema import method_settings
 from dynexit.study.stages import POINT_STAGES, stage_of
 
 
@@ -56,14 +57,14 @@ def missing_jobs(study: Study, stage: str, *, check_bytes: bool = False) -> list
         return RunDir(point, stage).is_done(check_bytes=check_bytes)
 
     begun = (study.directory / stage).is_dir()  # of a new sweep of thousands of points not each is asked for
-    points = [point for point in study.points if not begun or not is_finished(point)]
+    points = [point for point in study.all_points if not begun or not is_finished(point)]
     if stage == "prepare":
         groups = list({point.ids["prepare"]: [point] for point in reversed(points)}.values())[::-1]
     elif stage == "search":
         groups = [points] if points else []
     else:
-        everyone = study.points if stage == "train" else points
-        groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study), everyone)
+        everyone = study.all_points if stage == "train" else points
+        groups = make_packs(points, study.config.dist.members_per_pack, unfinished_packs(study.directory), everyone)
     return [Job(stage, tuple(group)) for group in groups]
 
 
@@ -108,27 +109,18 @@ def _pack_key(point: Point) -> str:
     return digest([point.ids["prepare"], settings, *(canonical_json(section) for section in sections)])
 
 
-def unfinished_packs(study: Study) -> list[list[str]]:
-    """Ids of the members of every pack that began and is not through, in the order of their folders."""
-    folders = [folder for folder in folders_in_place(study.directory / "pack") if (folder / BEGUN).is_file()]
-    return [read_json(folder / MEMBERS) for folder in folders if (folder / MEMBERS).is_file()]
-
-
 def check_identity(study: Study) -> None:
-    """Raises UserError where the study's run directory was made for another backbone; else notes this one there.
+    """Raises UserError if the study's run directory has results for another backbone; else notes this one there.
 
-    A point's results are found by ids that cover every key they depend on, so points of other settings never enter this
-    study's tables. A change of the fixed keys that the prepared backbone does not depend on keeps it, and its points
-    are trained. With another fixed key of data, backbone or prepare nothing in the folder can be used again, which is
-    a mistake more often than not. Where no job began, as after a mistake that the first one found, there are no results
-    yet.
+    With another fixed key of data, backbone or prepare nothing in the folder can be used again, which is a mistake more
+    often than not. Other keys are covered by the points' ids.
     """
     path = study.directory / "study.json"
     values = fixed_values(study)
     before = values
     if any((study.directory / name).exists() for name in (*POINT_STAGES, "submitted")):
         with contextlib.suppress(FileNotFoundError):
-            before = read_json(path)
+            before = read_json(path, dict[str, Any])
     for name, value in values.items():
         if name in before and before[name] != value:
             raise UserError(
@@ -139,28 +131,16 @@ def check_identity(study: Study) -> None:
         write_json(path, values)
 
 
-def report_is_done(study: Study) -> bool:
-    """Whether the report of just these points, with what of them is finished now, is there and whole."""
-    directory = study.directory / "report"
-    try:
-        found = read_json(directory / DONE)
-    except FileNotFoundError:
-        return False
-    identity = report_identity(study.points)
-    if isinstance(found, dict) and found.get("id", identity) != identity:
-        return False  # of other points, or of fewer
-    return is_done(directory, identity, check_bytes=True)
-
-
 def describe_plan(study: Study, stages: Sequence[str], where: str) -> str:
     """Points, packs, ids and resources of what would be done, as text."""
     dist = study.config.dist
     lines = [f"study {study.config.name}: {len(study.points)} points in {study.directory}"]
     lines += [f"  point {point.id}  {point.label}" for point in study.points]
+    lines += [f"  baseline {point.id}  {point.label}" for point in study.static]
     left = study
     for stage in stages:
         if stage == "report":
-            lines.append("report: " + ("done" if report_is_done(study) else "1 job"))
+            lines.append("report: " + ("done" if report_is_done(study.points) else "1 job"))
             continue
         jobs = missing_jobs(left, stage)
         lines.append(f"{stage}: {len(jobs)} jobs" if jobs else f"{stage}: done")
@@ -169,9 +149,6 @@ def describe_plan(study: Study, stages: Sequence[str], where: str) -> str:
     lines.append(
         f"resources: --on {where}, device {dist.device}, {threads} threads a process, {dist.num_workers} loading "
         f"processes, at most {dist.members_per_pack} points a pack"
-        # on a cluster the site's profile may say another time
-        + f", {dist.timeout_minutes} minutes a job"
-        * (where == "local")
     )
     return "\n".join(lines)
 

@@ -1,16 +1,18 @@
 """Running a study: the jobs that are missing, in order, here, as local processes, or on a SLURM cluster."""
 
-import dataclasses
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from pydantic import ValidationError
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import check_budgets, finished_jobs
+from dynexit.jobs.finished import check_budgets, finished_jobs, report_is_done
 from dynexit.run_dir import STUDY, write_text
-from dynexit.study.grid import Point, Study
+from dynexit.study.grid import Study
 from dynexit.study.read import resolved_yaml
 from dynexit.study.schema import Config
 from dynexit.study.stages import INFER, STAGES, stages_until
@@ -18,33 +20,33 @@ from dynexit.study.validation import sentences
 from launch.checks import check_models, folders_elsewhere
 from launch.local import run_here, run_local
 from launch.lock import hold
-from launch.plan import Job, check_identity, describe_plan, missing_jobs, report_is_done
-from launch.ranks import is_main, num_ranks, prepare_alone, run_together
+from launch.plan import Job, check_identity, describe_plan, done_together, missing_jobs
 from launch.slurm.site import Site, load_site
-from launch.slurm.submissions import check_listed, check_queue
+from launch.slurm.submissions import check_queue
+from launch.tasks.worker import ONE_RANK
+
+if TYPE_CHECKING:
+    from dynexit.dist import Ranks
 
 PLACES = ("here", "local", "slurm")
 
 
-def run_study(study: Study, until: str, on: str, site: Path | None, arguments: Sequence[str]) -> list[str]:
+def run_study(study: Study, until: str, on: str, site: Path | None) -> list[str]:
     """Does the missing jobs up to the stage `until`. Returns the messages of those that failed.
 
-    `on` is one of PLACES; slurm submits the jobs and returns. `arguments` are the study's on the command line, for a
-    process that loads it again. Raises UserError for a mistake of the request, the study or its models.
+    `on` is one of PLACES; slurm submits the jobs and returns. Raises UserError for a mistake of the request, the study
+    or its models.
     """
     stages, profile = _checked_request(until, on, site)
     _check_name(study)
-    if num_ranks() > 1:
-        return _run_with_ranks(study, until, on, arguments)
-    check_listed(study.directory)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _run_with_ranks(study, until, on)
     check_models(study, dry_run=False, data_is_here=profile is None)
     if profile is not None:
-        _submit(study, stages, profile)
+        submit(study, stages, profile)
         return []
-    with hold(study.directory):
-        check_identity(study)
-        check_queue(study)
-        return _run_stages(study, stages, until, on)
+    with _hold_idle(study):
+        return _run_stages(study, stages, until, on, cast("Ranks", ONE_RANK))
 
 
 def dry_run(study: Study, until: str, on: str, site: Path | None) -> str:
@@ -79,83 +81,93 @@ def _check_name(study: Study) -> None:
         raise UserError(f"{sentences(error)[0]}; rename the folder {study.directory}") from None
 
 
-def _submit(study: Study, stages: Sequence[str], site: Site) -> None:
+def submit(study: Study, stages: Sequence[str], site: Site) -> None:
+    """Submits the missing jobs of these stages, and prints a line for each array."""
     from launch.slurm.submit import submit_study
 
-    print_messages(folders_elsewhere(study))
+    for text in folders_elsewhere(study):
+        print(f"dynexit: {text}", file=sys.stderr)
     with hold(study.directory):
         check_identity(study)
-        _write_study(study)
+        write_text(study.directory / STUDY, resolved_yaml(study, with_meanings=False))
         print("\n".join(submit_study(study, stages, site)))
 
 
-def _run_with_ranks(study: Study, until: str, on: str, arguments: Sequence[str]) -> list[str]:
-    """One of the processes of `torchrun -m launch` or `accelerate launch -m launch`."""
+@contextlib.contextmanager
+def _hold_idle(study: Study) -> Iterator[None]:
+    """Holds a study of which no jobs are queued. Raises UserError if there are, or it is held or of other settings."""
+    with hold(study.directory):
+        check_identity(study)
+        check_queue(study)
+        yield
+
+
+def _run_with_ranks(study: Study, until: str, on: str) -> list[str]:
+    """One of the processes of `torchrun -m launch` or `accelerate launch -m launch`.
+
+    All of them train and record, and prepare if the study asks for that; the main one alone does the rest.
+    """
     if on != "here" or until == INFER.name:
         what = INFER.name if until == INFER.name else f"--on {on}"
         raise UserError(f"{what} is for one process, and torchrun or accelerate started several; start it by dynexit")
-    stages = stages_until(until)
-    if is_main():  # the others are ended with it
-        check_listed(study.directory)
+    from dynexit.dist import start_ranks, stop_ranks
+
+    dist, is_main = study.config.dist, os.environ.get("RANK", "0") == "0"
+    if is_main:  # the others are ended with it
         check_models(study, dry_run=False)
-    prepare_alone(study, arguments)
-    failures = run_together(study, stages)
-    rest = [stage for stage in stages if stage in ("search", "report")]
-    if is_main() and rest:
-        with hold(study.directory):
-            failures += _run_stages(study, rest, until, on)
-    return failures
+    with _hold_idle(study) if is_main else contextlib.nullcontext():
+        ranks = start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
+        failures = _run_stages(study, stages_until(until), until, on, ranks)
+        stop_ranks()
+    return failures if is_main else []
 
 
-def _run_stages(study: Study, stages: Sequence[str], until: str, on: str) -> list[str]:
+def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks: "Ranks") -> list[str]:
+    """Does the missing jobs of each stage; what the main rank finds missing holds for all."""
     failures: list[str] = []
-    _write_study(study)
+    if ranks.is_main:
+        write_text(study.directory / STUDY, resolved_yaml(study, with_meanings=False))
     did_something = False
-    left = study if stages[0] == next(iter(STAGES)) else _with_finished(study, "record")
+    left = study
     for stage in stages:
         if not left.points:
             break
-        if stage == "report":
-            jobs = [] if report_is_done(study) else [Job("report", study.points)]
-        else:
-            jobs = missing_jobs(left, stage, check_bytes=True)
-        failed = _run_jobs(jobs, on, study) if jobs else []
+        jobs = ranks.broadcast(_missing(left, study, stage) if ranks.is_main else [])
+        failed = _run_jobs(jobs, on, study, ranks) if jobs else []
         did_something = did_something or bool(jobs)
         failures += failed
         if stage != "report":
-            before, left = left, _with_finished(left, stage)
-            if not failed and len(left.points) < len(before.points):
-                lost = next(point for point in before.points if point not in left.points)
-                count = len(before.points) - len(left.points)
-                failures.append(f"{stage}: {count} points have no results, although no job failed; first: {lost.label}")
-        if stage == "search":
+            everyone = left.all_points
+            kept = ranks.broadcast([stage in finished_jobs(point) for point in everyone] if ranks.is_main else [])
+            left = left.only(kept)
+            lost = [point.label for point, is_kept in zip(everyone, kept, strict=True) if not is_kept]
+            if lost and not failed and ranks.is_main:
+                text = f"{len(lost)} points have no results, although no job failed; first: {lost[0]}"
+                failures.append(f"{stage}: {text}")
+        if stage == "search" and ranks.is_main:
             check_budgets(left.points)
-    if not did_something and until != INFER.name:
+    if ranks.is_main and not did_something and until != INFER.name:
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
-    if "report" in stages and report_is_done(study):
+    if ranks.is_main and "report" in stages and report_is_done(study.points):
         _print_result(study)
     if until == INFER.name and not failures:
-        failures += _run_jobs([Job(INFER.name, left.points)], on, study)
+        failures += _run_jobs([Job(INFER.name, left.points)], on, study, ranks)
     return failures
 
 
-def _write_study(study: Study) -> None:
-    write_text(study.directory / STUDY, resolved_yaml(study, with_meanings=False))
+def _missing(left: Study, study: Study, stage: str) -> list[Job]:
+    if stage == "report":
+        return [] if report_is_done(study.points) else [Job("report", study.points)]
+    return missing_jobs(left, stage, check_bytes=True)
 
 
-def _with_finished(study: Study, stage: str) -> Study:
-    points: tuple[Point, ...] = tuple(point for point in study.points if stage in finished_jobs(point))
-    return dataclasses.replace(study, points=points)
-
-
-def _run_jobs(jobs: Sequence[Job], on: str, study: Study) -> list[str]:
-    return run_here(jobs) if on == "here" else run_local(jobs, study.directory / "submitted")
-
-
-def print_messages(messages: Sequence[str]) -> None:
-    """Prints each message on a line of standard error."""
-    for text in messages:
-        print(f"dynexit: {text}", file=sys.stderr)
+def _run_jobs(jobs: Sequence[Job], on: str, study: Study, ranks: "Ranks") -> list[str]:
+    is_for_all = done_together(jobs[0].stage, study.config.dist)
+    if not (ranks.is_main or is_for_all):
+        return []
+    if ranks.world_size > 1 and jobs[0].stage == "prepare" and not is_for_all:
+        on = "local"  # a process without ranks: with several, batch normalisation would see another batch
+    return run_here(jobs) if on == "here" else run_local(study, jobs)
 
 
 def _print_result(study: Study) -> None:

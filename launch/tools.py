@@ -1,4 +1,4 @@
-"""Commands that need no study: what a backbone costs, where a module can be cut, a search on records alone, formats."""
+"""Commands that need no study: what a backbone costs, a search on records alone, exchange of record formats."""
 
 import argparse
 import json
@@ -7,13 +7,18 @@ from typing import Any
 
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.search_methods import SEARCH_METHODS
+from dynexit.errors import UserError
+from dynexit.study.yaml_text import parse_yaml
 
 
 def add_tools(commands: Any) -> None:
     """Adds the commands to the command line."""
-    macs = _tool(commands, "macs", "multiply-accumulates of a backbone up to every exit, of its heads and gates")
+    macs = add_command(commands, "macs", "multiply-accumulates of a backbone up to every exit, of its heads and gates")
     macs.add_argument(
         "backbone", metavar="BACKBONE", help="a timm name of a supported family, or t2t_vit_7 and its like"
+    )
+    macs.add_argument(
+        "--arguments", type=_mapping, metavar="YAML", help="as backbone.arguments: '{channels: [8, 12, 16, 24]}'"
     )
     macs.add_argument("--image-size", type=_natural, metavar="PIXELS", help="default: the model's own")
     macs.add_argument("--num-classes", type=_natural, default=1000, metavar="K", help="default: %(default)s")
@@ -27,24 +32,23 @@ def add_tools(commands: Any) -> None:
     form.add_argument("--json", action="store_true", help="print JSON, in MACs")
     form.add_argument("--dyce", action="store_true", help="print DyCE's macs_info JSON")
     macs.set_defaults(tool=_macs)
-    cut = _tool(commands, "cut", "the places where exits can sit in a module of your own")
+    cut = add_command(commands, "cut", "the places where exits can sit in a module of your own")
     cut.add_argument("function", metavar="package.module:function", help="returns the module, an nn.Module")
     cut.add_argument("--input", type=_shape, default=(3, 224, 224), metavar="CxHxW", help="default: 3x224x224")
     cut.set_defaults(tool=_cut)
-    search = _tool(commands, "search-records", "the best exit configurations for records, without any run")
+    search = add_command(commands, "search-records", "the best exit configurations for records, without any run")
     _add_search_arguments(search)
     search.set_defaults(tool=_search_records)
-    convert = _tool(commands, "convert", "a DyCE .npz into a directory of shards, or back")
+    convert = add_command(commands, "convert", "a DyCE .npz into a directory of shards, or back")
     convert.add_argument("source", type=Path, metavar="SOURCE", help="a .npz or a directory of shards")
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="the other of the two")
     convert.set_defaults(tool=_convert)
 
 
-def _natural(text: str) -> int:
-    """The number that `text` is. Raises what argparse makes a sentence of where it is not at least 1."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
-    return int(text)
+def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """Adds a command, `text` its help, and returns its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    return parser
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -56,19 +60,38 @@ def _shape(text: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _tool(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    tool: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    return tool
+def _natural(text: str) -> int:
+    """The number that `text` is. Raises what argparse makes a sentence of where it is not at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
+    return int(text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """The mapping that `text` is as YAML. Raises what argparse makes a sentence of where it is none."""
+    try:
+        value = parse_yaml(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a mapping, as '{{channels: [8, 12, 16, 24]}}'")
+    return value
 
 
 def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     record = "record to {}: a directory of shards or DyCE's .npz"
-    files.add_argument("--train", type=Path, required=True, metavar="T", help=record.format("search on"))
+    files.add_argument("--train", type=Path, metavar="T", help=record.format("search on"))
+    files.add_argument("--val", type=Path, metavar="V", help=record.format("judge on (and certify risk)"))
+    files.add_argument("--macs", type=Path, metavar="M.json", help="costs.json or DyCE's macs_info")
     files.add_argument(
-        "--val", type=Path, required=True, metavar="V", help=record.format("judge on (and certify risk)")
+        "--cascade",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="instead of those three: record/ID of two or more models on the same samples, which run in this order; "
+        "their validation splits are searched, their test splits judge",
     )
-    files.add_argument("--macs", type=Path, required=True, metavar="M.json", help="costs.json or DyCE's macs_info")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two files written")
     files.add_argument("--latency", type=Path, metavar="L.json", help="times per stage, the cost instead of MACs")
     search = parser.add_argument_group("search")
@@ -111,7 +134,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _search_records(options: argparse.Namespace) -> None:
-    from dynexit.jobs.search_records import RecordFiles, search_records, weights_of
+    from dynexit.jobs.search_records import CascadeFiles, RecordFiles, search_records, weights_of
     from dynexit.search.budgets import budgets_of
     from dynexit.search.driver import SearchRequest
 
@@ -127,6 +150,16 @@ def _search_records(options: argparse.Namespace) -> None:
         seed=options.seed,
         workers=options.workers,
     )
+    of_one = {f"--{name}": getattr(options, name) for name in ("train", "val", "macs", "latency")}
+    if options.cascade:
+        given = [flag for flag, path in of_one.items() if path is not None]
+        if given:
+            raise UserError(f"{', '.join(given)} and --cascade exclude each other; give one of them")
+        search_records(CascadeFiles(options.cascade, options.exit_confidence), settings, options.out)
+        return
+    missing = [flag for flag, path in of_one.items() if path is None and flag != "--latency"]
+    if missing:
+        raise UserError(f"the following arguments are required: {', '.join(missing)} (or --cascade)")
     files = RecordFiles(options.train, options.val, options.macs, options.latency, options.exit_confidence)
     search_records(files, settings, options.out)
 
@@ -140,7 +173,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _macs(options: argparse.Namespace) -> None:
     from dynexit.dyce.macs_info import dyce_macs_info
-    from dynexit.models.macs import REPORTED_HEADS, macs_report
+    from dynexit.models.macs import REPORTED_HEADS, macs_report, macs_table
 
     report = macs_report(
         options.backbone,
@@ -148,20 +181,12 @@ def _macs(options: argparse.Namespace) -> None:
         num_classes=options.num_classes,
         positions=options.positions,
         head_types=options.head_types or REPORTED_HEADS,
+        arguments=options.arguments,
     )
     if options.json or options.dyce:
         print(json.dumps(dyce_macs_info(report) if options.dyce else report, indent=1))
-        return
-    full = report["full_macs"]
-    height, width = report["image_size"]
-    print(f"{report['backbone']} at {height}x{width}, {report['num_classes']} classes: {full / 1e6:,.1f} M MACs")
-    heads = report["head_macs"]
-    print("  ".join(["position", "backbone M", "relative", "gate", *(f"{name} M" for name in heads)]))
-    for p, position in enumerate(report["positions"]):
-        macs = report["backbone_macs"][p]
-        cells = [f"{position:8d}", f"{macs / 1e6:10,.1f}", f"{macs / full:8.3f}", f"{report['gate_macs'][p]:4d}"]
-        cells += [f"{values[p] / 1e6:{len(name) + 2},.3f}" for name, values in heads.items()]
-        print("  ".join(cells))
+    else:
+        print(macs_table(report))
 
 
 def _cut(options: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_MACS = 10**15
+"""More than any model has; beyond it sums of MACs would lose digits."""
 STEM = -2
 """The position of an exit before the first block; -1 is the backbone's own classifier in records."""
 
@@ -24,8 +26,8 @@ def place_name(position: int) -> str:
 class ExitCosts:
     """MACs of a backbone cut into blocks and of everything that can be attached to it; all counts are per sample.
 
-    Raises ValueError where lengths disagree, a count is not an integer of 0 or more, a position is neither that nor
-    STEM, positions do not increase, or backbone_macs decrease or exceed full_macs.
+    Raises ValueError where lengths disagree, a count is not an integer from 0 to MOST_MACS, a position is neither that
+    nor STEM, positions do not increase, or backbone_macs decrease or exceed full_macs.
     """
 
     full_macs: int
@@ -59,8 +61,8 @@ class ExitCosts:
         heads = tuple(macs for row in self.head_macs for macs in row)
         places = self.positions[1:] if self.positions[:1] == (STEM,) else self.positions
         for count in (self.full_macs, *places, *self.backbone_macs, *heads, *self.gate_macs, *self.reader_macs):
-            if type(count) is not int or count < 0:
-                raise ValueError(f"positions and MACs are integers of 0 or more, got {count!r}")
+            if type(count) is not int or not 0 <= count <= MOST_MACS:
+                raise ValueError(f"positions and MACs are integers from 0 to {MOST_MACS:.0e}, got {count!r}")
         if any(a >= b for a, b in pairwise(self.positions)):
             raise ValueError(f"positions must increase, got {list(self.positions)}")
         path = (*self.backbone_macs, self.full_macs)

@@ -79,9 +79,10 @@ def load_fashion_mnist(data: DataSettings, workers: Workers) -> DataSets:
         images = GreyImages(pixels[source][rows[name].numpy()], data.image_size, GREY[data.name], seed)
         return Split(images, labels[source][rows[name]], rows[name], workers)
 
+    plain_train = split_of("train")
     return DataSets(
-        split_of("train", None if data.transform == "none" else data.seed),
-        split_of("train"),
+        plain_train if data.transform == "none" else split_of("train", data.seed),
+        plain_train,
         split_of("validation"),
         split_of("test"),
         num_classes=10,
@@ -107,6 +108,9 @@ class GreyImages:
 
     def file_names(self) -> None:
         return None
+
+    def share(self) -> None:
+        """The images are in memory."""
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         chosen = np.asarray(indices, dtype=np.int64)

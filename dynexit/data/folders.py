@@ -9,6 +9,7 @@ from dynexit.data.images import FileSource, Sources
 from dynexit.data.inspection import inspect_images
 from dynexit.data.pixels import EXTENSIONS
 from dynexit.errors import UserError
+from dynexit.files import read_text
 from dynexit.study.schema import DataSettings
 
 IMAGENET_CLASSES = 1000
@@ -73,7 +74,7 @@ def _ordered(data: DataSettings, names: Sequence[str]) -> list[str]:
     if order in CLASS_ORDERS:
         return _sorted_by(names, order)
     try:
-        lines = Path(order).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(order).expanduser()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.class_order = {order}: cannot be read ({error}); it should be torchvision, timm, or a text file "

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dynexit.data.pixels import decode_path
+from dynexit.data.memory.pixels import LIMIT_BYTES, PixelMemory, fits
+from dynexit.data.memory.steps import steps_of
+from dynexit.data.pixels import NOT_AN_IMAGE, decode_path, open_image
 
 Transform = Callable[[Image.Image], Tensor]  # to (3, H, W) float32, normalised
 
@@ -76,31 +78,98 @@ class FileSource:
     def image(self, row: int) -> Image.Image:
         return decode_path(str(self.path(row)))
 
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width, from the file's header; (0, 0) if it has none that can be read."""
+        try:
+            with open_image(self.path(row)) as image:
+                return image.height, image.width
+        except NOT_AN_IMAGE:
+            return 0, 0
+
     def file_name(self, row: int) -> str:
         return str(self.path(row).relative_to(self.root))
 
 
 class TransformedImages:
-    """The images in `rows` of `source` under `transform`; where `seed` is given, it is a random one."""
+    """The images in `rows` of `source` under `transform`; where `seed` is given, it is a random one.
 
-    def __init__(self, source: Source, rows: Tensor, transform: Transform, seed: int | None = None) -> None:
+    `cache` is data.cache: what is kept in memory is an image as it was decoded, or, at `image_size`, what the transform
+    always makes of it; then the rest is done in batches. The images are the same bit for bit.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: Tensor,
+        transform: Transform,
+        seed: int | None = None,
+        *,
+        cache: str = "none",
+        image_size: int = 0,
+    ) -> None:
         self.source, self.rows, self.transform, self.seed = source, rows.numpy(), transform, seed
+        self.cache, self.image_size = cache, image_size
+        self.steps = steps_of(transform, is_random=seed is not None)
+        self.memory: PixelMemory | None = None
+        self._is_decided = cache == "none" or not len(self.rows)
+
+    def share(self) -> None:
+        if not self._is_decided:
+            self._is_decided = True
+            shapes_N3 = self._kept_shapes()
+            num_bytes = 0 if shapes_N3 is None else int(shapes_N3.prod(1).sum())
+            if shapes_N3 is not None and fits(num_bytes, self.cache, f"{len(self.rows)} images"):
+                self.memory = PixelMemory(shapes_N3)
+
+    def _kept_shapes(self) -> np.ndarray | None:
+        """(N, 3): the shape of what would be kept of each image; None where that is not known or far too much."""
+        shapes_N3 = np.array([[3, self.image_size, self.image_size]]).repeat(len(self.rows), 0)
+        if self.steps is not None:
+            return shapes_N3
+        is_likely = self.cache == "memory" or int(shapes_N3.prod(1).sum()) <= LIMIT_BYTES
+        if not isinstance(self.source, FileSource) or not is_likely:
+            return None
+        return np.array([(*self.source.size(row), 3) for row in self.rows.tolist()])
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        self.share()
         if not indices:
             return self.load([0], epoch)[:0]
         with kept_random_state():
-            return torch.stack([self._one(index, epoch) for index in indices])
+            if self.memory is None or self.steps is None:
+                return torch.stack([self._one(index, epoch) for index in indices])
+            return self.steps.finish([self._pixels(index, epoch) for index in indices])
 
     def file_names(self) -> list[str] | None:
         names = [self.source.file_name(row) for row in self.rows.tolist()]
         return None if None in names else names  # type: ignore[return-value]
 
     def _one(self, index: int, epoch: int) -> Tensor:
-        image = self.source.image(int(self.rows[index]))
+        if self.memory is None:
+            image = self.source.image(int(self.rows[index]))
+        else:
+            image = Image.fromarray(self._kept(self.memory, index))
         if self.seed is not None:
             _seed_all(self.seed, epoch, index)
         return self.transform(image)
+
+    def _kept(self, memory: PixelMemory, index: int) -> np.ndarray:
+        """What is kept of the image, from memory or, the first time, from its file."""
+        pixels = memory.get(index)
+        if pixels is None:
+            image = self.source.image(int(self.rows[index]))
+            pixels = np.asarray(image) if self.steps is None else self.steps.pixels(image)
+            memory.put(index, pixels)
+        return pixels
+
+    def _pixels(self, index: int, epoch: int) -> np.ndarray:
+        assert self.memory is not None
+        assert self.steps is not None
+        pixels = self._kept(self.memory, index)
+        if self.seed is None:
+            return pixels
+        _seed_torch(self.seed, epoch, index)
+        return self.steps.augment(pixels)
 
 
 def _seed_all(*entropy: int) -> None:
@@ -109,6 +178,11 @@ def _seed_all(*entropy: int) -> None:
     random.seed(words[:2].tobytes())
     np.random.seed(words[2])  # noqa: NPY002  timm draws from the global generator
     torch.default_generator.manual_seed(int(words[3]))
+
+
+def _seed_torch(*entropy: int) -> None:
+    """Seeds torch's generator as `_seed_all` does."""
+    torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(4)[3]))
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from types import MappingProxyType
 import torch
 
 from dynexit.data.digits import load_digits, num_train_digits
-from dynexit.data.fashion_mnist import check_fashion_mnist, load_fashion_mnist
-from dynexit.data.folders import IMAGENET_CLASSES, checked_part, class_folders, read_folders
+from dynexit.data.fashion_mnist import check_fashion_mnist, find_fashion_mnist, load_fashion_mnist
+from dynexit.data.folders import IMAGENET_CLASSES, checked_part, class_folders, existing_dir, read_folders
 from dynexit.data.images import FileSource, Source, Sources, TransformedImages
 from dynexit.data.inspection import class_remarks, copies_remark
 from dynexit.data.splits import DataSets, Split, Workers, stratified_order
@@ -36,6 +36,14 @@ _SETS: Mapping[str, _Set] = MappingProxyType(
         "image_folder": _Set(read_folders, None),
     }
 )
+
+
+def check_files(data: DataSettings, *, is_here: bool) -> None:
+    """Raises UserError if data.dir is not set and needed or, if this machine needs the data, has no such folder."""
+    if data.name == "fashion_mnist" and is_here:
+        find_fashion_mnist(data)
+    elif data.name in _SETS and (data.dir is None or (is_here and not data.download)):
+        existing_dir(data, f"the folder with the files of {data.name}")
 
 
 def describe_data(data: DataSettings) -> tuple[int, int]:
@@ -100,12 +108,16 @@ def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bo
     plain = test_transform(data)
     sources = (read_timm if "/" in data.name else _SETS[data.name].read)(data)
     rows = _held_out(data, sources)
-    splits, files = {}, {}
+    splits: dict[str, Split] = {}
+    files: dict[str, tuple[FileSource, torch.Tensor]] = {}
     for name in ("train", "plain_train", "validation", "test"):
         source, chosen = getattr(sources, name, None) or sources.train, rows[name.removeprefix("plain_")]
         _check_labels(data, source, num_classes)
         transform, seed = (augment, data.seed) if name == "train" and is_random else (plain, None)
-        images = TransformedImages(source, chosen, transform, seed)
+        if name == "plain_train" and not is_random:
+            splits[name] = splits["train"]
+            continue
+        images = TransformedImages(source, chosen, transform, seed, cache=data.cache, image_size=data.image_size)
         splits[name] = Split(images, source.labels[chosen], chosen, workers)
         if isinstance(source, FileSource) and name != "plain_train":
             files[name] = (source, chosen)

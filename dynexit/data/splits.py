@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynexit.errors import UserError
-from dynexit.study.schema import DistSettings
+from dynexit.study.dist import DistSettings
 
 Batch = tuple[Tensor, Tensor, Tensor]  # index (B,) int64, images (B, C, H, W) float32, labels (B,) int64
 
@@ -25,6 +25,9 @@ class Images(Protocol):
 
     def file_names(self) -> list[str] | None:
         """The file of each image, relative to data.dir; None if they are in no files of their own."""
+
+    def share(self) -> None:
+        """Makes room in memory for what is kept of the images, before processes start that share it."""
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         """The images (B, C, H, W) of these samples in this epoch, the same in any process. UserError for damage."""
@@ -71,6 +74,8 @@ class Split:
     def loader(self) -> "_BatchLoader":
         """The processes that load this split."""
         if self._loader is None or not self.workers.persistent:
+            if not isinstance(self.images, Tensor):
+                self.images.share()
             self._loader = _BatchLoader(_Requests(self.images, self.labels), self.workers)
         return self._loader
 

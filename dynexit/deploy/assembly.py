@@ -19,7 +19,11 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def exit_positions(backbone: Backbone, exits: ExitsSettings) -> Sequence[int]:
     """Returns the positions of the exits in rising order, STEM first if the stem has one."""
-    blocks = range(backbone.num_blocks - 1) if exits.positions == "all" else sorted(exits.positions)
+    last = backbone.num_blocks - 1
+    if exits.positions == "last":
+        blocks: Sequence[int] = [last]
+    else:
+        blocks = range(last) if exits.positions == "all" else sorted(exits.positions)
     return [*([STEM] if exits.stem else []), *blocks]
 
 

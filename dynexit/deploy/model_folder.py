@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dynexit.deploy.description import Description, FilePromise, read_description
 from dynexit.errors import Failure, UserError
+from dynexit.files import read_text
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.cut.backbone import OwnBackbone
 from dynexit.models.cut.own import OwnModule, read_stages, stages_of
@@ -199,7 +200,7 @@ def read_folder(directory: Path, allow_code: Sequence[str] = ()) -> Contents:
     A folder that is not self-contained imports the function that made its backbone, if `allow_code` has its module.
     """
     try:
-        text = (directory / EXITS).read_text(encoding="utf-8")
+        text = read_text(directory / EXITS)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{directory} is no model folder of dynexit (it has no {EXITS}); give a folder that `dynexit save` wrote"

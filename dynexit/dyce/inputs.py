@@ -10,6 +10,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.dyce.macs_info import costs_from_macs_info
 from dynexit.dyce.npz import read_npz
 from dynexit.errors import UserError
+from dynexit.files import read_text
 from dynexit.record.shards import Record
 from dynexit.search.problem import Problem
 
@@ -17,10 +18,10 @@ from dynexit.search.problem import Problem
 def read_json_file(path: Path, what: str) -> Any:
     """The JSON that a user gave; UserError, naming the file, where it is missing or is no JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(Path(path)))
     except FileNotFoundError:
         raise UserError(f"there is no file {path}; give {what}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); give {what}") from error
 
 
@@ -35,7 +36,7 @@ def parse_costs(content: Any, source: str) -> ExitCosts:
             return costs_from_macs_info(content)
         if isinstance(content, Mapping) and "head_macs" in content:
             return ExitCosts.from_json(content)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         if isinstance(error, TypeError | IndexError):
             reason = f"its lists do not fit together or are none ({error})"

@@ -7,16 +7,20 @@ Shapes: E exits, R rows (exits, then the backbone), N samples, B batch, C classe
 """
 
 import json
+import math
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
 from dynexit.errors import UserError
+from dynexit.files import regular
 from dynexit.record.manifest import MANIFEST, SHARED, STATISTICS, Layout
 from dynexit.record.plan import finish, make_plan
 from dynexit.record.shards import Record, ShardWriter
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
 _LAYOUTS = ("NBC", "BNC")
 _OURS = "dynexit_record"  # the key of meta_info that makes a round trip exact
 _BATCH_SIZE = 4096
+_MOST_CLASSES = 2**31 - 1  # int32, as shards hold
+_ARRAYS = ("label", "confs", "preds", *STATISTICS[1:], "gate")
+"""The arrays that are read; others are left alone."""
+_UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What zipfile and numpy raise for damaged, encrypted (RuntimeError) or unknown (NotImplementedError) contents."""
 
 
 class OutputRecorder:
@@ -155,6 +164,8 @@ def read_npz(path: Path | str, head_types: Sequence[str] | None = None, num_posi
             raise UserError(f"{path}: {name} must hold whole numbers from 0 up, not {arrays[name].dtype}")
         if (arrays[name] < 0).any():
             raise UserError(f"{path}: {name} must hold whole numbers from 0 up, its smallest is {arrays[name].min()}")
+        if (arrays[name] > _MOST_CLASSES).any():
+            raise UserError(f"{path}: {name} holds {arrays[name].max()}; the largest class is {_MOST_CLASSES}")
     content: dict[str, np.ndarray] = {
         "index": np.arange(label.size),
         "label": label.reshape(-1).astype(np.int32),
@@ -262,15 +273,34 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], Any]:
     if not path.is_file():
         raise UserError(f"there is no record {path}; give the .npz that was recorded")
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name != "meta_info"}
+        with regular(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            known = [name for name in _ARRAYS if name in file.files]
+            _check_sizes(path, known)
+            arrays = {name: file[name] for name in known}
             meta = _read_meta(path, file) if "meta_info" in file.files else None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            names = [name for name in file.files if name != "meta_info"]
+    except _UNREADABLE as error:
         raise UserError(f"{path} cannot be read as a .npz file without pickles ({error}); record it again") from error
     missing = [name for name in ("label", "confs", "preds") if name not in arrays]
     if missing:
-        raise UserError(f"{path} is not a DyCE record: it lacks {', '.join(missing)}; it has {', '.join(arrays)}")
+        raise UserError(f"{path} is not a DyCE record: it lacks {', '.join(missing)}; it has {', '.join(names)}")
     return arrays, meta
+
+
+def _check_sizes(path: Path, names: Sequence[str]) -> None:
+    """Raises ValueError, before anything is allocated, for arrays that need more than the free memory."""
+    total = 0
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            with archive.open(f"{name}.npy") as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+            num_bytes = math.prod(shape) * dtype.itemsize
+            total += num_bytes
+    free = psutil.virtual_memory().available
+    if total > free:
+        raise ValueError(f"its arrays need {total / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free")
 
 
 def _read_meta(path: Path, file: Any) -> Any:

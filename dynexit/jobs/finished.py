@@ -1,12 +1,27 @@
 """What is done of a point, read from the files that its jobs left: no model, no tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynexit.contents import Classes, Done, FailedTraining, Found, Progress
 from dynexit.errors import Failure, UserError
 from dynexit.record.shards import Record, has_shards
-from dynexit.run_dir import BUDGETS, CLASSES, DONE, FAILED, RunDir
+from dynexit.run_dir import (
+    BEGUN,
+    BUDGETS,
+    CLASSES,
+    DONE,
+    FAILED,
+    MEMBERS,
+    METRICS,
+    PROGRESS,
+    RunDir,
+    folders_in_place,
+    is_done,
+    read_json,
+)
+from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point, digest
 from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import POINT_STAGES
@@ -81,7 +96,7 @@ def finished_jobs(point: Point) -> list[str]:
 def class_names(point: Point) -> list[str] | None:
     """The names of the classes by label, as prepare stored them; None in folders of versions that stored none."""
     try:
-        names: list[str] = RunDir(point, "prepare").read_json(CLASSES)["names"]
+        names: list[str] = RunDir(point, "prepare").read_json(CLASSES, Classes)["names"]
     except FileNotFoundError:
         return None
     return names
@@ -90,7 +105,7 @@ def class_names(point: Point) -> list[str] | None:
 def failure_reason(point: Point) -> str | None:
     """Why the point's training failed, or None."""
     try:
-        reason: str = RunDir(point, "train").read_json(FAILED)["reason"]
+        reason: str = RunDir(point, "train").read_json(FAILED, FailedTraining)["reason"]
     except FileNotFoundError:
         return None
     return reason
@@ -116,7 +131,7 @@ def check_budgets(points: Sequence[Point]) -> None:
             settings.relative_macs or settings.relative_latency or settings.min_accuracy or settings.max_accuracy_drop
         ):
             continue
-        for entry in RunDir(point, "search").read_json(BUDGETS):
+        for entry in RunDir(point, "search").read_json(BUDGETS, list[Found]):
             ((kind, value), *_) = entry["budget"].items()
             if "unattainable" in entry:
                 message = f"{entry['unattainable']} ({point.label})"
@@ -134,12 +149,61 @@ def check_budgets(points: Sequence[Point]) -> None:
 
 def _searched(point: Point) -> Any:
     try:
-        return RunDir(point, "search").read_json(DONE)
+        return RunDir(point, "search").read_json(DONE, Done)
     except FileNotFoundError:
         return None
 
 
 def report_identity(points: Sequence[Point]) -> str:
     """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
-    found = [[point.ids["search"], _searched(point)] for point in points]
+    found = [[point.ids["search"], _searched(point)] for point in (*points, *static_points(points))]
     return digest([found, points[0].config.report.model_dump(mode="json")])
+
+
+def report_is_done(points: Sequence[Point]) -> bool:
+    """Whether the report of just these points, with what of them is finished now, is there and whole."""
+    directory = points[0].study_dir / "report"
+    try:
+        found: Done = read_json(directory / DONE, Done)
+    except FileNotFoundError:
+        return False
+    identity = report_identity(points)
+    if found["id"] != identity:
+        return False  # of other points, or of fewer
+    return is_done(directory, identity, check_bytes=True)
+
+
+def last_figures(point: Point) -> str:
+    """Accuracy and cost on validation at the end of the training, as text."""
+    rows = RunDir(point, "train").read_lines(METRICS)
+    if not rows or "validation_accuracy" not in rows[-1]:
+        return ""
+    accuracy, macs = 100 * rows[-1]["validation_accuracy"], rows[-1]["validation_relative_macs"]
+    return f"validation {accuracy:.2f} % at {macs:.3f} relative MACs"
+
+
+def _packs(study_dir: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The folder of every pack and the ids of its members, by name."""
+    for folder in folders_in_place(study_dir / "pack"):
+        if (folder / MEMBERS).is_file():
+            yield folder, read_json(folder / MEMBERS, list[str])
+
+
+def unfinished_packs(study_dir: Path) -> list[list[str]]:
+    """Ids of the members of every pack that began and is not complete, in the order of their folders."""
+    return [members for folder, members in _packs(study_dir) if (folder / BEGUN).is_file()]
+
+
+def pack_folders(study_dir: Path) -> dict[str, Path]:
+    """The newest folder of a pack that each point is or was a member of, by its id."""
+    by_age = sorted(_packs(study_dir), key=lambda pack: (pack[0] / MEMBERS).stat().st_mtime)
+    return {identity: folder for folder, members in by_age for identity in members}
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """The progress of a running job; None if it has noted none yet."""
+    try:
+        progress: Progress = read_json(folder / PROGRESS, Progress)
+    except FileNotFoundError:
+        return None
+    return progress

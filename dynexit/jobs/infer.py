@@ -23,7 +23,7 @@ from dynexit.jobs.load import begin, load_heads
 from dynexit.models.backbones import Backbone
 from dynexit.record.shards import Record
 from dynexit.run_dir import HEADS, RunDir, atomic_write
-from dynexit.search.operating_points import ReportRow, read_csv
+from dynexit.search.operating_points import BASELINES, ReportRow, read_csv
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Point, digest
 
@@ -79,7 +79,8 @@ def choose(rows: Sequence[ReportRow], relative_macs: float | None, source: str) 
 
     Raises UserError if there is none, naming the nearest attainable one.
     """
-    candidates = [r for r in rows if r.split == "validation" and r.source != "backbone" and source in ("any", r.source)]
+    ours = [row for row in rows if row.split == "validation" and row.source not in ("backbone", *BASELINES)]
+    candidates = [row for row in ours if source in ("any", row.source)]
     if not candidates:
         raise UserError(f"infer.source = {source}: the study has no such operating point")
     within = [row for row in candidates if relative_macs is None or row.relative_macs <= relative_macs]

@@ -92,7 +92,7 @@ def _record(
         missing = recorder.missing_batches()
         ranges = [range(*recorder.layout.sample_range(batch)) for batch in missing]
         progress.start(len(missing))
-        for batch, loaded in zip(missing, load_batches(samples, ranges), strict=True):
+        for batch, loaded in zip(missing, progress.awaited(load_batches(samples, ranges)), strict=True):
             index_B, images, labels_B = loaded
             features, final_BK = model.features(images.to(ranks.device))
             outputs = [_outputs(heads, gates, features) for heads, gates in members]

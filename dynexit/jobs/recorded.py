@@ -19,7 +19,7 @@ from dynexit.deploy.description import PointStatistics, SavedPoint, SavedTrainin
 from dynexit.jobs.infer import expected_exits
 from dynexit.jobs.report import choosing_samples
 from dynexit.record.shards import Record
-from dynexit.run_dir import COSTS, HEADS, RunDir
+from dynexit.run_dir import HEADS, RunDir
 from dynexit.search.operating_points import ReportRow
 from dynexit.study.grid import Point
 
@@ -40,7 +40,7 @@ class RecordedTraining:
     @classmethod
     def of(cls, point: Point, data: DataSets) -> "RecordedTraining":
         source, checkpoint = RunDir(point, "record"), RunDir(point, "train").digest(HEADS)
-        costs = ExitCosts.from_json(source.read_json(COSTS))
+        costs = source.costs()
         records = {split: Record.open(source / split, checkpoint) for split in ("validation", "test")}
         samples = {split: choosing_samples(point, split, record.num_samples) for split, record in records.items()}
         origins = {split: data.split(split).origin.numpy() for split in records}

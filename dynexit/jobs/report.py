@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dynexit.baselines.comparison import BASELINES_CSV, compare, comparison_section, write_comparisons
+from dynexit.baselines.rows import baselines_of
+from dynexit.contents import Found, MetricsRow
 from dynexit.core.cost import ExitCosts, place_name
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
@@ -25,9 +28,10 @@ from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import mark_front
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
-from dynexit.run_dir import COSTS, DONE, METRICS, RunDir, mark_done
+from dynexit.run_dir import DONE, METRICS, RunDir, mark_done
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.operating_points import ReportRow, write_csv
+from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point
 
 
@@ -38,6 +42,8 @@ def run_report(points: Sequence[Point]) -> None:
     """
     ready = [point for point in points if RunDir(point, "search").is_done()]
     failed = [missing_reason(point) for point in points if point not in ready]
+    static = [point for point in static_points(points) if not RunDir(point, "search").is_done()]
+    failed += [missing_reason(point) for point in static]
     if not ready:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
     check_budgets(ready)
@@ -52,12 +58,12 @@ def run_report(points: Sequence[Point]) -> None:
 
 
 def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
-    """The operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds."""
+    """Operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds, baselines."""
     rows: list[ReportRow] = []
     seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
     for point in points:
         source = RunDir(point, "record")
-        costs = ExitCosts.from_json(source.read_json(COSTS))
+        costs = source.costs()
         for split in SPLITS:
             record = Record.open(source / split)
             samples = choosing_samples(point, split, record.num_samples)
@@ -72,6 +78,8 @@ def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
             ("fixed", "fixed.json"),
         ):
             rows += _configuration_rows(point, source_name, _entries(point, file))
+    for baseline in baselines_of(points):
+        rows += [baseline.validation, baseline.test]
     return mark_front(rows)
 
 
@@ -126,7 +134,7 @@ def _one_head_rows(costs: ExitCosts) -> list[int]:
 
 
 def _entries(point: Point, file: str) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = RunDir(point, "search").read_json(file)
+    entries: list[dict[str, Any]] = RunDir(point, "search").read_json(file, list[Found])
     return entries
 
 
@@ -169,7 +177,7 @@ def write_report(
     study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
     figures = []
-    costs = ExitCosts.from_json(RunDir(points[0], "record").read_json(COSTS))
+    costs = RunDir(points[0], "record").costs()
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: _entries(point, "budgets.json") for point in points}
     published = published_beside(points[0])
@@ -190,11 +198,21 @@ def write_report(
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe),
-        sections=[_uncertainty(points, rows)],
+        sections=[*_comparisons(points, rows), _uncertainty(points, rows)],
         describe=describe,
     )
     write_page(directory / "report.html", page)
     return rows
+
+
+def _comparisons(points: Sequence[Point], rows: Sequence[ReportRow]) -> Iterator[PageSection]:
+    """Writes baselines.csv, and gives the page's part on them; nothing without baselines."""
+    found = compare(points, rows, baselines_of(points))
+    path = points[0].study_dir / "report" / BASELINES_CSV
+    path.unlink(missing_ok=True)
+    if found:
+        write_comparisons(path, found)
+        yield comparison_section(found)
 
 
 def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow]) -> PageSection:
@@ -274,7 +292,7 @@ def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:
             "name": point.label,
             "params": flatten(point.config.model_dump(mode="json", exclude={"dist", "report", "infer"})),
             "metrics": own[point.id],
-            "history": _history(RunDir(point, "train") / METRICS),
+            "history": _history(RunDir(point, "train").read_lines(METRICS)),
             "tags": {"dynexit.method": point.config.train.method},
         }
         for point in points
@@ -284,11 +302,10 @@ def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:
     log_study(uri, config.name, config.name, tracked, points[0].study_dir / "report", {}, metrics)  # type: ignore[arg-type]
 
 
-def _history(path: Path) -> dict[str, list[tuple[int, float]]]:
+def _history(rows: Sequence[MetricsRow]) -> dict[str, list[tuple[int, float]]]:
     """The per-epoch figures of a training, as (epoch, value) by name."""
     history: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in rows:
         for name, value in row.items():
             if isinstance(value, float):
                 history.setdefault(name, []).append((row["epoch"], value))

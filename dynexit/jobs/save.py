@@ -26,6 +26,7 @@ from dynexit.deploy.model_folder import backbone_config, write_folder
 from dynexit.deploy.probe import make_probe, measured_tolerance
 from dynexit.dist import start_ranks
 from dynexit.errors import Failure, UserError
+from dynexit.jobs.finished import class_names
 from dynexit.jobs.load import load_heads, load_model
 from dynexit.jobs.recorded import RecordedTraining
 from dynexit.models.backbones import Backbone
@@ -221,11 +222,7 @@ def _mean_and_std(point: Point, num_channels: int) -> tuple[Sequence[float], Seq
 
 def _class_names(point: Point, num_classes: int) -> tuple[str, ...]:
     """Those that prepare stored; numbers if the data set has none."""
-    try:
-        names = RunDir(point, "prepare").read_json("classes.json")["names"]
-    except FileNotFoundError:
-        names = None
-    return tuple(names or map(str, range(num_classes)))
+    return tuple(class_names(point) or map(str, range(num_classes)))
 
 
 def _preprocessing(point: Point) -> dict[str, Any]:

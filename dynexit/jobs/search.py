@@ -6,12 +6,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from dynexit.core.cost import ExitCosts
+from dynexit.baselines.search import search_networks
 from dynexit.errors import end_if_stopped
 from dynexit.jobs.finished import SPLITS, recorded_splits
 from dynexit.progress import Progress
 from dynexit.record.shards import Record
-from dynexit.run_dir import BUDGETS, COSTS, HEADS, RunDir
+from dynexit.run_dir import BUDGETS, HEADS, RunDir
 from dynexit.search.budgets import Budget, Unattainable, budgets_of, latency_costs
 from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest
 from dynexit.search.held_back import calibration_samples
@@ -27,8 +27,8 @@ CONFIGURATIONS, FIXED = "configurations.json", "fixed.json"
 def run_search(points: Sequence[Point]) -> None:
     """Finds exit configurations for preferences and budgets from records alone; chosen on validation, judged on test.
 
-    Leaves configurations.json, budgets.json and fixed.json per point; notes a budget that a point cannot attain. The
-    result does not depend on the number of processes.
+    Leaves configurations.json, budgets.json and fixed.json per point, networks.json per static network; notes a budget
+    that a point cannot attain. The result does not depend on the number of processes.
     """
     missing = [p for p in points if not RunDir(p, "search").is_done()]
     if missing:
@@ -52,9 +52,11 @@ def _search_all(points: Sequence[Point]) -> Iterator[int]:
 
 def _search_point(point: Point) -> int:
     """Searches one point; the number of samples it was searched on."""
+    if point.networks:
+        return search_networks(point)
     settings = point.config.search
     source, checkpoint = RunDir(point, "record"), RunDir(point, "train").digest(HEADS)
-    costs = ExitCosts.from_json(source.read_json(COSTS))
+    costs = source.costs()
     problems = {
         split: Problem.from_record(Record.open(source / split, checkpoint), costs, settings.confidence)
         for split in recorded_splits(point.config.record)

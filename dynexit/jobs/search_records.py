@@ -1,4 +1,4 @@
-"""`search-records`: configurations for weights, budgets and a certified risk, from two records alone."""
+"""`search-records`: configurations for weights, budgets and a certified risk, from records alone."""
 
 import json
 import time
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynexit.baselines.cascades import Network, cascade_problem, check_same_samples
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration, pareto_front
 from dynexit.dyce.inputs import parse_costs, read_json_file, read_problems
 from dynexit.errors import UserError
-from dynexit.run_dir import write_json
+from dynexit.record.shards import Record
+from dynexit.run_dir import COSTS, write_json
 from dynexit.search.budgets import Unattainable, latency_costs
 from dynexit.search.driver import SearchDriver, SearchEntry, SearchRequest
 from dynexit.search.operating_points import ReportRow, write_csv
@@ -36,8 +38,53 @@ class RecordFiles:
     latency: Path | None = None
     exit_confidence: str = "max_probability"
 
+    def read(self) -> tuple[dict[str, Problem], ExitCosts | None]:
+        """The problems of both records, and the times if there are any. Raises UserError for what does not fit."""
+        costs = parse_costs(read_json_file(self.macs, "the MACs of the model that made the records"), str(self.macs))
+        problems = read_problems({SEARCHED: self.train, JUDGED: self.val}, costs, self.exit_confidence)
+        if self.latency is None:
+            return problems, None
+        content = read_json_file(self.latency, "a table of times")
+        if not isinstance(content, dict):
+            raise UserError(f"{self.latency} does not hold a table of times; give stage_seconds and head_seconds")
+        times = latency_costs(content, problems[SEARCHED].costs)
+        return problems, with_gates(times) if CONFIDENCES[self.exit_confidence].reads == "gates" else times
 
-def search_records(files: RecordFiles, settings: SearchRequest, out: Path) -> list[dict[str, Any]]:
+
+@dataclass(frozen=True)
+class CascadeFiles:
+    """The record folders (record/ID of a study) of whole networks on the same samples, in the order in which they run.
+
+    Their validation splits are searched, their test splits judge. Of each only its own classifier is read.
+    """
+
+    folders: Sequence[Path]
+    exit_confidence: str = "max_probability"
+
+    def read(self) -> tuple[dict[str, Problem], None]:
+        """The problems of both splits. Raises UserError for what does not fit."""
+        if len(set(self.folders)) < max(2, len(self.folders)):
+            given = ", ".join(map(str, self.folders))
+            raise UserError(f"--cascade {given}: should be two or more different folders, the first network in front")
+        problems = {}
+        for name, split in ((SEARCHED, "validation"), (JUDGED, "test")):
+            records = {str(folder): _record_of(folder, split) for folder in self.folders}
+            check_same_samples(records)
+            macs = [parse_costs(read_json_file(one / COSTS, "its MACs"), str(one)).full_macs for one in self.folders]
+            networks = zip(records.values(), macs, strict=True)
+            problems[name] = cascade_problem([Network.of(r, -1, m, self.exit_confidence) for r, m in networks])
+        return problems, None
+
+
+def _record_of(folder: Path, split: str) -> Record:
+    if not (folder / COSTS).is_file() or not (folder / split).is_dir():
+        raise UserError(
+            f"{folder} is no folder of records: it should hold {COSTS}, validation and test, as record/ID of a study"
+        )
+    return Record.open(folder / split)
+
+
+def search_records(files: RecordFiles | CascadeFiles, settings: SearchRequest, out: Path) -> list[dict[str, Any]]:
     """Searches, writes `configurations.json` and `operating_points.csv` into `out`, and prints a table. Returns the
     entries of the former: one per accuracy weight, then one per budget, then the certified one.
 
@@ -45,7 +92,7 @@ def search_records(files: RecordFiles, settings: SearchRequest, out: Path) -> li
     """
     if not settings.accuracy_weights and not settings.budgets and settings.risk is None:
         raise UserError("nothing is asked for; give accuracy weights, a budget or a risk")
-    problems, times = _read(files)
+    problems, times = files.read()
     started = time.perf_counter()
     driver = SearchDriver(problems, settings, times)
     seconds = time.perf_counter() - started
@@ -55,7 +102,8 @@ def search_records(files: RecordFiles, settings: SearchRequest, out: Path) -> li
         found.append(driver.risk(problems[SEARCHED], problems[JUDGED]))
     entries = [_entry_json(driver, entry) for entry in found]
     write_json(out / "configurations.json", entries)
-    _write_points(out / "operating_points.csv", driver, found)
+    source = "cascade" if isinstance(files, CascadeFiles) else "search"
+    _write_points(out / "operating_points.csv", driver, found, source)
 
     print("\n".join(_table(entries, "MACs" if times is None else "time")))
     if weights:
@@ -72,18 +120,6 @@ def weights_of(given: str | Sequence[float] | None) -> list[float]:
         return parse_weights(given if isinstance(given, str) else list(given))
     except ValueError as error:
         raise UserError(f"accuracy weights are {given!r}, but {error}") from error
-
-
-def _read(files: RecordFiles) -> tuple[dict[str, Problem], ExitCosts | None]:
-    costs = parse_costs(read_json_file(files.macs, "the MACs of the model that made the records"), str(files.macs))
-    problems = read_problems({SEARCHED: files.train, JUDGED: files.val}, costs, files.exit_confidence)
-    if files.latency is None:
-        return problems, None
-    content = read_json_file(files.latency, "a table of times")
-    if not isinstance(content, dict):
-        raise UserError(f"{files.latency} does not hold a table of times; give stage_seconds and head_seconds")
-    times = latency_costs(content, problems[SEARCHED].costs)
-    return problems, with_gates(times) if CONFIDENCES[files.exit_confidence].reads == "gates" else times
 
 
 def _attained(entry: SearchEntry | Unattainable) -> SearchEntry:
@@ -116,15 +152,17 @@ def _objective(driver: SearchDriver, entry: SearchEntry, split: str) -> float | 
         return None
 
 
-def _write_points(path: Path, driver: SearchDriver, found: Sequence[SearchEntry]) -> None:
-    """Writes one row per entry and record, the backbone first; the front is that of the record that was searched."""
+def _write_points(path: Path, driver: SearchDriver, found: Sequence[SearchEntry], source: str) -> None:
+    """Writes one row per entry and record, the backbone (of a cascade its last network) first; the front is that of the
+    record that was searched.
+    """
     backbone = driver.entry(Configuration(((-1, 1.0),) * len(driver.searched.costs.positions)))
     entries = [backbone, *found]
     searched = [entry.points[SEARCHED] for entry in entries]
     front = pareto_front([point.accuracy for point in searched], [point.macs for point in searched])
     rows = [
         ReportRow(
-            source="backbone" if entry is backbone else "search",
+            source="backbone" if entry is backbone else source,
             method="" if entry is backbone else driver.settings.method,
             seed=None,
             ce_ic_tradeoff=None,

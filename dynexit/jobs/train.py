@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
+from dynexit.features import keep_features_of
 from dynexit.jobs.finished import set_aside_stale
 from dynexit.jobs.load import begin, ranks_of
 from dynexit.progress import Progress
@@ -29,6 +30,8 @@ def run_train(points: Sequence[Point]) -> None:
         return
     config = points[0].config
     ranks, data, model, costs = begin(points[0])
+    if config.train.features == "kept":
+        data, model = keep_features_of(points[0], ranks, data, model)
     members = [Member(p.config.seed, p.label, method_settings(p.config)) for p in points]
     together = Pack(
         model,

@@ -195,3 +195,17 @@ _HANDLERS: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "aten::baddbmm": _product(1),
     **dict.fromkeys(_NOT_COUNTED, lambda inputs, outputs: 0),
 }
+
+
+def macs_table(report: dict[str, Any]) -> str:
+    """Returns what `macs_report` found as a table of text, in millions of MACs up to each exit."""
+    full, heads = report["full_macs"], report["head_macs"]
+    height, width = report["image_size"]
+    lines = [f"{report['backbone']} at {height}x{width}, {report['num_classes']} classes: {full / 1e6:,.1f} M MACs"]
+    lines.append("  ".join(["position", "backbone M", "relative", "gate", *(f"{name} M" for name in heads)]))
+    for p, position in enumerate(report["positions"]):
+        macs = report["backbone_macs"][p]
+        cells = [f"{position:8d}", f"{macs / 1e6:10,.1f}", f"{macs / full:8.3f}", f"{report['gate_macs'][p]:4d}"]
+        cells += [f"{values[p] / 1e6:{len(name) + 2},.3f}" for name, values in heads.items()]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

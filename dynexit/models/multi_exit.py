@@ -18,8 +18,10 @@ __all__ = ["MultiExit", "select"]
 def check_positions(backbone: Backbone, positions: Sequence[int]) -> None:
     """Raises UserError unless exits can sit after these blocks: rising indices from 0 to the last block but one.
 
-    The first may be STEM, before the first block.
+    The first may be STEM, before the first block. The last block alone is allowed: an exit in place of the classifier.
     """
+    if list(positions) == [backbone.num_blocks - 1]:
+        return
     last = backbone.num_blocks - 2
     if last < 0:
         raise UserError(
@@ -39,7 +41,8 @@ class MultiExit(nn.Module):
     """A backbone, frozen (eval mode and no autograd, always), with exits after the blocks in `positions`.
 
     `positions` rise strictly and lie in 0..num_blocks-2: after the last block the backbone's own classifier decides.
-    The first may be STEM, before the first block. Raises UserError otherwise, and for a reader that does not fit.
+    The first may be STEM, before the first block; the last block may be the only one. Raises UserError otherwise, and
+    for a reader that does not fit.
     Without a reader, linear heads read the class token where there is one, MLP heads pooled features; where
     `head_types` has both, an exit's feature holds the two, (B, 2, D_p), else it is (B, D_p). The last `own_dims[p]` of
     them are read at the exit itself, the others, if features are concatenated, at the exits before.
@@ -59,9 +62,14 @@ class MultiExit(nn.Module):
         own, _ = measure_reads(backbone, self.positions, self.reading.reader)
         self.own_dims, self.feature_dims = own, tuple(accumulate(own) if self.reading.concatenate else own)
         self.backbone = backbone.requires_grad_(False).eval()
+        self.head_types = tuple(head_types)
         readers = {"linear": backbone.feature, "mlp": backbone.pooled_feature}
         kinds = sorted({"linear" if name == "linear" else "mlp" for name in head_types})
-        self._readers = [readers[kind] for kind in (kinds if backbone.has_class_token else kinds[:1])]
+        kinds = kinds if backbone.has_class_token else kinds[:1]
+        self._readers = [readers[kind] for kind in kinds]
+        own_reads = kinds if backbone.has_class_token else ["average"]
+        self.reads = tuple(own_reads) if self.reading.reader is None else (self.reading.reader,)
+        """Names of what is read at an exit, for identities."""
         self.reads_two = self.reading.reader is None and len(self._readers) == 2
 
     def train(self, mode: bool = True) -> "MultiExit":

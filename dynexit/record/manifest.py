@@ -31,6 +31,8 @@ BACKBONE_ROW = (-1, "backbone")
 STATISTICS = (*LOGIT_CONFIDENCES, "label_probability")
 """What is recorded of each row and sample in addition to its predictions; all in [0, 1]."""
 
+MOST_SAMPLES, MOST_EXITS = 2**31 - 1, 10_000
+"""Of a record; a manifest with more is damaged."""
 SHARED = ("index", "label")
 """The arrays that are the same for all members of a shard."""
 
@@ -57,6 +59,12 @@ class Layout:
         for name in ("topk", "num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name, number, most in (
+            ("num_samples", self.num_samples, MOST_SAMPLES),
+            ("the number of exits", len(self.exits), MOST_EXITS),
+        ):
+            if number > most:
+                raise ValueError(f"{name} is {number}, must be at most {most}")
         if not set(self.statistics[1:]) <= set(STATISTICS[1:]) or self.statistics[:1] != STATISTICS[:1]:
             raise ValueError(f"statistics are {self.statistics}, must be of {STATISTICS}, the first among them")
         if self.num_gates < 0:

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter
 from dynexit.report.published import PublishedPoint
 from dynexit.report.table import by_seed, front_of, within_budgets
 from dynexit.run_dir import atomic_write
-from dynexit.search.operating_points import ReportRow
+from dynexit.search.operating_points import BASELINES, ReportRow
 
 DOTS_PER_INCH = 160
 MARKERS = "osD^vPX<>*"
@@ -62,6 +62,7 @@ def pareto_figure(
     With one method MSDNet's thresholds are drawn too, a gate's colour is its ce_ic_tradeoff and its marker its seed.
     With several a colour is a method and its line the accuracy that each budget buys: mean over seeds, the band from
     the worst to the best seed.
+    Static networks are hollow markers and cascades thin lines, a marker and a line style for each of their classifiers.
     `published` points are drawn beside. Any part may be missing; without test rows the axes are empty.
     """
     rows = list(rows)
@@ -76,6 +77,7 @@ def pareto_figure(
         _draw_search_front(axes, rows, colours)
         _draw_fixed(axes, rows, look)
     _draw_gates(figure, axes, rows, colours if len(methods) > 1 else {}, look)
+    _draw_baselines(axes, rows, look)
     _draw_published(axes, published or (), look)
     axes.set(xlabel="relative MACs (bare backbone = 1)", ylabel="test accuracy")
     axes.yaxis.set_major_formatter(_PERCENT)
@@ -183,6 +185,28 @@ def _tradeoff_bar(figure: Figure, axes: Axes, tradeoffs: list[float], shades: Li
     bar.ax.tick_params(which="both", length=0, colors=look.muted, labelsize=9)
     bar.outline.set_visible(False)
     bar.set_label("gates: ce_ic_tradeoff", color=look.ink, labelpad=8)
+
+
+def _draw_baselines(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
+    baselines = [row for row in rows if row.source in BASELINES and row.split == "test"]
+    methods = sorted({row.method for row in baselines}, key=lambda method: (method != "own classifier", method))
+    for index, method in enumerate(methods):
+        static, cascades = (
+            sorted((row for row in baselines if (row.source, row.method) == (source, method)), key=_cost)
+            for source in BASELINES
+        )
+        marker, style = "sD^vo"[index % 5], (":", "-.", "--")[index % 3]
+        axes.scatter(
+            [row.relative_macs for row in static], [row.accuracy for row in static],
+            s=40, marker=marker, facecolors="none", edgecolors=look.ink, linewidths=1.2, zorder=3.5,
+            label=f"static networks, {method}",
+        )  # fmt: skip
+        if cascades:
+            axes.plot(
+                [row.relative_macs for row in cascades], [row.accuracy for row in cascades], color=look.ink,
+                linewidth=0.9, linestyle=style, marker="x", markersize=4, markevery=max(1, len(cascades) // 12),
+                zorder=2.5, label=f"cascades, {method}",
+            )  # fmt: skip
 
 
 def _draw_published(axes: Axes, published: Sequence[PublishedPoint], look: _Theme) -> None:

@@ -13,7 +13,7 @@ import jinja2
 from dynexit.core.cost import place_name
 from dynexit.report.table import FrontPoint, Hypervolume, Summary, at_tenths, backbone_accuracy, percent, summary
 from dynexit.run_dir import write_text
-from dynexit.search.operating_points import ReportRow
+from dynexit.search.operating_points import BASELINES, ReportRow
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def write_page(path: Path, page: Page) -> None:
         tiles=_tiles(read, backbone_accuracy(rows, "validation")),
         figures=[_embedded(figure) for figure in page.figures],
         front=[_front_cells(point, page.describe or _describe_row) for point in at_tenths(read.front)],
-        name_methods=len({row.method for row in rows if row.source != "backbone"}) > 1,
+        name_methods=len({row.method for row in rows if row.source not in ("backbone", *BASELINES)}) > 1,
         num_front=len(read.front),
-        num_points=len({row.key for row in rows}),
+        num_points=len({row.key for row in rows if row.source not in BASELINES}),
         hypervolumes=[_area_cells(area) for area in read.hypervolumes],
         spread=any(len(area.per_seed) > 1 for area in read.hypervolumes),
         budgets=_table(page.budgets),

@@ -13,7 +13,7 @@ from statistics import fmean
 import numpy as np
 
 from dynexit.core.tradeoff import hypervolume, pareto_front
-from dynexit.search.operating_points import ReportRow, row_order
+from dynexit.search.operating_points import BASELINES, ReportRow, row_order
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Summary:
 def mark_front(rows: Iterable[ReportRow]) -> list[ReportRow]:
     """The same rows with `on_front` set: the Pareto front of validation over all sources, carried to the test rows.
 
-    Equal points stay both. A test row without its validation row is not on the front.
+    Baselines are on no front. Equal points stay both. A test row without its validation row is not on the front.
     """
     rows = list(rows)
     chosen = {row.key for row in _pareto(row for row in rows if row.split == "validation")}
@@ -57,7 +57,7 @@ def mark_front(rows: Iterable[ReportRow]) -> list[ReportRow]:
 
 
 def _pareto(rows: Iterable[ReportRow]) -> list[ReportRow]:
-    rows = list(rows)
+    rows = [row for row in rows if row.source not in BASELINES]
     if not rows:
         return []
     mask = pareto_front(np.array([row.accuracy for row in rows]), np.array([row.relative_macs for row in rows]))
@@ -65,7 +65,7 @@ def _pareto(rows: Iterable[ReportRow]) -> list[ReportRow]:
 
 
 def front_of(rows: Iterable[ReportRow]) -> list[FrontPoint]:
-    """The front of just these rows, chosen on validation, by rising relative MACs on validation.
+    """The front of just these rows, baselines left out, chosen on validation, by rising relative MACs on validation.
 
     Where points are equal on validation one stands for all. Points without a test row are left out. The backbone whose
     accuracy is compared with is the mean over the backbone rows among `rows` (nan without one).
@@ -131,7 +131,7 @@ def summary(rows: Iterable[ReportRow]) -> Summary:
 def _by_method(rows: Iterable[ReportRow]) -> dict[tuple[str, str], list[ReportRow]]:
     groups: dict[tuple[str, str], list[ReportRow]] = defaultdict(list)
     for row in rows:
-        if row.source != "backbone":
+        if row.source not in ("backbone", *BASELINES):
             groups[row.source, row.method].append(row)
     return groups
 

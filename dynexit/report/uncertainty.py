@@ -28,7 +28,7 @@ from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.record.shards import Record
 from dynexit.report.figures import HUNDREDTHS
 from dynexit.report.table import FrontPoint, front_of, within_budgets
-from dynexit.run_dir import COSTS, RunDir, atomic_write
+from dynexit.run_dir import RunDir, atomic_write
 from dynexit.search.held_back import calibration_samples
 from dynexit.search.operating_points import ReportRow
 from dynexit.search.problem import Problem
@@ -241,7 +241,7 @@ def uncertainties(points: Sequence[Point], rows: Sequence[ReportRow]) -> list[Un
 
 
 def _outputs_of(row: ReportRow, point: Point, source: RunDir, split: str) -> ExitOutputs:
-    costs = ExitCosts.from_json(source.read_json(COSTS))
+    costs = source.costs()
     configuration = None
     if row.source == "backbone":
         configuration = Configuration(((-1, 0.0),) * len(costs.positions))

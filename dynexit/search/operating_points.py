@@ -12,13 +12,17 @@ import numpy as np
 from dynexit.errors import Failure
 from dynexit.run_dir import atomic_write, move_aside
 
-SOURCES = ("backbone", "gates", "search", "fixed")
+BASELINES = ("static", "cascade")
+"""Sources of what a study is compared with, which is never chosen: on no front, in no budget, not saved."""
+SOURCES = ("backbone", "gates", "search", "fixed", *BASELINES)
 SPLITS = (("validation", "test"), ("train", "val"))
 """(searched, judged): the splits of a study, and the records given to `search-records`."""
 
 COLUMNS = {
-    "source": "backbone: the bare backbone; gates: leaving by gates; search, fixed: by thresholds",
-    "method": "how the exits were trained; in a table of search-records the method of the search",
+    "source": "backbone: the bare backbone; gates: leaving by gates; search, fixed: by thresholds; static: a static "
+    "network; cascade: several whole networks in turn",
+    "method": "how the exits were trained; in a table of search-records the method of the search; of static networks "
+    "and cascades their classifier",
     "seed": "initialisation of exit heads and gates; empty if there is none",
     "ce_ic_tradeoff": "JEI-DNN's weight of inference cost against cross-entropy; empty for other methods",
     "accuracy_weight": "weight of accuracy against cost that the search was given; empty if there is none",
@@ -28,9 +32,11 @@ COLUMNS = {
     "relative_macs": "macs over those of the bare backbone; above 1 is possible",
     "exit_fractions": "columns exit_0, exit_1, ...: share of the samples leaving at each exit, the backbone's own "
     "classifier last; the last columns are empty for points with fewer exits",
-    "on_front": "whether no other point of the table is better in accuracy and MACs on the split that was searched",
+    "on_front": "whether no other point of the table is better in accuracy and MACs on the split that was searched; "
+    "false for static and cascade, which are not compared",
     "point_id": "id of the training, or of the search for what it chose; empty without a study",
-    "configuration": "JSON, [head type or -1, threshold] per position; empty for backbone and gates of a study",
+    "configuration": "JSON, [head type or -1, threshold] per position; empty for backbone and gates of a study; of "
+    "static and cascade [network, threshold or null] per network",
     "budget": "JSON of the budget or risk that was asked for; empty for an accuracy weight",
 }
 """The columns of an operating-point table, in order, with their meanings."""

@@ -38,6 +38,8 @@ class Point:
     swept: dict[str, Any]  # of the keys that the point's results can depend on
     ids: dict[str, str]
     sweep_keys: tuple[str, ...]  # all swept keys of the study
+    networks: tuple[str, ...] = ()
+    """Of a static network the record ids of all that it is compared with, the study's backbone last; else empty."""
 
     @property
     def id(self) -> str:
@@ -85,16 +87,33 @@ class Study:
     sweep: dict[str, list[Any]]
     points: tuple[Point, ...]
     zipped: tuple[str, ...] = ()  # keys of the sweep whose values go together
+    static: tuple[Point, ...] = ()
+    """The static networks of section `baselines`: points of their own, which no choice of an operating point sees."""
 
     @property
     def directory(self) -> Path:
         return self.config.study_dir
 
+    @property
+    def all_points(self) -> tuple[Point, ...]:
+        """All that has jobs: the study's points, then its static networks."""
+        return (*self.points, *self.static)
+
+    def only(self, kept: Sequence[bool]) -> "Study":
+        """Returns the same study with those of `all_points` that `kept` says."""
+        count = len(self.points)
+        points, static = itertools.compress(self.points, kept[:count]), itertools.compress(self.static, kept[count:])
+        return dataclasses.replace(self, points=tuple(points), static=tuple(static))
+
     def at(self, directory: Path) -> "Study":
         """Returns the same study with its results in `directory`, which may have been moved or renamed."""
         place = {"runs_dir": str(directory.parent), "name": directory.name}
-        points = (dataclasses.replace(p, config=p.config.model_copy(update=place)) for p in self.points)
-        return dataclasses.replace(self, config=self.config.model_copy(update=place), points=tuple(points))
+
+        def moved(points: Sequence[Point]) -> tuple[Point, ...]:
+            return tuple(dataclasses.replace(p, config=p.config.model_copy(update=place)) for p in points)
+
+        config = self.config.model_copy(update=place)
+        return dataclasses.replace(self, config=config, points=moved(self.points), static=moved(self.static))
 
 
 def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str] = ()) -> Iterator[str]:
@@ -194,10 +213,21 @@ def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, 
         config = base
         for dotted, value in mine.items():
             config = _with_value(config, dotted, value)
-        value = getattr(config, name)
-        text = canonical_json(value)
-        cache[cache_key] = (value, text + (_SPLIT_FORMAT if name == "data" else ""))
+        cache[cache_key] = (getattr(config, name), _part(name, config))
     return cache[cache_key]
+
+
+def _part(name: str, config: Config) -> str:
+    """What a section (or `seed`) adds to the ids that cover it."""
+    return canonical_json(getattr(config, name)) + (_SPLIT_FORMAT if name == "data" else "")
+
+
+def ids_of(config: Config) -> dict[str, str]:
+    """The id of each stage of a configuration."""
+    return {
+        stage: _identity(stage, [_part(name, config) for name in _sections(stage, config)], {})
+        for stage in POINT_STAGES
+    }
 
 
 def _value(config: Config, dotted: str) -> Any:

@@ -124,6 +124,8 @@ class Method:
     """Whether an exit's logits include `shrinkage` (a key of its section) times those of the exit before."""
     has_own_rates: bool = False
     """Whether learning_rate and min_learning_rate are keys of its section instead of `train`."""
+    is_augmented: bool = True
+    """Whether it trains on augmented images; those of others are plain."""
     mistakes: Callable[[Any, int], Iterator[str]] | None = None
     """Yields what is wrong with its settings for a number of epochs."""
 
@@ -158,7 +160,7 @@ for _method in (
     Method("independent", "dynexit.train.independent:IndependentTask"),
     Method("boosted", "dynexit.train.independent:BoostedTask", BoostedSettings, max_head_types=1, is_additive=True),
     Method("weighted", "dynexit.train.weighted:WeightedTask", WeightedSettings, max_head_types=1),
-    Method("probe", "dynexit.train.probe:ProbeTask", ProbeSettings),
+    Method("probe", "dynexit.train.probe:ProbeTask", ProbeSettings, is_augmented=False),
     Method("dyce", "dynexit.train.dyce:DyceTask", DyceSettings, has_own_rates=True, mistakes=_dyce_mistakes),
 ):
     register_method(_method)

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dynexit.errors import UserError
+from dynexit.files import read_text
+from dynexit.study.baselines import static_points
 from dynexit.study.grid import Study, check_sweep, expand
 from dynexit.study.schema import SECTIONS, Config
 from dynexit.study.validation import contradictions, sentences
@@ -56,12 +58,13 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         name: list({repr(p.swept[name]): p.swept[name] for p in points if name in p.swept}.values()) or values
         for name, values in sweep.items()
     }
-    return Study(path, base, {**swept, **{name: sweep[name] for name in together}}, points, together)
+    sweep = {**swept, **{name: sweep[name] for name in together}}
+    return Study(path, base, sweep, points, together, static_points(points))
 
 
 def _read_yaml(path: Path, mistakes: list[str]) -> dict[str, Any]:
     try:
-        raw = json_only(parse_yaml(path.read_text(encoding="utf-8")), "", mistakes)
+        raw = json_only(parse_yaml(read_text(path)), "", mistakes)
     except FileNotFoundError:
         raise UserError(f"there is no study {path}; give the path of a YAML file, as configs/digits.yaml") from None
     except (OSError, UnicodeDecodeError) as error:

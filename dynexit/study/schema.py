@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from dynexit.study.dist import DistSettings
 from dynexit.study.keys import (
     DATA_SETS,
     Budgeted,
@@ -84,6 +85,12 @@ class DataSettings(Section):
         "(alpha is dropped, palettes and CMYK become RGB, integers are scaled by their depth, EXIF rotation ignored)",
         changes_results=False,
     )
+    cache: Literal["auto", "memory", "none"] = key(
+        "auto",
+        "whether decoded images stay in memory (uint8, in each rank; the results are the same): auto keeps a split of "
+        "at most 2 GiB and a quarter of the memory available, memory keeps every split",
+        changes_results=False,
+    )
     noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
 
 
@@ -142,9 +149,9 @@ class PrepareSettings(Section):
 
 
 class ExitsSettings(Section):
-    positions: Literal["all"] | Annotated[list[Position], Field(min_length=1), AfterValidator(no_duplicates)] = key(
-        "all", "indices of the blocks after which an exit sits; all = every block but the last"
-    )
+    positions: (
+        Literal["all", "last"] | Annotated[list[Position], Field(min_length=1), AfterValidator(no_duplicates)]
+    ) = key("all", "indices of the blocks after which an exit sits; all = every block but the last; last = it alone")
     head_types: Annotated[list[HeadType], Field(min_length=1), AfterValidator(no_duplicates)] = key(
         lambda: ["linear"], "exit heads at every position: linear, or mlp{n}x{w} (n linear layers, hidden width w)"
     )
@@ -185,6 +192,22 @@ class TrainSettings(Section):
         0.0, "weight of the exits' divergence from the backbone's own classifier, added to their cross-entropy", ge=0
     )
     precision: Literal["float32", "float64"] = key("float32", "arithmetic of heads and gates")
+    features: Literal["fresh", "kept"] = key(
+        "fresh",
+        "fresh: the backbone runs in every epoch; kept: once for each image, and what exits read is stored in "
+        "runs_dir/features, for all epochs, points, methods and studies that share it",
+        omit_default=True,
+    )
+    kept_views: int = key(
+        0,
+        "augmented views kept of each training image, epoch e trains on view e modulo their number; 0: plain images",
+        "views",
+        ge=0,
+        omit_default=True,
+    )
+    max_feature_gb: float = key(
+        16.0, "most disk space of the features that one training reads", "GB", changes_results=False, gt=0
+    )
 
 
 class RecordSettings(Section):
@@ -229,6 +252,18 @@ class SearchSettings(Section):
     workers: int = key(1, "processes that search points at the same time", changes_results=False, ge=1)
 
 
+class BaselinesSettings(Section):
+    static: list[dict[str, Any]] = key(
+        list,
+        "static networks that the study is compared with: for each, what of backbone.arguments is another; fitted from "
+        "random weights as section prepare says",
+        changes_results=False,
+    )
+    cascade: bool = key(
+        False, "whether cascades of two or three of them and the backbone are searched too", changes_results=False
+    )
+
+
 class ReportSettings(Section):
     title: str | None = key(None, "heading of the report; null takes the study's name")
     quantile: Literal["finite_sample", "reference"] = key(
@@ -247,49 +282,6 @@ class InferSettings(Section):
     source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
     split: Literal["validation", "test"] = key("test", "samples to classify")
     batch_size: int = key(256, "images that enter together", "images", ge=1)
-
-
-class DistSettings(Section):
-    device: Literal["auto", "cpu", "cuda"] = key(
-        "auto", "where tensors live; auto takes a GPU if there is one", changes_results=False
-    )
-    num_threads: int | None = key(
-        None, "CPU threads of a process; null takes the machine's", changes_results=False, ge=1
-    )
-    num_workers: int = key(0, "processes of each rank that load images", changes_results=False, ge=0)
-    persistent_workers: bool = key(
-        True, "whether loading processes live on from one epoch to the next", changes_results=False
-    )
-    pin_memory: bool = key(
-        True, "whether loading processes' images are pinned, for a faster way to a GPU", changes_results=False
-    )
-    prefetch_batches: int = key(2, "batches that each loading process prepares ahead", changes_results=False, ge=1)
-    members_per_pack: int = key(64, "most points trained in one job", changes_results=False, ge=1)
-    checkpoint_seconds: float = key(
-        60.0,
-        "time between checkpoints; up to half an hour where saving would take over 1 % of it",
-        "s",
-        changes_results=False,
-        ge=0,
-    )
-    log_seconds: float = key(10.0, "time between lines in the log", "s", changes_results=False, ge=0)
-    timeout_minutes: int = key(24 * 60, "time limit of one submitted job", "min", changes_results=False, ge=1)
-    nodes: int = key(1, "machines that train or record one pack together (slurm)", changes_results=False, ge=1)
-    prepare_on_all_ranks: bool = key(
-        False,
-        "whether all ranks fit the backbone together, a batch norm seeing one rank's images; else one process does",
-        changes_results=False,
-    )
-    tasks_per_node: int = key(1, "ranks on each of them, one per GPU where there are GPUs", changes_results=False, ge=1)
-    deepspeed_stage: Literal[1, 2, 3] | None = key(
-        None,
-        "what all ranks, fitting it together, divide by ZeRO: 1 optimizer states, 2 gradients too, 3 weights too",
-        changes_results=False,
-    )
-    timeout_seconds: float = key(600.0, "longest wait of a rank for the others", "s", changes_results=False, gt=0)
-    max_timeouts: int = key(100, "requeues of a job whose time was up", changes_results=False, ge=0)
-    max_preemptions: int = key(1000, "requeues of a job that was preempted", changes_results=False, ge=0)
-    max_retries: int = key(2, "requeues of a job that crashed", changes_results=False, ge=0)
 
 
 class Config(Section):
@@ -315,6 +307,7 @@ class Config(Section):
     dyce: DyceSettings = Field(default_factory=DyceSettings)
     record: RecordSettings = Field(default_factory=RecordSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)
+    baselines: BaselinesSettings = Field(default_factory=BaselinesSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
     infer: InferSettings = Field(default_factory=InferSettings)
     dist: DistSettings = Field(default_factory=DistSettings)

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
@@ -64,7 +64,7 @@ def unknown_key(dotted: str) -> str:
     return f"{dotted} is not a key; {hint}"
 
 
-def sentences(error: ValidationError, prefix: str = "") -> list[str]:
+def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[str], str] = unknown_key) -> list[str]:
     """One sentence per key that pydantic found wrong; `prefix` goes before the keys."""
     found: dict[str, str] = {}
     for item in error.errors(include_url=False):
@@ -119,7 +119,9 @@ def contradictions(config: Config) -> Iterator[str]:
             "search.relative_latency"
         )
     yield from _contradictions_of_backbone(config)
+    yield from _contradictions_of_features(config)
     yield from _contradictions_of_prepare(config)
+    yield from _contradictions_of_baselines(config)
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
@@ -136,6 +138,17 @@ def _contradictions_of_backbone(config: Config) -> Iterator[str]:
         yield "backbone.weights = 'pretrained': should be a file or null where backbone.module makes the model"
 
 
+def _contradictions_of_features(config: Config) -> Iterator[str]:
+    train, dyce = config.train, config.dyce
+    if train.features == "fresh" and train.kept_views:
+        yield f"train.kept_views = {train.kept_views}: should be 0 where train.features is fresh; set it to kept"
+    if train.features == "kept" and train.method == "dyce" and (dyce.mixup or dyce.cutmix):
+        yield (
+            f"train.features = 'kept': should be fresh where dyce.mixup = {dyce.mixup:g} and dyce.cutmix = "
+            f"{dyce.cutmix:g} mix images; or set both to 0"
+        )
+
+
 def _contradictions_of_prepare(config: Config) -> Iterator[str]:
     prepare, stage = config.prepare, config.dist.deepspeed_stage
     if prepare.min_learning_rate > prepare.learning_rate:
@@ -147,3 +160,19 @@ def _contradictions_of_prepare(config: Config) -> Iterator[str]:
         yield f"dist.deepspeed_stage = {stage}: should be null where prepare.precision is fp16; bf16 needs no scaling"
     if stage is not None and prepare.compile:
         yield f"dist.deepspeed_stage = {stage}: should be null where prepare.compile is true"
+
+
+def _contradictions_of_baselines(config: Config) -> Iterator[str]:
+    baselines = config.baselines
+    if baselines.static and config.prepare.num_epochs == 0:
+        yield (
+            "baselines.static: needs prepare.num_epochs of at least 1, since static networks are fitted from random "
+            "weights; remove it or fit the backbone too"
+        )
+    if {} in baselines.static:
+        yield "baselines.static: {} is the backbone itself; give arguments that differ from backbone.arguments"
+    if baselines.cascade and not baselines.static:
+        yield (
+            "baselines.cascade = true: needs baselines.static, the networks that run before the backbone, as "
+            "[{channels: [8, 12, 16, 24]}]"
+        )

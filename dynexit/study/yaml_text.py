@@ -11,6 +11,7 @@ import yaml
 REFUSED = object()  # what json_only returns for a value that it refuses
 _TAG = "tag:yaml.org,2002:"
 _LONGEST_SHOWN = 120
+_MOST_VALUES = 100_000  # of a text with every alias written out
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,12 @@ def parse_yaml(text: str, *, comments: bool = True) -> Any:
     try:
         loader = _Loader(text.replace("#", mark) if mark else text)
         loader.hash_mark = mark
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_values(node, {}) > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values once its aliases (*) are written out")
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         where = error.problem_mark
         place = f" (line {where.line + 1}, column {where.column + 1})" if where else ""
@@ -106,10 +112,23 @@ def parse_yaml(text: str, *, comments: bool = True) -> Any:
         raise ValueError((problem.replace(mark, "#") if mark else problem) + place) from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
-    except (KeyError, ValueError) as error:  # of a value with an explicit tag, as !!bool maybe
+    except KeyError as error:  # of a value with an explicit tag, as !!bool maybe
         raise ValueError(f"a value does not fit its tag: {error}") from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("it is nested too deeply, or an alias (*) is inside its own anchor (&)") from None
+
+
+def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """The values in `node`, of an alias as many as it stands for; `known` are those of collections by identity.
+
+    Raises RecursionError for an alias inside its own anchor.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def json_only(value: Any, dotted: str, mistakes: list[str]) -> Any:

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from dynexit.contents import CheckpointFacts
 from dynexit.errors import Failure
+from dynexit.files import regular
 from dynexit.run_dir import BEGUN, read_json, save_tensors, write_json, write_text
 
 _KEPT = 2
@@ -78,16 +81,17 @@ class Checkpoints:
         for path in self._complete():
             weights = path.with_suffix(".safetensors")
             try:
-                described = read_json(path)
-                data = weights.read_bytes()
+                described = read_json(path, CheckpointFacts)
+                data = regular(weights).read_bytes()
                 if hashlib.sha256(data).hexdigest() != described["sha256"]:
                     raise Failure("its SHA-256 is not the one that was written")
                 return load(data), described["facts"]
-            except (Failure, OSError, KeyError, TypeError) as error:
+            except (Failure, OSError, SafetensorError) as error:
                 say(f"checkpoint {weights} is damaged ({error}); falling back to the one before")
         return None
 
     def clear(self) -> None:
         """Removes every checkpoint; the job is complete."""
-        for path in (*self.directory.glob("checkpoint-*"), self.directory / BEGUN):
+        litter = self.directory.glob(".checkpoint-*.tmp")  # of a killed writer
+        for path in (*self.directory.glob("checkpoint-*"), *litter, self.directory / BEGUN):
             path.unlink(missing_ok=True)

@@ -64,7 +64,7 @@ def fit(
         while epoch < num_epochs:
             batches = epoch_batches(len(split), global_batch_size, seed, epoch)[position:]
             shares = [ranks.share(batch) for batch in batches]
-            for whole, batch in zip(batches, load_batches(split, shares, epoch), strict=True):
+            for whole, batch in zip(batches, progress.awaited(load_batches(split, shares, epoch)), strict=True):
                 figures = task.train_step(_to_device(batch, ranks), len(batch[0]) / len(whole))
                 position += 1
                 progress.advance(len(whole), figures)

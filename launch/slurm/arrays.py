@@ -10,11 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import is_recorded
+from dynexit.jobs.finished import is_recorded, report_is_done, unfinished_packs
 from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point, Study
-from launch.plan import Job, make_packs, missing_jobs, report_is_done, unfinished_packs
+from dynexit.study.stages import POINT_STAGES, STAGES
+from launch.plan import Job, make_packs, missing_jobs
 from launch.slurm.cluster import Limits
+from launch.tasks.attempts import Work
+from launch.tasks.folder import work_of
 
 Live = Mapping[tuple[str, str], str]  # (stage, id of the work) -> job id, of what waits or runs
 Pack = tuple[Job, ...]
@@ -32,13 +35,9 @@ class Array:
     tasks: tuple[tuple[Pack, ...], ...]
     after: tuple[int | str, ...] = ()
 
-    def work(self) -> list[list[dict[str, list[str]]]]:
-        """Of each task and pack the ids of what it does, by stage; a report has none."""
-        return [[_work(pack) for pack in packs] for packs in self.tasks]
-
-
-def _work(pack: Pack) -> dict[str, list[str]]:
-    return {job.stage: sorted({p.ids[job.stage] for p in job.points}) for job in pack if job.stage != "report"}
+    def work(self) -> list[list[Work]]:
+        """The work of each task and pack."""
+        return [[work_of(pack) for pack in packs] for packs in self.tasks]
 
 
 def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live, ending: Live) -> list[Array]:
@@ -47,120 +46,111 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live,
     `ending` are cancelled jobs that have not ended: their work is submitted again, to start when they have.
     Raises UserError if the cluster's limits leave no room.
     """
-    prepare = [
-        ((job,),) for job in missing_jobs(study, "prepare") if ("prepare", job.points[0].ids["prepare"]) not in live
-    ]
-    chains = [_trainings(study, stages, live) if "train" in stages else []]
-    chains.append(_recordings(study, chains[0], live) if "record" in stages else [])
-    chains.append(_searches(study, [*chains[0], *chains[1]], live) if "search" in stages else [])
-    num_alone = int(stages[-1] == "report")
-    costs = [1 + ("search" in stages)] * 2 + [1]  # jobs of a chain
-    counts = _num_tasks(limits, len(prepare) + num_alone, [len(one) for one in chains], costs)
     arrays: list[Array] = []
+    who: dict[tuple[str, str], int | str] = {work: job.partition("_")[0] for work, job in {**ending, **live}.items()}
 
-    def add(stage: str, part: Sequence[Sequence[Pack]], after: tuple[int | str, ...]) -> None:
-        """Adds an array that does the packs' jobs of its stage, after what is queued for the same work."""
-        mine = TRAINING if stage in TRAINING else (stage,)
-        tasks = tuple(tuple(tuple(job for job in pack if job.stage in mine) for pack in packs) for packs in part)
-        ids = {(job.stage, p.ids[job.stage]) for packs in tasks for pack in packs for job in pack for p in job.points}
-        queued = {(live.get(one) or ending[one]).partition("_")[0] for one in ids & {*live, *ending}}
-        arrays.append(Array(stage, tasks, (*after, *sorted(queued - {*after}))))
+    def add(tasks: Sequence[Sequence[Pack]]) -> None:
+        """Adds arrays that start after those that do the same work, or the work that they need."""
+        for part in _split(tasks, limits.array_size):
+            jobs = [job for packs in part for pack in packs for job in pack]
+            own = {(job.stage, p.ids[job.stage]) for job in jobs if job.stage in POINT_STAGES for p in job.points}
+            needs = [(STAGES[job.stage].needs, job) for job in jobs]
+            needed = {(stage, p.ids[stage]) for stage, job in needs if stage is not None for p in _read_by(job, study)}
+            # the search of a static network reads the records of all of them
+            searched = [p for job in jobs if job.stage == "search" for p in job.points]
+            needed |= {("record", identity) for p in searched for identity in p.networks}
+            after = {who[one] for one in own | (needed - own) if one in who}
+            tuples = tuple(map(tuple, part))
+            arrays.append(Array(jobs[0].stage, tuples, tuple(sorted(after, key=lambda one: (str(one) == one, one)))))
+            who.update(dict.fromkeys(own, len(arrays) - 1))
 
-    for part in _split(prepare, limits.array_size):
-        add("prepare", part, ())
-    after_prepare = (*range(len(arrays)), *_jobs_of(live, "prepare"))
-    training = tuple(_jobs_of(live, *TRAINING))
-    for stage, packs, count, after in zip(
-        ("train", "record", "search"), chains, counts, (after_prepare, training, training), strict=True
-    ):
-        for part in _split(_group(packs, count), limits.array_size):
-            add(stage, part, after)
-            if "search" in stages and stage in TRAINING:
-                add("search", part, (len(arrays) - 1,))
-    return arrays + _report(study, arrays, live) if num_alone else arrays
+    prepare = [job for job in missing_jobs(study, "prepare") if ("prepare", job.points[0].ids["prepare"]) not in live]
+    packs = _trainings(study, "record" in stages, live) if "train" in stages else []
+    packs += _recordings(study, packs, live) if "record" in stages else []
+    searches = [_job("search", study.points, pack) for pack in packs] if "search" in stages else []
+    searches = [job for job in searches if job.points]  # those of static networks wait for all of these
+    alone = _searches(study, searches, live) if "search" in stages else []
+    has_report = stages[-1] == "report"
+    counts = _num_tasks(limits, len(prepare) + has_report, len(packs), 1 + ("search" in stages), len(alone))
+    add([[(job,)] for job in prepare])
+    add(_group(packs, counts[0]))
+    add(_group([(job,) for job in searches], min(counts[0], len(searches))))
+    add(_group(alone, counts[1]))
+    if has_report and (arrays or not report_is_done(study.points)):
+        add([[(Job("report", study.points),)]])
+    return arrays
 
 
-def _trainings(study: Study, stages: Sequence[str], live: Live) -> list[Pack]:
-    """(train, record, search) of every pack to train, so far as `stages` ask for it."""
-    free = tuple(p for p in study.points if ("train", p.ids["train"]) not in live)
-    packs = missing_jobs(dataclasses.replace(study, points=free), "train")
-    rest = [stage for stage in ("record", "search") if stage in stages]
-    return [(pack, *_jobs(rest, _points_of(study.points, pack.points))) for pack in packs]
+def _read_by(job: Job, study: Study) -> tuple[Point, ...]:
+    """The points whose results a job reads: a report's are those of static networks too."""
+    return study.all_points if job.stage == "report" else job.points
+
+
+def _trainings(study: Study, records: bool, live: Live) -> list[Pack]:
+    """(train, record) of every pack to train, or (train,)."""
+    free = study.only([("train", p.ids["train"]) not in live for p in study.all_points])
+    jobs = missing_jobs(free, "train")
+    return [(job, _job("record", study.all_points, (job,))) if records else (job,) for job in jobs]
 
 
 def _recordings(study: Study, trainings: Sequence[Pack], live: Live) -> list[Pack]:
-    """(record, search) of the packs that are trained, or being trained, and not recorded."""
+    """(record,) of the packs that are trained, or being trained, and not recorded."""
     in_training = {point.id for pack in trainings for point in pack[0].points}
     left = [
         point
-        for point in study.points
+        for point in study.all_points
         if point.id not in in_training
         and ("record", point.ids["record"]) not in live
         and not is_recorded(point, check_sizes=True)
     ]
     firsts = list({point.id: point for point in reversed(left)}.values())[::-1]
-    packs = make_packs(firsts, study.config.dist.members_per_pack, unfinished_packs(study))
-    return [tuple(_jobs(("record", "search"), _points_of(left, pack))) for pack in packs]
+    packs = make_packs(firsts, study.config.dist.members_per_pack, unfinished_packs(study.directory))
+    return [(_job("record", left, (Job("train", tuple(pack)),)),) for pack in packs]
 
 
-def _searches(study: Study, others: Sequence[Pack], live: Live) -> list[Pack]:
+def _searches(study: Study, others: Sequence[Job], live: Live) -> list[Pack]:
     """(search,) of the points that only have to be searched."""
-    covered = {point.id for pack in others for point in pack[-1].points}
+    covered = {point.ids["search"] for job in others for point in job.points}
     left = [
         point
-        for point in study.points
-        if point.id not in covered
+        for point in study.all_points
+        if point.ids["search"] not in covered
         and ("search", point.ids["search"]) not in live
         and not RunDir(point, "search").is_done()
     ]
-    return [tuple(_jobs(("search",), part)) for part in _split(left, study.config.dist.members_per_pack)]
+    return [(Job("search", tuple(part)),) for part in _split(left, study.config.dist.members_per_pack)]
 
 
-def _points_of(points: Iterable[Point], trained: Sequence[Point]) -> list[Point]:
-    """Those of the points with the trainings of `trained`; they may differ in what is recorded and searched."""
-    ids = {point.id for point in trained}
-    return [point for point in points if point.id in ids]
+def _job(stage: str, points: Iterable[Point], pack: Pack) -> Job:
+    """The job of a stage for those of the points with the pack's trainings; they may differ in later sections."""
+    ids = {point.id for point in pack[0].points}
+    return Job(stage, tuple({point.ids[stage]: point for point in points if point.id in ids}.values()))
 
 
-def _jobs(stages: Sequence[str], points: Sequence[Point]) -> list[Job]:
-    return [Job(stage, tuple({point.ids[stage]: point for point in points}.values())) for stage in stages]
-
-
-def _num_tasks(limits: Limits, fixed: int, lengths: Sequence[int], costs: Sequence[int]) -> list[int]:
-    """How many tasks there may be of each kind of chain: one a chain, or fewer that do several in turn."""
-    total = sum(length * cost for length, cost in zip(lengths, costs, strict=True))
-    if limits.new_jobs is None or fixed + total <= limits.new_jobs:
-        return list(lengths)
-    least = sum(cost for length, cost in zip(lengths, costs, strict=True) if length)
-    if limits.new_jobs < fixed + least:
+def _num_tasks(limits: Limits, fixed: int, num_packs: int, cost: int, num_alone: int) -> tuple[int, int]:
+    """Numbers of tasks for packs, each with `cost` jobs, and for searches alone: one each, or fewer that do several."""
+    if limits.new_jobs is None:
+        return num_packs, num_alone
+    room = limits.new_jobs - fixed
+    for_packs = min(num_packs, (room - min(num_alone, 1)) // cost)
+    for_alone = min(num_alone, room - cost * for_packs)
+    least = cost * min(num_packs, 1) + min(num_alone, 1)
+    if room < least:
         raise UserError(
             f"the queue has room for {max(limits.new_jobs, 0)} more jobs of yours and the study needs {fixed + least} "
             "at once; wait until others have ended, or have the limit raised"
         )
-    share = (limits.new_jobs - fixed - least) / (total - least) if total > least else 0.0
-    return [min(length, 1) + int(share * max(length - 1, 0)) for length in lengths]
+    return for_packs, for_alone
 
 
-def _group(chains: Sequence[Pack], num_tasks: int) -> list[Sequence[Pack]]:
-    """The chains in turn for `num_tasks` tasks, as even as can be, none empty."""
-    ends = [len(chains) * i // num_tasks for i in range(num_tasks + 1)] if num_tasks else [0]
-    return [chains[start:end] for start, end in itertools.pairwise(ends)]
+def _group(packs: Sequence[Pack], num_tasks: int) -> list[Sequence[Pack]]:
+    """The packs in turn for `num_tasks` tasks, as even as can be, none empty."""
+    ends = [len(packs) * i // num_tasks for i in range(num_tasks + 1)] if num_tasks else [0]
+    return [packs[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _split(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _jobs_of(live: Live, *stages: str) -> list[str]:
-    """The ids of the arrays that have work of these stages in the queue."""
-    return sorted({job_id.partition("_")[0] for (name, _), job_id in live.items() if name in stages})
-
-
-def _report(study: Study, arrays: Sequence[Array], live: Live) -> list[Array]:
-    if not arrays and report_is_done(study):
-        return []
-    searches = [i for i, array in enumerate(arrays) if array.stage == "search"]
-    return [Array("report", (((Job("report", study.points),),),), (*searches, *_jobs_of(live, "search")))]
 
 
 def resolve(after: Iterable[int | str], job_ids: Sequence[str]) -> str:

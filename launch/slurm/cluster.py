@@ -7,20 +7,20 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure
 from launch.slurm.site import Site
 
 DEFAULT_ARRAY_SIZE = 1001  # SLURM's MaxArraySize where nobody set another
 QUERY_SECONDS = 30  # between two questions for the queue
-# options that users may give the commands by the environment; others, as SQUEUE_PARTITION, would change their answers
-OF_USERS = (
+# options that users may give the commands by the environment; others, as SQUEUE_PARTITION or the variables of a job
+# that this process runs in, would change their answers
+_OF_USERS = (
     *("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"),
     *(f"SBATCH_{name}" for name in ("ACCOUNT", "CLUSTERS", "CONSTRAINT", "PARTITION", "QOS", "RESERVATION")),
 )
-_OPTIONS = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_")
+_OPTIONS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SQUEUE_", "SCANCEL_")
 _SECONDS = 60  # a controller that is restarted answers within that, or not at all
 _LIVE = re.compile("PENDING|RUNNING|COMPLETING|CONFIGURING|SUSPENDED|REQUEUED|REQUEUE_HOLD|STOPPED|SIGNALING")
 
@@ -33,7 +33,6 @@ class QueuedJob:
     state: str
     reason: str
     node: str
-    study: str = ""  # the folder that dynexit gave it as a comment
 
     @property
     def is_live(self) -> bool:
@@ -51,7 +50,7 @@ class Limits:
 
 def ask(command: Sequence[str]) -> str:
     """What a command printed. Raises Failure if it is missing, fails or does not answer."""
-    kept = {name: value for name, value in os.environ.items() if name in OF_USERS or not name.startswith(_OPTIONS)}
+    kept = {name: value for name, value in os.environ.items() if name in _OF_USERS or not name.startswith(_OPTIONS)}
     try:
         done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except FileNotFoundError:
@@ -71,8 +70,8 @@ def is_here() -> bool:
 
 def queue() -> dict[str, QueuedJob]:
     """Every job and array task of this user that SLURM still knows, the ended ones of the last minutes included."""
-    lines = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N|%k"]).splitlines()
-    jobs = (QueuedJob(*line.strip().split("|", 4)) for line in lines if line.count("|") >= 4)
+    lines = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N"]).splitlines()
+    jobs = (QueuedJob(*line.strip().split("|", 3)) for line in lines if line.count("|") >= 3)
     return {job.job_id: job for job in jobs}
 
 
@@ -83,7 +82,7 @@ def cancel_jobs(job_ids: Sequence[str]) -> None:
 
 
 def limits(site: Site, in_queue: int) -> Limits:
-    """The cluster's limits: those of the profile, else what scontrol and sacctmgr say."""
+    """The cluster's limits: those of the profile, else those that scontrol and sacctmgr report."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]), re.MULTILINE)
     array_size = site.max_array_size or (int(found.group(1)) if found else DEFAULT_ARRAY_SIZE)
     most = site.max_submit_jobs or min(_submit_limits(site), default=None)
@@ -100,43 +99,3 @@ def _submit_limits(site: Site) -> Iterable[int]:
     for command in asked:
         with contextlib.suppress(Failure):
             yield from (int(line) for line in ask(command).split() if line.isdigit())
-
-
-def rehearse(script: str, site: Site) -> str:
-    """Why no node could run the script's job as the cluster is now, or ''.
-
-    Raises UserError with what sbatch would refuse or no node could ever run.
-    """
-    with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
-        file.write(script)
-        file.flush()
-        try:
-            ask(["sbatch", "--test-only", file.name])
-            return ""
-        except Failure as failure:
-            reason = str(failure).partition(" failed: ")[2].removeprefix("allocation failure: ") or str(failure)
-    chosen = ["--partition=" + site.partition] if site.partition else []
-    with contextlib.suppress(Failure):
-        if "node configuration" in reason:  # nodes that have it may be drained
-            states = ask(["sinfo", "--noheader", *chosen, "--format=%t"]).split()
-            if not all(state in ("idle", "mix", "alloc", "comp") for state in states):
-                return reason
-    raise UserError(reason)
-
-
-def check_time(site: Site, minutes: int) -> None:
-    """Raises UserError if the partition never gives so much time: SLURM would let the job wait for ever."""
-    longest: dict[str, int | None] = {}
-    for line in ask(["scontrol", "--oneliner", "show", "partition"]).splitlines():
-        words = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        if words["PartitionName"] in (site.partition or "").split(",") or (
-            not site.partition and words.get("Default") == "YES"
-        ):
-            time = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", words.get("MaxTime", ""))  # or UNLIMITED
-            days, hours, rest = (int(part or 0) for part in time.groups()) if time else (0, 0, 0)
-            longest[words["PartitionName"]] = (24 * days + hours) * 60 + rest if time else None
-    limits = [limit for limit in longest.values() if limit is not None]
-    if limits and len(limits) == len(longest) and max(limits) < minutes:
-        raise UserError(
-            f"time_minutes = {minutes}: partition {', '.join(longest)} allows at most {max(limits)} minutes"
-        )

@@ -1,21 +1,24 @@
 """The site profile: what jobs ask a cluster for, and what they need there. One YAML per cluster."""
 
 import contextlib
-import difflib
 import hashlib
 import os
 import re
 import shlex
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import PrivateAttr, ValidationError, field_validator
+from pydantic import PrivateAttr, ValidationError
 
 from dynexit.errors import UserError
+from dynexit.files import regular
+from dynexit.study.dist import DistSettings
 from dynexit.study.keys import Section, key
-from dynexit.study.schema import Config, DistSettings
+from dynexit.study.schema import Config
+from dynexit.study.validation import sentences
 
 
 class _Request(Section):
@@ -60,16 +63,6 @@ class Site(_Request):
         dict, "what the CPU jobs ask for, as {search: {partition: cpu, cpus: 8}}; a report asks as a search does"
     )
     _source: dict[str, str] | None = PrivateAttr(None)
-
-    @field_validator("sbatch")
-    @classmethod
-    def _has_option_names(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Refuses names that are none, and keeps the others in sbatch's spelling."""
-        names = {name: name.lstrip("-").replace("_", "-") for name in options}
-        wrong = [name for name, option in names.items() if not re.fullmatch("[a-z-]+", option)]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is not an option of sbatch; write its long name, as mail-type")
-        return {names[name]: value for name, value in options.items()}
 
     @property
     def source(self) -> dict[str, str] | None:
@@ -119,7 +112,7 @@ def load_site(path: Path | None) -> Site:
     if path is None:
         return Site()
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
         raw = yaml.safe_load(content.decode())
     except FileNotFoundError:
         raise UserError(f"there is no site profile {path}; slurm/sites/example.yaml is one to start from") from None
@@ -131,10 +124,8 @@ def load_site(path: Path | None) -> Site:
     try:
         site = Site.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_sentence(path, item) for item in error.errors()))) from None
-    wrong = [name for name, value in raw.items() if name != "setup" and not "".join(texts_of(value)).isprintable()]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]} holds a control character, as a line break; only setup may")
+        mistakes = sentences(error, unknown_key=_unknown_key)
+        raise UserError("\n".join(f"{path}: {text}" for text in mistakes)) from None
     site._source = {"path": str(path.absolute()), "sha256": hashlib.sha256(content).hexdigest()}
     return site
 
@@ -146,48 +137,33 @@ def load_last_site(source: Mapping[str, Any] | None, study_dir: Path) -> Site:
     """
     if source is None:
         return Site()
-    path, site = Path(str(source.get("path"))), None
+    path = Path(str(source.get("path")))
     with contextlib.suppress(OSError, UserError):
-        if path.stat().st_uid in (os.geteuid(), 0) and not path.resolve().is_relative_to(study_dir.resolve()):
-            site = load_site(path)
-    if site is None or site.source is None or site.source["sha256"] != source.get("sha256"):
-        raise UserError(
-            f"the site profile of the last submission, {path}, is missing, has changed or belongs to another user; "
-            "name the profile with --site SITE.yaml"
-        )
-    return site
+        site = load_site(path)
+        is_own = path.stat().st_uid in (os.geteuid(), 0) and not path.resolve().is_relative_to(study_dir.resolve())
+        if is_own and site.source == source:
+            return site
+    raise UserError(
+        f"the site profile of the last submission, {path}, is missing, has changed or belongs to another user; "
+        "name the profile with --site SITE.yaml"
+    )
 
 
-def texts_of(value: Any) -> list[str]:
-    """All texts in a value of a profile, keys too."""
-    if isinstance(value, dict):
-        return [text for pair in value.items() for one in pair for text in texts_of(one)]
-    return [text for one in value for text in texts_of(one)] if isinstance(value, list) else [str(value)]
-
-
-def _sentence(path: Path, item: Any) -> str:
-    name = ".".join(str(part) for part in item["loc"] if part != "[key]")
-    if item["type"] != "extra_forbidden":
-        said = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        return f"{path}: {name} = {item['input']!r}: {said[0].lower()}{said[1:]}"
-    if name in SBATCH_NAMES:
-        return f"{path}: {name} is not a key; did you mean {SBATCH_NAMES[name]}?"
-    near = difflib.get_close_matches(name, Site.model_fields, n=1, cutoff=0.5)
+def _unknown_key(name: str) -> str:
+    """Returns that there is no such key, and which one may be meant."""
+    near = [SBATCH_NAMES[name]] if name in SBATCH_NAMES else get_close_matches(name, Site.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(Site.model_fields)}"
-    return f"{path}: {name} is not a key; {hint}"
+    return f"{name} is not a key; {hint}"
 
 
 # how sbatch and other launchers call it
 SBATCH_NAMES = {"time": "time_minutes", "timeout_min": "time_minutes", "mem": "mem_gb", "memory": "mem_gb"}
 SBATCH_NAMES |= {"gres": "gpus_per_node", "gpus": "gpus_per_node", "nodes": "dist.nodes of the study"}
 SBATCH_NAMES |= {"tasks_per_node": "dist.tasks_per_node of the study"}
-# options that are keys of the profile or the study
-_OF_OTHER_KEYS = {name: SBATCH_NAMES[name.removesuffix("-min")] for name in ("time", "time-min", "nodes")}
-_OF_OTHER_KEYS |= dict.fromkeys(("ntasks", "ntasks-per-node"), SBATCH_NAMES["tasks_per_node"])
-_OF_OTHER_KEYS |= {"cpus-per-task": "cpus_per_task"}
-# options by which jobs are chained, found, stopped and requeued
+# options by which jobs are chained, found, stopped and requeued, and those that follow from other keys
 _OWN_OPTIONS = re.compile(
-    "array|comment|dependency|error|kill-on-invalid-dep|no-requeue|output|parsable|requeue|signal|wait"
+    "array|comment|dependency|error|kill-on-invalid-dep|no-requeue|output|parsable|requeue|signal|wait|"
+    "time|time-min|nodes|ntasks|ntasks-per-node|cpus-per-task"
 )
 
 
@@ -208,8 +184,8 @@ def site_contradictions(site: Site, config: Config) -> list[str]:
             f"dist.tasks_per_node={site.gpus_per_node} in the study, or "
             f"gpus_per_node: {config.dist.tasks_per_node} in the profile"
         )
-    own = sorted(filter(_OWN_OPTIONS.fullmatch, site.sbatch))
+    options = sorted(name.lstrip("-").replace("_", "-") for name in site.sbatch)
+    own = ", ".join(filter(_OWN_OPTIONS.fullmatch, options))
     if own:
-        found.append(f"sbatch = {', '.join(own)}: dynexit sets that itself; take it out of the site profile")
-    others = sorted(name for name in site.sbatch if name in _OF_OTHER_KEYS)
-    return found + [f"sbatch = {name}: that is {_OF_OTHER_KEYS[name]}" for name in others]
+        found.append(f"sbatch = {own}: follows from other keys of profile and study; take it out of the site profile")
+    return found

@@ -1,29 +1,22 @@
 """What was submitted for a study and what became of it: a folder per submission, with its jobs' logs and attempts."""
 
-import contextlib
+import collections
 import dataclasses
 import functools
-import itertools
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from dynexit.errors import Failure, UserError
-from dynexit.run_dir import folders_in_place, read_json, write_json
+from dynexit.run_dir import folders_in_place, read_json
 from dynexit.study.grid import Point, Study
 from launch.slurm import cluster
-from launch.slurm.attempts import CRASHED, FAILED, Attempts, RankReason, read_attempts, read_reason
 from launch.slurm.cluster import QueuedJob
-
-_LIST = "jobs.json"
-
-Work = Mapping[str, Sequence[str]]  # stage -> ids of what is done
+from launch.tasks.attempts import COMPLETED, FAILED, JOBS, Attempts, End, Work, packs_left, read_attempts
 
 
 @dataclasses.dataclass(frozen=True)
 class Submitted:
-    """A job or array task that was submitted: its array's stage, and the work of each of its packs."""
+    """A task of an array that was submitted: its array's stage, and the work of each of its packs."""
 
     job_id: str
     stage: str
@@ -32,8 +25,8 @@ class Submitted:
 
     @property
     def work(self) -> set[tuple[str, str]]:
-        """All that it does, as (stage, id)."""
-        return {(stage, one) for pack in self.packs for stage, ids in pack.items() for one in ids}
+        """All that it does for points, as (stage, id)."""
+        return {(stage, one) for pack in self.packs for stage, ids in pack.items() if stage != "report" for one in ids}
 
     @property
     def path(self) -> Path:
@@ -45,70 +38,32 @@ class Submitted:
         """How often it was started, and how that ended."""
         return read_attempts(self.path)
 
-    @functools.cached_property
-    def main_reason(self) -> RankReason:
-        """What the main rank of the last attempt says: the pack that it is at, and those that it finished."""
-        restart = max((count for _, count, _ in self.attempts.starts), default=0)
-        return read_reason(self.path, 0, restart) or RankReason(self.path)
-
     @property
     def is_cancelled(self) -> bool:
         return (self.folder / f"{self.job_id}.cancelled").exists()
 
+    def pack_of(self, work: tuple[str, str]) -> int:
+        """The number of the pack that does the work."""
+        return next((i for i, pack in enumerate(self.packs) if work[1] in pack.get(work[0], ())), 0)
+
     def logs(self) -> list[Path]:
         """What its ranks printed: outputs first, then errors, by rank."""
-        return logs_by_job(self.folder).get(self.job_id, [])
-
-
-def logs_by_job(folder: Path) -> dict[str, list[Path]]:
-    """What the ranks of a submission's jobs printed, from one look at the folder: by job id, outputs first."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*_log.*"), key=lambda path: (path.suffix != ".out", len(path.name), path.name)):
-        found.setdefault(path.name.rsplit("_", 2)[0], []).append(path)  # 7_2_0_log.out: of the job 7_2 rank 0
-    return found
-
-
-class Submission:
-    """A submission that is being made: keeps the list on disk as complete as the queue is."""
-
-    def __init__(self, study: Study, site: Mapping[str, str] | None) -> None:
-        """`site` is where the site profile is, and its digest."""
-        root = study.directory / "slurm"
-        root.mkdir(parents=True, exist_ok=True)
-        self.folder = next(path for n in itertools.count(1) if not (path := root / f"{n:04d}").exists())
-        self.folder.mkdir(mode=0o700)  # it holds what the jobs will run
-        self._content: dict[str, Any] = {"site": site, "arrays": []}
-
-    def add(self, job_ids: Sequence[str], stage: str, work: Sequence[Sequence[Work]]) -> None:
-        """Notes the tasks of an array that was submitted."""
-        self._content["arrays"].append({"stage": stage, "tasks": dict(zip(job_ids, work, strict=True))})
-        write_json(self.folder / _LIST, self._content)
-
-    def take_back(self) -> str:
-        """Cancels what was submitted, and says what became of it; '' if nothing was."""
-        if not self._content["arrays"]:
-            shutil.rmtree(self.folder)
-            return ""
-        try:
-            cancel(list(_jobs(self.folder / _LIST)))
-        except Failure as failure:
-            return f"; what was submitted before it stays in the queue ({failure})"
-        return "; what was submitted before it is cancelled"
+        found = self.folder.glob(f"{self.job_id}_*_log.*")
+        return sorted(found, key=lambda path: (path.suffix != ".out", len(path.name), path.name))
 
 
 def all_submitted(study_dir: Path) -> list[Submitted]:
     """Everything that was ever submitted for the study, oldest first."""
-    return [job for path in _lists(study_dir) for job in _jobs(path)]
-
-
-def _jobs(path: Path) -> Iterator[Submitted]:
-    for array in read_json(path)["arrays"]:
-        for job_id, packs in array["tasks"].items():
-            yield Submitted(job_id, array["stage"], tuple(p for p in packs if isinstance(p, dict)), path.parent)
+    return [
+        Submitted(job_id, array["stage"], tuple(packs), path.parent)
+        for path in _lists(study_dir)
+        for array in read_json(path)["arrays"]
+        for job_id, packs in array["tasks"].items()
+    ]
 
 
 def _lists(study_dir: Path) -> list[Path]:
-    lists = [folder / _LIST for folder in folders_in_place(study_dir / "slurm")]
+    lists = [folder / JOBS for folder in folders_in_place(study_dir / "slurm")]
     return [path for path in lists if path.is_file()]
 
 
@@ -137,22 +92,14 @@ def cancel(jobs: Sequence[Submitted]) -> None:
     cluster.cancel_jobs([job.job_id for job in jobs])
 
 
-def unlisted(study_dir: Path, queue: Mapping[str, QueuedJob]) -> str:
-    """An error message if the queue has jobs of the study that none of its lists knows, or ''."""
-    mine = {job.job_id for job in queue.values() if job.is_live and job.study == str(study_dir.absolute())}
-    mine -= {job.job_id for job in all_submitted(study_dir)} if mine else set()
-    found = " ".join(sorted({job_id.partition("_")[0] for job_id in mine}))
-    return found and (
-        f"jobs of {study_dir} are queued ({found}) that no list in that folder knows: its file system is unavailable, "
-        f"or the launcher was killed while it submitted; make it available and run this again, or `scancel {found}`"
-    )
-
-
-def check_listed(study_dir: Path) -> None:
-    """Raises UserError if the queue has jobs of the study that none of its lists knows."""
-    with contextlib.suppress(Failure):  # with no queue to ask there is nothing to say
-        if cluster.is_here() and (message := unlisted(study_dir, cluster.queue())):
-            raise UserError(message)
+def take_back(folder: Path) -> str:
+    """Cancels what a submission's list has, and says what became of it; '' if it has nothing."""
+    jobs = [job for job in all_submitted(folder.parents[1]) if job.folder == folder]
+    try:
+        cancel(jobs)
+    except Failure as failure:
+        return f"; what was submitted before it stays in the queue ({failure})"
+    return "; what was submitted before it is cancelled" if jobs else ""
 
 
 def check_queue(study: Study) -> None:
@@ -168,11 +115,10 @@ def check_queue(study: Study) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterState:
-    """What the cluster says of the job that does a point's next work."""
+    """The state of the job that does a point's next work; `reason` says why that failed, '' if it did not."""
 
     state: str
     is_live: bool
-    is_failed: bool
     reason: str
     attempts: int
     node: str
@@ -183,91 +129,60 @@ class QueueView:
     """The jobs of every piece of work of a study, and the queue as one query showed it."""
 
     def __init__(self, study_dir: Path) -> None:
-        self._jobs: dict[tuple[str, str], list[Submitted]] = {}  # of every piece of work, the newest last
+        self._jobs: dict[tuple[str, str], list[Submitted]] = collections.defaultdict(list)  # the newest last
         for job in all_submitted(study_dir):
             for one in job.work or {("report", "")}:
-                self._jobs.setdefault(one, []).append(job)
-        self._queue: dict[str, QueuedJob] | None = None
-        self.unanswered = ""  # why there is no queue to look at; the files say what they can
-        if self._jobs or cluster.is_here():
+                self._jobs[one].append(job)
+        self._queue: Mapping[str, QueuedJob] | None = None
+        self.unanswered = ""  # why there is no queue to look at; the files have what they can say
+        if self._jobs:
             try:
                 self._queue = cluster.queue()
             except Failure as failure:
-                self.unanswered = str(failure) if self._jobs else ""
-        self.unlisted = unlisted(study_dir, self._queue or {})
-        self._logs = functools.cache(logs_by_job)
+                self.unanswered = str(failure)
 
-    def of(self, point: Point, missing: str) -> ClusterState | None:
-        """Of the job that does the point's work `missing`, or the report; None if none was submitted."""
-        work = (missing, "" if missing == "report" else point.ids[missing])
-        jobs = self._jobs.get(work)
-        return None if jobs is None else self._describe(jobs, work, point.config.dist.max_retries)
-
-    def _describe(self, jobs: Sequence[Submitted], work: tuple[str, str], max_retries: int) -> ClusterState:
-        job, pack = jobs[-1], _pack_of(jobs[-1], work)
-        entry = None if self._queue is None else self._queue.get(job.job_id)
-        live = entry is not None and entry.is_live
-        ends = [end for end in job.attempts.ends if end.pack == pack]
-        is_over = any(end.reason == FAILED for end in ends) or sum(end.reason == CRASHED for end in ends) > max_retries
-        now = next((one for one in job.main_reason.finished if one["pack"] == pack and one["reason"] == FAILED), None)
-        last = job.attempts.last(pack)
-        state, failed = "submitted" + (f", {last.reason} before" if last else ""), False
-        if entry is not None and live:
-            is_another = len(job.packs) > 1 and job.main_reason.pack != pack
-            state = live_state(entry, work[0], last.reason if last else "", is_another=is_another)
-            failed = is_over or now is not None  # the job continues with its other packs
-        elif job.is_cancelled or (entry is not None and entry.state == "CANCELLED"):
-            state = "cancelled"
-        elif self._queue is not None:
-            failed = True
-        reason = ""
-        if failed:
-            noted = last if job.attempts.has_ended or is_over else None
-            reason = now["error"] if now else noted.error if noted and noted.reason == FAILED else str(noted or "")
-            reason = reason or _unnoted_end(job, entry)
-        attempts, node = self._tries(jobs, work)
-        logs = self._logs(job.folder).get(job.job_id, [])
-        printed = [path for path in logs if failed and path.suffix == ".err" and path.stat().st_size]
-        log = next(iter([*printed, *logs]), job.folder)
-        return ClusterState(state, live, failed, reason, attempts, (entry.node if entry else "") or node, log)
-
-    def tries(self, point: Point) -> tuple[int, str] | None:
-        """How often the point's training was tried, and where it was last; None if no job did it."""
-        work = ("train", point.ids["train"])
-        return self._tries(self._jobs[work], work) if work in self._jobs else None
-
-    def _tries(self, jobs: Sequence[Submitted], work: tuple[str, str]) -> tuple[int, str]:
-        counts = [_num_tries(job, _pack_of(job, work)) for job in jobs]
-        return sum(counts), next((job.attempts.node for job in reversed(jobs) if job.attempts.node), "")
+    def of(self, point: Point, stage: str) -> ClusterState | None:
+        """The state of the job that does this stage for the point, or the report; None if none was submitted."""
+        work = (stage, point.ids.get(stage, ""))
+        if work not in self._jobs:
+            return None
+        jobs, job = self._jobs[work], self._jobs[work][-1]
+        entry = (self._queue or {}).get(job.job_id)
+        pack = job.pack_of(work)
+        last = next((end for end in reversed(job.attempts.ends) if end.pack in (pack, None)), None)
+        state = _state(job, last, stage, entry)
+        left = packs_left(job.attempts.ends, len(job.packs), point.config.dist.max_retries)
+        is_over = last is not None and last.reason != COMPLETED and pack not in left
+        is_live = entry is not None and entry.is_live
+        has_failed = is_over or not (is_live or self._queue is None or state == "cancelled")
+        reason = _failure(job, last, entry, is_noted=is_over or job.attempts.has_ended) if has_failed else ""
+        node = next((one.attempts.node for one in reversed(jobs) if one.attempts.node), "")
+        logs = [job.folder / f"{job.job_id}_0_log.{kind}" for kind in (("err", "out") if reason else ("out", "err"))]
+        log = next((path for path in logs if path.is_file() and path.stat().st_size), logs[-1])
+        tries = sum(len(one.attempts.starts) for one in jobs)
+        return ClusterState(state, is_live, reason, tries, (entry.node if entry else "") or node, log)
 
 
-def _pack_of(job: Submitted, work: tuple[str, str]) -> int:
-    return next((i for i, pack in enumerate(job.packs) if work[1] in pack.get(work[0], ())), 0)
-
-
-def _num_tries(job: Submitted, pack: int) -> int:
-    """How often a pack was begun: of one alone whenever the job started, of several as its ends and the ranks say."""
-    if len(job.packs) <= 1:
-        return len(job.attempts.starts)
-    is_at_it = job.main_reason.pack == pack or any(one["pack"] == pack for one in job.main_reason.finished)
-    return sum(end.pack == pack for end in job.attempts.ends) + int(is_at_it and not job.attempts.has_ended)
-
-
-def live_state(entry: QueuedJob, missing: str, last: str, *, is_another: bool = False) -> str:
-    """What a job that is not over does for the work `missing`, unless it does another pack's (`is_another`).
-
-    `last` is why it ended the last time, '' for never.
-    """
-    if entry.state == "RUNNING" and not (is_another and last == CRASHED):
-        return f"{missing} {'waits for its turn' if is_another else 'running'}"
-    if last:
-        return f"{last}, waits to resume"
+def _state(job: Submitted, last: End | None, stage: str, entry: QueuedJob | None) -> str:
+    """What the job does for a pack that ended as `last` before."""
+    if entry is None or not entry.is_live:
+        is_cancelled = job.is_cancelled or (entry is not None and entry.state == "CANCELLED")
+        return "cancelled" if is_cancelled else "submitted" + (f", {last.reason} before" if last else "")
+    if entry.state == "RUNNING":
+        return f"{stage} running"
+    if last is not None:
+        return f"{last.reason}, waits to resume"
     if entry.state == "COMPLETING":
-        return f"{missing} ending"
+        return f"{stage} ending"
     return "waiting" if entry.reason == "None" else f"waiting ({entry.reason})"
 
 
-def _unnoted_end(job: Submitted, entry: QueuedJob | None) -> str:
+def _failure(job: Submitted, last: End | None, entry: QueuedJob | None, *, is_noted: bool) -> str:
+    """Why a pack failed: by its last end if the last attempt noted it (`is_noted`), else by the job's state."""
+    if last is not None and last.reason == FAILED and last.error:
+        return last.error
+    if last is not None and is_noted:
+        return str(last)
     if entry is None:
         return f"{job.stage} job {job.job_id} ended without an error message"
     if entry.state == "COMPLETED":

@@ -1,11 +1,9 @@
-"""Submitting a study to SLURM through submitit: everything at once, chained by dependencies."""
+"""Submitting a study to SLURM: everything at once, chained by dependencies. submitit writes the scripts."""
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import submitit
 
@@ -15,39 +13,33 @@ from dynexit.study.own_code import allowed_code, check_allowed
 from launch.plan import done_together
 from launch.slurm import cluster
 from launch.slurm.arrays import TRAINING, Array, plan_arrays, resolve
-from launch.slurm.requeue import RequeueLimits, script_after, script_before
+from launch.slurm.requeue import script_after, script_before
 from launch.slurm.site import Site, site_contradictions
-from launch.slurm.submissions import Submission, Submitted, live_jobs, unlisted
-from launch.slurm.worker import ClusterTask
+from launch.slurm.submissions import Submitted, live_jobs, take_back
+from launch.tasks.decision import RequeueLimits
+from launch.tasks.folder import add_array, new_folder
 
 _EARLY_SECONDS = 65  # SLURM looks at time limits about once a minute
 
 
 class _Executor(submitit.SlurmExecutor):
-    """Submitit's, with a command of its own; also where there is no SLURM, since a script can be made anywhere."""
-
-    command = ""
+    """Submitit's, also where there is no SLURM, since a script can be made anywhere."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
-    @property
-    def _submitit_command_str(self) -> str:
-        return self.command
-
-    def script(self, num_tasks: int) -> str:
-        """The text that sbatch would get."""
-        self.parameters |= {"map_count": num_tasks} if num_tasks > 1 else {}
-        text: str = self._make_submission_file_text(self.command, "")
+    def script(self, command: str, num_tasks: int) -> str:
+        """Returns the text for sbatch: an array of tasks that run the command."""
+        self.parameters["map_count"] = num_tasks
+        text: str = self._make_submission_file_text(command, "")
         return text
 
 
 def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     """Submits what is missing and returns at once: a line for every array. The caller holds the study.
 
-    Raises UserError if the cluster could never run it, Failure if sbatch refuses; what was submitted before that is
-    cancelled.
+    Raises UserError for a contradiction, Failure if sbatch refuses; what was submitted before that is cancelled.
     """
     if not cluster.is_here():
         raise UserError("there is no sbatch on this machine; submit from a node of the cluster, or run --on here")
@@ -57,31 +49,28 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     arrays, queued = _plan(study, stages, site)
     if not arrays:
         return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
-    lines = _rehearse(study, site, arrays)
-    submission = Submission(study, site.source)
+    folder = new_folder(study, "slurm", site.source)
     job_ids: list[str] = []
-    for array in arrays:
+    lines = []
+    for i, array in enumerate(arrays):
         after = resolve(array.after, job_ids)
+        script = folder / f"{i}-{array.stage}.sh"
+        script.write_text(_script(study, site, array, after, folder), encoding="utf-8")
         try:
-            jobs = _submit(study, array, _executor(study, site, array, after, submission.folder))
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            words = " ".join(str(error).split())
-            raise Failure(f"sbatch refused {describe_array(array)}: {words}{submission.take_back()}") from error
-        submission.add(jobs, array.stage, array.work())
-        job_ids.append(jobs[0].partition("_")[0])
+            job_ids.append(cluster.ask(["sbatch", "--parsable", str(script)]).strip().partition(";")[0])
+        except Failure as failure:
+            raise Failure(f"sbatch refused {describe_array(array)}: {failure}{take_back(folder)}") from None
+        add_array(folder, array.stage, {f"{job_ids[-1]}_{task}": work for task, work in enumerate(array.work())})
         lines.append(f"{describe_array(array)}: job {job_ids[-1]}" + (f" after {after}" if after else ""))
     reports = [job.job_id for job in queued if job.stage == "report"]
     if reports and arrays[-1].stage == "report":
         cluster.cancel_jobs(reports)  # the new one covers what they would have, and two must not write one page
-    return [*lines, f"logs: {submission.folder}"]
+    return [*lines, f"logs: {folder}"]
 
 
 def _plan(study: Study, stages: Sequence[str], site: Site) -> tuple[list[Array], list[Submitted]]:
     """What is to be submitted, and what is queued; one query."""
-    cluster.check_time(site, site.minutes(study.config.dist))
     queue = cluster.queue()
-    if message := unlisted(study.directory, queue):
-        raise UserError(message)
     queued = [job for job, _ in live_jobs(study.directory, queue)]
     limits = cluster.limits(site, sum(entry.is_live for entry in queue.values()))
     live, ending = (
@@ -91,55 +80,21 @@ def _plan(study: Study, stages: Sequence[str], site: Site) -> tuple[list[Array],
     return plan_arrays(study, stages, limits, live, ending), queued
 
 
-def _submit(study: Study, array: Array, executor: _Executor) -> list[str]:
-    """Submits an array; returns the ids of its jobs. Their pickles are in its folder, for this user alone."""
-    # hidden are the variables of the job that this process may run in, and options that override a script's
-    kept = {name: os.environ[name] for name in os.environ if name in cluster.OF_USERS}
-    tasks: list[Any] = [ClusterTask(packs, study.config.dist.max_retries) for packs in array.tasks]
-    umask = os.umask(0o077)  # the script restores it for what the jobs write
-    try:
-        with submitit.helpers.clean_env():
-            os.environ.update(kept)
-            jobs = executor.submit_array(tasks)
-    finally:
-        os.umask(umask)
-    for job in jobs:  # submitit takes %j and others in a folder's name for the job's id
-        job.paths.submitted_pickle.replace(executor.folder / f"{job.job_id}_submitted.pkl")
-    return [job.job_id for job in jobs]
-
-
-def _rehearse(study: Study, site: Site, arrays: Sequence[Array]) -> list[str]:
-    """Asks before the first submission what SLURM will say to the last; returns a line on each stage that will wait.
-
-    Raises UserError with what it would refuse.
-    """
-    lines = []
-    largest = {array.stage: array for array in reversed(arrays)}  # the first of each stage
-    for array in reversed(largest.values()):
-        script = _executor(study, site, array, "", study.directory / "slurm" / "NNNN").script(len(array.tasks))
-        try:
-            reason = cluster.rehearse(script, site.for_stage(array.stage))
-        except UserError as refusal:
-            raise UserError(f"the cluster would not take {describe_array(array)}: {refusal}") from None
-        lines += [f"{array.stage}: will wait, since no node can run it at present ({reason})"] if reason else []
-    return lines
-
-
 def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
     """What `submit_study` would submit: arrays, packs, what it may cost, and the text that sbatch would get."""
     check_site(study, site)
+    blocks = []
     try:
         arrays, _ = _plan(study, stages, site)
-        notes = _rehearse(study, site, arrays)
     except Failure as failure:  # a plan can be looked at anywhere
-        notes = [f"no cluster answers here ({failure}): its limits and queue are left out"]
+        blocks = [f"no cluster answers here ({failure}): its limits and queue are left out"]
         limits = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs)
         arrays = plan_arrays(study, stages, limits, {}, {})
-    blocks = [*notes, f"queue: {len(arrays)} submissions, {sum(len(array.tasks) for array in arrays)} jobs"]
+    blocks.append(f"queue: {len(arrays)} submissions, {sum(len(array.tasks) for array in arrays)} jobs")
     blocks.append(_expected_hours(study, site, arrays))
     for i, array in enumerate(arrays):
         after = resolve(array.after, [f"<{n}>" for n in range(i)])
-        script = _executor(study, site, array, after, study.directory / "slurm" / "NNNN").script(len(array.tasks))
+        script = _script(study, site, array, after, study.directory / "slurm" / "NNNN")
         blocks.append(f"<{i}> {describe_array(array)}\n{script}")
     return "\n".join(blocks)
 
@@ -155,24 +110,23 @@ def _num_packs(array: Array) -> int:
 
 
 def _expected_hours(study: Study, site: Site, arrays: Sequence[Array]) -> str:
-    """What training costs if every pack takes its whole time, also where a task does several in turn."""
+    """What preparing and training cost if every pack takes its whole time, also where a task does several in turn."""
     dist, minutes = study.config.dist, site.minutes(study.config.dist)
-    together = sum(_num_packs(array) for array in arrays if done_together(array.stage, dist))
-    alone = sum(_num_packs(array) for array in arrays if array.stage == "prepare") * (
-        not done_together("prepare", dist)
-    )
-    unit, each, one = "GPU", site.gpus_per_node, 1
-    if not each:
-        unit, each, one = "CPU", dist.tasks_per_node * site.cpus(dist), site.cpus(dist)
-    hours = minutes / 60 * (together * dist.nodes * each + alone * one)
+    unit, of_rank = ("GPU", 1) if site.gpus_per_node else ("CPU", site.cpus(dist))
+    of_node = site.gpus_per_node or dist.tasks_per_node * of_rank
+    hours = 0.0
+    for array in arrays:
+        if array.stage not in ("search", "report"):
+            each = dist.nodes * of_node if done_together(array.stage, dist) else of_rank
+            hours += _num_packs(array) * each * minutes / 60
     return (
         f"expected: {hours:,.1f} {unit}-hours if every pack takes the whole {minutes} minutes of the time limit; less "
         "if it ends sooner, more if one times out and resumes"
     )
 
 
-def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) -> _Executor:
-    """submitit's executor for one array."""
+def _script(study: Study, site: Site, array: Array, after: str, folder: Path) -> str:
+    """The text for sbatch."""
     site, dist, folder = site.for_stage(array.stage), study.config.dist, folder.absolute()
     together = done_together(array.stage, dist)
     gpus = site.gpus_per_node if together else min(site.gpus_per_node, 1)
@@ -180,7 +134,6 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
     if array.stage == "search" and site.cpus_per_task is None:
         cpus = max(cpus, study.config.search.workers)
     limits = RequeueLimits(
-        num_packs=max(map(len, array.tasks)),
         max_timeouts=dist.max_timeouts,
         max_preemptions=dist.max_preemptions,
         max_retries=dist.max_retries,
@@ -189,17 +142,12 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
         exclude=site.exclude or "",
     )
     python = f"{site.container} {shlex.quote(sys.executable)}".strip()
-    # sbatch and srun replace %j and others, also in the name of a folder
-    logs = str(folder).replace("%", "%%") + ("/%A_%a" if len(array.tasks) > 1 else "/%j")
+    logs = str(folder).replace("%", "%%") + "/%A_%a"  # sbatch and srun replace %j and others, also in a folder's name
     srun = ["srun", "--unbuffered", f"--output={logs}_%t_log.out", f"--error={logs}_%t_log.err"]
     srun += ["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}", *site.srun_args]
-    executor = _Executor(folder)
-    worker = shlex.join(["launch.slurm.worker", str(folder), *allowed_code()])
-    executor.command = f"{shlex.join(srun)} {python} -u -m {worker}"
-    options: dict[str, Any] = {"output": f"{logs}_0_log.out", "error": f"{logs}_0_log.err", "requeue": True}
+    options = {"output": f"{logs}_0_log.out", "error": f"{logs}_0_log.err", "requeue": True}
     keys = ("partition", "account", "qos", "constraint", "exclude")
-    umask = os.umask(0o077)
-    os.umask(umask)
+    executor = _Executor(folder)
     executor.update_parameters(
         wckey=None,  # submitit's own, which not every cluster knows
         job_name=f"{study.config.name}-{array.stage}"[:60],
@@ -209,7 +157,7 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
         cpus_per_task=cpus,
         signal_delay_s=site.delay_seconds(dist),
         array_parallelism=site.array_parallelism,
-        setup=[*site.shell_lines(dist), *script_before(folder, umask)],
+        setup=[*site.shell_lines(dist), *script_before(folder)],
         teardown=script_after(python, limits),
         use_srun=False,  # it is in the command
         comment=str(study.directory.absolute()),
@@ -219,7 +167,8 @@ def _executor(study: Study, site: Site, array: Array, after: str, folder: Path) 
         **({"gpus_per_node": gpus} if gpus else {}),
         **({"dependency": after} if after else {}),
     )
-    return executor
+    worker = f'launch.tasks.worker "$job" "$restart" {shlex.join(allowed_code())}'.strip()
+    return executor.script(f"{shlex.join(srun)} {python} -u -m {worker}", len(array.tasks))
 
 
 def check_site(study: Study, site: Site) -> None:

@@ -64,9 +64,9 @@ def test_readers_are_paid_up_to_the_last_enabled_exit() -> None:
     [
         ({"backbone_macs": [100, 400]}, "backbone_macs has 2 entries, but there are 3 positions"),
         ({"head_macs": [[1, 10], [2], [3, 30]]}, "head_macs has a row of 1 entries, but there are 2 head types"),
-        ({"gate_macs": [4, -5, 6]}, "positions and MACs are integers of 0 or more, got -5"),
-        ({"full_macs": 1e3}, "positions and MACs are integers of 0 or more, got 1000.0"),
-        ({"full_macs": True}, "positions and MACs are integers of 0 or more, got True"),
+        ({"gate_macs": [4, -5, 6]}, "positions and MACs are integers from 0 to 1e+15, got -5"),
+        ({"full_macs": 1e3}, "positions and MACs are integers from 0 to 1e+15, got 1000.0"),
+        ({"full_macs": True}, "positions and MACs are integers from 0 to 1e+15, got True"),
         ({"positions": [0, 2, 2]}, "positions must increase, got [0, 2, 2]"),
         (
             {"backbone_macs": [100, 400, 399]},

@@ -11,7 +11,8 @@ from torch import Tensor
 from dynexit.data import DataSets, Split, Workers, epoch_batches, load_batches, load_data, workers_of
 from dynexit.data.splits import stratified_order
 from dynexit.errors import UserError
-from dynexit.study.schema import DataSettings, DistSettings
+from dynexit.study.dist import DistSettings
+from dynexit.study.schema import DataSettings
 from tests.data.on_disk import write_folders
 
 TWO = Workers(2)

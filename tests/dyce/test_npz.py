@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,20 @@ def test_importing_the_room_does_not_bring_torch() -> None:
     assert done.stdout == b"False\n"
     with pytest.raises(AttributeError, match=r"^module 'dynexit\.record' has no attribute 'Recorder'$"):
         dynexit.record.Recorder  # noqa: B018
+
+
+def test_classes_that_int32_cannot_hold_are_refused(tmp_path):
+    path = tmp_path / "r.npz"
+    arrays = {"label": np.array([[2**40]]), "confs": np.ones((2, 1, 1)), "preds": np.zeros((2, 1, 1), int)}
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match=rf"{path}: label holds {2**40}; the largest class is 2147483647"):
+        read_npz(path)
+
+
+def test_a_compression_bomb_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "r.npz"
+    np.savez(path, label=np.zeros(1), preds=np.zeros(1))
+    with zipfile.ZipFile(path, "a") as archive, archive.open("confs.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (2**45,)})
+    with pytest.raises(UserError, match=r"its arrays need 140737\.5 GB, [0-9.]+ GB of memory are free"):
+        read_npz(path)

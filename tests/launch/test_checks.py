@@ -43,6 +43,16 @@ def test_all_models_that_do_not_fit_are_reported_together(tmp_path: Path) -> Non
     assert sorted(str(caught.value).splitlines()) == [NOT_FITTING, NOT_FITTING.replace("[0, 9]", "[1, 9]"), too_many]
 
 
+def test_a_static_network_that_cannot_be_built_is_named(tmp_path: Path) -> None:
+    wrong = ["baselines.static=[{chanels: [4, 5, 6, 7]}, {channels: [4]}]", f"runs_dir={tmp_path}"]
+    with pytest.raises(UserError) as caught:
+        check_models(load_study(TINY, wrong), dry_run=True)
+    first, second = sorted(str(caught.value).splitlines(), reverse=True)
+    assert first.startswith("baselines.static {channels: [4]}: backbone 'resnet18' with {")
+    assert second.startswith("baselines.static {chanels: [4, 5, 6, 7]}: backbone 'resnet18' cannot be built with {")
+    assert second.endswith("got an unexpected keyword argument 'chanels'")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [["--dry-run"], ["--on", "local"]], ids=["plan", "local"])
 def test_a_model_that_does_not_fit_stops_the_command(tmp_path: Path, where: list[str]) -> None:

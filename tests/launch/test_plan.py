@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from dynexit.errors import Failure, UserError
+from dynexit.jobs.finished import unfinished_packs
 from dynexit.study.read import load_study
-from launch.plan import check_identity, unfinished_packs
+from launch.plan import check_identity
 from launch.status import study_status
 from tests.command_line import ROOT, TINY, dynexit
 
@@ -34,13 +35,13 @@ def test_a_pack_with_a_damaged_list_is_moved_aside_by_the_remedy_once(tmp_path: 
     pack.mkdir(parents=True)
     (pack / ".begun").touch()
     (pack / "members.json").write_text('["a", "b')
-    for look in (unfinished_packs, study_status):
+    for look in (lambda one: unfinished_packs(one.directory), study_status):
         with pytest.raises(
-            Failure, match=r"members\.json is damaged \(not JSON: .*\); move it aside with `mv "
+            Failure, match=r"members\.json is damaged \(Invalid JSON: .*\); move it aside with `mv "
         ) as caught:
             look(study)
     subprocess.run(str(caught.value).split("`")[1], shell=True, check=True)
-    assert unfinished_packs(study) == []
+    assert unfinished_packs(study.directory) == []
     assert {status.state for status in study_status(study)} == {"waiting"}
 
 

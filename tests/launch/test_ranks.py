@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dynexit.errors import UserError
-from dynexit.study.schema import DistSettings
+from dynexit.study.dist import DistSettings
 from launch.__main__ import main
 from launch.local import _places
 from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
@@ -102,7 +102,7 @@ def test_torchrun_accelerate_and_local_ranks_agree_with_one_process(one_process:
     assert running.returncode == 0, complaints
     assert said.count("train 2 points: process") == 2
     assert ", 2 ranks, log" in said
-    assert "; tried again, 1 of 2" in said
+    assert "; tried again" in said
     assert digests(folder / "runs" / "tiny_study") == digests(tmp_path / "torchrun" / "runs" / "tiny_study")
 
 

@@ -23,6 +23,10 @@ def test_macs_of_a_backbone(tmp_path: Path) -> None:
     assert info["backbone"]["macs"] == [*report["backbone_macs"], report["full_macs"]]
     text = dynexit(tmp_path, *asked).stdout
     assert text.startswith(f"test_resnet at 64x64, 7 classes: {report['full_macs'] / 1e6:,.1f} M MACs")
+    narrow = json.loads(dynexit(tmp_path, *asked, "--json", "--arguments", "{channels: [8, 8, 8, 8]}").stdout)
+    assert narrow["full_macs"] < report["full_macs"]
+    wrong = dynexit(tmp_path, *asked, "--arguments", "8", status=2).stderr
+    assert "argument --arguments: '8' should be a mapping, as '{channels: [8, 12, 16, 24]}'" in wrong
     error = dynexit(tmp_path, "macs", "resnet51", status=2).stderr
     assert "unknown backbone 'resnet51' (nearest name: 'resnet50')" in error
 

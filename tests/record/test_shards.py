@@ -234,7 +234,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit_manifest(d, lambda s: s.append({**s[1], "last_batch": 4})),
         "{directory}: shard-000003-000004.safetensors holds batches that other shards hold too",
     ),
-    "manifest": (lambda d: (d / "manifest.json").write_text("{"), "{directory}/manifest.json is damaged (not JSON: "),
+    "manifest": (
+        lambda d: (d / "manifest.json").write_text("{"),
+        "{directory}/manifest.json is damaged (Invalid JSON: ",
+    ),
 }
 
 

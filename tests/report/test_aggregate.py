@@ -3,7 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dynexit.jobs.infer import choose
+from dynexit.report.budgets import budget_cells
 from dynexit.report.table import at_tenths, backbone_accuracy, front_of, mark_front, summary, within_budgets
+from dynexit.search.operating_points import BASELINES
 from tests.report.synthetic_rows import row, synthetic_rows
 
 ROWS = synthetic_rows(tradeoffs=(0.1, 1.0, 5.0), accuracy_weights=(0.5, 0.7, 0.8, 0.9, 0.95))
@@ -71,6 +74,21 @@ def test_summary_by_hand():
     assert (gates.source, gates.all_seeds) == ("gates", pytest.approx(0.6 * 0.8))
     assert gates.per_seed == pytest.approx((0.8 * 0.4, 0.6 * 0.8))
     assert (search.method, search.all_seeds) == ("jei_dnn", pytest.approx(0.96 * 0.5))
+
+
+def test_baselines_are_never_chosen():
+    better = [
+        one
+        for source in BASELINES
+        for one in pair((0.05, 0.999), (0.05, 0.999), source=source, method="own classifier", seed=None, budget="")
+    ]
+    assert mark_front([*ROWS, *better])[: len(ROWS)] == ROWS
+    assert not any(one.on_front for one in mark_front([*ROWS, *better])[len(ROWS) :])
+    assert front_of([*ROWS, *better]) == front_of(ROWS)
+    assert summary([*ROWS, *better]) == summary(ROWS)
+    assert budget_cells([*ROWS, *better], {}, str) == budget_cells(ROWS, {}, str)
+    for budget in (None, 0.3):
+        assert choose([*better, *ROWS], budget, "any") == choose(ROWS, budget, "any")
 
 
 def test_a_study_without_backbone_or_test_rows_has_a_summary():

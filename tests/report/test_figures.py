@@ -9,7 +9,8 @@ from PIL import Image
 from dynexit.report import figures
 from dynexit.report.published import PublishedPoint
 from dynexit.report.table import by_seed, front_of
-from tests.report.synthetic_rows import synthetic_rows
+from dynexit.search.operating_points import BASELINES
+from tests.report.synthetic_rows import row, synthetic_rows
 
 ROWS = synthetic_rows(tradeoffs=(0.1, 1.0, 5.0), accuracy_weights=(0.5, 0.7, 0.8, 0.9, 0.95))
 METHODS = synthetic_rows((0.1, 1.0), (0, 1, 2), (0.5, 0.8, 0.95), ("jei_dnn", "dyce", "boosted"))
@@ -53,6 +54,20 @@ def test_the_front_is_drawn_with_test_values_of_points_chosen_on_validation(draw
     assert shown
     assert shown <= allowed
     assert list(line.get_xdata()) == sorted(line.get_xdata())
+
+
+def test_baselines_have_markers_and_a_legend_of_their_own(drawn):
+    fields = {"split": "test", "seed": None, "method": "own classifier"}
+    rows = [row(0.1 * k, 0.5 + 0.1 * k, source=source, **fields) for source in BASELINES for k in (3, 1, 2)]
+    shown = drawn(figures.pareto_figure, [*ROWS, *rows])
+    new = set(labels(shown)) - set(labels(drawn(figures.pareto_figure, ROWS)))
+    assert new == {"static networks, own classifier", "cascades, own classifier"}
+    (dots,) = [dots for dots in shown.collections if dots.get_label() == "static networks, own classifier"]
+    (line,) = [line for line in shown.get_lines() if line.get_label() == "cascades, own classifier"]
+    expected = [[0.1 * k, 0.5 + 0.1 * k] for k in (1, 2, 3)]
+    np.testing.assert_allclose(dots.get_offsets(), expected)
+    np.testing.assert_allclose(line.get_xydata(), expected)
+    assert not len(dots.get_facecolors())
 
 
 def test_gates_backbone_and_seeds_are_all_there(drawn):

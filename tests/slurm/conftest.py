@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.attempts import COMPLETED, Attempts, read_attempts
+from launch.tasks.attempts import COMPLETED, Attempts, read_attempts
 from tests.command_line import ENVIRONMENT, ROOT, SERVER, TINY, run_in_fork
 from tests.conftest import require
 

@@ -14,7 +14,7 @@ def ranks_of(job_id: str) -> list[int]:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if f"SLURM_JOB_ID={job_id}".encode() in environment and b"launch.slurm.worker" in command:
+        if f"SLURM_JOB_ID={job_id}".encode() in environment and b"launch.tasks.worker" in command:
             ranks = [int(word.partition(b"=")[2]) for word in environment if word.startswith(b"SLURM_PROCID=")]
             found += [(rank, int(folder.name)) for rank in ranks if not command.startswith(b"srun")]
     return [number for _, number in sorted(found)]

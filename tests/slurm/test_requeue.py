@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.slurm.attempts import Attempts, read_attempts
-from launch.slurm.requeue import RequeueLimits, script_after, script_before
+from launch.slurm.requeue import script_after, script_before
+from launch.tasks.attempts import Attempts, read_attempts
+from launch.tasks.decision import RequeueLimits
 from tests.command_line import TINY, digests, start
 from tests.slurm.conftest import SITE, Cluster, Condition, Scenario, run_side_by_side
 from tests.slurm.processes import is_alive, ranks_of, waits_for
@@ -99,7 +100,7 @@ def timed_out(cluster: Cluster) -> Scenario:
     """The time of a training is up; it is stopped until SLURM's signal came, so that it is not complete before."""
     later = 'case "$SLURM_JOB_NAME,$SLURM_RESTART_COUNT" in *-train,) ;; *) '
     later += 'scontrol update JobId="$SLURM_JOB_ID" TimeLimit=30 ;; esac'  # what follows has more time
-    site = own_site(cluster, time_minutes=1, signal_delay_seconds=15, setup=[later])
+    site = own_site(cluster, time_minutes=2, signal_delay_seconds=30, setup=[later])
     yield from begin(cluster, "timed-out", RARELY, site=site)
     yield lambda: cluster.is_at_step("timed-out", 1) or cluster.ends("timed-out")
     ranks = [] if cluster.ends("timed-out") else ranks_of(cluster.job("timed-out-train"))
@@ -192,10 +193,10 @@ def array(cluster: Cluster) -> Scenario:
     """A task of an array that is requeued leaves the others alone."""
     folder = cluster.folder / "array"
     folder.mkdir()
-    after = script_after("/no/python", RequeueLimits(1, 0, 0, 1, 0))
+    after = script_after("/no/python", RequeueLimits(0, 0, 1, 0))
     ranks = ['until [ -e "$job.go" ]; do sleep 0.2; done', 'code=$(cat "$job.go"); rm "$job.go"', "(exit $code)"]
     script = folder / "array.sh"
-    script.write_text("\n".join(["#!/bin/bash", *script_before(folder, 0o022), *ranks, *after]) + "\n")
+    script.write_text("\n".join(["#!/bin/bash", *script_before(folder), *ranks, *after]) + "\n")
     options = ("--requeue", "--array=0-2", "--mem=100M", "--output=/dev/null", "--job-name=array-task")
     job = cluster.run("sbatch", "--parsable", *options, str(script)).strip()
 

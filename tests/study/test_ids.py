@@ -18,3 +18,12 @@ def test_a_class_order_enters_the_id_unless_it_is_the_default() -> None:
     ids = [point(name="image_folder", class_order=order).id for order in (None, "torchvision", "timm", "names.txt")]
     assert len(set(ids)) == 4
     assert ids[0] == point(name="image_folder").id
+
+
+def test_kept_features_have_ids_of_their_own() -> None:
+    def train_id(**train: object) -> str:
+        (found,) = expand(Config.model_validate({"train": train}), {})
+        return found.id
+
+    assert train_id() == train_id(features="fresh", kept_views=0, max_feature_gb=3.0)
+    assert len({train_id(), train_id(features="kept"), train_id(features="kept", kept_views=1)}) == 3

@@ -136,6 +136,8 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
     [
         ("train: {num_epochs: 3}", (), "jei_dnn.max_warm_up_epochs = 6: should be less than train.num_epochs, 3, or the gates are never trained"),
         ("train: {method: dyce, num_epochs: 3}", (), "dyce.num_warm_up_epochs = 5: should be less than train.num_epochs, 3"),
+        ("train: {kept_views: 2}", (), "train.kept_views = 2: should be 0 where train.features is fresh; set it to kept"),
+        ("train: {method: dyce, features: kept}", ("dyce.mixup=0",), "train.features = 'kept': should be fresh where dyce.mixup = 0 and dyce.cutmix = 1 mix images; or set both to 0"),
         ("train: {method: dyce}", ("dyce.min_learning_rate=0.1",), "dyce.min_learning_rate = 0.1: should be at most dyce.learning_rate, 0.000625"),
         ("train: {method: boosted}", ("exits.head_types=[linear, mlp2x9]",), "exits.head_types = ['linear', 'mlp2x9']: should be one head type where train.method is boosted; dyce, independent and probe take several"),
         ("sweep: {train.method: [jei_dnn, dyce]}", ("search.confidence=gate",), "sweep.train.method = 'dyce': search.confidence = 'gate': should be another where train.method is dyce, which trains no gates"),
@@ -149,7 +151,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
         ("sweep: {dist.device: [cpu]}", (), "sweep.dist.device: the sections that can be swept are data, backbone, prepare, seed, exits, train, jei_dnn, boosted, weighted, probe, dyce, record, search"),
         ("", ("train.num_epochs",), "'train.num_epochs' should be key.path=value, as train.num_epochs=30"),
         ("", ("train.num_epochs=2.5",), "train.num_epochs = 2.5: should be a valid integer"),
-        ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all', or should be a valid list"),
+        ("", ("exits.positions=some",), "exits.positions = 'some': should be 'all' or 'last', or should be a valid list"),
         ("", ("exits.positions=[-1]",), "exits.positions.0 = -1: should be greater than or equal to 0"),
         ("", ("exits.head_types=[mlp]",), "exits.head_types.0 = 'mlp': should be linear, or mlpNxW of N layers and width W, as mlp3x500"),
         ("", ("sweep=[1]",), "sweep = [1]: name the key that varies, as sweep.seed=[0, 1]"),

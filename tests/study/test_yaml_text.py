@@ -106,7 +106,11 @@ def test_all_refused_values_are_reported_together(tmp_path: Path) -> None:
     ("text", "fault"),
     [
         ("backbone: &x {arguments: {y: *x}}", "it is nested too deeply, or an alias (*) is inside its own anchor (&)"),
-        ("[" * 5000, "it is nested too deeply"),
+        ("[" * 5000, "it is nested too deeply, or an alias (*) is inside its own anchor (&)"),
+        (
+            "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else '1'] * 9)}]" for i in range(9)),
+            "it holds more than 100,000 values once its aliases (*) are written out",
+        ),
         ("? [1, 2]\n: 3", "a key should be text (line 1, column 3)"),
         ("seed: !!bool maybe", "a value does not fit its tag: 'maybe'"),
         ("'seed': 1\nseed: 2", "duplicate key 'seed' (line 2, column 1)"),

@@ -1,6 +1,6 @@
 """Arrays and dependencies of a sweep: everything once, within the limits, nothing twice."""
 
-import math
+import itertools
 from pathlib import Path
 
 import pytest
@@ -58,18 +58,37 @@ def test_every_point_exactly_once_within_any_limits(tmp_path: Path, array_size: 
         assert all(isinstance(which, int) and which < i for which in array.after)
 
 
+@pytest.mark.parametrize("new_jobs", [None, *range(6, 14)])
+def test_cascades_wait_for_the_records_of_all_networks(tmp_path: Path, new_jobs: int | None) -> None:
+    one = study(tmp_path, "seed=0", "baselines.static=[{channels: [4, 5, 6, 7]}]", "baselines.cascade=true")
+    arrays = plan_arrays(one, ALL, Limits(2, new_jobs), {}, {})
+    assert new_jobs is None or sum(len(array.tasks) for array in arrays) <= new_jobs
+    for stage in ("train", "record", "search"):
+        ids = [point for array in arrays for task in ids_of(array, stage) for point in task]
+        assert sorted(ids) == sorted(point.id for point in one.all_points)
+    static = {point.id for point in one.static}
+    training = {i for i, array in enumerate(arrays) if array.stage == "train"}
+    for array in (array for array in arrays if array.stage == "search"):
+        ids = {point for task in ids_of(array, "search") for point in task}
+        assert ids <= static or not ids & static
+        assert (set(array.after) == training) == (ids <= static or len(training) == 1)
+    assert set(arrays[-1].after) == {i for i, array in enumerate(arrays) if array.stage == "search"}
+
+
 def test_no_room_in_the_queue(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the queue has room for 3 more jobs of yours and the study needs 4 at once"):
         plan_arrays(study(tmp_path), ALL, Limits(1001, 3), {}, {})
 
 
 def test_the_parts_of_a_short_queue_never_exceed_it() -> None:
-    for new_jobs in range(7, 80):
-        for lengths in ([9, 9, 9], [1, 9, 1], [20, 1, 3], [0, 7, 2], [5, 0, 0]):
-            costs = [2, 2, 1]
-            counts = _num_tasks(Limits(1001, new_jobs), 2, lengths, costs)
-            assert all(bool(count) == bool(length) for count, length in zip(counts, lengths, strict=True))
-            assert 2 + sum(map(math.prod, zip(counts, costs, strict=True))) <= new_jobs
+    for new_jobs, packs, alone, cost in itertools.product(range(5, 60), (0, 1, 5, 20), (0, 1, 7), (1, 2)):
+        for_packs, for_alone = _num_tasks(Limits(1001, new_jobs), 2, packs, cost, alone)
+        assert (for_packs > 0, for_alone > 0) == (packs > 0, alone > 0)
+        assert for_packs <= packs
+        assert for_alone <= alone
+        assert 2 + cost * for_packs + for_alone <= new_jobs
+        if 2 + cost * packs + alone <= new_jobs:
+            assert (for_packs, for_alone) == (packs, alone)
 
 
 def test_queued_work_is_not_submitted_again(tmp_path: Path) -> None:
@@ -79,11 +98,12 @@ def test_queued_work_is_not_submitted_again(tmp_path: Path) -> None:
     live |= {("record", point.ids["record"]): f"71_{i}" for i, point in enumerate(one.points[:3])}
     live |= {("search", point.ids["search"]): f"72_{i}" for i, point in enumerate(one.points[:2])}
     arrays = plan_arrays(one, ALL, Limits(1001, None), live, {})
-    assert stages(arrays) == [("train", 2), ("search", 2), ("record", 1), ("search", 1), ("search", 1), ("report", 1)]
-    assert [array.after for array in arrays] == [("70",), (0,), ("71",), (2,), ("71",), (1, 3, 4, "72")]
-    assert ids_of(arrays[0], "train") == [[point.id] for point in one.points[4:]]
-    assert ids_of(arrays[2], "record") == ids_of(arrays[3], "search") == [[one.points[3].id]]
-    assert ids_of(arrays[4], "search") == [[one.points[2].id]]
+    assert stages(arrays) == [("train", 3), ("search", 3), ("search", 1), ("report", 1)]
+    assert [array.after for array in arrays] == [("70", "71"), (0,), ("71",), (1, 2, "72")]
+    assert ids_of(arrays[0], "train") == [[point.id] for point in one.points[4:]] + [[]]
+    assert ids_of(arrays[0], "record") == [[one.points[i].id] for i in (4, 5, 3)]
+    assert ids_of(arrays[1], "search") == ids_of(arrays[0], "record")
+    assert ids_of(arrays[2], "search") == [[one.points[2].id]]
 
 
 def test_new_work_waits_for_queued_work_on_the_same_folder(tmp_path: Path) -> None:
@@ -148,7 +168,7 @@ def test_the_text_of_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_percent_signs_in_paths_are_escaped(tmp_path: Path) -> None:
     text = describe_submission(study(tmp_path / "50%_%j"), ALL, Site())
-    assert f"#SBATCH --output={tmp_path}/50%%_%%j/tiny_study/slurm/NNNN/%j_0_log.out\n" in text
+    assert f"#SBATCH --output={tmp_path}/50%%_%%j/tiny_study/slurm/NNNN/%A_%a_0_log.out\n" in text
     assert f"srun --unbuffered --output={tmp_path}/50%%_%%j/tiny_study/slurm/NNNN/%A_%a_%t_log.out" in text
 
 

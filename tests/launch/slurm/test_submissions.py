@@ -1,5 +1,6 @@
 """What was submitted for a study, and its points' states from attempts, reasons and the queue."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from dynexit.run_dir import write_json
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
 from launch.slurm import cluster
-from launch.slurm.attempts import COMPLETED, CRASHED, FAILED, End, RankReason, append_ends, reason_path
 from launch.slurm.cluster import QueuedJob
-from launch.slurm.submissions import QueueView, Submission, Submitted, all_submitted, live_state, unlisted
+from launch.slurm.submissions import QueueView, Submitted, all_submitted, take_back
 from launch.status import report_state, study_status
+from launch.tasks.attempts import COMPLETED, CRASHED, FAILED, End, Work, append_lines
+from launch.tasks.folder import add_array, new_folder
 from tests.command_line import TINY
 
 Queue = dict[str, QueuedJob]
@@ -43,7 +45,18 @@ def note(path: Path, *starts: str, ends: Sequence[End] = ()) -> None:
     )
     with path.open("a") as file:
         file.writelines(lines)
-    append_ends(path.with_suffix(""), ends)
+    append_ends(path.with_suffix(""), *ends)
+
+
+def append_ends(job: Path, *ends: End) -> None:
+    append_lines(job, [dataclasses.asdict(end) for end in ends])
+
+
+def submit(study: Study, stage: str, tasks: dict[str, list[Work]]) -> Path:
+    """Lists an array in a new submission; its folder."""
+    folder = new_folder(study, "slurm")
+    add_array(folder, stage, tasks)
+    return folder
 
 
 def prepared(study: Study) -> Study:
@@ -62,18 +75,18 @@ def prepared(study: Study) -> Study:
         ("RUNNING", "crashed", "train running"),
     ],
 )
-def test_state_of_a_live_job(state: str, last: str, expected: str) -> None:
-    entry = QueuedJob("7_1", state, "Dependency", "dev2")
-    assert entry.is_live
-    assert live_state(entry, "train", last) == expected
+def test_state_of_a_live_job(study: Study, queue: Queue, state: str, last: str, expected: str) -> None:
+    queue |= queued("7_1", state, "dev2", "Dependency")
+    folder = submit(prepared(study), "train", {"7_1": [{"train": [point.id for point in study.points]}]})
+    note(folder / "7_1.jsonl", "dev2", ends=[End(last, 0)] if last else [])
+    assert {one.state for one in study_status(study)} == {expected}
 
 
 def test_state_of_the_report(study: Study, queue: Queue) -> None:
     queue |= queued("9", "PENDING", reason="Dependency")
     assert report_state(study, QueueView(study.directory)) == ("to do", True)
-    submission = Submission(study, None)
-    submission.add(["7_0"], "train", [[{"train": [point.id for point in study.points]}]])
-    submission.add(["9"], "report", [[{}]])
+    folder = submit(study, "train", {"7_0": [{"train": [point.id for point in study.points]}]})
+    add_array(folder, "report", {"9": [{"report": [point.ids["search"] for point in study.points]}]})
     assert report_state(study, QueueView(study.directory)) == ("waiting (Dependency)", False)
     queue.clear()
     silent = "failed: report job 9 ended without an error message"
@@ -81,10 +94,10 @@ def test_state_of_the_report(study: Study, queue: Queue) -> None:
     queue |= queued("9", "COMPLETED")
     lost = "failed: report job 9 completed, but its outputs are missing"
     assert report_state(study, QueueView(study.directory)) == (lost, True)
-    note(submission.folder / "9.jsonl", "dev1", ends=[End(FAILED, 0, 1, "no space")])
+    note(folder / "9.jsonl", "dev1", ends=[End(FAILED, 0, 1, "no space")])
     assert report_state(study, QueueView(study.directory)) == ("failed: no space", True)
     write_json(study.directory / "report" / "DONE", {})
-    submission.add(["10"], "report", [[{}]])
+    add_array(folder, "report", {"10": [{"report": []}]})
     queue |= queued("10", "PENDING", reason="Dependency")
     assert report_state(study, QueueView(study.directory))[1] is False  # it will make another
     queue.clear()
@@ -106,97 +119,61 @@ def test_logs_of_a_job_outputs_first(tmp_path: Path) -> None:
 
 def test_a_failed_backbone_explains_every_point(study: Study, queue: Queue) -> None:
     backbone = {"prepare": [study.points[0].ids["prepare"]]}
-    submission = Submission(study, None)
-    submission.add(["7"], "prepare", [[backbone]])
-    note(submission.folder / "7.jsonl", "dev1", "dev2", ends=[End(FAILED, 0, 1, "no room")])
+    folder = submit(study, "prepare", {"7": [backbone]})
+    note(folder / "7.jsonl", "dev1", "dev2", ends=[End(FAILED, 0, 1, "no room")])
     for kind in ("out", "err"):
-        (submission.folder / f"7_0_log.{kind}").write_text("Traceback\n")
+        (folder / f"7_0_log.{kind}").write_text("Traceback\n")
     states = study_status(study)
     assert len(states) == 6
     assert {Path(one.log).name for one in states} == {"7_0_log.err"}
     assert {(one.state, one.figures, one.attempts, one.node) for one in states} == {("failed", "no room", "2", "dev2")}
-    Submission(study, None).add(["8"], "prepare", [[backbone]])
+    submit(study, "prepare", {"8": [backbone]})
     again = {(one.state, one.figures, one.attempts, one.node) for one in study_status(study)}
     assert again == {("failed", "prepare job 8 ended without an error message", "2", "dev2")}  # of both submissions
 
 
-def test_each_pack_of_a_task_has_its_own_state(study: Study, queue: Queue) -> None:
+def test_each_pack_of_a_task_has_its_own_end(study: Study, queue: Queue) -> None:
     queue |= queued("7", "RUNNING", "dev3")
     ids = [point.id for point in prepared(study).points]
-    submission = Submission(study, None)
-    submission.add(["7"], "train", [[{"train": [one], "record": [f"{one}-record"]} for one in ids]])
-    path = submission.folder / "7.jsonl"
-    # 0 crashed too often, 1 failed, 2 crashed once, 3 is at work, the others wait
+    folder = submit(study, "train", {"7": [{"train": [one], "record": [f"{one}-record"]} for one in ids]})
+    path = folder / "7.jsonl"
+    # 0 crashed too often, 1 failed, 2 crashed once, the others wait
     ends = [End(FAILED, 1, 0, "not finite"), *(End(CRASHED, i, 137, "torn", "dev1", "then") for i in (0, 2, 0, 0))]
     note(path, "dev1", "dev1", "dev1", "dev1", ends=ends)
-    with path.open("a") as file:
-        file.write('{"start": "2026-11-21T20:09:00", "restart": 4, "node": "dev3"}\n')
-    RankReason(reason_path(submission.folder / "7", 0), 4, pack=3).write()
     over = "torn; crashed then on dev1 with exit status 137"
-    shown = [(one.state, one.figures, one.attempts) for one in study_status(study)]
-    assert shown == [
-        ("failed", over, "3"),
-        ("failed", "not finite", "1"),
-        ("crashed, waits to resume", "", "1"),
-        ("train running", "", "1"),
-        ("train waits for its turn", "", "0"),
-        ("train waits for its turn", "", "0"),
-    ]
-    finished = [{"pack": 3, "reason": FAILED, "error": "no space"}]
-    RankReason(reason_path(submission.folder / "7", 0), 4, pack=4, finished=finished).write()
-    assert [one.figures for one in study_status(study)][3] == "no space"  # reported while others run
-    assert [one.attempts for one in study_status(study)][3:5] == ["1", "1"]
+    shown = [(one.state, one.figures) for one in study_status(study)]
+    assert shown == [("failed", over), ("failed", "not finite"), *[("train running", "")] * 4]
+    queue |= queued("7", "PENDING")
+    assert [one.state for one in study_status(study)][2:4] == ["crashed, waits to resume", "waiting"]
     queue.clear()
-    append_ends(
-        path.with_suffix(""), [End(FAILED, 3, 0, "no space"), End(CRASHED, 4, 1, "KeyError: 'x'", "dev3", "then")]
-    )
+    append_ends(folder / "7", End(FAILED, 3, 0, "no space"), End(CRASHED, 4, 1, "KeyError: 'x'", "dev3", "then"))
     figures = [one.figures for one in study_status(study)]
     assert figures[3:5] == ["no space", "KeyError: 'x'; crashed then on dev3 with exit status 1"]
     assert figures[5] == "train job 7 ended without an error message"
-    append_ends(path.with_suffix(""), [End(COMPLETED, 5)])
+    append_ends(folder / "7", End(COMPLETED, 5))
     assert study_status(study)[5].figures.startswith("completed")
 
 
 def test_an_attempt_that_noted_no_end_is_told_by_its_state(study: Study, queue: Queue) -> None:
     queue |= queued("7", "NODE_FAIL")
-    submission = Submission(prepared(study), None)
-    submission.add(["7"], "train", [[{"train": [point.id for point in study.points]}]])
-    path = submission.folder / "7.jsonl"
+    folder = submit(prepared(study), "train", {"7": [{"train": [point.id for point in study.points]}]})
+    path = folder / "7.jsonl"
     note(path, "dev1", ends=[End(CRASHED, 0, 137, "", "dev1", "then")])
     assert {one.figures for one in study_status(study)} == {"crashed then on dev1 with exit status 137"}
     note(path, "dev2")
     assert {one.figures for one in study_status(study)} == {"train job 7 ended as NODE_FAIL"}
-    (submission.folder / "7.cancelled").touch()
+    (folder / "7.cancelled").touch()
     assert {one.state for one in study_status(study)} == {"cancelled"}
 
 
 def test_a_refused_submission_is_taken_back(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled: list[str] = []
     monkeypatch.setattr(cluster, "cancel_jobs", cancelled.extend)
-    assert Submission(study, None).take_back() == ""
-    assert not list((study.directory / "slurm").iterdir())
-    submission = Submission(study, None)
-    assert submission.folder.stat().st_mode & 0o777 == 0o700
-    submission.add(["7"], "prepare", [[{"prepare": ["p"]}]])
-    submission.add(["8_0", "8_1"], "train", [[{"train": ["a"]}], [{"train": ["b"]}]])
-    assert submission.take_back() == "; what was submitted before it is cancelled"
-    assert cancelled == ["7", "8_0", "8_1"]
-    assert all(job.is_cancelled for job in all_submitted(study.directory))
-
-
-def test_jobs_that_no_list_knows_are_named(study: Study) -> None:
-    place = str(study.directory.absolute())
-    jobs = [QueuedJob(one, "RUNNING", "", "n1", place) for one in ("7_0", "8_0", "9")]
-    jobs += [QueuedJob("5", "COMPLETED", "", "n1", place), QueuedJob("6", "RUNNING", "", "n1", place + "2")]
-    queue = {job.job_id: job for job in jobs}
-    Submission(study, None).add(["7_0", "9"], "train", [[{"train": ["a"]}], [{"train": ["b"]}]])
-    assert "are queued (8)" in unlisted(study.directory, queue)
-    del queue["8_0"]
-    assert unlisted(study.directory, queue) == ""
-
-
-def test_lists_of_earlier_versions_are_read(study: Study, queue: Queue) -> None:
-    folder = study.directory / "slurm" / "0001"
-    write_json(folder / "jobs.json", {"site": {}, "arrays": [{"stage": "train", "tasks": {"7_0": ["a", "b"]}}]})
-    assert [(job.job_id, job.packs) for job in all_submitted(study.directory)] == [("7_0", ())]
-    assert {one.state for one in study_status(study)} == {"waiting"}
+    submit(study, "prepare", {"6_0": [{"prepare": ["p"]}]})
+    folder = new_folder(study, "slurm")
+    assert take_back(folder) == ""
+    add_array(folder, "prepare", {"7_0": [{"prepare": ["p"]}]})
+    add_array(folder, "train", {"8_0": [{"train": ["a"]}], "8_1": [{"train": ["b"]}]})
+    assert take_back(folder) == "; what was submitted before it is cancelled"
+    assert cancelled == ["7_0", "8_0", "8_1"]
+    assert [job.job_id for job in all_submitted(study.directory) if job.is_cancelled] == cancelled

@@ -1,8 +1,9 @@
-"""What a rank of a SLURM job does with its packs, with signals and with errors, and which pickle it runs."""
+"""What a rank of a job does with its packs, with signals and with errors."""
 
+import dataclasses
 import errno
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from dynexit.errors import Failure, UserError, received_signals
 from dynexit.run_dir import mark_done, write_text
 from dynexit.study.grid import Point
 from launch.plan import Job
-from launch.slurm import worker
-from launch.slurm.attempts import (
+from launch.tasks import worker
+from launch.tasks.attempts import (
     COMPLETED,
     CRASHED,
     FAILED,
@@ -28,10 +29,10 @@ from launch.slurm.attempts import (
     TERMINATED,
     End,
     RankReason,
-    append_ends,
+    append_lines,
     read_reason,
 )
-from launch.slurm.worker import ClusterTask, load_task, main, split_by_input
+from launch.tasks.worker import listed_work, main, split_by_input
 from tests.command_line import ENVIRONMENT, ROOT
 
 STAGES = ("prepare", "train", "record", "search")
@@ -40,7 +41,11 @@ Train = Callable[[Sequence[Point]], None]
 
 def job_of(stage: str, letters: str, folder: Path) -> Job:
     ids = [{one: f"{letter}-{one}" for one in STAGES} | {"prepare": "p"} for letter in letters]
-    points = [SimpleNamespace(id=one["train"], ids=one, study_dir=folder, label=f"point {one['train']}") for one in ids]
+    config = SimpleNamespace(dist=SimpleNamespace(max_retries=1))
+    points = [
+        SimpleNamespace(id=one["train"], ids=one, study_dir=folder, label=f"point {one['train']}", config=config)
+        for one in ids
+    ]
     return Job(stage, tuple(cast(Point, point) for point in points))
 
 
@@ -57,7 +62,7 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "0001"
     folder.mkdir(mode=0o700)
     variables = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_PROCID": "0"}
-    for name, value in {**variables, "SLURM_NTASKS": "1", "SUBMITIT_EXECUTOR": "slurm"}.items():
+    for name, value in {**variables, "SLURM_NTASKS": "1"}.items():
         monkeypatch.setenv(name, value)
     before = {one: signal.getsignal(one) for one in (signal.SIGUSR2, signal.SIGTERM)}
     yield folder
@@ -66,13 +71,14 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     received_signals.clear()
 
 
-def run(folder: Path, *packs: tuple[Job, ...], max_retries: int = 1) -> tuple[int, RankReason]:
+def run(folder: Path, *packs: tuple[Job, ...]) -> tuple[int, RankReason]:
     """The exit status of a rank with these packs, and what it leaves."""
-    task = ClusterTask(packs, max_retries)
-    path = folder / "7_2_submitted.pkl"
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        pickle.dump(SimpleNamespace(function=task), file)
-    status = main(folder)
+    work = [{job.stage: [point.id for point in job.points] for job in pack} for pack in packs]
+    arrays = [{"stage": "train", "tasks": {"7_2": work}}]
+    (folder / "jobs.json").write_text(json.dumps({"arrays": arrays}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launch.tasks.folder.read_jobs", lambda read, found: list(packs) if found == work else [])
+        status = main(folder / "7_2", 0)
     reason = read_reason(folder / "7_2", 0, 0)
     assert reason is not None
     return status, reason
@@ -142,7 +148,7 @@ def test_a_crash_ends_the_program_in_its_pack(rank: Path, monkeypatch: pytest.Mo
     assert (status, reason.word, reason.pack, reason.error) == (1, CRASHED, 1, "RuntimeError: torn")
     assert [one["pack"] for one in reason.finished] == [0]
     ends = [End(COMPLETED, 0), End(CRASHED, 1), End(CRASHED, 1)]
-    append_ends(rank / "7_2", ends)
+    append_lines(rank / "7_2", [dataclasses.asdict(end) for end in ends])
     begun.clear()
     status, reason = run(rank, *packs)
     assert begun == ["train c-train", "record c-train"]
@@ -230,36 +236,19 @@ def test_missing_input_is_a_failure(rank: Path) -> None:
     assert (status, reason.finished[0]["error"]) == (1, "search point a-train: its record is not done")
 
 
-def test_only_an_own_private_pickle_is_loaded(rank: Path) -> None:
-    run(rank, (job_of("search", "a", rank),))
-    path = rank / "7_2_submitted.pkl"
-    refusal = "should belong to the user who runs the job, with modes 0600 and 0700"
-    assert isinstance(load_task(path), ClusterTask)
-    for harmed, mode in ((path, 0o644), (rank, 0o755)):
-        kept = harmed.stat().st_mode & 0o777
-        harmed.chmod(mode)
-        with pytest.raises(UserError, match=refusal):
-            load_task(path)
-        harmed.chmod(kept)
-    if os.geteuid() == 0:
-        os.chown(path, 12345, -1)
-        with pytest.raises(UserError, match=refusal):
-            load_task(path)
-        assert main(rank) == 1
-        reason = read_reason(rank / "7_2", 0, 0)
-        assert reason is not None
-        assert reason.word == FAILED  # another try would refuse it too
-        os.chown(path, 0, -1)
-    path.rename(rank / "other.pkl")
-    path.symlink_to("other.pkl")
-    with pytest.raises(OSError, match="symbolic links"):
-        load_task(path)
+def test_a_job_that_is_not_listed_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_LIST_SECONDS", 0)
+    for arrays in ("", '{"arrays": [{"stage": "train", "tasks": {"7_1": [{}]}}]}'):
+        if arrays:
+            (tmp_path / "jobs.json").write_text(arrays)
+        with pytest.raises(UserError, match=r"jobs\.json does not list job 7_2; submit the study again"):
+            listed_work(tmp_path / "7_2")
 
 
 def test_a_superseded_process_ends(tmp_path: Path) -> None:
     job, attempts = tmp_path / "7_2", tmp_path / "7_2.jsonl"
     attempts.write_text('{"start": "x", "restart": 1, "node": "n1"}\n')
-    code = "import sys, pathlib; from launch.slurm import worker; worker._WATCH_SECONDS = 0.01; print(flush=True)"
+    code = "import sys, pathlib; from launch.tasks import worker; worker._WATCH_SECONDS = 0.01; print(flush=True)"
     code += "; worker._watch(pathlib.Path(sys.argv[1]), 1)"
     command = [sys.executable, "-c", code, job]
     with subprocess.Popen(
@@ -275,6 +264,6 @@ def test_a_superseded_process_ends(tmp_path: Path) -> None:
 
 
 def test_the_program_has_handlers_before_its_imports() -> None:
-    code = "import sys, launch.slurm.worker; print([m for m in ('torch', 'pydantic', 'submitit') if m in sys.modules])"
+    code = "import sys, launch.tasks.worker; print([m for m in ('torch', 'pydantic', 'submitit') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
     assert out.stdout == "[]\n"

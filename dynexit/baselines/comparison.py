@@ -1,0 +1,156 @@
+"""What a study's own operating points are worth against static networks and cascades, on the same test samples."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynexit.baselines.rows import Baseline, describe_networks
+from dynexit.baselines.search import BUDGETS
+from dynexit.core.statistics import Interval, mean_interval, verdict
+from dynexit.core.tradeoff import Configuration
+from dynexit.record.shards import Record
+from dynexit.report.page import PageSection
+from dynexit.report.table import FrontPoint, front_of, percent, within_budgets
+from dynexit.report.uncertainty import read_outputs
+from dynexit.run_dir import RunDir, atomic_write
+from dynexit.search.operating_points import ReportRow
+from dynexit.study.grid import Point
+from dynexit.study.schema import DataSettings
+
+BASELINES_CSV = "baselines.csv"
+_HEADING = "Against static networks and cascades"
+_WHAT = (
+    "Static networks of the same family, fitted by the same recipe, with their own classifier or with heads that read "
+    "their last block as the exits read theirs; cascades run several of them in turn, with exact thresholds. For each "
+    "the point of this study that is best on validation with no more MACs there (for cascades: both within the same "
+    "share of the backbone's MACs), and the difference of the two on the same test images, with its 95 % interval, in "
+    "points. {file} has all figures."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A baseline, the point of the study with no more MACs on validation, and by how much that one is more accurate on
+    test. `budget` is the share of MACs within which a cascade was chosen, None for a static network.
+    """
+
+    baseline: Baseline
+    budget: float | None
+    ours: FrontPoint
+    difference: Interval
+
+    def cells(self) -> dict[str, Any]:
+        """The row of baselines.csv."""
+        theirs, ours = self.baseline.test, self.ours.test
+        return {
+            "source": theirs.source,
+            "networks": describe_networks(theirs),
+            "classifier": theirs.method,
+            "budget": "" if self.budget is None else self.budget,
+            "relative_macs": theirs.relative_macs,
+            "accuracy": theirs.accuracy,
+            "our_source": ours.source,
+            "our_method": ours.method,
+            "our_point_id": ours.point_id,
+            "our_configuration": ours.configuration,
+            "our_relative_macs": ours.relative_macs,
+            "our_accuracy": ours.accuracy,
+            "difference": self.difference.value,
+            "low": self.difference.low,
+            "high": self.difference.high,
+            "verdict": verdict(self.difference),
+        }
+
+
+def compare(points: Sequence[Point], rows: Sequence[ReportRow], baselines: Iterable[Baseline]) -> list[Comparison]:
+    """Returns a comparison for each static network, and one for each budget of relative MACs with the best cascade.
+
+    `rows` are the study's, `points` those that they are of. A baseline cheaper than all points of ours has none.
+    """
+    by_id = {identity: point for point in reversed(points) for identity in point.ids.values()}
+    fronts: dict[str, list[FrontPoint]] = {}
+    for backbone in {point.ids["prepare"] for point in points}:
+        own = [row for row in rows if row.point_id in by_id and by_id[row.point_id].ids["prepare"] == backbone]
+        fronts[backbone] = front_of(own)
+    budgets = points[0].config.search.relative_macs or BUDGETS
+    chosen: list[tuple[Baseline, float | None, float]] = []
+    cascades: dict[tuple[str, str], list[Baseline]] = {}
+    for one in baselines:
+        if one.validation.source == "static":
+            chosen.append((one, None, one.validation.relative_macs))
+        else:
+            cascades.setdefault((one.backbone, one.validation.method), []).append(one)
+    for group in cascades.values():
+        for budget in budgets:
+            within = [one for one in group if one.validation.relative_macs <= budget]
+            if within:
+                best = max(within, key=lambda one: (one.validation.accuracy, -one.validation.macs))
+                chosen.append((best, budget, budget))
+    found = []
+    for one, asked, most in chosen:
+        for ours in within_budgets(fronts[one.backbone], [most]):
+            point = by_id[ours.test.point_id]
+            differences_N = _is_right(ours.test, point).astype(np.int64) - one.correct()
+            origin_N = _origins(point.config.data, len(differences_N))
+            found.append(Comparison(one, asked, ours, mean_interval(differences_N, origin_N)))
+    return found
+
+
+def _is_right(row: ReportRow, point: Point) -> np.ndarray:
+    """Whether one of the study's points is right on each test sample (N,)."""
+    source = RunDir(point, "record")
+    costs = source.costs()
+    configuration = None
+    if row.source == "backbone":
+        configuration = Configuration(((-1, 0.0),) * len(costs.positions))
+    elif row.configuration:
+        configuration = Configuration.from_json(json.loads(row.configuration))
+    outputs = read_outputs(Record.open(source / "test"), costs, configuration, point.config.search.confidence)
+    return outputs.taken(outputs.correct_LN)
+
+
+def _origins(data: DataSettings, num_samples: int) -> np.ndarray | None:
+    """The original of each test sample (N,), None where each is its own: digits has view after view of all."""
+    return np.arange(num_samples) % data.num_test if data.name == "digits" else None
+
+
+def write_comparisons(path: Path, found: Sequence[Comparison]) -> None:
+    """Writes a row per comparison; fractions and relative MACs as in operating_points.csv."""
+    table = [one.cells() for one in found]
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def comparison_section(found: Sequence[Comparison]) -> PageSection:
+    """The page's part on the comparisons."""
+    table = [_page_cells(one) for one in found]
+    return PageSection(_HEADING, _WHAT.format(file=BASELINES_CSV), table)
+
+
+def _page_cells(one: Comparison) -> dict[str, str]:
+    theirs, ours, difference = one.baseline.test, one.ours.test, one.difference
+    limits = ", ".join(f"{100 * limit:+.2f}" for limit in (difference.low, difference.high))
+    within = "" if one.budget is None else f" within {one.budget:g}"
+    return {
+        "compared with": f"{theirs.source}{within}: {describe_networks(theirs)}",
+        "classifier": theirs.method,
+        "test MACs and accuracy": _at(theirs),
+        "ours": _at(ours),
+        "difference": _joined(f"{100 * difference.value:+.2f} ({limits})").replace("-", "−"),
+        "ours is": verdict(difference),
+    }
+
+
+def _at(row: ReportRow) -> str:
+    return _joined(f"{row.relative_macs:.3f} at {percent(row.accuracy)}")
+
+
+def _joined(text: str) -> str:
+    return text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -1,0 +1,139 @@
+"""What each kind of JSON file in a study's folder holds. `run_dir.read_json` checks a file against its kind."""
+
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+
+def _number_text(text: str) -> str:
+    float(text)
+    return text
+
+
+_open = with_config(ConfigDict(extra="allow"))  # later versions may add keys
+Count = Annotated[int, Field(ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NumberText = Annotated[str, AfterValidator(_number_text)]
+"""Text that `float` reads, nan and inf included."""
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@_open
+class PromisedFile(TypedDict):
+    """A file as DONE lists it."""
+
+    bytes: Count
+    sha256: Digest
+
+
+@_open
+class Done(TypedDict):
+    """DONE: the id of the finished work and the files that it promised."""
+
+    id: str
+    files: dict[str, PromisedFile]
+
+
+@_open
+class FailedTraining(TypedDict):
+    """FAILED.json: why a point's training stopped."""
+
+    id: str
+    reason: str
+
+
+@_open
+class Progress(TypedDict):
+    """progress.json: where a running job is."""
+
+    step: Count
+    num_steps: Count
+    figures: dict[str, NumberText]
+    images_per_second: Number
+    seconds_left: Number
+
+
+@_open
+class Classes(TypedDict):
+    """classes.json: the names of the classes by label."""
+
+    names: list[str]
+
+
+@_open
+class Costs(TypedDict):
+    """costs.json: the fields of ExitCosts."""
+
+    full_macs: Count
+    positions: list[int]
+    backbone_macs: list[Count]
+    head_types: list[str]
+    head_macs: list[list[Count]]
+    gate_macs: list[Count]
+    reader_macs: NotRequired[list[Count]]
+
+
+@_open
+class Judged(TypedDict):
+    """The figures of a configuration on one split."""
+
+    accuracy: Fraction
+    macs: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    relative_macs: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    exit_fractions: list[Fraction]
+    risk: NotRequired[Number]
+    relative_latency: NotRequired[Number]
+
+
+@_open
+class Found(TypedDict):
+    """An entry of configurations.json, budgets.json or fixed.json; an unattainable budget has no `exits`."""
+
+    budget: NotRequired[dict[str, Number]]
+    accuracy_weight: NotRequired[Number | None]
+    objective: NotRequired[Number]
+    exits: NotRequired[list[tuple[int, Number]]]
+    validation: NotRequired[Judged]
+    test: NotRequired[Judged]
+    train: NotRequired[Judged]
+    unattainable: NotRequired[str]
+    nearest: NotRequired[Number]
+
+
+@_open
+class JudgedNetworks(TypedDict):
+    """A static network, or a cascade of several by their ids, with one kind of classifier."""
+
+    head: str
+    validation: Judged
+    test: Judged
+    networks: NotRequired[list[str]]
+    exits: NotRequired[list[tuple[int, Number]]]
+
+
+@_open
+class Networks(TypedDict):
+    """networks.json of a static network's search."""
+
+    static: list[JudgedNetworks]
+    cascades: list[JudgedNetworks]
+
+
+@_open
+class CheckpointFacts(TypedDict):
+    """The JSON file of a checkpoint."""
+
+    sha256: Digest
+    step: Count
+    facts: dict[str, Any]
+
+
+@_open
+class MetricsRow(TypedDict):
+    """A line of metrics.jsonl; the other keys are figures by name."""
+
+    epoch: Count
+    validation_accuracy: NotRequired[Number]
+    validation_relative_macs: NotRequired[Number]

@@ -1,0 +1,29 @@
+"""Opening files that a user or an earlier run left: regular ones of a bounded size, so that no read waits."""
+
+import errno
+import stat
+from pathlib import Path
+
+MOST_TEXT_BYTES = 256 << 20
+"""The largest file that is read as text or JSON."""
+
+
+def regular(path: Path, most_bytes: int | None = None) -> Path:
+    """Returns `path` if it is a regular file, or a link to one, of at most `most_bytes`.
+
+    Raises OSError, naming it, for a folder, a pipe, a device or a larger file; FileNotFoundError for a missing one.
+    Opening a pipe would wait for ever.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "is a pipe or a device, not a regular file", str(path))
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"has {found.st_size} bytes; at most {most_bytes} are read", str(path))
+    return path
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a regular file of UTF-8. Raises OSError as `regular`, UnicodeDecodeError for other bytes."""
+    return regular(path, MOST_TEXT_BYTES).read_text(encoding="utf-8")
