@@ -122,13 +122,13 @@ def folder_of(study: Study, stage: str) -> Path:
 
 
 @pytest.mark.slow
-def test_local_processes_are_allowed_the_same_and_resume(finished: Study, tmp_path: Path) -> None:
+def test_local_processes_are_allowed_the_same(finished: Study, tmp_path: Path) -> None:
     shutil.copytree(finished.directory, tmp_path / "own")
     for stage in ("train", "record", "search", "report"):
         shutil.rmtree(tmp_path / "own" / stage)
     before = load_file(folder_of(finished, "train") / "heads.safetensors")
     again = dynexit.load_study(tmp_path / "own", allow_code=[MODULE])
-    again.run(on="local")
+    again.run("train", on="local")
     after = load_file(folder_of(again, "train") / "heads.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
