@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from dynexit.core.tradeoff import Configuration as Configuration
     from dynexit.core.tradeoff import OperatingPoint as OperatingPoint
     from dynexit.deploy.engine import Engine as Engine
+    from dynexit.deploy.model import EarlyExitModel as EarlyExitModel
     from dynexit.deploy.model import load as load
     from dynexit.errors import Failure as Failure
     from dynexit.errors import UserError as UserError
+    from dynexit.export.folder import export_model as export_model
     from dynexit.models.backbones import build_backbone as build_backbone
     from dynexit.models.cut.cutting import cut as cut
     from dynexit.models.multi_exit import MultiExit as MultiExit
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Budget": "dynexit.search.budgets",
     "Configuration": "dynexit.core.tradeoff",
+    "EarlyExitModel": "dynexit.deploy.model",
     "Engine": "dynexit.deploy.engine",
     "ExitCosts": "dynexit.core.cost",
     "Failure": "dynexit.errors",
@@ -36,6 +39,7 @@ _MODULES = {
     "UserError": "dynexit.errors",
     "build_backbone": "dynexit.models.backbones",
     "cut": "dynexit.models.cut.cutting",
+    "export_model": "dynexit.export.folder",
     "load": "dynexit.deploy.model",
     "load_study": "launch.api",
     "search_record": "dynexit.search.driver",

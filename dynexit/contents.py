@@ -45,7 +45,7 @@ class FailedTraining(TypedDict):
 
 
 @_open
-class Progress(TypedDict):
+class JobProgress(TypedDict):
     """progress.json: where a running job is."""
 
     step: Count

@@ -7,7 +7,8 @@ from typing import Any
 from dynexit.errors import UserError
 from dynexit.study.baselines import network_name
 from dynexit.study.grid import Study
-from dynexit.study.schema import Config
+from dynexit.study.keys import DATA_SETS
+from dynexit.study.schema import Config, DataSettings
 from launch.plan import missing_jobs
 
 
@@ -20,21 +21,40 @@ def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> N
     kinds = _untrained_kinds(study)
     if not kinds:
         return
-    from dynexit.data import check_files
-    from dynexit.jobs.load import check_model
-    from dynexit.models.weights import check_exists
-
-    def check_weights(config: Config, reads_weights: bool) -> None:
-        if reads_weights and config.backbone.weights not in (None, "pretrained"):
-            check_exists(Path(str(config.backbone.weights)))
 
     def check_fit(config: Config, reads_weights: bool) -> None:
+        from dynexit.jobs.load import check_model
+
         is_there = Path(config.backbone.weights or "").is_file()
         check_model(config, weights=reads_weights and (not dry_run or is_there))
 
     if not dry_run:
-        _check(kinds, check_weights, lambda config, _: check_files(config.data, is_here=data_is_here))
+        _check(kinds, _check_weights, lambda config, _: _check_data(config.data, is_here=data_is_here))
     _check(kinds, check_fit)
+
+
+def _check_weights(config: Config, reads_weights: bool) -> None:
+    path = Path(config.backbone.weights or "")
+    if reads_weights and config.backbone.weights not in (None, "pretrained") and not path.is_file():
+        fault = "is no file" if path.exists() else "does not exist"
+        raise UserError(
+            f"weights file {str(path)!r} {fault}: give the path of a .safetensors or .pth file, or 'pretrained'"
+        )
+
+
+def _check_data(data: DataSettings, *, is_here: bool) -> None:
+    """Imports no torch, but for fashion_mnist."""
+    if data.name == "fashion_mnist" and is_here:
+        from dynexit.data import check_files
+
+        check_files(data, is_here=True)
+    if data.name in ("digits", "fashion_mnist") or data.name not in DATA_SETS:
+        return  # part of scikit-learn; a data set of timm is looked for by timm
+    what = f"the folder with the files of {data.name}"
+    if data.dir is None:
+        raise UserError(f"data.dir is not set; {data.name} needs it: {what}")
+    if is_here and not data.download and not Path(data.dir).expanduser().is_dir():
+        raise UserError(f"data.dir = {data.dir}: there is no such folder; it should be {what}")
 
 
 def _check(kinds: list[tuple[Config, bool, str]], *checks: Callable[[Config, bool], None]) -> None:

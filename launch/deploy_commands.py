@@ -1,4 +1,4 @@
-"""Commands on model folders: save (from a study) and predict (image files)."""
+"""Commands on model folders: save (from a study), predict (image files) and export (programs without dynexit)."""
 
 import argparse
 import sys
@@ -33,6 +33,12 @@ def add_deploy_commands(commands: Any) -> None:
     predict.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
     predict.add_argument("--out", type=Path, metavar="FILE.csv", help="default: the terminal")
     predict.set_defaults(tool=_predict)
+    export = add_command(commands, "export", "write a model folder as programs for other runtimes, with a router")
+    export.add_argument("directory", type=Path, metavar="DIR", help="a folder that `dynexit save` wrote")
+    export.add_argument("--to", choices=("onnx", "torch"), required=True, help="ONNX, or archives of torch.export")
+    export.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="the new folder")
+    export.add_argument("--verify", action="store_true", help="compare the programs' answers to the folder's probe")
+    export.set_defaults(tool=_export)
 
 
 def _save(options: argparse.Namespace) -> None:
@@ -70,8 +76,31 @@ def _predict(options: argparse.Namespace) -> None:
             found.write_csv(file)
     seen = view.stats()
     macs = sum(row.macs for row in found.rows) / max(len(found.rows), 1) / view.full_macs
-    print(f"dynexit: {seen.num_images} images by {view.name}, {macs:.4f} of the backbone's MACs", file=sys.stderr)
+    print(
+        f"dynexit: {seen.num_images} images by {view.name}, {macs:.4f} of the backbone's MACs; {seen.num_near} with a "
+        f"confidence within {model.tolerance:.2g} of a threshold",
+        file=sys.stderr,
+    )
     for reason in found.unreadable.values():
         print(f"dynexit: {reason}", file=sys.stderr)
     if found.unreadable:
         raise Failure(f"{len(found.unreadable)} of {len(found.unreadable) + len(found.rows)} files were left out")
+
+
+def _export(options: argparse.Namespace) -> None:
+    import json
+
+    from dynexit.export.folder import MOST_DIFFERENCE, SETTINGS, export_model
+
+    count, check = export_model(options.directory, options.out, options.to, verify=options.verify)
+    points = json.loads((options.out / SETTINGS).read_text(encoding="utf-8"))["points"]
+    print(f"{options.out}: {count} programs, {len(points)} operating points, router.json and router.py")
+    if check is None:
+        print("dynexit: nothing was checked; run again with --verify to compare answers", file=sys.stderr)
+        return
+    print(
+        f"dynexit: checked on the probe, {check.num_answers} answers: logits differ by at most {check.difference:.2g} "
+        f"of the largest (allowed {MOST_DIFFERENCE:g}); {check.num_near} answers had a confidence within "
+        f"{check.tolerance:.2g} of a threshold, {check.num_other} of them left at another exit",
+        file=sys.stderr,
+    )

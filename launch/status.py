@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from dynexit.contents import Progress
+from dynexit.contents import JobProgress
 from dynexit.errors import Failure
 from dynexit.jobs.finished import (
     failure_reason,
@@ -98,7 +98,7 @@ def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:
     return on_cluster.state, not on_cluster.is_live
 
 
-def _figures(progress: Progress | None) -> Iterator[str]:
+def _figures(progress: JobProgress | None) -> Iterator[str]:
     if progress is not None:
         yield from (f"{name} {float(value):.4g}" for name, value in progress["figures"].items())
         yield f"{progress['images_per_second']:.0f} images/s {progress['seconds_left']:.0f} s left"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dynexit.contents import Classes, Done, Found, Progress
+from dynexit.contents import Classes, Done, Found, JobProgress
 from dynexit.errors import Failure
 from dynexit.files import regular
 from dynexit.run_dir import RunDir, atomic_write, mark_done, read_json, write_text
@@ -42,7 +42,7 @@ def test_pipes_folders_and_large_files_are_refused(tmp_path: Path) -> None:
         ),
         (Done, {"id": "x"}, "files: Field required"),
         (list[Found], [{"exits": [[0, "high"]]}], "0.exits.0.1: Input should be a valid number"),
-        (Progress, {"step": 1, "num_steps": 2, "figures": {"loss": "x"}}, "figures.loss: Value error, could not conv"),
+        (JobProgress, {"step": 1, "num_steps": 2, "figures": {"loss": "x"}}, "figures.loss: Value error"),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, kind: Any, content: object, mistake: str) -> None:

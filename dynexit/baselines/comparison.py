@@ -23,6 +23,7 @@ from dynexit.study.grid import Point
 from dynexit.study.schema import DataSettings
 
 BASELINES_CSV = "baselines.csv"
+_NONE = "none as cheap"
 _HEADING = "Against static networks and cascades"
 _WHAT = (
     "Static networks of the same family, fitted by the same recipe, with their own classifier or with heads that read "
@@ -36,41 +37,47 @@ _WHAT = (
 @dataclass(frozen=True)
 class Comparison:
     """A baseline, the point of the study with no more MACs on validation, and by how much that one is more accurate on
-    test. `budget` is the share of MACs within which a cascade was chosen, None for a static network.
+    test; both None where none is as cheap. `budget` is the share of MACs within which a cascade was chosen, None for a
+    static network.
     """
 
     baseline: Baseline
     budget: float | None
-    ours: FrontPoint
-    difference: Interval
+    ours: FrontPoint | None
+    difference: Interval | None
+
+    @property
+    def verdict(self) -> str:
+        """What the difference shows, in words."""
+        return _NONE if self.difference is None else verdict(self.difference)
 
     def cells(self) -> dict[str, Any]:
         """The row of baselines.csv."""
-        theirs, ours = self.baseline.test, self.ours.test
+        theirs, ours, difference = self.baseline.test, self.ours and self.ours.test, self.difference
         return {
             "source": theirs.source,
             "networks": describe_networks(theirs),
             "classifier": theirs.method,
-            "budget": "" if self.budget is None else self.budget,
+            "budget": self.budget,
             "relative_macs": theirs.relative_macs,
             "accuracy": theirs.accuracy,
-            "our_source": ours.source,
-            "our_method": ours.method,
-            "our_point_id": ours.point_id,
-            "our_configuration": ours.configuration,
-            "our_relative_macs": ours.relative_macs,
-            "our_accuracy": ours.accuracy,
-            "difference": self.difference.value,
-            "low": self.difference.low,
-            "high": self.difference.high,
-            "verdict": verdict(self.difference),
+            "our_source": ours and ours.source,
+            "our_method": ours and ours.method,
+            "our_point_id": ours and ours.point_id,
+            "our_configuration": ours and ours.configuration,
+            "our_relative_macs": ours and ours.relative_macs,
+            "our_accuracy": ours and ours.accuracy,
+            "difference": difference and difference.value,
+            "low": difference and difference.low,
+            "high": difference and difference.high,
+            "verdict": self.verdict,
         }
 
 
 def compare(points: Sequence[Point], rows: Sequence[ReportRow], baselines: Iterable[Baseline]) -> list[Comparison]:
     """Returns a comparison for each static network, and one for each budget of relative MACs with the best cascade.
 
-    `rows` are the study's, `points` those that they are of. A baseline cheaper than all points of ours has none.
+    `rows` are the study's, `points` those that they are of.
     """
     by_id = {identity: point for point in reversed(points) for identity in point.ids.values()}
     fronts: dict[str, list[FrontPoint]] = {}
@@ -93,7 +100,10 @@ def compare(points: Sequence[Point], rows: Sequence[ReportRow], baselines: Itera
                 chosen.append((best, budget, budget))
     found = []
     for one, asked, most in chosen:
-        for ours in within_budgets(fronts[one.backbone], [most]):
+        affordable = within_budgets(fronts[one.backbone], [most])
+        if not affordable:
+            found.append(Comparison(one, asked, None, None))
+        for ours in affordable:
             point = by_id[ours.test.point_id]
             differences_N = _is_right(ours.test, point).astype(np.int64) - one.correct()
             origin_N = _origins(point.config.data, len(differences_N))
@@ -135,16 +145,18 @@ def comparison_section(found: Sequence[Comparison]) -> PageSection:
 
 
 def _page_cells(one: Comparison) -> dict[str, str]:
-    theirs, ours, difference = one.baseline.test, one.ours.test, one.difference
-    limits = ", ".join(f"{100 * limit:+.2f}" for limit in (difference.low, difference.high))
+    theirs, difference = one.baseline.test, ""
+    if one.difference is not None:
+        limits = ", ".join(f"{100 * limit:+.2f}" for limit in (one.difference.low, one.difference.high))
+        difference = _joined(f"{100 * one.difference.value:+.2f} ({limits})").replace("-", "−")
     within = "" if one.budget is None else f" within {one.budget:g}"
     return {
         "compared with": f"{theirs.source}{within}: {describe_networks(theirs)}",
         "classifier": theirs.method,
         "test MACs and accuracy": _at(theirs),
-        "ours": _at(ours),
-        "difference": _joined(f"{100 * difference.value:+.2f} ({limits})").replace("-", "−"),
-        "ours is": verdict(difference),
+        "ours": _at(one.ours.test) if one.ours else "",
+        "difference": difference,
+        "ours is": one.verdict,
     }
 
 

@@ -5,7 +5,7 @@ Shapes: P positions, L = P + 1 exits, H head types.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,8 +19,11 @@ from dynexit.search.problem import with_gates
 from dynexit.study.keys import ConfidenceName
 from dynexit.study.schema import DataSettings, ExitsSettings
 
-FORMAT = 1
-"""The version of the folder's format. Any change of what a reader must know raises it."""
+FORMAT = 2
+"""The version of the folder's format. Any change of what a reader must know raises it.
+
+Version 1 is read too: it lacks conformal levels, which are optional.
+"""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -64,6 +67,9 @@ class SavedPoint(_DescriptionPart):
     validation: PointStatistics
     test: PointStatistics
     certified_risk: Share | None = None
+    conformal: tuple[tuple[Share, Share], ...] = ()
+    """(alpha, threshold): sets of the classes whose probability, unscaled, is at least 1 - threshold at the exit taken
+    hold the label of a share 1 - alpha of images."""
 
     @property
     def configuration(self) -> Configuration | None:
@@ -205,7 +211,7 @@ def read_description(text: str, folder: str) -> Description:
         raise UserError(foreign % "is not JSON, or cut short") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise UserError(foreign % "has no format version")
-    if content["format"] != FORMAT:
+    if content["format"] not in (1, FORMAT):
         age = "newer" if content["format"] > FORMAT else "older"
         advice = "install a newer dynexit" if age == "newer" else "save the study again with this dynexit"
         raise UserError(
@@ -215,6 +221,7 @@ def read_description(text: str, folder: str) -> Description:
     digest = content.pop("digest", None)
     if digest != _digest(content):
         raise UserError(f"{folder}/exits.json was altered (its digest does not fit); copy the folder again")
+    content["format"] = FORMAT
     try:
         # as JSON: lists are taken for tuples then
         return TypeAdapter(Description).validate_json(json.dumps(content))
@@ -222,3 +229,39 @@ def read_description(text: str, folder: str) -> Description:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(foreign % f"is wrong at {where}: {first['msg']}") from None
+
+
+_MOST = {"relative_macs": 2, "max_accuracy_drop": 1, "risk": 1}  # exits and heads may cost more than the backbone alone
+
+
+def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoint:
+    """Returns the operating point for a target of `EarlyExitModel.use`; targets are about validation.
+
+    Raises UserError for a target out of range, and for one that no point attains, naming the nearest.
+    """
+    if not isinstance(value, int | float) or not value >= 0:
+        raise UserError(f"{target} is {value!r}; give a number of at least 0")
+    if value > _MOST[target]:
+        raise UserError(f"{target} is {value!r}, which is more than {_MOST[target]}; give a share, as {value / 100:g}")
+    cheapest = min(points, key=lambda point: point.relative_macs)
+    if target == "relative_macs":
+        within = [point for point in points if point.relative_macs <= value]
+        if not within:
+            raise UserError(
+                f"relative_macs = {value:g} is unattainable: the cheapest operating point, {cheapest.name}, takes "
+                f"{cheapest.relative_macs:.4f} of the backbone's MACs (accuracy {cheapest.accuracy:.4f})"
+            )
+        return min(within, key=lambda point: (-point.accuracy, point.relative_macs))
+    if target == "max_accuracy_drop":
+        backbone = next(point for point in points if point.source == "backbone")
+        within = [point for point in points if backbone.accuracy - point.accuracy <= value + 1e-12]
+        return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
+    certified = [point for point in points if point.certified_risk is not None]
+    within = [point for point in certified if point.certified_risk <= value]  # type: ignore[operator]
+    if not within:
+        least = min((point.certified_risk for point in certified if point.certified_risk is not None), default=None)
+        nearest = "no operating point has a certificate; search the study with search.risk"
+        if least is not None:
+            nearest = f"the least risk that an operating point is certified for is {least:g}"
+        raise UserError(f"risk = {value:g} is unattainable: {nearest}")
+    return min(within, key=lambda point: (point.relative_macs, -point.accuracy))

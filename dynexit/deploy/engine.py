@@ -3,7 +3,7 @@
 Shapes: B batch, P positions, H head types, K classes, G gates.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.tradeoff import Configuration
-from dynexit.deploy.router import NEAR, PlainHead, Router, Stop
+from dynexit.deploy.router import NEAR, Router, Stop
 from dynexit.errors import UserError
 from dynexit.models.cut.backbone import OwnBackbone
-from dynexit.models.heads import StackedGates, StackedHeads
+from dynexit.models.heads import PlainHead, StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 
 # glibc returns each larger block to the system when it is freed; taking it again costs a page fault for every 4 KiB
@@ -62,7 +62,7 @@ class Engine:
     ) -> None:
         """`tile` is the most images that pass at once on a CPU; None measures it (see largest_tile)."""
         self.model, self.head_types, self._shrinkage = model, tuple(head_types), heads.shrinkage
-        self._heads = {name: _plain_head(heads, name) for name in heads.row_names}
+        self._heads = {name: heads.plain(name) for name in heads.row_names}
         self._gates: list[tuple[Tensor, Tensor]] | None = None
         if gates is not None:
             weight_G4, bias_G = gates.weight.detach()[0], gates.bias.detach()[0]
@@ -122,9 +122,3 @@ class Engine:
         function = _largest_probability if confidence == "max_probability" else CONFIDENCES[confidence].function
         measure = None if by_gate else function
         return Router(self.model, stops, measure, self._shrinkage, self._tile, tolerance)
-
-
-def _plain_head(heads: StackedHeads, row_name: str) -> PlainHead:
-    layers: Iterable[Any] = heads.get_submodule(row_name).children()
-    pairs = tuple((layer.weight.detach()[0], layer.bias.detach()[0]) for layer in layers)
-    return PlainHead(pairs, row_name.endswith(".linear"))

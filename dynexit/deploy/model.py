@@ -11,15 +11,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.assembly import attach_exits
-from dynexit.deploy.description import Description, SavedPoint, SavedTraining
+from dynexit.deploy.description import Description, SavedPoint, SavedTraining, choose
 from dynexit.deploy.engine import Engine, largest_tile
-from dynexit.deploy.model_folder import Contents, read_folder
+from dynexit.deploy.model_folder import FILES, Contents, copy_folder, read_folder
 from dynexit.deploy.optimize import DIFFERENCES, optimized_backbone
-from dynexit.deploy.predict import Predictions, image_transform, predict_files, read_image
+from dynexit.deploy.predict import Predictions, check_images, image_transform, predict_files, read_image
 from dynexit.deploy.probe import check_probe
 from dynexit.deploy.router import NEAR, Answers, Router
 from dynexit.deploy.statistics import ExitCounter, ExitStatistics
@@ -42,6 +43,20 @@ class Outputs:
     exit_index: Tensor
     macs: Tensor
     near: Tensor
+    _logits_BK: np.ndarray = dataclasses.field(repr=False)
+    _conformal: tuple[tuple[float, float], ...] = dataclasses.field(repr=False)
+
+    def prediction_sets(self, alpha: float = 0.05) -> Tensor:
+        """Returns (B, K) bool, the classes in each image's set: sets hold the label of a share 1 - alpha of new images.
+
+        That is the promise of split conformal prediction for images like those of validation, for an operating point
+        as it was saved. A set may be empty. Raises UserError for a level that is not stored.
+        """
+        levels = dict(self._conformal)
+        if alpha not in levels:
+            known = ", ".join(f"{one:g}" for one in levels) or "none (a configuration of your own has no levels)"
+            raise UserError(f"alpha is {alpha!r}; the levels stored are {known}")
+        return torch.from_numpy(_softmax(self._logits_BK) >= np.float32(1 - levels[alpha]))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -109,45 +124,36 @@ class View:
         return self._counter.statistics()
 
     def _checked(self, images: Tensor) -> Tensor:
-        expected = "x".join(map(str, self.input_size))
-        if not isinstance(images, Tensor):
-            raise UserError(f"images are a {type(images).__name__}; give a tensor (B, {expected.replace('x', ', ')})")
-        if images.dim() != 4 or tuple(images.shape[1:]) != self.input_size:
-            shape = "x".join(map(str, images.shape))
-            raise UserError(
-                f"images have the shape {shape}; this model takes Bx{expected} (batch, channels, height, width)"
-            )
-        if not len(images):
-            raise UserError(f"the batch is empty; give at least one image of {expected}")
-        if images.dtype != torch.float32:
-            raise UserError(f"images are {images.dtype}; give torch.float32, normalised as the view's `transform` does")
-        if not torch.isfinite(images.sum()):  # one pass; what follows is for the message
-            bad = ~torch.isfinite(images).flatten(1).all(1)
-            if bad.any():
-                where = int(bad.nonzero()[0])
-                raise UserError(f"image {where} of the batch has values that are not finite (NaN or inf); leave it out")
+        check_images(images, self.input_size)
         return images.to(self.router.device)
 
     def _outputs(self, answers: Answers) -> Outputs:
         logits_BK = answers.logits_BK
         if self._temperature_L is not None:
             logits_BK = logits_BK / self._temperature_L[answers.exit_index_B, None]
-        probabilities_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
-        probabilities_BK /= probabilities_BK.sum(1, keepdims=True)
-        self._counter.add(answers.exit_index_B, probabilities_BK.max(1))
+        probabilities_BK = _softmax(logits_BK)
+        self._counter.add(answers.exit_index_B, probabilities_BK.max(1), answers.near_B)
         return Outputs(
             torch.from_numpy(answers.prediction_B),
             torch.from_numpy(probabilities_BK),
             torch.from_numpy(answers.exit_index_B),
             torch.from_numpy(self.macs_L[answers.exit_index_B]),
             torch.from_numpy(answers.near_B),
+            answers.logits_BK,
+            () if self.point is None else self.point.conformal,
         )
 
 
-class EarlyExitModel:
+def _softmax(logits_BK: np.ndarray) -> np.ndarray:
+    odds_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
+    return np.asarray(odds_BK / odds_BK.sum(1, keepdims=True))
+
+
+class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
     """A model folder that was loaded: a backbone, the exits of one or more trainings, and operating points.
 
-    Immutable but for its statistics; `use` gives a view that classifies.
+    Immutable but for its statistics; `use` gives a view that classifies. `from_pretrained`, `save_pretrained` and
+    `push_to_hub` are huggingface_hub's; the first takes the options of `load`.
     """
 
     def __init__(self, contents: Contents, device: str | torch.device = "cpu") -> None:
@@ -215,6 +221,26 @@ class EarlyExitModel:
             return self._view(value)
         return self._view(self._named(value) if name == "way" else choose(self.points, name, value))
 
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, verify: bool = True, device: str = "cpu", **hub: Any
+    ) -> "EarlyExitModel":
+        if not Path(model_id).is_dir():
+            model_id = snapshot_download(model_id, allow_patterns=list(FILES), **hub)
+        return load(model_id, verify=verify, device=device)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Writes the folder that this model was loaded from, not what `optimize` made of it; see huggingface_hub.
+
+        Raises UserError if that folder has changed since, and for that folder itself.
+        """
+        if Path(save_directory).resolve() == self._contents.directory.resolve():
+            raise UserError(f"{save_directory} is the folder that the model was loaded from; give another one")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        copy_folder(self._contents.directory, self._description, save_directory)
+
     def stats(self) -> tuple[ExitStatistics, ...]:
         """What each way to leave that was used has seen, against validation: a growing drift calls for a new study."""
         with self._lock:
@@ -226,17 +252,17 @@ class EarlyExitModel:
         return check_probe(self.probe, self.engines, self.points, "the model")
 
     def optimize(self, device: str = "cpu", *, precision: str = "float32") -> "EarlyExitModel":
-        """Returns a faster model with the same operating points; this one stays as it is. Only for the CPU so far.
+        """Returns a faster model with the same operating points on that device; this one stays as it is.
 
         Folds batch norms into convolutions, puts channels last, and with `precision` bf16 runs the backbone in
         bfloat16. The probe must give the saved answers: logits within 1e-3 of the largest in float32 and 5e-2 in bf16,
         and the same exits but for confidences near a threshold, with a tolerance that is measured. Raises UserError for
-        another device or precision and for bf16 on a CPU without it, Failure for other answers.
+        another precision, for bf16 on a device without it and for a device that torch cannot use, Failure for other
+        answers.
         """
-        if device != "cpu":
-            raise UserError(f"optimize() is for the device cpu, got {device!r}; use the model as it is on others")
-        backbone = optimized_backbone(self.backbone, precision)
-        faster = EarlyExitModel(dataclasses.replace(self._contents, backbone=backbone))
+        usable = _usable(device)
+        backbone = optimized_backbone(self.backbone, precision, usable)
+        faster = EarlyExitModel(dataclasses.replace(self._contents, backbone=backbone), usable)
         difference = check_probe(faster.probe, faster.engines, faster.points, "the model", DIFFERENCES[precision])
         faster.tolerance = max(faster.tolerance, 4 * difference)
         return faster
@@ -285,42 +311,6 @@ class EarlyExitModel:
             counter,
             self._description,
         )
-
-
-_MOST = {"relative_macs": 2, "max_accuracy_drop": 1, "risk": 1}  # exits and heads may cost more than the backbone alone
-
-
-def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoint:
-    """Returns the operating point for a target of `EarlyExitModel.use`; targets are about validation.
-
-    Raises UserError for a target out of range, and for one that no point attains, naming the nearest.
-    """
-    if not isinstance(value, int | float) or not value >= 0:
-        raise UserError(f"{target} is {value!r}; give a number of at least 0")
-    if value > _MOST[target]:
-        raise UserError(f"{target} is {value!r}, which is more than {_MOST[target]}; give a share, as {value / 100:g}")
-    cheapest = min(points, key=lambda point: point.relative_macs)
-    if target == "relative_macs":
-        within = [point for point in points if point.relative_macs <= value]
-        if not within:
-            raise UserError(
-                f"relative_macs = {value:g} is unattainable: the cheapest operating point, {cheapest.name}, takes "
-                f"{cheapest.relative_macs:.4f} of the backbone's MACs (accuracy {cheapest.accuracy:.4f})"
-            )
-        return min(within, key=lambda point: (-point.accuracy, point.relative_macs))
-    if target == "max_accuracy_drop":
-        backbone = next(point for point in points if point.source == "backbone")
-        within = [point for point in points if backbone.accuracy - point.accuracy <= value + 1e-12]
-        return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
-    certified = [point for point in points if point.certified_risk is not None]
-    within = [point for point in certified if point.certified_risk <= value]  # type: ignore[operator]
-    if not within:
-        least = min((point.certified_risk for point in certified if point.certified_risk is not None), default=None)
-        nearest = "no operating point has a certificate; search the study with search.risk"
-        if least is not None:
-            nearest = f"the least risk that an operating point is certified for is {least:g}"
-        raise UserError(f"risk = {value:g} is unattainable: {nearest}")
-    return min(within, key=lambda point: (point.relative_macs, -point.accuracy))
 
 
 def _usable(device: str | torch.device) -> torch.device:

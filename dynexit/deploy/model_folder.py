@@ -1,12 +1,13 @@
 """The model folder: its files, how it is written (whole or not at all) and read (checked, nothing unpickled)."""
 
+import contextlib
 import dataclasses
 import errno
 import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ STAGES, STAGE_TENSORS = "stages.json", "stages.safetensors"
 """Of a module of the user's own: its stages as operations of torch's, and the tensors that they need beyond weights."""
 _PROMISED = (CONFIG, BACKBONE, HEADS, PROBE)
 """The files whose bytes exits.json promises. The card is for people, who may edit it; nothing reads it."""
+FILES = (*_PROMISED, EXITS, CARD)
+"""All files of a folder."""
 
 
 def backbone_config(
@@ -130,6 +133,7 @@ def _read_own(
 class Contents:
     """What a folder holds, as read: the backbone, heads and gates by training, the probe's tensors."""
 
+    directory: Path
     description: Description
     backbone: Backbone
     heads: dict[str, dict[str, Tensor]]
@@ -146,9 +150,26 @@ def write_folder(
     probe: Mapping[str, Tensor],
     card: str,
 ) -> None:
-    """Writes the folder under another name and renames it.
+    """Writes the folder, whole or not at all; raises as `new_folder` does.
 
     `description` is that of exits.json without `files`, `config` config.json's.
+    """
+    with new_folder(directory) as temporary:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        save_tensors(temporary / BACKBONE, backbone.model.state_dict())
+        promised = [*_PROMISED, *_write_stages(temporary, backbone)]
+        named = {f"{training}.{name}": t for training, state in heads.items() for name, t in state.items()}
+        save_tensors(temporary / HEADS, named)
+        save_tensors(temporary / PROBE, probe)
+        (temporary / CARD).write_text(card, encoding="utf-8")
+        files = {name: _promise(temporary / name) for name in promised}
+        whole = Description.model_validate({**description, "files": files})
+        (temporary / EXITS).write_text(whole.to_text(), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(directory: Path) -> Iterator[Path]:
+    """Yields an empty folder that is renamed to `directory` at the end, and removed if the block raises.
 
     Raises UserError if there is something at `directory`, Failure where it cannot be written.
     """
@@ -158,16 +179,7 @@ def write_folder(
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
         try:
-            (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            save_tensors(temporary / BACKBONE, backbone.model.state_dict())
-            promised = [*_PROMISED, *_write_stages(temporary, backbone)]
-            named = {f"{training}.{name}": t for training, state in heads.items() for name, t in state.items()}
-            save_tensors(temporary / HEADS, named)
-            save_tensors(temporary / PROBE, probe)
-            (temporary / CARD).write_text(card, encoding="utf-8")
-            files = {name: _promise(temporary / name) for name in promised}
-            whole = Description.model_validate({**description, "files": files})
-            (temporary / EXITS).write_text(whole.to_text(), encoding="utf-8")
+            yield temporary
             temporary.chmod(0o755)
             temporary.replace(directory)
         finally:
@@ -223,7 +235,20 @@ def read_folder(directory: Path, allow_code: Sequence[str] = ()) -> Contents:
     for name, tensor in load_tensors(directory / HEADS).items():
         training, _, rest = name.partition(".")
         heads.setdefault(training, {})[rest] = tensor
-    return Contents(description, backbone, heads, load_tensors(directory / PROBE))
+    return Contents(directory, description, backbone, heads, load_tensors(directory / PROBE))
+
+
+def copy_folder(source: Path, description: Description, target: Path) -> None:
+    """Copies a folder's files, as they were read, into the folder `target`, over files of the same names.
+
+    Raises UserError, naming the file, if one of them was altered since.
+    """
+    for name, promise in description.files.items():
+        _check(source / name, promise)
+        shutil.copyfile(source / name, target / name)
+    (target / EXITS).write_text(description.to_text(), encoding="utf-8")
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, target / CARD)
 
 
 def _check(path: Path, promised: FilePromise) -> None:

@@ -125,3 +125,24 @@ def read_image(file: str | Path | BinaryIO, transform: Transform) -> Tensor:
     if not Path(file).exists():
         raise UserError(f"the image {file} does not exist")
     return transform(decode(Path(file), str(file)))
+
+
+def check_images(images: Tensor, input_size: tuple[int, int, int]) -> None:
+    """Raises UserError unless images are a batch (B, C, H, W) of float32 and of that size, all of them finite."""
+    expected = "x".join(map(str, input_size))
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are a {type(images).__name__}; give a tensor (B, {expected.replace('x', ', ')})")
+    if images.dim() != 4 or tuple(images.shape[1:]) != input_size:
+        shape = "x".join(map(str, images.shape))
+        raise UserError(
+            f"images have the shape {shape}; this model takes Bx{expected} (batch, channels, height, width)"
+        )
+    if not len(images):
+        raise UserError(f"the batch is empty; give at least one image of {expected}")
+    if images.dtype != torch.float32:
+        raise UserError(f"images are {images.dtype}; give torch.float32, normalised as the view's `transform` does")
+    if not torch.isfinite(images.sum()):  # one pass; what follows is for the message
+        bad = ~torch.isfinite(images).flatten(1).all(1)
+        if bad.any():
+            where = int(bad.nonzero()[0])
+            raise UserError(f"image {where} of the batch has values that are not finite (NaN or inf); leave it out")

@@ -55,15 +55,20 @@ def check_probe(
     folder: str,
     most_difference: float = _MOST_DIFFERENCE,
 ) -> float:
-    """Runs the probe and returns the largest difference of a confidence from the saved ones.
+    """Runs the probe and returns the largest difference of a confidence from the saved ones, or by batch size.
 
     Logits may differ by `most_difference` of the largest. Up to three operating points are run; a sample may leave
     elsewhere only if its confidence is near the threshold. Raises Failure, naming `folder`, for other answers.
     """
-    images, most = probe["images"], 0.0
+    device = next(next(iter(engines.values())).model.parameters()).device
+    images, most = probe["images"].to(device), 0.0
+    parts = [part for part in (images[:1], images[1:]) if len(part)]
     for training, engine in engines.items():
-        logits_PHnK, final_nK = engine.all_logits(images.to(next(engine.model.parameters()).device))
+        logits_PHnK, final_nK = engine.all_logits(images)
         found = logits_PHnK.flatten(0, 1).transpose(0, 1).cpu()
+        alone_PHnK = torch.cat([engine.all_logits(part)[0] for part in parts], 2)
+        by_size = max_probability(alone_PHnK) - max_probability(logits_PHnK)
+        most = max(most, float(by_size.abs().max()))
         for name, values, expected in (
             ("the backbone", final_nK.cpu(), probe["logits"]),
             (f"training {training}", found, probe[f"{training}.logits"]),
@@ -79,7 +84,7 @@ def check_probe(
     for place in np.unique(np.linspace(0, len(points) - 1, _MOST_RUN).astype(int)):
         point = points[place]
         router = engines[point.training].router(point.configuration, point.confidence, tolerance)
-        answers = join([router.classify(part) for part in (images[:1], images[1:]) if len(part)])
+        answers = join([router.classify(part) for part in parts])
         expected_n = probe["exit_index"][place].numpy()
         wrong = (answers.exit_index_B != expected_n) & ~answers.near_B
         if wrong.any():

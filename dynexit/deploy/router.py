@@ -11,14 +11,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dynexit.core.confidence import gate_features
 from dynexit.models.families import State
+from dynexit.models.heads import PlainHead
 from dynexit.models.multi_exit import MultiExit
 
 NEAR = 1e-5
 """Batching changes the last bits of a confidence in float32 on a CPU; this close to a threshold they may decide."""
+_SMALL_IMAGES = 256
+"""From this tile on (activations of at most 128 KiB an image) oneDNN takes as long to prepare a convolution for a new
+batch size as to compute tens of images. Batches then shrink to a few sizes only, with rows that nobody looks at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +51,6 @@ def even_parts(images: Tensor, most: int | None) -> Sequence[Tensor]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainHead:
-    """One exit head as plain (weight, bias) pairs, ReLU between them."""
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    is_linear: bool
-
-    def __call__(self, feature: Tensor) -> Tensor:
-        """Logits (b, K) in float32 from what its exit reads, (b, D) or (b, 2, D)."""
-        if feature.dim() == 3:  # what linear heads read, then what MLP heads read
-            feature = feature[:, 0 if self.is_linear else 1]
-        x = feature.to(self.layers[0][0].dtype)
-        for weight, bias in self.layers[:-1]:
-            x = linear(x, weight, bias).relu_()
-        weight, bias = self.layers[-1]
-        return linear(x, weight, bias)
-
-
-@dataclasses.dataclass(frozen=True)
 class Stop:
     """An exit on the way: its position number, that of the exit before (-1: none), and how it decides."""
 
@@ -81,8 +66,8 @@ class InFlight:
     """Samples on their way between two exits, b of them. Router.advance takes them on, in place.
 
     `ids_b` are their places in what was asked for, `near_b` as in Answers, `used_b` what the exits passed used of the
-    exit probability (gates), `before_bK` the logits of the exit before (additive heads), `feature_bD` what the last
-    position read (concatenated features).
+    exit probability (gates), `before_bK` the logits of the exit before (additive heads), `feature_cD` what the last
+    position read (concatenated features). `state` and `feature_cD` may have further rows, which nobody looks at.
     """
 
     state: State
@@ -90,45 +75,51 @@ class InFlight:
     near_b: np.ndarray
     used_b: np.ndarray | None = None
     before_bK: Tensor | None = None
-    feature_bD: Tensor | None = None
+    feature_cD: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids_b)
 
-    def drop(self, leaves_b: np.ndarray, num_kept: int) -> None:
-        """Drops those that leave. The last that stay move to the places of the others, so that few are copied."""
+    def drop(self, leaves_b: np.ndarray, num_kept: int, num_rows: int) -> None:
+        """Drops those that leave. The last that stay move to the places of the others, so that few are copied.
+
+        Of the others as many rows stay as make it `num_rows`.
+        """
         tensor = _tensor_of(self.state)
         holes = leaves_b[:num_kept].nonzero()[0]
-        places = np.arange(num_kept)
+        places = np.arange(num_rows)
         if len(holes):
             movers = num_kept + (~leaves_b[num_kept:]).nonzero()[0]
             places[holes] = movers
-            to, source = torch.from_numpy(holes).to(tensor.device), torch.from_numpy(movers).to(tensor.device)
-            tensor[to] = tensor[source]
-        self.state = _with_tensor(self.state, tensor[:num_kept])
-        self.ids_b, self.near_b = self.ids_b[places], self.near_b[places]
+            _move_rows(tensor, movers, holes)
+        self.state = _with_tensor(self.state, tensor[:num_rows])
+        kept = places[:num_kept]
+        self.ids_b, self.near_b = self.ids_b[kept], self.near_b[kept]
         if self.used_b is not None:
-            self.used_b = self.used_b[places]
-        kept = torch.from_numpy(places).to(tensor.device)
+            self.used_b = self.used_b[kept]
+        rows = torch.from_numpy(places).to(tensor.device)
         if self.before_bK is not None:
-            self.before_bK = self.before_bK[kept]
-        if self.feature_bD is not None:
-            self.feature_bD = self.feature_bD[kept]
+            self.before_bK = self.before_bK[rows[:num_kept]]
+        if self.feature_cD is not None:
+            self.feature_cD = self.feature_cD[rows]
 
     def split(self, size: int) -> tuple["InFlight", "InFlight"]:
         """Returns the first `size` of them and the others."""
+        return self._part(slice(size)), self._part(slice(size, len(self)))
 
-        def part(chosen: slice) -> InFlight:
-            return InFlight(
-                _with_tensor(self.state, _tensor_of(self.state)[chosen]),
-                self.ids_b[chosen],
-                self.near_b[chosen],
-                None if self.used_b is None else self.used_b[chosen],
-                None if self.before_bK is None else self.before_bK[chosen],
-                None if self.feature_bD is None else self.feature_bD[chosen],
-            )
+    def without_rows(self) -> "InFlight":
+        """Returns them without further rows."""
+        return self._part(slice(len(self)))
 
-        return part(slice(size)), part(slice(size, None))
+    def _part(self, chosen: slice) -> "InFlight":
+        return InFlight(
+            _with_tensor(self.state, _tensor_of(self.state)[chosen]),
+            self.ids_b[chosen],
+            self.near_b[chosen],
+            None if self.used_b is None else self.used_b[chosen],
+            None if self.before_bK is None else self.before_bK[chosen],
+            None if self.feature_cD is None else self.feature_cD[chosen],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +132,18 @@ class Leaving:
     logits_bK: np.ndarray
 
 
+def _move_rows(tensor: Tensor, source_k: np.ndarray, to_k: np.ndarray) -> None:
+    """Copies rows within a tensor; numpy takes a fifth of torch's time for the few rows of small images."""
+    last = tensor.dim() == 4 and not tensor.is_contiguous()  # channels
+    laid_out = tensor.permute(0, 2, 3, 1) if last else tensor
+    if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and laid_out.is_contiguous():
+        rows = laid_out.numpy()
+        rows[to_k] = rows[source_k]
+    else:
+        to, source = torch.from_numpy(to_k).to(tensor.device), torch.from_numpy(source_k).to(tensor.device)
+        tensor.index_copy_(0, to, tensor.index_select(0, source))
+
+
 def _tensor_of(state: State) -> Tensor:
     tensor: Tensor = state[0] if isinstance(state, tuple) else state
     return tensor
@@ -150,24 +153,35 @@ def _with_tensor(state: State, tensor: Tensor) -> State:
     return (tensor, *state[1:]) if isinstance(state, tuple) else tensor
 
 
-def join_in_flight(parts: Sequence[InFlight]) -> InFlight:
-    """Returns samples that passed the same exits as one batch."""
+def join_in_flight(parts: Sequence[InFlight], num_rows: int) -> InFlight:
+    """Returns samples that passed the same exits as one batch, of `num_rows` rows if there are several parts."""
     if len(parts) == 1:
         return parts[0]
-    first = parts[0]
+    parts = [part.without_rows() for part in parts]
+    first, num_more = parts[0], num_rows - sum(map(len, parts))
     return InFlight(
-        _with_tensor(first.state, torch.cat([_tensor_of(part.state) for part in parts])),
+        _with_tensor(first.state, _in_a_row([_tensor_of(part.state) for part in parts], num_more)),
         np.concatenate([part.ids_b for part in parts]),
         np.concatenate([part.near_b for part in parts]),
         None if first.used_b is None else np.concatenate([part.used_b for part in parts if part.used_b is not None]),
         _joined([part.before_bK for part in parts]),
-        _joined([part.feature_bD for part in parts]),
+        _joined([part.feature_cD for part in parts], num_more),
     )
 
 
-def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensors of all parts in a row; None if they have none."""
-    return None if tensors[0] is None else torch.cat([tensor for tensor in tensors if tensor is not None])
+def _joined(tensors: Sequence[Tensor | None], num_more: int = 0) -> Tensor | None:
+    """The tensors of all parts in a row and as many rows of zeros; None if they have none."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return _in_a_row(given, num_more) if given else None
+
+
+def _in_a_row(tensors: Sequence[Tensor], num_more: int) -> Tensor:
+    more = [tensors[0].new_zeros(num_more, *tensors[0].shape[1:])] if num_more else []
+    return torch.cat([*tensors, *more])
+
+
+Walk = Sequence[tuple[Sequence[Callable[[State], State]], int]]
+"""Blocks to run and the position number to read at then, as often as needed."""
 
 
 class Router:
@@ -193,7 +207,9 @@ class Router:
         self.device, self._dtype = parameter.device, parameter.dtype
         self.tile = tile if self.device.type == "cpu" else None
         """The most images that run together; None for any number."""
+        self._few_sizes = self.tile is not None and self.tile >= _SMALL_IMAGES
         self.num_classes, self.num_stages = model.backbone.num_classes, len(self._stops) + 1
+        self._walks = [self._walk(stop) for stop in stops]
 
     @torch.inference_mode()
     def classify(self, images: Tensor) -> Answers:
@@ -206,8 +222,8 @@ class Router:
         state, near, used = self._model.start(image.to(self._dtype)), False, 0.0
         before: Tensor | None = None
         feature: Tensor | None = None
-        for stop in self._stops:
-            state, feature = self._reach(stop, state, feature)
+        for stop, walk in zip(self._stops, self._walks, strict=True):
+            state, feature = self._reach(walk, state, feature)
             logits = self._logits(stop, feature, before)
             value, before = self._measure(stop, logits).item(), logits
             if stop.threshold is None:
@@ -250,14 +266,14 @@ class Router:
         Stages are 0..num_stages-1; the last one ends with the backbone's own classifier, where all leave.
         """
         if stage == len(self._stops):
-            logits_bK = self._model.tail(flight.state, self._last_p).float().cpu().numpy()
+            logits_bK = self._model.tail(flight.state, self._last_p)[: len(flight)].float().cpu().numpy()
             left = Leaving(len(self._model.positions), flight.ids_b, flight.near_b, logits_bK)
             flight.ids_b = flight.ids_b[:0]
             return left
         stop = self._stops[stage]
-        flight.state, feature = self._reach(stop, flight.state, flight.feature_bD)
-        flight.feature_bD = feature if self._model.reading.concatenate else None
-        logits = self._logits(stop, feature, flight.before_bK)
+        flight.state, feature = self._reach(self._walks[stage], flight.state, flight.feature_cD)
+        flight.feature_cD = feature if self._model.reading.concatenate else None
+        logits = self._logits(stop, feature[: len(flight)], flight.before_bK)
         value_b = self._measure(stop, logits).cpu().numpy()
         if stop.threshold is None:
             assert flight.used_b is not None
@@ -277,18 +293,30 @@ class Router:
             return None
         logits_bK = logits.float().cpu().numpy()
         left = Leaving(stop.p, flight.ids_b[leaves_b], flight.near_b[leaves_b], logits_bK[leaves_b])
-        flight.drop(leaves_b, len(leaves_b) - num_left)
+        num_kept = len(leaves_b) - num_left
+        flight.drop(leaves_b, num_kept, min(self.num_rows(num_kept), len(_tensor_of(flight.state))))
         return left
 
-    def _reach(self, stop: Stop, state: State, feature: Tensor | None) -> tuple[State, Tensor]:
-        """The state at an exit and what it reads, from those at the exit before.
+    def num_rows(self, size: int) -> int:
+        """Returns the rows to run for so many samples: for small images the next of 0, 1, 2, 4, 8, 16, 24, 32, ..."""
+        if not self._few_sizes or size <= 1:
+            return size
+        return -(-size // 8) * 8 if size > 8 else 1 << (size - 1).bit_length()
 
-        Concatenated features are read at every position on the way.
-        """
+    def _walk(self, stop: Stop) -> Walk:
+        """The way to an exit from the one before. Concatenated features are read at every position on it."""
         first = stop.before_p + 1 if self._model.reading.concatenate else stop.p
-        reached = stop.before_p
-        for p in range(first, stop.p + 1):
-            state, reached = self._model.advance(state, reached, p), p
+        reads = range(first, stop.p + 1)
+        return [
+            (self._model.blocks_between(from_p, p), p)
+            for from_p, p in zip([stop.before_p, *reads], reads, strict=False)
+        ]
+
+    def _reach(self, walk: Walk, state: State, feature: Tensor | None) -> tuple[State, Tensor]:
+        """The state at an exit and what it reads, from those at the exit before."""
+        for blocks, p in walk:
+            for block in blocks:
+                state = block(state)
             feature = self._model.feature(p, state, feature)
         assert feature is not None
         return state, feature

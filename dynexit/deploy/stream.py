@@ -1,6 +1,7 @@
 """Streaming with refill: samples of several batches run each stage together, so that deep stages run full."""
 
 import collections
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 
@@ -13,15 +14,76 @@ from dynexit.errors import UserError
 
 
 class _Pending:
-    """A batch whose answers are collected."""
+    """The answers of batches until they are complete. Samples are numbered in the order in which they enter."""
 
-    def __init__(self, size: int, num_classes: int) -> None:
-        self.num_missing, self.since = size, time.monotonic()
-        self.logits_BK = np.empty((size, num_classes), np.float32)
-        self.exit_B, self.near_B = np.empty(size, np.int64), np.empty(size, bool)
+    _logits_NK: np.ndarray
+    _exit_N: np.ndarray
+    _near_N: np.ndarray
+    _batch_N: np.ndarray
 
-    def answers(self) -> Answers:
-        return Answers(self.logits_BK.argmax(1), self.exit_B, self.near_B, self.logits_BK)
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes, self._first, self._num_batches_done = num_classes, 0, 0  # _first: that of row 0
+        self._size, self._end = 0, 0  # rows there are; number of the next sample
+        self._batches = collections.deque[_PendingBatch]()
+        self._make_room(0)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def enter(self, size: int) -> int:
+        """Takes a batch. Returns the number of its first sample."""
+        start = self._end
+        if start + size - self._first > self._size:
+            self._make_room(size)
+        self._batch_N[start - self._first : start + size - self._first] = self._num_batches_done + len(self._batches)
+        self._batches.append(_PendingBatch(start, size, size, time.monotonic()))
+        self._end += size
+        return start
+
+    def _make_room(self, more: int) -> None:
+        """Makes rows for twice as many samples as there are; batches that were given out keep the old ones."""
+        first = self._batches[0].start if self._batches else self._end
+        kept = slice(first - self._first, self._end - self._first)
+        before = (
+            (self._logits_NK[kept], self._exit_N[kept], self._near_N[kept], self._batch_N[kept]) if self._end else ()
+        )
+        self._first, self._size = first, max(2 * (self._end - first + more), 256)
+        self._logits_NK = np.empty((self._size, self._num_classes), np.float32)
+        self._exit_N, self._near_N = np.empty(self._size, np.int64), np.empty(self._size, bool)
+        self._batch_N = np.empty(self._size, np.int64)
+        for old, new in zip(before, (self._logits_NK, self._exit_N, self._near_N, self._batch_N), strict=False):
+            new[: len(old)] = old
+
+    def collect(self, left: Leaving) -> None:
+        """Notes the answers of samples that left."""
+        row_b = left.ids_b - self._first
+        self._logits_NK[row_b], self._near_N[row_b], self._exit_N[row_b] = left.logits_bK, left.near_b, left.exit_index
+        counts = np.bincount(self._batch_N[row_b] - self._num_batches_done)
+        for place in counts.nonzero()[0].tolist():
+            self._batches[place].num_missing -= int(counts[place])
+
+    def is_late(self, max_delay_ms: float | None) -> bool:
+        """Whether the oldest batch has waited for that long."""
+        if max_delay_ms is None or not self._batches:
+            return False
+        return 1000 * (time.monotonic() - self._batches[0].since) >= max_delay_ms
+
+    def complete(self) -> Iterator[Answers]:
+        """Gives out the oldest batches as far as they are complete."""
+        while self._batches and not self._batches[0].num_missing:
+            batch = self._batches.popleft()
+            self._num_batches_done += 1
+            rows = slice(batch.start - self._first, batch.start - self._first + batch.size)
+            logits_BK = self._logits_NK[rows]
+            yield Answers(logits_BK.argmax(1), self._exit_N[rows], self._near_N[rows], logits_BK)
+
+
+@dataclasses.dataclass(slots=True)
+class _PendingBatch:
+    start: int
+    size: int
+    num_missing: int
+    since: float
 
 
 class _Stages:
@@ -76,8 +138,9 @@ class _Stages:
                 self.queues[stage].appendleft(rest)
             parts.append(part)
             room -= len(part)
-        self.waiting[stage] -= self.max_batch - room
-        return join_in_flight(parts)
+        size = self.max_batch - room
+        self.waiting[stage] -= size
+        return join_in_flight(parts, self.router.num_rows(size))
 
 
 def stream(
@@ -97,45 +160,23 @@ def stream(
 
 
 def _stream(router: Router, batches: Iterator[Tensor], max_batch: int, max_delay_ms: float | None) -> Iterator[Answers]:
-    stages, pending = _Stages(router, max_batch), collections.deque[_Pending]()
-    starts = collections.deque[int]()  # number of the first sample of each pending batch
-    num_admitted, more = 0, True
+    stages, pending = _Stages(router, max_batch), _Pending(router.num_classes)
+    more = True
     while more or pending:
         stage = stages.full()
         with torch.inference_mode():
             if stage is None and stages.admit():
                 continue
-        if stage is None and (not more or _is_late(pending, max_delay_ms)):
+        if stage is None and (not more or pending.is_late(max_delay_ms)):
             stage = stages.shallowest()
         if stage is None:
             images = next(batches, None) if more else None
             more = images is not None
             if images is not None:
-                pending.append(_Pending(len(images), router.num_classes))
-                starts.append(num_admitted)
-                stages.enter(images, num_admitted)
-                num_admitted += len(images)
+                stages.enter(images, pending.enter(len(images)))
             continue
         with torch.inference_mode():
             left = stages.run(stage)
         if left is not None:
-            _collect(left, pending, starts)
-        while pending and not pending[0].num_missing:
-            starts.popleft()
-            yield pending.popleft().answers()
-
-
-def _is_late(pending: "collections.deque[_Pending]", max_delay_ms: float | None) -> bool:
-    if max_delay_ms is None or not pending:
-        return False
-    return 1000 * (time.monotonic() - pending[0].since) >= max_delay_ms
-
-
-def _collect(left: Leaving, pending: "collections.deque[_Pending]", starts: "collections.deque[int]") -> None:
-    first_b = np.searchsorted(np.array(starts), left.ids_b, side="right") - 1
-    for place in np.unique(first_b):
-        of_it, batch = first_b == place, pending[place]
-        rows = left.ids_b[of_it] - starts[place]
-        batch.logits_BK[rows], batch.near_B[rows] = left.logits_bK[of_it], left.near_b[of_it]
-        batch.exit_B[rows] = left.exit_index
-        batch.num_missing -= int(np.count_nonzero(of_it))
+            pending.collect(left)
+            yield from pending.complete()

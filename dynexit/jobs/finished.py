@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynexit.contents import Classes, Done, FailedTraining, Found, Progress
+from dynexit.contents import Classes, Done, FailedTraining, Found, JobProgress
 from dynexit.errors import Failure, UserError
 from dynexit.record.shards import Record, has_shards
 from dynexit.run_dir import (
@@ -200,10 +200,10 @@ def pack_folders(study_dir: Path) -> dict[str, Path]:
     return {identity: folder for folder, members in by_age for identity in members}
 
 
-def read_progress(folder: Path) -> Progress | None:
+def read_progress(folder: Path) -> JobProgress | None:
     """The progress of a running job; None if it has noted none yet."""
     try:
-        progress: Progress = read_json(folder / PROGRESS, Progress)
+        progress: JobProgress = read_json(folder / PROGRESS, JobProgress)
     except FileNotFoundError:
         return None
     return progress

@@ -3,19 +3,23 @@
 import csv
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
 from dynexit.data import Split, load_batches
+from dynexit.deploy.assembly import attach_exits
 from dynexit.deploy.engine import Engine
-from dynexit.deploy.router import Answers, Router, join
+from dynexit.deploy.optimize import with_quick_pooling
+from dynexit.deploy.router import Answers, Router, even_parts, join
+from dynexit.deploy.stream import stream
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import class_names
@@ -41,11 +45,14 @@ def run_infer(points: Sequence[Point]) -> None:
     config = point.config
     ranks, data, model, costs = begin(point)
     heads, gates = load_heads([point], model)
+    if ranks.device.type == "cpu":
+        model = attach_exits(with_quick_pooling(model.backbone), costs.positions, config.exits)
     engine = Engine(model, costs.head_types, heads, gates)
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     router = engine.router(configuration, config.search.confidence)
     samples = data.split(settings.split)
-    answers, seconds, whole_seconds = _classify(router, model.backbone, samples, settings.batch_size, ranks)
+    batches = _TimedBatches(router, model.backbone, samples, settings.batch_size, ranks)
+    answers, seconds = _classify(router, batches, settings.batch_size, ranks)
     checkpoint = RunDir(point, "train").digest(HEADS)
     record = Record.open(RunDir(point, "record") / settings.split, checkpoint)
     expected = expected_exits(record, costs, configuration, config.search.confidence)
@@ -57,9 +64,10 @@ def run_infer(points: Sequence[Point]) -> None:
         "configuration": configuration.to_json() if configuration else None,
         "split": settings.split,
         "seconds": seconds,
-        "backbone_seconds": whole_seconds,
+        "backbone_seconds": batches.backbone_seconds,
         "images_per_second": len(samples) / seconds,
-        "speed_up": whole_seconds / seconds,
+        "backbone_images_per_second": len(samples) / batches.backbone_seconds,
+        "speed_up": batches.backbone_seconds / seconds,
     }
     identity = digest([chosen.point_id, chosen.configuration, settings.model_dump(mode="json")])
     directory = RunDir(point, "infer", identity)
@@ -108,25 +116,47 @@ def expected_exits(
     return exit_N, configuration_macs_L(configuration, problem.costs), rows_L
 
 
-@torch.inference_mode()
-def _classify(
-    router: Router, backbone: Backbone, samples: Split, batch_size: int, ranks: Ranks
-) -> tuple[Answers, float, float]:
-    """The router's answers, and the seconds that it and the whole backbone took on the same batches, in turn."""
-    order = list(range(len(samples)))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    parts: list[Answers] = []
-    seconds, whole_seconds = 0.0, 0.0
-    for _, images, _ in load_batches(samples, batches):
-        images = images.to(ranks.device)
-        if not parts:  # the first pass of each pays for what is set up once
-            router.classify(images), backbone(images)
-        start = _now(ranks)
-        parts.append(router.classify(images))
-        between = _now(ranks)
-        backbone(images)
-        seconds, whole_seconds = seconds + between - start, whole_seconds + _now(ranks) - between
-    return join(parts), seconds, whole_seconds
+class _TimedBatches:
+    """Batches of a split on the device. The whole backbone runs on each before it is given out.
+
+    `seconds` is what loading and the backbone took, `backbone_seconds` the backbone's share of it. The backbone runs in
+    the tiles in which the router would run it.
+    """
+
+    def __init__(self, router: Router, backbone: Backbone, samples: Split, batch_size: int, ranks: Ranks) -> None:
+        self._router, self._backbone, self._samples, self._ranks = router, backbone, samples, ranks
+        self._batch_size = batch_size
+        self.seconds, self.backbone_seconds = 0.0, 0.0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order, start = list(range(len(self._samples))), _now(self._ranks)
+        batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
+        prepared = set[int]()
+        for _, images, _ in load_batches(self._samples, batches):
+            images = images.to(self._ranks.device)
+            if len(images) not in prepared:  # the first pass of each size pays for what is set up once
+                self._router.classify(images), self._run(images)
+                prepared.add(len(images))
+            before = _now(self._ranks)
+            self._run(images)
+            now = _now(self._ranks)
+            self.seconds, self.backbone_seconds = self.seconds + now - start, self.backbone_seconds + now - before
+            yield images
+            start = _now(self._ranks)
+        self.seconds += _now(self._ranks) - start
+
+    @torch.inference_mode()
+    def _run(self, images: Tensor) -> None:
+        for part in even_parts(images, self._router.tile):
+            self._backbone(part)
+
+
+def _classify(router: Router, batches: _TimedBatches, batch_size: int, ranks: Ranks) -> tuple[Answers, float]:
+    """The router's answers for all batches, as a stream unless images come one by one, and the seconds they took."""
+    start = _now(ranks)
+    single = batch_size == 1
+    answers = join(list(map(router.classify, batches) if single else stream(router, batches, batch_size)))
+    return answers, _now(ranks) - start - batches.seconds
 
 
 def _now(ranks: Ranks) -> float:
@@ -187,7 +217,10 @@ def _print(summary: dict[str, Any], predictions: Path) -> None:
     print(f"accuracy {summary['accuracy']:.4f} at {summary['relative_macs']:.4f} of the backbone's MACs")
     print(f"left at each exit: {summary['exit_counts']} (the last is the backbone's own classifier)")
     print(
-        f"{summary['images_per_second']:.0f} images/s, {summary['speed_up']:.2f} times the whole backbone's rate; "
+        f"{summary['images_per_second']:.0f} images/s, {summary['speed_up']:.2f} times the whole backbone's "
+        f"{summary['backbone_images_per_second']:.0f} images/s on the same batches"
+    )
+    print(
         f"{summary['near_a_threshold']} samples within 1e-5 of a threshold, "
         f"{summary['differences_near_a_threshold']} of them decided otherwise than in the record, "
         f"{summary['unexplained_differences']} other differences"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dynexit.core.calibration import scaled_confidence, temperature
+from dynexit.core.calibration import ALPHAS, conformal_quantile, scaled_confidence, temperature
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration
 from dynexit.data import DataSets
@@ -35,6 +35,7 @@ class RecordedTraining:
     records: Mapping[str, Record]
     samples: Mapping[str, np.ndarray]  # mask (N,) of those that operating points are judged on
     origins: Mapping[str, np.ndarray]  # (N,) the original image of each
+    calibration_N: np.ndarray  # mask (N,) of the validation samples that temperatures and sets are fitted on
     temperature_R: np.ndarray | None
 
     @classmethod
@@ -46,7 +47,8 @@ class RecordedTraining:
         origins = {split: data.split(split).origin.numpy() for split in records}
         held_back_N = ~samples["validation"]
         calibration_N = held_back_N if held_back_N.any() else samples["validation"]
-        return cls(point, costs, records, samples, origins, _temperatures(records["validation"], calibration_N))
+        temperature_R = _temperatures(records["validation"], calibration_N)
+        return cls(point, costs, records, samples, origins, calibration_N, temperature_R)
 
     def saved_training(self) -> SavedTraining:
         """What exits.json holds of it."""
@@ -80,6 +82,7 @@ class RecordedTraining:
             validation=self._statistics(validation, way, confidence, "validation"),
             test=self._statistics(test, way, confidence, "test"),
             certified_risk=budget.get("risk"),
+            conformal=self._conformal(way, confidence),
         )
 
     def configuration(self, row: ReportRow) -> Configuration | None:
@@ -92,6 +95,15 @@ class RecordedTraining:
         """The exit of every sample (N,) by the record, and each exit's row of it (L,)."""
         exit_N, _, rows_L = expected_exits(self.records[split], self.costs, way, confidence)
         return exit_N, rows_L
+
+    def _conformal(self, way: Configuration | None, confidence: str) -> tuple[tuple[float, float], ...]:
+        """(alpha, threshold) from the calibration samples, each at the exit that it takes."""
+        record = self.records["validation"]
+        exit_N, rows_L = self.expected(way, confidence, "validation")
+        taken_N = rows_L[exit_N] % len(record.rows)
+        label_N = record.confidence("label_probability")[taken_N, np.arange(record.num_samples)]
+        score_N = np.clip(1 - label_N[self.calibration_N].astype(np.float64), 0, 1)
+        return tuple((alpha, conformal_quantile(score_N, alpha)) for alpha in ALPHAS)
 
     def _statistics(self, row: ReportRow, way: Configuration | None, confidence: str, split: str) -> PointStatistics:
         record, samples_N = self.records[split], self.samples[split]

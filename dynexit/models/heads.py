@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from dynexit.errors import UserError
 
@@ -159,6 +160,33 @@ class StackedHeads(_Stacked):
             x = layer(x).relu()
         logits: Tensor = layers[-1](x)
         return logits if before is None or not self.shrinkage else logits + self.shrinkage * before.detach()
+
+    def plain(self, row_name: str) -> "PlainHead":
+        """One head of the first member, as it is now, without what additive heads add."""
+        pairs = []
+        for layer in self.get_submodule(row_name).children():
+            weight, bias = (parameter.detach()[0] for parameter in layer.parameters())
+            # inputs first in memory: products with one sample, which wait for the weights, take two thirds of the time
+            pairs.append((weight.T.contiguous().T, bias.clone()))
+        return PlainHead(tuple(pairs), row_name.endswith(".linear"))
+
+
+@dataclass(frozen=True)
+class PlainHead:
+    """One exit head of one member as plain (weight, bias) pairs, ReLU between them."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    is_linear: bool
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        """Logits (B, K) from what its exit reads, (B, D) or (B, 2, D)."""
+        if feature.dim() == 3:  # what linear heads read, then what MLP heads read
+            feature = feature[:, 0 if self.is_linear else 1]
+        x = feature.to(self.layers[0][0].dtype)
+        for weight, bias in self.layers[:-1]:
+            x = linear(x, weight, bias).relu_()
+        weight, bias = self.layers[-1]
+        return linear(x, weight, bias)
 
 
 class StackedGates(_Stacked):

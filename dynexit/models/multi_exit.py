@@ -1,6 +1,6 @@
 """A frozen backbone with exits at chosen positions: what every exit reads at once, or one stretch after another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -116,7 +116,15 @@ class MultiExit(nn.Module):
         """The backbone's own logits (B, K), from the state at position number `from_p` (-1: the start)."""
         return self.backbone.tail(self._run(h, from_p, self.backbone.num_blocks))
 
+    def blocks_between(self, from_p: int, to_p: int) -> Sequence[Callable[[State], State]]:
+        """The blocks that `advance` runs one after another."""
+        return self._blocks(from_p, self.positions[to_p] + 1)
+
+    def _blocks(self, from_p: int, stop: int) -> Sequence[Callable[[State], State]]:
+        start = 0 if from_p < 0 else max(self.positions[from_p] + 1, 0)
+        return self.backbone.cut.blocks[start : max(stop, 0)]  # before the first block (STEM) both are 0
+
     def _run(self, h: State, from_p: int, stop: int) -> State:
-        for i in range(0 if from_p < 0 else max(self.positions[from_p] + 1, 0), stop):
-            h = self.backbone.run_block(i, h)
+        for block in self._blocks(from_p, stop):
+            h = block(h)
         return h

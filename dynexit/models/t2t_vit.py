@@ -188,7 +188,7 @@ class T2TViT(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Tokens (B, 1 + T, D), the class token first, with their positions."""
         tokens = self.tokens_to_token(x)
-        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.pos_embed
+        return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.pos_embed
 
     def feature(self, tokens: Tensor) -> Tensor:
         """The class token (B, D) through the final norm."""

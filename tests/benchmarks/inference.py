@@ -1,55 +1,97 @@
-"""Times early exit against the plain backbone: interleaved medians of process time, one thread.
+"""Times early exit against the plain backbone and holds it against the goals: medians of process time, one thread.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/inference.py [digits resnet50 ...] [--batch 1,64] [--rounds 7]
+    OMP_NUM_THREADS=1 python tests/benchmarks/inference.py [digits resnet50 ...] [--rounds 7] [--optimize none]
 
-Backbones and heads are random, with thresholds that let samples leave so that the mean MACs are about `target` of the
-backbone's. Realised is the plain backbone's time over that of the engine, by batches or as a stream. It is predicted by
-MACs and by the times of the stages at full batches. The last lines of each batch size have all exits enabled and nobody
-leaving: the cost of the exits.
+Weights are random, and thresholds are chosen so that samples leave in the shares that make the mean time 0.4, 0.6 and
+0.8 of the plain backbone's, by the stages' times at full batches. All ways run in turn in each round, with the same
+optimisation and tiles of the backbone. Realised is the plain backbone's time over that of the engine, by batches of 64
+or as a stream of them. It is held against the prediction by MACs and by the stages' times: a stream against those at
+full batches, batches of a small network against those at the batch sizes that its stages see. At batch 1 all exits are
+enabled and nobody leaves: the cost of the exits.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynexit.core.confidence import max_probability
-from dynexit.core.cost import ExitCosts
+from dynexit.core.cost import STEM, ExitCosts
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.deploy.engine import Engine
+from dynexit.deploy.optimize import optimized_backbone, with_quick_pooling
+from dynexit.deploy.router import Router
 from dynexit.deploy.stream import stream
-from dynexit.models.backbones import build_backbone
+from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.readers import Reading
 
-_DIGITS = {"layers": [2, 2, 2, 2], "channels": [16, 24, 32, 48], "stem_type": "deep", "stem_width": 6}
-MODELS = {
-    "digits": ("resnet18", {**_DIGITS, "output_stride": 8}, 32, 10, 1, "1,64"),
-    "resnet50": ("resnet50", {}, 224, 1000, 3, "1,16"),
-    "vit_s": ("vit_small_patch16_224", {}, 224, 1000, 3, "1,16"),
-    "t2t_vit_7": ("t2t_vit_7", {}, 224, 1000, 3, "1,16"),
+SMALL: dict[str, Any] = {"layers": [2, 2, 2, 2], "channels": [16, 24, 32, 48], "stem_type": "deep", "stem_width": 6}
+SMALL["output_stride"] = 8
+TARGETS = (0.4, 0.6, 0.8)
+TIME_GOAL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedNet:
+    """A backbone with heads of one type after every block but the last, and its goals."""
+
+    backbone: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    image: tuple[int, int] = (3, 224)  # channels and side
+    num_classes: int = 1000
+    head_type: str = "linear"
+    reading: Reading = dataclasses.field(default_factory=Reading)
+    stem: bool = False
+    macs_goals: tuple[float, ...] = ()  # realised / predicted by MACs at TARGETS
+    batch_1_goal: float = 0.97  # of the plain model's rate, all exits enabled, nobody leaves
+
+    @property
+    def is_small(self) -> bool:
+        return self.image[1] < 64
+
+
+CASES = {
+    "digits": TimedNet("resnet18", SMALL, (1, 32), 10, batch_1_goal=0.6),
+    "fashion_mnist": TimedNet(
+        *("resnet18", SMALL, (1, 32), 10, "mlp2x64"),
+        Reading("average_max_std", concatenate=True),
+        stem=True,
+        batch_1_goal=0,
+    ),
+    "vit_s": TimedNet("vit_small_patch16_224", macs_goals=(0.9, 0.9, 0.9)),
+    "resnet50": TimedNet("resnet50", macs_goals=(0.8, 0.88, 0.93)),
+    "t2t_vit_7": TimedNet("t2t_vit_7"),
 }
 
 
-def build(name: str) -> tuple[Engine, ExitCosts]:
-    """The model with linear heads after every block but the last."""
-    backbone_name, arguments, size, classes, channels, _ = MODELS[name]
+def build(case: TimedNet, optimize: str) -> tuple[Engine, ExitCosts]:
+    """The model, its backbone optimised."""
     torch.manual_seed(0)
+    channels, side = case.image
     backbone = build_backbone(
-        backbone_name, arguments=arguments, num_classes=classes, image_size=size, in_channels=channels
+        case.backbone, arguments=case.arguments, num_classes=case.num_classes, image_size=side, in_channels=channels
     )
-    positions = list(range(backbone.num_blocks - 1))
-    costs = exit_costs(backbone, positions, ["linear"])
-    model = MultiExit(backbone, positions)
-    heads = StackedHeads(model.feature_dims, positions, ["linear"], classes, [0]).requires_grad_(False)
+    positions = [*([STEM] if case.stem else []), *range(backbone.num_blocks - 1)]
+    costs = exit_costs(backbone, positions, [case.head_type], reading=case.reading)
+    backbone = (
+        with_quick_pooling(backbone)
+        if optimize == "none"
+        else optimized_backbone(backbone, optimize, torch.device("cpu"))
+    )
+    model = MultiExit(backbone, positions, [case.head_type], case.reading)
+    heads = StackedHeads(model.feature_dims, positions, [case.head_type], case.num_classes, [0]).requires_grad_(False)
     for parameter in heads.parameters():
         parameter.mul_(3)  # confidences that differ from one image to the next
-    return Engine(model, ["linear"], heads), costs
+    return Engine(model, [case.head_type], heads), costs
 
 
 def make_images(engine: Engine, count: int) -> Tensor:
@@ -63,34 +105,24 @@ def make_images(engine: Engine, count: int) -> Tensor:
     return coarse * (1.5 * share) + fine * (1 - share) * 0.7
 
 
-@torch.inference_mode()
-def confidences(engine: Engine, images: Tensor) -> np.ndarray:
-    """(P, N) of all exits."""
-    parts = []
-    for batch in images.split(16):
-        features, _ = engine.model.features(batch)
-        heads = (engine.head(p, 0)(feature) for p, feature in enumerate(features))
-        parts.append(torch.stack([max_probability(logits) for logits in heads]))
-    return torch.cat(parts, 1).numpy()
-
-
 def configuration_for(
-    confidence_PN: np.ndarray, costs: ExitCosts, enabled: Sequence[int], target: float
+    confidence_PN: np.ndarray, enabled: Sequence[int], cost_E: np.ndarray, target: float
 ) -> Configuration:
-    """Thresholds at which samples leave at the enabled exits, fewer later on, so that mean MACs are about `target`."""
-    exits = [(-1, 1.0)] * len(costs.positions)
-    for p in enabled:
-        exits[p] = (0, 1.0)
-    cost = configuration_macs_L(Configuration(tuple(exits)), costs)[[*enabled, -1]] / costs.full_macs
+    """Thresholds at which samples leave at the enabled exits, fewer later on, so that the mean cost is about `target`.
+
+    `cost_E` is that of leaving at each enabled exit, then that of leaving at none.
+    """
+    exits = [(-1, 1.0)] * len(confidence_PN)
     low, high = -200.0, 200.0
     for _ in range(100):  # shares proportional to exp(-slope * cost)
         slope = (low + high) / 2
-        shares = np.exp(-slope * (cost - cost[0 if slope > 0 else -1]))
+        shares = np.exp(-slope * (cost_E - cost_E[0 if slope > 0 else -1]))
         shares /= shares.sum()
-        low, high = (slope, high) if (shares * cost).sum() > target else (low, slope)
+        low, high = (slope, high) if (shares * cost_E).sum() > target else (low, slope)
     inside, num_gone = np.arange(confidence_PN.shape[1]), 0
     for p, total in zip(enabled, np.cumsum(shares), strict=False):
         count = min(round(total * confidence_PN.shape[1]) - num_gone, len(inside))
+        exits[p] = (0, 1.0)
         order = np.argsort(-confidence_PN[p, inside], kind="stable")
         if count:
             threshold = 0.0 if count == len(inside) else float(confidence_PN[p, inside[order[count]]])
@@ -99,94 +131,155 @@ def configuration_for(
     return Configuration(tuple(exits))
 
 
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Process seconds of every function in every round, run in turn, the first one another each round."""
-    names, seconds = list(functions), {name: [] for name in functions}
+@torch.inference_mode()
+def run_plain(backbone: Backbone, batches: Sequence[Tensor], tile: int) -> float:
+    """Process seconds of the plain backbone, in the tiles in which the engine runs it."""
+    dtype = next(backbone.parameters()).dtype
+    start = time.process_time()
+    for images in batches:
+        for part in images.tensor_split(-(-len(images) // tile)):
+            backbone.model(part.to(dtype)).float().argmax(-1)
+    return time.process_time() - start
+
+
+def run_stages(router: Router, images: Tensor, size: int) -> np.ndarray:
+    """Process seconds an image of each stage at that batch size, its exit included and taking half of the batch out."""
+    totals, parts = np.zeros(router.num_stages), images.split(size)
+    for part in parts:
+        start = time.process_time()
+        with torch.inference_mode():
+            flight = router.admit(part, np.arange(len(part)))
+            for stage in range(router.num_stages):
+                last = stage == router.num_stages - 1
+                router.advance(stage, flight)
+                totals[stage] += time.process_time() - start
+                if len(part) > 1 and not last:
+                    copy = dataclasses.replace(flight, state=flight.state.clone())
+                    start = time.process_time()
+                    copy.drop(np.arange(len(part)) % 2 == 0, len(part) // 2, router.num_rows(len(part) // 2))
+                    totals[stage] += time.process_time() - start
+                start = time.process_time()
+    return totals / len(images)
+
+
+def seconds_by_size(seconds_ZS: np.ndarray, sizes: Sequence[int], taken_S: np.ndarray) -> float:
+    """Seconds of a batch of which `taken_S` samples reach each stage, interpolated between the batch sizes measured."""
+    whole_ZS = seconds_ZS * np.array(sizes)[:, None]
+    parts = [np.interp(count, sizes, whole_Z) for count, whole_Z in zip(taken_S, whole_ZS.T, strict=True) if count]
+    return float(sum(parts))
+
+
+def process_seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """What every function gives in every round, run in turn, the first one another each round."""
+    names, results = list(functions), {name: [] for name in functions}
     for round_ in range(rounds + 1):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
-            start = time.process_time()
-            functions[name]()
+            result = functions[name]()
             if round_:  # the first one warms up
-                seconds[name].append(time.process_time() - start)
-    return seconds
+                results[name].append(result)
+    return results
 
 
-def stage_seconds(engine: Engine, configuration: Configuration, batches: Sequence[Tensor], rounds: int) -> list[float]:
-    """Median process seconds of each stage, its exit included, for all images, nobody leaving."""
-    nobody = Configuration(tuple((head, 1.0) for head, _ in configuration.exits))
-    router = engine.router(nobody)
-    seconds: list[list[float]] = [[] for _ in range(router.num_stages)]
-    for _ in range(rounds):
-        totals = [0.0] * router.num_stages
-        for images in batches:
-            start = time.process_time()
-            with torch.inference_mode():
-                flight = router.admit(images, np.arange(len(images)))
-                for stage in range(router.num_stages):
-                    router.advance(stage, flight)
-                    now = time.process_time()
-                    totals[stage], start = totals[stage] + now - start, now
-        for values, total in zip(seconds, totals, strict=True):
-            values.append(total)
-    return [statistics.median(values) for values in seconds]
+def report(text: str, value: float, goal: float) -> None:
+    verdict = f"goal {goal:g}: {'met' if value >= goal else 'NOT MET'}" if goal else "reported"
+    print(f"{text} {value:.3f} ({verdict})", flush=True)
 
 
-def measure(name: str, batch: int, rounds: int, targets: Sequence[float]) -> None:
-    """Prints a line for every target, and one for all exits enabled where nobody leaves."""
-    engine, costs = build(name)
-    small = MODELS[name][2] < 64
-    images = make_images(engine, max(batch, (512 if batch > 1 else 128) if small else 16))
-    batches = list(images.split(batch))
-    confidence_PN = confidences(engine, images)
+def measure_one_by_one(name: str, case: TimedNet, optimize: str, rounds: int) -> None:
+    """Prints the rate at batch 1 with all exits enabled and nobody leaving."""
+    engine, costs = build(case, optimize)
+    images = list(make_images(engine, 128 if case.is_small else 6).split(1))
+    router = engine.router(Configuration(((0, 1.0),) * len(costs.positions)))
+    results = in_turn(
+        {
+            "plain": lambda: run_plain(engine.model.backbone, images, 1),
+            "engine": lambda: process_seconds(lambda: [router.classify(image) for image in images]),
+        },
+        rounds,
+    )
+    ratio = statistics.median(p / e for p, e in zip(results["plain"], results["engine"], strict=True))
+    report(
+        f"{name}, batch 1, all {len(costs.positions)} exits, nobody leaves: of the plain rate", ratio, case.batch_1_goal
+    )
+
+
+def measure_batches(name: str, case: TimedNet, optimize: str, rounds: int, batch: int = 64) -> None:
+    """Prints the realised speed-up at every target, by batches and for small images as a stream too."""
+    engine, costs = build(case, optimize)
+    images = make_images(engine, 1024 if case.is_small else batch)
+    batches, backbone = list(images.split(batch)), engine.model.backbone
+    logits = torch.cat([engine.all_logits(part)[0] for part in images.split(16)], 2)
+    confidence_PN = max_probability(logits[:, 0]).numpy()
     relative = np.array(costs.backbone_macs) / costs.full_macs
-    three = sorted({int(np.abs(relative - share).argmin()) for share in (0.25, 0.5, 0.75)})
-    backbone = engine.model.backbone.model
-    never = Configuration(((0, 1.0),) * len(costs.positions))
-    cases = {f"{target:g}": configuration_for(confidence_PN, costs, three, target) for target in targets}
-
-    @torch.inference_mode()
-    def plain() -> None:
-        for x in batches:
-            backbone(x).argmax(-1)
-
-    for target, configuration in {**cases, "nobody leaves": never}.items():
-        router = engine.router(configuration)
-        functions = {"plain": plain, "engine": lambda router=router: [router.classify(x) for x in batches]}
-        if batch > 1:
-            functions["stream"] = lambda router=router: list(stream(router, batches, batch))
-        seconds = interleaved(functions, rounds)
-        plain_seconds = seconds.pop("plain")
-        taken = np.concatenate([router.classify(x).exit_index_B for x in batches])
-        by_macs = costs.full_macs / configuration_macs_L(configuration, costs)[taken].mean()
-        enabled = [p for p, (head, _) in enumerate(configuration.exits) if head >= 0]
-        reach = [1.0, *(float((taken > p).mean()) for p in enabled)]
-        stages = stage_seconds(engine, configuration, batches, rounds)
-        expected = sum(share * stage for share, stage in zip(reach, stages, strict=True))
-        by_time = statistics.median(plain_seconds) / expected
-        for way, values in seconds.items():
-            ratio = statistics.median(p / e for p, e in zip(plain_seconds, values, strict=True))
-            print(
-                f"{name} batch {batch} target {target} {way}: {ratio:.3f} times the plain backbone "
-                f"({1000 * statistics.median(plain_seconds) / len(images):.3f} ms an image); predicted by MACs "
-                f"{by_macs:.3f}, by stage times {by_time:.3f}; realised / predicted "
-                f"{ratio / by_macs:.3f}, {ratio / by_time:.3f}",
-                flush=True,
+    enabled = sorted({int(np.abs(relative - share).argmin()) for share in (0.15, 0.25, 0.5, 0.75)})
+    nobody = Configuration(tuple((0 if p in enabled else -1, 1.0) for p in range(len(relative))))
+    full = engine.router(nobody)
+    sizes = [1, 2, 4, 8, 16, 32, batch] if case.is_small else [min(batch, full.tile or batch)]
+    ways: dict[str, Callable[[], Any]] = {
+        "plain": lambda: run_plain(backbone, batches, full.tile or batch),
+        "stages": lambda: [run_stages(full, images[: max(2 * size, 32)], size) for size in sizes],
+    }
+    first = in_turn(ways, 5 if case.is_small else 1)
+    cost_E = np.median(first["stages"], 0)[-1].cumsum() * len(images) / statistics.median(first["plain"])
+    print(
+        f"{name}: {len(images)} images; exits after blocks {[costs.positions[p] for p in enabled]}, at "
+        f"{np.round(cost_E, 3).tolist()} of the time, {np.round(relative[enabled], 3).tolist()} of the MACs"
+    )
+    configurations = {}
+    for target in TARGETS:
+        if target < cost_E[0]:
+            print(f"{name}, {target:g} of the time: unattainable, the first exit is at {cost_E[0]:.3f}")
+            continue
+        configurations[target] = configuration_for(confidence_PN, enabled, cost_E, target)
+        router = engine.router(configurations[target])
+        ways[f"{target:g} batches"] = lambda router=router: process_seconds(
+            lambda: [router.classify(x) for x in batches]
+        )
+        if case.is_small:
+            ways[f"{target:g} stream"] = lambda router=router: process_seconds(
+                lambda: list(stream(router, batches, batch))
             )
+    results = in_turn(ways, rounds)
+    plain, seconds_ZS = np.array(results["plain"]), np.median(results["stages"], 0)
+    seconds = float(np.median(plain))
+    for target, configuration in configurations.items():
+        exits = [engine.router(configuration).classify(x).exit_index_B for x in batches]
+        reach_BS = np.array([[len(x), *(int((x > p).sum()) for p in enabled)] for x in exits])
+        macs = configuration_macs_L(configuration, costs)[np.concatenate(exits)].mean()
+        full_batches = seconds / float(reach_BS.sum(0) @ seconds_ZS[-1])
+        by_size = seconds / sum(seconds_by_size(seconds_ZS, sizes, row) for row in reach_BS) if len(sizes) > 1 else None
+        for way, by_time in (("batches", by_size or full_batches), ("stream", full_batches)):
+            if (key := f"{target:g} {way}") not in results:
+                continue
+            ratio = float(np.median(plain / np.array(results[key])))
+            print(
+                f"{name}, {target:g} of the time, {way} of {batch}: {ratio:.3f} times the plain backbone "
+                f"({1000 * seconds / len(images):.3f} ms an image); predicted {full_batches:.3f} by the times of full "
+                f"batches, {by_time:.3f} by those of the batches run, {costs.full_macs / macs:.3f} by MACs"
+            )
+            report("    realised / predicted by time", ratio / by_time, TIME_GOAL)
+            goals = dict(zip(TARGETS, case.macs_goals, strict=False)) if way == "batches" else {}
+            report("    realised / predicted by MACs", ratio * macs / costs.full_macs, goals.get(target, 0))
 
 
 def main() -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="*", default=["digits", "resnet50"])
-    parser.add_argument("--batch")
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--targets", default="0.4,0.6")
+    parser.add_argument("--optimize", choices=["none", "float32", "bf16"], default="float32")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name in options.models:
-        for batch in (options.batch or MODELS[name][5]).split(","):
-            measure(name, int(batch), options.rounds, [float(target) for target in options.targets.split(",")])
+    for name in options.cases:
+        measure_batches(name, CASES[name], options.optimize, options.rounds)
+        measure_one_by_one(name, CASES[name], options.optimize, options.rounds)
 
 
 if __name__ == "__main__":

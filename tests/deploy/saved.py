@@ -1,6 +1,6 @@
 """Model folders of small random models, made without a study."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
-from dynexit.deploy.assembly import HeadStack, attach_exits
+from dynexit.deploy.assembly import HeadStack, attach_exits, exit_positions, reading_of
 from dynexit.deploy.card import write_card
 from dynexit.deploy.description import FORMAT, PointStatistics, Preprocessing, SavedPoint, SavedTraining
 from dynexit.deploy.engine import Engine
@@ -42,14 +42,24 @@ def thresholds(confidence_PN: np.ndarray, heads: Sequence[int], share: float) ->
 
 
 def save_random(
-    directory: Path, family: str = "ResNet", *, trainings: Sequence[str] = ("aa",), head_types: Sequence[str] = TYPES
+    directory: Path,
+    family: str = "ResNet",
+    *,
+    trainings: Sequence[str] = ("aa",),
+    head_types: Sequence[str] = TYPES,
+    exits: Mapping[str, Any] | None = None,
+    shrinkage: float = 0.0,
+    by_gates: bool = False,
 ) -> dict[str, Engine]:
-    """Writes the folder of the family's smallest member with random exits. Returns what it was made of."""
+    """Writes the folder of the family's smallest member with random exits. Returns what it was made of.
+
+    `exits` are further keys of the section, `by_gates` adds points that the gates decide.
+    """
     backbone = build_tiny(family)
-    settings = ExitsSettings(head_types=list(head_types))
-    positions = range(backbone.num_blocks - 1)
-    costs = exit_costs(backbone, positions, head_types)
-    stack = HeadStack(tuple(head_types), "float32", 0.0, True)
+    settings = ExitsSettings(head_types=list(head_types), **(exits or {}))
+    positions = exit_positions(backbone, settings)
+    costs = exit_costs(backbone, positions, head_types, reading=reading_of(settings))
+    stack = HeadStack(tuple(head_types), "float32", shrinkage, True)
     engines, states, saved = {}, {}, {}
     for seed, training in enumerate(trainings):
         model = attach_exits(backbone, positions, settings)
@@ -63,7 +73,7 @@ def save_random(
             method="jei_dnn",
             exits=settings.model_dump(mode="json"),
             precision="float32",
-            shrinkage=0.0,
+            shrinkage=shrinkage,
             has_gates=True,
             costs=costs.to_json(),
             temperatures=(*[(2.0,) * len(head_types)] * len(costs.positions), (0.5,)),
@@ -79,6 +89,11 @@ def save_random(
             statistics = make_statistics(exit_N, configuration_macs_L(way, costs), costs.full_macs, 0.9 - share / 10)
             name = f"{training}-{share}"
             points.append(make_point(name, training, way, statistics, confidence))
+        for way in (Configuration(((0, 0.5),) * len(costs.positions)), None) if by_gates else ():
+            exit_N = engine.router(way, "gate").classify(images).exit_index_B
+            macs_L = saved[training].macs_L(way, "gate")
+            statistics = make_statistics(exit_N, macs_L, costs.full_macs, 0.7)
+            points.append(make_point(f"{training}-gates-{way is None}", training, way, statistics, "gate"))
     nobody = Configuration(((-1, 1.0),) * len(costs.positions))
     last_N = np.full(len(images), len(costs.positions))
     statistics = make_statistics(last_N, configuration_macs_L(nobody, costs), costs.full_macs, 0.9)
@@ -112,16 +127,21 @@ def save_random(
 
 
 def make_point(
-    name: str, training: str, way: Configuration, statistics: PointStatistics, confidence: Any = "max_probability"
+    name: str,
+    training: str,
+    way: Configuration | None,
+    statistics: PointStatistics,
+    confidence: Any = "max_probability",
 ) -> SavedPoint:
     return SavedPoint(
         name=name,
         training=training,
-        source="backbone" if name == "backbone" else "search",
+        source="backbone" if name == "backbone" else "gates" if way is None else "search",
         confidence=confidence,
-        exits=way.exits,
+        exits=None if way is None else way.exits,
         validation=statistics,
         test=statistics,
+        conformal=((0.05, 0.9), (0.5, 0.6)),
     )
 
 

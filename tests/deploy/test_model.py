@@ -15,7 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import dynexit
+from dynexit.core.calibration import conformal_sets
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
+from dynexit.deploy.engine import Engine
 from dynexit.deploy.model import EarlyExitModel, Outputs, View
 from dynexit.errors import UserError
 from tests.deploy.saved import CLASSES, make_images, save_random
@@ -113,6 +115,40 @@ def test_outputs_hold_macs_and_scaled_probabilities(model: EarlyExitModel) -> No
         torch.testing.assert_close(out.probabilities, scaled, atol=1e-6, rtol=1e-5)
         assert out.prediction.tolist() == out.probabilities.argmax(1).tolist()
         assert out.near.dtype == torch.bool
+
+
+def test_prediction_sets_are_those_of_the_stored_levels(model: EarlyExitModel) -> None:
+    images = make_images(model.input_size, 40)
+    for point in model.points:
+        out, answers = model.use(point)(images), model.use(point).router.classify(images)
+        unscaled_BK = torch.from_numpy(answers.logits_BK).softmax(1).numpy()
+        for alpha, threshold in point.conformal:
+            expected = conformal_sets(unscaled_BK, answers.exit_index_B, np.full(len(model.points) * 9, threshold))
+            assert out.prediction_sets(alpha).numpy().tolist() == expected.tolist()
+    with pytest.raises(UserError, match=r"alpha is 0.1; the levels stored are 0\.05, 0\.5"):
+        out.prediction_sets(0.1)
+    own = model.use(model.points[0].configuration, training=model.points[0].training)(images)
+    with pytest.raises(UserError, match=r"stored are none \(a configuration of your own has no levels\)"):
+        own.prediction_sets()
+
+
+def test_answers_near_a_threshold_are_counted(model: EarlyExitModel) -> None:
+    model.tolerance = 0.003
+    view = model.use(model.points[0])
+    out = view(make_images(model.input_size, 40))
+    assert 0 < view.stats().num_near == int(out.near.sum()) < 40
+
+
+def test_tolerance_holds_differences_by_batch_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_logits = Engine.all_logits
+
+    def by_size(engine: Engine, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_PHBK, final_BK = all_logits(engine, images)
+        return logits_PHBK * (1.001 if len(images) == 1 else 1.0), final_BK
+
+    before = dynexit.load(folder).tolerance
+    monkeypatch.setattr(Engine, "all_logits", by_size)
+    assert 2 * before < dynexit.load(folder).tolerance < 0.01
 
 
 def test_a_configuration_is_used_as_given(model: EarlyExitModel) -> None:

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import dynexit
-from dynexit.deploy.description import FORMAT
+from dynexit.deploy.description import FORMAT, _digest
 from dynexit.deploy.model_folder import _PROMISED
 from dynexit.errors import Failure, UserError
 from dynexit.models.t2t_vit import VARIANTS
@@ -78,12 +78,26 @@ def test_refuses_a_file_that_is_missing_short_or_altered(copy: Path, name: str) 
         dynexit.load(copy)
 
 
-@pytest.mark.parametrize(("version", "says"), [(FORMAT + 1, "newer than version"), (FORMAT - 1, "older than version")])
+@pytest.mark.parametrize(("version", "says"), [(FORMAT + 1, "newer than version"), (0, "older than version")])
 def test_refuses_another_format_version_by_its_number(copy: Path, version: int, says: str) -> None:
     content = json.loads((copy / "exits.json").read_text())
     (copy / "exits.json").write_text(json.dumps({**content, "format": version, "unknown": 1}))
     with pytest.raises(UserError, match=f"has the format version {version}, which is {says}"):
         dynexit.load(copy)
+
+
+def test_reads_a_folder_of_version_1(copy: Path) -> None:
+    model = dynexit.load(copy, verify=False)
+    content = json.loads((copy / "exits.json").read_text())
+    del content["digest"]
+    content |= {
+        "format": 1,
+        "points": [{k: v for k, v in one.items() if k != "conformal"} for one in content["points"]],
+    }
+    (copy / "exits.json").write_text(json.dumps({**content, "digest": _digest(content)}))
+    old = dynexit.load(copy)
+    assert [one.name for one in old.points] == [one.name for one in model.points]
+    assert [one.conformal for one in old.points] == [()] * len(model.points)
 
 
 def test_refuses_exits_json_that_was_altered_or_is_foreign(copy: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import dynexit
+from dynexit.core.calibration import conformal_thresholds
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import apply_configuration
 from dynexit.data import load_data
@@ -19,6 +20,7 @@ from dynexit.jobs.recorded import wilson_interval
 from dynexit.jobs.save import run_save
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir
+from dynexit.search.held_back import calibration_samples
 from dynexit.search.operating_points import read_csv
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Study
@@ -118,6 +120,25 @@ def test_figures_are_those_of_the_table(study: Study, folder: Path) -> None:
     assert temperatures[-1][0] != 1.0
 
 
+def test_prediction_sets_cover_as_promised(study: Study, folder: Path) -> None:
+    model, data = dynexit.load(folder), load_data(study.config.data)
+    images = data.validation.images
+    assert isinstance(images, torch.Tensor)
+    for saved in model.points:
+        point = next(point for point in study.points if point.id == saved.training)
+        record = Record.open(RunDir(point, "record") / "validation")
+        held_back_N = calibration_samples(point.config.data, 0.2, record.num_samples)
+        out = model.use(saved)(images)
+        scores_LN = 1 - record.confidence("label_probability").astype(np.float64)  # one head type: exits are rows
+        exit_N = out.exit_index.numpy()
+        alphas = [alpha for alpha, _ in saved.conformal]
+        expected_AL = conformal_thresholds(scores_LN[:, held_back_N], exit_N[held_back_N], alphas, "general")
+        assert [threshold for _, threshold in saved.conformal] == pytest.approx(expected_AL[:, 0], abs=1e-6)
+        held_back, labels = np.flatnonzero(held_back_N), torch.as_tensor(data.validation.labels)
+        covered = out.prediction_sets(0.05)[held_back, labels[held_back]]
+        assert int((~covered).sum()) <= 0.05 * len(held_back) + 1
+
+
 def test_certified_points_are_saved(study: Study, folder: Path) -> None:
     model = dynexit.load(folder)
     view = model.use(risk=0.3)
@@ -186,6 +207,7 @@ def test_the_commands_save_and_predict(study: Study, tmp_path: Path) -> None:
         )
     done = command(tmp_path, "predict", "model", "photos", "--relative-macs", "0.99", "--out", "predictions.csv")
     assert "3 images by macs-0." in done.stderr
+    assert " with a confidence within " in done.stderr
     with (tmp_path / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == ["photos/0.png", "photos/1.png", "photos/2.png"]

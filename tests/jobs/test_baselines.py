@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dynexit.baselines.comparison import compare
 from dynexit.baselines.rows import baselines_of
 from dynexit.core.cost import ExitCosts
 from dynexit.core.statistics import mean_interval, verdict
 from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.errors import Failure
+from dynexit.jobs.finished import report_is_done
 from dynexit.jobs.save import run_save
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir
@@ -21,7 +23,7 @@ from dynexit.search.problem import Problem
 from dynexit.study.baselines import network_name
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import load_study
-from launch.plan import missing_jobs, report_is_done
+from launch.plan import missing_jobs
 from tests.command_line import TINY, run_stage
 
 pytestmark = pytest.mark.slow
@@ -117,9 +119,9 @@ def test_the_study_chooses_no_baseline(finished: tuple[Study, list[ReportRow]], 
     ours = [row for row in rows if row.source not in BASELINES]
     assert read_csv(study.directory / "report" / "operating_points.csv") == ours
     assert not (study.directory / "report" / "baselines.csv").exists()
-    assert not report_is_done(study)
+    assert not report_is_done(study.points)
     run_stage("report", study.points)
-    assert report_is_done(study)
+    assert report_is_done(study.points)
     assert read_csv(study.directory / "report" / "operating_points.csv") == rows
 
 
@@ -133,6 +135,9 @@ def test_the_comparison_is_paired_and_chosen_on_validation(finished: tuple[Study
         (one.test.method, one.test.accuracy, one.test.relative_macs): one for one in baselines_of(study.points)
     }
     assert {line["source"] for line in table} == set(BASELINES)
+    for one in compare(study.points, [row for row in rows if row.source == "backbone"], baselines_of(study.points)):
+        is_cheaper = (one.budget or one.baseline.validation.relative_macs) < 1
+        assert (one.ours is None) == is_cheaper == (one.verdict == "none as cheap")
     for line in table:
         one = baselines[line["classifier"], float(line["accuracy"]), float(line["relative_macs"])]
         most = float(line["budget"]) if line["budget"] else one.validation.relative_macs

@@ -72,7 +72,9 @@ TINY: dict[str, tuple[str, dict[str, Any], int]] = {
 def build_tiny(family: str) -> Backbone:
     """The family's smallest member for 5 classes, with weights that are all random: no block leaves its input as is."""
     name, arguments, image_size = TINY[family]
-    backbone = build_backbone(name, arguments=arguments, num_classes=5, image_size=image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = build_backbone(name, arguments=arguments, num_classes=5, image_size=image_size)
     generator = torch.Generator().manual_seed(0)
     for parameter in backbone.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
