@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dynexit.errors import UserError as UserError
     from dynexit.export.folder import export_model as export_model
     from dynexit.models.backbones import build_backbone as build_backbone
+    from dynexit.models.cut.cutting import cut as cut
     from dynexit.models.multi_exit import MultiExit as MultiExit
     from dynexit.record.shards import Record as Record
     from dynexit.search.budgets import Budget as Budget
@@ -37,6 +38,7 @@ _MODULES = {
     "Record": "dynexit.record.shards",
     "UserError": "dynexit.errors",
     "build_backbone": "dynexit.models.backbones",
+    "cut": "dynexit.models.cut.cutting",
     "export_model": "dynexit.export.folder",
     "load": "dynexit.deploy.model",
     "load_study": "launch.api",

@@ -17,6 +17,8 @@ _JOBS = {
     "run": "do all jobs that are missing, in order, up to the report",
     **{stage.name: stage.help for stage in (*STAGES.values(), INFER)},
 }
+_RUN_CODE = ("retry", "cut", "save", "predict")
+"""The other commands that run code which a study or a model folder names, if it is allowed."""
 
 
 class _Version(argparse.Action):
@@ -62,6 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     aggregate.add_argument("--output", type=Path, metavar="FILE.csv", help="default: the terminal")
     add_tools(commands)
     add_deploy_commands(commands)
+    for name in (*_JOBS, *_RUN_CODE):
+        commands.choices[name].add_argument(
+            "--allow-code",
+            action="append",
+            default=[],
+            metavar="package.module",
+            help="allow the code of this module to run (see backbone.module); may be given several times",
+        )
     return parser
 
 

@@ -11,6 +11,7 @@ from dynexit.jobs.finished import SPLITS, report_is_done
 from dynexit.run_dir import STUDY
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Study
+from dynexit.study.own_code import allowing_code
 from dynexit.study.read import load_study as read_study
 from launch.run import dry_run, run_study
 
@@ -30,7 +31,9 @@ class OperatingPoints(list[ReportRow]):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStudy(Study):
-    """A study that can be run."""
+    """A study that can be run. `allow_code` names the modules whose code its jobs may run (see backbone.module)."""
+
+    allow_code: tuple[str, ...] = ()
 
     def run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> None:
         """Does all missing jobs up to `until`: prepare, train, record, search, report or infer.
@@ -39,13 +42,15 @@ class LoadedStudy(Study):
         the profile `site` and returns. Prints what `dynexit run` prints. Raises UserError for a mistake in the request,
         the study or its files, and Failure with a line for each job that failed.
         """
-        failures = run_study(self, until, on, _path(site))
+        with allowing_code(self.allow_code):
+            failures = run_study(self, until, on, _path(site))
         if failures:
             raise Failure("\n".join(failures))
 
     def dry_run(self, until: str = "report", on: str = "here", site: str | Path | None = None) -> str:
         """Returns points, packs, ids and resources of what `run` would do, as text. Starts nothing."""
-        return dry_run(self, until, on, _path(site))
+        with allowing_code(self.allow_code):
+            return dry_run(self, until, on, _path(site))
 
     def operating_points(self, split: str = "test", *, front: bool = True) -> OperatingPoints:
         """Returns the finished study's operating points on a split (validation or test), as the report has them.
@@ -65,13 +70,19 @@ def _path(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
 
 
-def load_study(source: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> LoadedStudy:
+def load_study(
+    source: str | Path, overrides: Mapping[str, Any] | Sequence[str] = (), *, allow_code: Sequence[str] = ()
+) -> LoadedStudy:
     """Returns the study in a YAML file, or the one that was run in a run folder (runs/NAME), every key checked.
 
     `overrides` map dotted keys to values, as {"train.num_epochs": 5}, or are texts as ["train.num_epochs=5"]; a list
-    sweeps a key that takes none. Imports no torch. Raises UserError with a line for every mistake.
+    sweeps a key that takes none. Jobs may run the code of the modules in `allow_code`, and of no others, where the
+    study names a function in them (backbone.module). Imports none of them, and no torch. Raises UserError with a line
+    for every mistake.
     """
     source = Path(source)
+    if isinstance(allow_code, str):
+        raise UserError(f"allow_code is {allow_code!r}; give a list of modules, as [{allow_code!r}]")
     if isinstance(overrides, str):
         raise UserError(f"overrides are {overrides!r}; give a dictionary, or a list of texts as [{overrides!r}]")
     if isinstance(overrides, Mapping):
@@ -81,7 +92,7 @@ def load_study(source: str | Path, overrides: Mapping[str, Any] | Sequence[str] 
     else:
         study = read_study(source, overrides)
     parts = {field.name: getattr(study, field.name) for field in dataclasses.fields(Study)}
-    return LoadedStudy(**parts)
+    return LoadedStudy(**parts, allow_code=tuple(allow_code))
 
 
 def _yaml_text(value: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynexit.errors import Failure, UserError
+from dynexit.study.own_code import allowing_code
 from dynexit.study.stages import BENCH, INFER, STAGES, stages_until
 from launch.api import LoadedStudy, load_study
 from launch.deploy_commands import bench_folder
@@ -37,7 +38,7 @@ def _load(options: argparse.Namespace) -> tuple[LoadedStudy, "list[Point]"]:
 def _run(options: argparse.Namespace) -> None:
     if options.command == BENCH and bench_folder(options):
         return
-    study = load_study(options.study, options.words)
+    study = load_study(options.study, options.words, allow_code=options.allow_code)
     until = "report" if options.command == "run" else options.command
     if options.dry_run:
         print(study.dry_run(until, options.on, options.site))
@@ -145,7 +146,8 @@ def _retry(options: argparse.Namespace) -> None:
     study, _ = _load(options)
     before = last_site(study.directory)
     site = load_site(options.site) if options.site else load_last_site(before, study.directory)
-    submit(study, stages_until("report", by_time=study.is_by_time), site)
+    with allowing_code(options.allow_code):
+        submit(study, stages_until("report", by_time=study.is_by_time), site)
 
 
 def _aggregate(options: argparse.Namespace) -> None:

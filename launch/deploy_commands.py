@@ -96,6 +96,7 @@ def _batch_size(text: str) -> int:
 
 def _save(options: argparse.Namespace) -> None:
     from dynexit.jobs.save import run_save
+    from dynexit.study.own_code import allowing_code
     from launch.api import load_study
 
     study = load_study(options.study, options.words)
@@ -104,13 +105,14 @@ def _save(options: argparse.Namespace) -> None:
         if target is None:
             raise UserError("--batch-size is for --latency-ms, which is missing")
         target = (target, options.batch_size)
-    saved = run_save(
-        study.points,
-        options.directory,
-        relative_macs=options.relative_macs,
-        latency_ms=target,
-        identity=options.point,
-    )
+    with allowing_code(options.allow_code):
+        saved = run_save(
+            study.points,
+            options.directory,
+            relative_macs=options.relative_macs,
+            latency_ms=target,
+            identity=options.point,
+        )
     print(f"{options.directory}: {len(saved)} operating points")
     for point in saved:
         low, high = point.accuracy_interval
@@ -127,7 +129,7 @@ def _predict(options: argparse.Namespace) -> None:
     from dynexit.errors import Failure
     from dynexit.run_dir import atomic_write
 
-    model = load(options.directory)
+    model = load(options.directory, allow_code=options.allow_code)
     if options.relative_macs is not None:
         view = model.use(relative_macs=options.relative_macs)
     elif options.max_accuracy_drop is not None:

@@ -15,6 +15,7 @@ from types import FrameType
 from dynexit.errors import Failure, Interrupted, UserError
 from dynexit.study.dist import DistSettings
 from dynexit.study.grid import Study
+from dynexit.study.own_code import allowed_code
 from dynexit.study.stages import stage_of
 from launch.plan import Job, done_together
 from launch.tasks.attempts import FAILED, append_lines
@@ -68,6 +69,7 @@ class _LocalJob:
         if self.gpus or self.job.points[0].config.dist.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         command = [sys.executable, "-m", "launch.tasks.worker", str(self.path), str(self.restart), str(os.getpid())]
+        command += allowed_code()
         with self.log_path(rank, "out").open("ab") as out, self.log_path(rank, "err").open("ab") as err:
             # in a session of its own: only the launcher hears Ctrl-C
             return subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)

@@ -32,6 +32,10 @@ def add_tools(commands: Any) -> None:
     form.add_argument("--json", action="store_true", help="print JSON, in MACs")
     form.add_argument("--dyce", action="store_true", help="print DyCE's macs_info JSON")
     macs.set_defaults(tool=_macs)
+    cut = add_command(commands, "cut", "the places where exits can sit in a module of your own")
+    cut.add_argument("function", metavar="package.module:function", help="returns the module, an nn.Module")
+    cut.add_argument("--input", type=_shape, default=(3, 224, 224), metavar="CxHxW", help="default: 3x224x224")
+    cut.set_defaults(tool=_cut)
     search = add_command(commands, "search-records", "the best exit configurations for records, without any run")
     _add_search_arguments(search)
     search.set_defaults(tool=_search_records)
@@ -45,6 +49,15 @@ def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     """Adds a command, `text` its help, and returns its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     return parser
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """The shape that `text` is. Raises what argparse makes a sentence of where it is no CxHxW."""
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} should be channels, height and width, as 3x224x224")
+    channels, height, width = map(int, sizes)
+    return channels, height, width
 
 
 def _natural(text: str) -> int:
@@ -174,3 +187,11 @@ def _macs(options: argparse.Namespace) -> None:
         print(json.dumps(dyce_macs_info(report) if options.dyce else report, indent=1))
     else:
         print(macs_table(report))
+
+
+def _cut(options: argparse.Namespace) -> None:
+    from dynexit.models.cut.listing import list_places
+    from dynexit.study.own_code import allowing_code
+
+    with allowing_code(options.allow_code):
+        print(list_places(options.function, options.input))

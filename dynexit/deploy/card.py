@@ -1,6 +1,11 @@
 """The model card of a model folder: README.md in Hugging Face's form."""
 
+from typing import Literal
+
 from dynexit.deploy.description import SavedPoint
+
+CardKind = Literal["timm", "t2t_vit", "own", "own_code"]
+"""Whose the backbone is; `own_code` needs the code of the user's own module, `own` does not."""
 
 _TEXT = """\
 ---
@@ -21,7 +26,7 @@ classifier. One folder holds {num_points} operating points, from {least:.3f} of 
 ```python
 import dynexit
 
-model = dynexit.load(".")
+model = dynexit.load({load})
 view = model.use(relative_macs={budget:.2f})
 predictions = view.predict(["photo.jpg", "photos/"])
 ```
@@ -42,9 +47,17 @@ with `dynexit bench .`.{machine}
 
 ## Files
 
-`config.json` and `model.safetensors` are the backbone in timm's form, `exits.json` and `exits.safetensors` the exits
-and the operating points, `probe.safetensors` inputs with the answers that they must give. Nothing is pickled.
+`config.json` and `model.safetensors` are the backbone{form}, `exits.json` and `exits.safetensors` the exits
+and the operating points, `probe.safetensors` inputs with the answers that they must give. Nothing is pickled.{own}
 """
+
+_OWN = """ `stages.json`
+has the backbone's stages as operations of torch's own, `stages.safetensors` the constants in them: the code that made
+the module is not needed."""
+_OWN_CODE = """
+
+**This folder is not self-contained.** Its backbone is made by the function `{architecture}`,
+whose code it does not hold and which runs when the folder is loaded."""
 
 _ALONE = """ The backbone alone, without
 exits: `timm.create_model("local-dir:.", pretrained=True)`."""
@@ -57,7 +70,7 @@ def write_card(
     class_names: tuple[str, ...],
     input_size: tuple[int, int, int],
     *,
-    is_timm: bool,
+    kind: CardKind,
 ) -> str:
     """Returns the text of the card. `points` are by rising relative MACs."""
     middle = points[len(points) // 2]
@@ -65,14 +78,17 @@ def write_card(
     machine = f" Times here are the mean of a batch on {times[0].device_name} ({times[0].device})." if times else ""
     return _TEXT.format(
         title=title,
-        library="timm" if is_timm else "pytorch",
+        library="timm" if kind == "timm" else "pytorch",
         architecture=architecture,
+        load='"."' if kind != "own_code" else f'".", allow_code=[{architecture.partition(":")[0]!r}]',
+        form="" if kind.startswith("own") else " in timm's form",
+        own={"own": _OWN, "own_code": _OWN_CODE.format(architecture=architecture)}.get(kind, ""),
         num_points=len(points),
         least=points[0].relative_macs,
         num_classes=len(class_names),
         size=" x ".join(map(str, input_size)),
         budget=middle.relative_macs + 0.005,
-        alone=_ALONE if is_timm else "",
+        alone=_ALONE if kind == "timm" else "",
         ms="".join(f" ms at batch {one.batch_size} |" for one in times),
         lines=" --- |" * len(times),
         machine=machine,

@@ -13,6 +13,7 @@ from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.router import NEAR, Router, Stop
 from dynexit.errors import UserError
+from dynexit.models.cut.backbone import OwnBackbone
 from dynexit.models.heads import PlainHead, StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 
@@ -23,6 +24,8 @@ _MOST_ACTIVATION_BYTES = (32 << 20) - 4096
 def largest_tile(model: MultiExit) -> int:
     """How many images at most keep every activation of the backbone below 32 MiB; runs one image to measure them."""
     most = 1
+    if isinstance(model.backbone, OwnBackbone) and model.backbone.is_graph:
+        return max(_MOST_ACTIVATION_BYTES // model.backbone.largest_activation(), 1)
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal most

@@ -5,7 +5,7 @@ Shapes: B images, L exits, K classes.
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -334,14 +334,17 @@ def _usable(device: str | torch.device) -> torch.device:
     return found
 
 
-def load(directory: str | Path, *, verify: bool = True, device: str | torch.device = "cpu") -> EarlyExitModel:
+def load(
+    directory: str | Path, *, verify: bool = True, device: str | torch.device = "cpu", allow_code: Sequence[str] = ()
+) -> EarlyExitModel:
     """Returns the model in a folder of `dynexit save`. Nothing is unpickled; the study and its data are not needed.
 
     With `verify` the folder's probe is run, and its answers must be the saved ones. Raises UserError, naming the file,
     for a folder that is foreign, cut short, altered, or of another format version, and for a device that torch cannot
-    use; Failure for other answers.
+    use; Failure for other answers. A folder that is not self-contained (its card says so) runs a function of a module
+    that must be in `allow_code`.
     """
-    model = EarlyExitModel(read_folder(Path(directory)), _usable(device))
+    model = EarlyExitModel(read_folder(Path(directory), allow_code), _usable(device))
     if verify:
         difference = check_probe(model.probe, model.engines, model.points, str(directory))
         model.tolerance = max(NEAR, model.tolerance, 4 * difference)

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynexit.deploy.description import Description, FilePromise, read_description
 from dynexit.errors import Failure, UserError
 from dynexit.files import read_text
 from dynexit.models.backbones import Backbone, build_backbone
+from dynexit.models.cut.backbone import OwnBackbone
+from dynexit.models.cut.own import OwnModule, read_stages, stages_of
 from dynexit.run_dir import load_tensors, save_tensors, sha256_file
+from dynexit.study.own_code import allowing_code, check_allowed
 
 CONFIG, BACKBONE, EXITS, HEADS, PROBE, CARD = (
     "config.json",
@@ -28,6 +31,8 @@ CONFIG, BACKBONE, EXITS, HEADS, PROBE, CARD = (
     "probe.safetensors",
     "README.md",
 )
+STAGES, STAGE_TENSORS = "stages.json", "stages.safetensors"
+"""Of a module of the user's own: its stages as operations of torch's, and the tensors that they need beyond weights."""
 _PROMISED = (CONFIG, BACKBONE, HEADS, PROBE)
 """The files whose bytes exits.json promises. The card is for people, who may edit it; nothing reads it."""
 FILES = (*_PROMISED, EXITS, CARD)
@@ -41,11 +46,19 @@ def backbone_config(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, Any]:
-    """Returns config.json in timm's form, from which timm builds the backbone alone.
+    """Returns config.json in timm's form, from which timm builds the backbone alone, if it is one of timm's.
 
     `arguments` are the constructor's own; `mean` and `std` (one a channel) are what images are normalised by.
     """
     model: Any = backbone.model
+    if isinstance(backbone, OwnBackbone):
+        return {
+            "architecture": backbone.name,
+            "num_classes": backbone.num_classes,
+            "label_names": list(class_names),
+            "own_module": backbone.origin,
+            "pretrained_cfg": {"input_size": list(backbone.input_size), "mean": list(mean), "std": list(std)},
+        }
     arguments = {**arguments, "in_chans": backbone.input_size[0]}
     if "img_size" in inspect.signature(type(model).__init__).parameters:
         arguments["img_size"] = list(backbone.input_size[1:])
@@ -89,6 +102,33 @@ def read_backbone(config: Mapping[str, Any], state: Mapping[str, Tensor], folder
     return backbone
 
 
+def _read_own(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], directory: Path, description: Description
+) -> OwnBackbone:
+    """Returns a backbone of the user's own from its stages, without its code; if they are not there, from its code."""
+    try:
+        num_classes, input_size = int(config["num_classes"]), tuple(map(int, config["pretrained_cfg"]["input_size"]))
+        channels, height, width = input_size
+        size = (channels, height, width)
+        if STAGES in description.files:
+            stages = json.loads((directory / STAGES).read_text(encoding="utf-8"))
+            tensors = load_tensors(directory / STAGE_TENSORS)
+            name = str(config["architecture"])
+            return read_stages(stages, tensors, state, name=name, num_classes=num_classes, input_size=size)
+        own = OwnModule(**config["own_module"])
+        check_allowed(own.module, f"{directory / CONFIG}")
+        backbone = own.build(size, num_classes)
+        backbone.model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{directory / CONFIG} describes no backbone ({error!r}); copy the folder again") from None
+    except RuntimeError as error:  # how torch reports missing and unexpected weights
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{directory / BACKBONE} does not fit {own.module}: {reason}; use the code that it was saved with"
+        ) from None
+    return backbone
+
+
 @dataclasses.dataclass(frozen=True)
 class Contents:
     """What a folder holds, as read: the backbone, heads and gates by training, the probe's tensors."""
@@ -105,23 +145,24 @@ def write_folder(
     *,
     description: Mapping[str, Any],
     config: Mapping[str, Any],
-    backbone: nn.Module,
+    backbone: Backbone,
     heads: Mapping[str, Mapping[str, Tensor]],
     probe: Mapping[str, Tensor],
     card: str,
 ) -> None:
     """Writes the folder, whole or not at all; raises as `new_folder` does.
 
-    `description` is that of exits.json without `files`, `config` config.json's, `backbone` the model itself.
+    `description` is that of exits.json without `files`, `config` config.json's.
     """
     with new_folder(directory) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_tensors(temporary / BACKBONE, backbone.state_dict())
+        save_tensors(temporary / BACKBONE, backbone.model.state_dict())
+        promised = [*_PROMISED, *_write_stages(temporary, backbone)]
         named = {f"{training}.{name}": t for training, state in heads.items() for name, t in state.items()}
         save_tensors(temporary / HEADS, named)
         save_tensors(temporary / PROBE, probe)
         (temporary / CARD).write_text(card, encoding="utf-8")
-        files = {name: _promise(temporary / name) for name in _PROMISED}
+        files = {name: _promise(temporary / name) for name in promised}
         whole = Description.model_validate({**description, "files": files})
         (temporary / EXITS).write_text(whole.to_text(), encoding="utf-8")
 
@@ -152,12 +193,24 @@ def new_folder(directory: Path) -> Iterator[Path]:
         ) from error
 
 
+def _write_stages(directory: Path, backbone: Backbone) -> tuple[str, ...]:
+    stages = stages_of(backbone) if isinstance(backbone, OwnBackbone) else None
+    if stages is None:
+        return ()
+    (directory / STAGES).write_text(json.dumps(stages[0], allow_nan=False) + "\n", encoding="utf-8")
+    save_tensors(directory / STAGE_TENSORS, stages[1])
+    return STAGES, STAGE_TENSORS
+
+
 def _promise(path: Path) -> FilePromise:
     return FilePromise(bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
-def read_folder(directory: Path) -> Contents:
-    """Returns what the folder holds. Raises UserError, naming the file, if it is foreign, cut short or altered."""
+def read_folder(directory: Path, allow_code: Sequence[str] = ()) -> Contents:
+    """Returns what the folder holds. Raises UserError, naming the file, if it is foreign, cut short or altered.
+
+    A folder that is not self-contained imports the function that made its backbone, if `allow_code` has its module.
+    """
     try:
         text = read_text(directory / EXITS)
     except (FileNotFoundError, NotADirectoryError):
@@ -169,11 +222,15 @@ def read_folder(directory: Path) -> Contents:
     description = read_description(text, str(directory))
     if missing := set(_PROMISED) - set(description.files):
         raise UserError(f"{directory / EXITS} promises no {', '.join(sorted(missing))}; copy the folder again")
-    for name in _PROMISED:
+    for name in (*_PROMISED, *(name for name in (STAGES, STAGE_TENSORS) if name in description.files)):
         _check(directory / name, description.files[name])
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    with torch.device("cpu"):
-        backbone = read_backbone(config, load_tensors(directory / BACKBONE), str(directory))
+    state = load_tensors(directory / BACKBONE)
+    with torch.device("cpu"), allowing_code(allow_code):
+        if "own_module" in config:
+            backbone: Backbone = _read_own(config, state, directory, description)
+        else:
+            backbone = read_backbone(config, state, str(directory))
     heads: dict[str, dict[str, Tensor]] = {training: {} for training in description.trainings}
     for name, tensor in load_tensors(directory / HEADS).items():
         training, _, rest = name.partition(".")

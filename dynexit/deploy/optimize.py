@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dynexit.errors import UserError
 from dynexit.models.backbones import Backbone
+from dynexit.models.cut.backbone import OwnBackbone
 
 DIFFERENCES = {"float32": 1e-3, "bf16": 5e-2}
 """By precision how far logits may lie from the saved ones, relative to the largest."""
@@ -24,7 +25,8 @@ def optimized_backbone(backbone: Backbone, precision: str, device: torch.device)
     if precision == "bf16" and not _has_bf16(device):
         raise UserError(f"precision = bf16: this {device.type} device has no instructions for it; use float32")
     folded = copy.deepcopy(backbone).cpu()
-    fold_batch_norms(folded)
+    if not (isinstance(backbone, OwnBackbone) and backbone.is_graph):  # which runs no modules
+        fold_batch_norms(folded)
     if device.type == "cpu":
         _quicken_pooling(folded)
     changed = copy.deepcopy(folded)  # a copy is cut again, with the modules that took the places of others

@@ -9,6 +9,7 @@ from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
 from dynexit.jobs.finished import class_names
 from dynexit.models.backbones import Backbone, build_backbone
+from dynexit.models.cut.own import OwnModule
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
@@ -40,6 +41,10 @@ def check_model(config: Config, *, weights: bool) -> None:
 def build_model(config: Config, *, weights: bool) -> Backbone:
     """The backbone that the configuration names, at the data set's classes and size; with its own weights or random."""
     num_classes, channels = describe_data(config.data)
+    if config.backbone.module is not None:
+        settings, size = config.backbone, config.data.image_size
+        own = OwnModule(config.backbone.module, settings.arguments, settings.at, settings.feature)
+        return own.build((channels, size, size), num_classes, settings.weights if weights else None)
     return build_backbone(
         config.backbone.name,
         arguments=config.backbone.arguments,

@@ -294,7 +294,7 @@ def _classes(point: Point) -> list[str]:
 def published_beside(point: Point) -> list[PublishedPoint]:
     """What a paper's authors recorded for the point's data set and backbone; nothing where it is not wanted."""
     data, backbone = point.config.data, point.config.backbone
-    if point.config.report.published == "none":
+    if point.config.report.published == "none" or backbone.module is not None:
         return []
     return published_points(data.name, backbone.name, data.image_size, thin_test=data.thin_test)
 

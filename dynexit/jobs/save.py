@@ -19,7 +19,7 @@ from dynexit.core.confidence import max_probability
 from dynexit.data import load_data, workers_of
 from dynexit.data.transforms import GREY, NORMALISATIONS, recipe_of
 from dynexit.deploy.assembly import attach_exits
-from dynexit.deploy.card import write_card
+from dynexit.deploy.card import CardKind, write_card
 from dynexit.deploy.description import FORMAT, Preprocessing, SavedPoint
 from dynexit.deploy.engine import Engine, largest_tile
 from dynexit.deploy.model_folder import backbone_config, write_folder
@@ -30,6 +30,8 @@ from dynexit.jobs.finished import class_names
 from dynexit.jobs.load import load_heads, load_model
 from dynexit.jobs.recorded import RecordedTraining
 from dynexit.models.backbones import Backbone
+from dynexit.models.cut.backbone import OwnBackbone
+from dynexit.models.cut.own import stages_of
 from dynexit.report.table import FrontPoint, front_of
 from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
@@ -86,7 +88,7 @@ def run_save(
     _check_answers(images, engines, records, saved, places, tolerance)
     class_names = _class_names(first, backbone.num_classes)
     mean, std = _mean_and_std(first, data.in_channels)
-    architecture = backbone.name.split(".")[0]
+    architecture = backbone.name if isinstance(backbone, OwnBackbone) else backbone.name.split(".")[0]
     write_folder(
         directory,
         description={
@@ -100,7 +102,7 @@ def run_save(
             "provenance": _provenance(first, trained),
         },
         config=backbone_config(backbone, first.config.backbone.arguments, class_names, mean, std),
-        backbone=backbone.model,
+        backbone=backbone,
         heads=states,
         probe=make_probe(images, engines, saved),
         card=write_card(
@@ -109,7 +111,7 @@ def run_save(
             saved,
             class_names,
             backbone.input_size,
-            is_timm=timm.is_model(architecture),
+            kind=_kind_of(backbone),
         ),
     )
     return saved
@@ -172,6 +174,12 @@ def _early_front(rows: Sequence[ReportRow], batch_size: int | None = None) -> li
     """The front by MACs, or by time at a batch size, without the backbone alone."""
     kept = [row for row in rows if batch_size is None or row.times]
     return [one for one in front_of(kept, batch_size) if one.validation.source != "backbone"]
+
+
+def _kind_of(backbone: Backbone) -> CardKind:
+    if isinstance(backbone, OwnBackbone):
+        return "own" if stages_of(backbone) is not None else "own_code"
+    return "timm" if timm.is_model(backbone.name.split(".")[0]) else "t2t_vit"
 
 
 def _choose(points: Sequence[Point], target: _Target, identity: str | None) -> list[_Chosen]:

@@ -55,11 +55,21 @@ class Backbone(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.cut = self._cut_function(self.model)  # a copy runs its own modules, not the original's
 
-    def shapes_only(self) -> Cut:
-        """A copy on the device "meta": it computes shapes without values, at next to no cost."""
-        return self._cut_function(self._on_meta())
+    shape_device = "meta"
+    """The device of `shapes_only`."""
 
-    def _on_meta(self) -> nn.Module:
+    def shapes_only(self) -> Cut:
+        """A copy on `shape_device`: on "meta" it computes shapes without values, at next to no cost."""
+        return self._cut_function(self._shape_model())
+
+    def blank(self, image_size: ImageSize | None = None) -> Tensor:
+        """One image for `shapes_only`, of `image_size` (the backbone's own if None)."""
+        channels, height, width = self.input_size
+        if image_size is not None:
+            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        return torch.zeros(1, channels, height, width, device=self.shape_device)
+
+    def _shape_model(self) -> nn.Module:
         parameters = self.model.parameters()
         memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in parameters}
         memo |= {id(b): b.to("meta") for b in self.model.buffers()}
@@ -71,7 +81,7 @@ class Backbone(nn.Module):
 
         What belongs to the model itself and to none of its modules (class token, positions) counts to the stem.
         """
-        model, ran = self._on_meta(), {"": 0}
+        model, ran = self._shape_model(), {"": 0}
         cut, layer = self._cut_function(model), 0
 
         def note(name: str, *_: Any) -> None:
@@ -79,7 +89,7 @@ class Backbone(nn.Module):
 
         for name, module in model.named_modules():
             module.register_forward_pre_hook(functools.partial(note, name))
-        h = cut.stem(torch.empty(1, *self.input_size, device="meta"))
+        h = cut.stem(self.blank())
         for layer, run in enumerate([*cut.blocks, cut.tail], 1):  # noqa: B007  the hooks read it
             h = run(h)
 
@@ -92,7 +102,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _measure_feature_dims(self) -> tuple[int, ...]:
         cut, dims = self.shapes_only(), []
-        h = cut.stem(torch.empty(1, *self.input_size, device="meta"))
+        h = cut.stem(self.blank())
         for block in cut.blocks:
             h = block(h)
             dims.append(cut.feature(h).shape[1])

@@ -67,12 +67,9 @@ def measure_reads(
     """
     if reader is None and STEM not in positions:
         return [backbone.feature_dims[position] for position in positions], [0] * len(positions)
-    channels, height, width = backbone.input_size
-    if image_size is not None:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     cut = backbone.shapes_only()
     widths, macs = [], []
-    h = cut.stem(torch.empty(1, channels, height, width, device="meta"))
+    h = cut.stem(backbone.blank(image_size))
     if reader is not None:
         _check_fits(backbone.name, cut, reader, h)
     for position in range(STEM + 1, max(positions) + 1):

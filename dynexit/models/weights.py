@@ -172,7 +172,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _classifier_names(model: Any) -> tuple[str, ...]:
-    names = model.default_cfg["classifier"]
+    names = getattr(model, "default_cfg", {}).get("classifier", ())  # of somebody else's module it is unknown
     return (names,) if isinstance(names, str) else tuple(names)
 
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.search_methods import SEARCH_METHODS
+from dynexit.study.own_code import FUNCTION
 
 DATA_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_lt", "svhn", "imagenet", "image_folder")
 _MOST_STEPS, _MOST_DIGITS = 10**6, 12  # of a range; of a step that a message proposes
@@ -120,6 +121,13 @@ def _known_head_type(name: str) -> str:
     return name
 
 
+def _known_function(text: str) -> str:
+    if not re.match(FUNCTION, text):
+        raise ValueError("should be package.module:function")
+    return text
+
+
+FunctionName = Annotated[str, AfterValidator(_known_function)]
 HeadType = Annotated[str, AfterValidator(_known_head_type)]
 
 

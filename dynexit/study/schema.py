@@ -16,6 +16,7 @@ from dynexit.study.keys import (
     Budgeted,
     ConfidenceName,
     DataSetName,
+    FunctionName,
     HeadType,
     Position,
     SearchMethodName,
@@ -100,6 +101,24 @@ class BackboneSettings(Section):
     arguments: dict[str, Any] = key(dict, "arguments of the model's constructor, as timm names them")
     weights: str | None = key(
         None, "weights to start from: a .safetensors or .pth file, 'pretrained' (timm's hub), or null"
+    )
+    module: FunctionName | None = key(
+        None,
+        "function package.module:function that returns the model, an nn.Module, in place of name; arguments are its "
+        "own; needs --allow-code package.module",
+        omit_default=True,
+    )
+    at: Literal["auto"] | Annotated[list[str], Field(min_length=1), AfterValidator(no_duplicates)] = key(
+        "auto",
+        "sub-modules of backbone.module at whose ends exits may sit, in order, as `dynexit cut` lists them; auto: the "
+        "ends of the blocks that repeat",
+        omit_default=True,
+    )
+    feature: Literal["channels_first", "channels_last", "tokens", "class_token"] | None = key(
+        None,
+        "what exits read of backbone.module: the mean over a map with its channels first or last, over tokens, or the "
+        "class token; null infers it from the shapes",
+        omit_default=True,
     )
 
 

@@ -123,6 +123,7 @@ def contradictions(config: Config) -> Iterator[str]:
     size = search.latency_batch_size
     if config.is_by_time and size is not None and size not in config.bench.batch_sizes:
         yield f"search.latency_batch_size = {size}: should be one of bench.batch_sizes, {config.bench.batch_sizes}"
+    yield from _contradictions_of_backbone(config)
     yield from _contradictions_of_features(config)
     yield from _contradictions_of_prepare(config)
     yield from _contradictions_of_baselines(config)
@@ -131,6 +132,15 @@ def contradictions(config: Config) -> Iterator[str]:
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
             f"{config.prepare.num_epochs}"
         )
+
+
+def _contradictions_of_backbone(config: Config) -> Iterator[str]:
+    backbone = config.backbone
+    for name, value, default in (("at", backbone.at, "auto"), ("feature", backbone.feature, None)):
+        if backbone.module is None and value != default:
+            yield f"backbone.{name} = {value!r}: needs backbone.module; timm's families have their own places"
+    if backbone.module is not None and backbone.weights == "pretrained":
+        yield "backbone.weights = 'pretrained': should be a file or null where backbone.module makes the model"
 
 
 def _contradictions_of_features(config: Config) -> Iterator[str]:

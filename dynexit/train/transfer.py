@@ -52,7 +52,7 @@ def refuse_single_images(backbone: Backbone, settings: PrepareSettings, num_imag
     cut = backbone.shapes_only()
     backbone.eval()
     with _single_images(settings), torch.no_grad():
-        h = cut.stem(torch.empty(1, *backbone.input_size, device="meta"))
+        h = cut.stem(backbone.blank())
         for block in cut.blocks:
             h = block(h)
         cut.tail(h)

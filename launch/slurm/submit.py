@@ -9,6 +9,7 @@ import submitit
 
 from dynexit.errors import Failure, UserError
 from dynexit.study.grid import Study
+from dynexit.study.own_code import allowed_code, check_allowed
 from launch.plan import done_together
 from launch.slurm import cluster
 from launch.slurm.arrays import TRAINING, Array, plan_arrays, resolve
@@ -43,6 +44,8 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
     if not cluster.is_here():
         raise UserError("there is no sbatch on this machine; submit from a node of the cluster, or run --on here")
     check_site(study, site)
+    for module in {point.config.backbone.module for point in study.points} - {None}:
+        check_allowed(str(module))
     arrays, queued = _plan(study, stages, site)
     if not arrays:
         return [f"{study.directory}: nothing to submit, all of it is done or in the queue"]
@@ -164,7 +167,8 @@ def _script(study: Study, site: Site, array: Array, after: str, folder: Path) ->
         **({"gpus_per_node": gpus} if gpus else {}),
         **({"dependency": after} if after else {}),
     )
-    return executor.script(f'{shlex.join(srun)} {python} -u -m launch.tasks.worker "$job" "$restart"', len(array.tasks))
+    worker = f'launch.tasks.worker "$job" "$restart" {shlex.join(allowed_code())}'.strip()
+    return executor.script(f"{shlex.join(srun)} {python} -u -m {worker}", len(array.tasks))
 
 
 def check_site(study: Study, site: Site) -> None:

@@ -1,9 +1,10 @@
 """What a rank of a job does, under SLURM or as a local process: its packs in turn, until a signal asks it to stop.
 
-    python -m launch.tasks.worker FOLDER/JOB RESTART [LAUNCHER]
+    python -m launch.tasks.worker FOLDER/JOB RESTART [LAUNCHER] [MODULE...]
 
-LAUNCHER is the process that started a local rank. How the rank ended goes into its reason file, which is read when all
-ranks have ended. The exit status is 0, 1 for a failure, 2 for the user's mistake, 75 when a signal stopped it.
+LAUNCHER is the process that started a local rank; the study may run the code of each MODULE. How the rank ended goes
+into its reason file, which is read when all ranks have ended. The exit status is 0, 1 for a failure, 2 for the user's
+mistake, 75 when a signal stopped it.
 """
 
 import atexit
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynexit import errors
 from dynexit.errors import Failure, UserError
+from dynexit.study.own_code import allowing_code
 from launch.tasks import attempts
 from launch.tasks.attempts import COMPLETED, FAILED, RankReason
 
@@ -206,7 +208,9 @@ def main(job: Path, restart: int, launcher: int | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    numbers = [int(word) for word in sys.argv[2:] if word.isdecimal()]
+    with allowing_code(word for word in sys.argv[2:] if not word.isdecimal()):
+        exit_status = main(Path(sys.argv[1]), *numbers)
     atexit._run_exitfuncs()  # threads of a process group that was left may abort an interpreter
     sys.stdout.flush()
     sys.stderr.flush()

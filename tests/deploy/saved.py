@@ -118,10 +118,10 @@ def save_random(
             "provenance": {"study": "random"},
         },
         config=config,
-        backbone=backbone.model,
+        backbone=backbone,
         heads=states,
         probe=make_probe(make_images(backbone.input_size, 5, seed=7), engines, points),
-        card=write_card("random", name, tuple(points), CLASSES, backbone.input_size, is_timm=True),
+        card=write_card("random", name, tuple(points), CLASSES, backbone.input_size, kind="timm"),
     )
     return engines
 
