@@ -41,7 +41,7 @@ def _chance_remark(accuracy: float, data: DataSets) -> Iterator[str]:
         )
 
 
-def _gap_remark(training: float, validation: float) -> Iterator[str]:
+def gap_remark(training: float, validation: float) -> Iterator[str]:
     """A remark if the accuracy on plain training images exceeds that on validation by more than a point."""
     if training - validation > _MOST_GAP:
         yield (
@@ -102,7 +102,7 @@ def run_prepare(points: Sequence[Point]) -> None:
         if task.rows:
             validation = task.rows[-1]["validation_accuracy"]
             progress.say(f"the backbone is right on {validation:.4f} of the validation split")
-            for remark in _gap_remark(training, validation):
+            for remark in gap_remark(training, validation):
                 progress.say(remark)
         directory.mark_done([BACKBONE, CLASSES, COSTS, METRICS])
         checkpoints.clear()
