@@ -5,10 +5,16 @@ WORKERS ?= 2
 REQUIREMENTS := pyproject.toml tests/pins.txt
 STAMP := $(VENV)/.made-from-$(shell cat $(REQUIREMENTS) | cksum | tr ' ' '-')
 
-.PHONY: demo test check setup clean cluster-test cluster-demo
+.PHONY: demo fashion test check setup clean cluster-test cluster-demo
 
 demo: $(STAMP)
 	$(VENV)/bin/dynexit run configs/digits.yaml
+
+# every method on Fashion-MNIST; seeds that were done before are not done again
+SEEDS ?= 1
+fashion: $(STAMP)
+	seeds="[$$(seq -s, 0 $$(($(SEEDS) - 1)))]" && \
+	    $(VENV)/bin/dynexit run configs/fashion_mnist_methods.yaml "data.seed=$$seeds" "seed=$$seeds"
 
 test: check
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"

@@ -28,6 +28,9 @@ def add_tools(commands: Any) -> None:
     macs.add_argument(
         "--head-types", nargs="+", metavar="TYPE", help="as linear or mlp3x500; default: the papers' types"
     )
+    macs.add_argument("--reader", metavar="NAME", help="what exits read, as exits.reader; default: the family's own")
+    macs.add_argument("--concatenate", action="store_true", help="exits read what the exits before them read too")
+    macs.add_argument("--stem", action="store_true", help="an exit before the first block too")
     form = macs.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, in MACs")
     form.add_argument("--dyce", action="store_true", help="print DyCE's macs_info JSON")
@@ -174,6 +177,7 @@ def _convert(options: argparse.Namespace) -> None:
 def _macs(options: argparse.Namespace) -> None:
     from dynexit.dyce.macs_info import dyce_macs_info
     from dynexit.models.macs import REPORTED_HEADS, macs_report, macs_table
+    from dynexit.models.readers import Reading
 
     report = macs_report(
         options.backbone,
@@ -182,7 +186,11 @@ def _macs(options: argparse.Namespace) -> None:
         positions=options.positions,
         head_types=options.head_types or REPORTED_HEADS,
         arguments=options.arguments,
+        reading=Reading(options.reader, options.concatenate),
+        stem=options.stem,
     )
+    if options.dyce and any(report["reader_macs"]):
+        raise UserError("--dyce has no place for MACs of features that several exits read; remove --concatenate")
     if options.json or options.dyce:
         print(json.dumps(dyce_macs_info(report) if options.dyce else report, indent=1))
     else:

@@ -201,7 +201,7 @@ def test_published_names_of_dyce_are_importable() -> None:
 def test_the_first_example_fits_the_study_that_it_names() -> None:
     (overrides,) = re.findall(r'load_study\("configs/digits.yaml", overrides=(\{.*?\})\)', EXAMPLES[0])
     study = dynexit.load_study(ROOT / "configs" / "digits.yaml", overrides=json.loads(overrides))
-    assert len(study.points) == 28
+    assert len(study.points) == 30
 
 
 @pytest.fixture(scope="module")

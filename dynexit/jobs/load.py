@@ -16,6 +16,8 @@ from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
 from dynexit.study.schema import Config
 
+_MOST_WHITENING_BYTES = 10**9  # of the covariances of all exits, in float64; eleven thousand features at one exit
+
 
 def check_model(config: Config, *, weights: bool) -> None:
     """Raises UserError where backbone, head types, exit positions and record.topk do not fit; builds the model to see.
@@ -34,8 +36,21 @@ def check_model(config: Config, *, weights: bool) -> None:
             f"exits.head_types = {config.exits.head_types}: linear and MLP heads read different features of "
             f"{backbone.name} where they are standardised together; set exits.reader, as token or tokens_average_std"
         )
+    if config.exits.whiten:
+        _check_whitening(model)
     if (config.record.topk or 1) > backbone.num_classes:
         raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
+
+
+def _check_whitening(model: MultiExit) -> None:
+    widest, num_bytes = max(model.feature_dims), sum(8 * width**2 for width in model.feature_dims)
+    if num_bytes > _MOST_WHITENING_BYTES:
+        raise UserError(
+            f"exits.whiten = true: exits of {model.backbone.name} read up to {widest:,} features, whose covariances "
+            f"take {num_bytes / 1e9:.1f} GB; at most {_MOST_WHITENING_BYTES / 1e9:.1f} GB are allowed, since "
+            "time rises with the cube of the width: set exits.whiten=false (and exits.standardise=true), "
+            "exits.concatenate=false, fewer exits.positions, or another exits.reader"
+        )
 
 
 def build_model(config: Config, *, weights: bool) -> Backbone:

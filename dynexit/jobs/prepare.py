@@ -18,6 +18,8 @@ from dynexit.train.loop import fit
 from dynexit.train.parallel import check_installed
 from dynexit.train.transfer import TransferTask, refuse_single_images
 
+_MOST_GAP = 0.01  # of accuracy
+
 
 def _remarks(config: Config, ranks: Ranks) -> Iterator[str]:
     """What may well be a mistake, and may be meant."""
@@ -36,6 +38,16 @@ def _chance_remark(accuracy: float, data: DataSets) -> Iterator[str]:
             f"warning: the backbone, used as it is, is right on {accuracy:.4f} of {num_samples} validation images, "
             f"near chance ({chance:.4f}); check backbone.weights, data.class_order and data.normalisation, or fit it "
             "with prepare.num_epochs"
+        )
+
+
+def gap_remark(training: float, validation: float) -> Iterator[str]:
+    """A remark if the accuracy on plain training images exceeds that on validation by more than a point."""
+    if training - validation > _MOST_GAP:
+        yield (
+            f"warning: the backbone is right on {training:.4f} of as many training images and {validation:.4f} of "
+            "validation: on images that it was fitted to it is surer than on others, and exits learn from those; more "
+            "augmentation, weight decay or fewer epochs close the gap"
         )
 
 
@@ -78,6 +90,7 @@ def run_prepare(points: Sequence[Point]) -> None:
     if settings.num_epochs == 0 and config.backbone.weights is not None:
         for remark in _chance_remark(task.accuracy(), data):
             progress.say(remark)
+    training = task.accuracy(data.plain_train) if task.rows else 0.0
     weights = task.weights()
     with ranks.failing_together():
         if not ranks.is_main:
@@ -87,6 +100,9 @@ def run_prepare(points: Sequence[Point]) -> None:
         directory.write_json(CLASSES, {"names": data.class_names})
         directory.write_lines(METRICS, task.rows)
         if task.rows:
-            progress.say(f"the backbone is right on {task.rows[-1]['validation_accuracy']:.4f} of the validation split")
+            validation = task.rows[-1]["validation_accuracy"]
+            progress.say(f"the backbone is right on {validation:.4f} of the validation split")
+            for remark in gap_remark(training, validation):
+                progress.say(remark)
         directory.mark_done([BACKBONE, CLASSES, COSTS, METRICS])
         checkpoints.clear()

@@ -15,7 +15,7 @@ import torch
 from dynexit.baselines.comparison import BASELINES_CSV, compare, comparison_section, write_comparisons
 from dynexit.baselines.rows import baselines_of
 from dynexit.contents import Found, MetricsRow
-from dynexit.core.cost import ExitCosts, place_name
+from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import OperatingPoint, operating_point
 from dynexit.errors import Failure
@@ -199,14 +199,18 @@ def write_report(
     study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
     figures = []
-    costs = RunDir(points[0], "record").costs()
+    costs = _costs_by_id(points)
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: _entries(point, "budgets.json") for point in points}
     published = published_beside(points[0])
-    names = [*map(place_name, costs.positions), "backbone"]
     for name, draw, alt, caption in (
         ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
-        ("exit_shares", partial(exit_share_figure, exit_names=names), "Share leaving at each exit", _SHARES_CAPTION),
+        (
+            "exit_shares",
+            partial(exit_share_figure, places_of=lambda row: costs[row.point_id].positions),
+            "Share leaving at each exit",
+            _SHARES_CAPTION,
+        ),
     ):
         paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
         for theme, path in paths.items():
@@ -299,12 +303,23 @@ def published_beside(point: Point) -> list[PublishedPoint]:
     return published_points(data.name, backbone.name, data.image_size, thin_test=data.thin_test)
 
 
-def _describe(row: ReportRow, costs: ExitCosts) -> str:
+def _costs_by_id(points: Sequence[Point]) -> dict[str, ExitCosts]:
+    """By the id that a row of the table can have: a point's backbone, which several share, training or search."""
+    found: dict[str, ExitCosts] = {}
+    for point in points:
+        costs = RunDir(point, "record").costs()
+        for identity in point.ids.values():
+            found.setdefault(identity, costs)
+    return found
+
+
+def _describe(row: ReportRow, costs: Mapping[str, ExitCosts]) -> str:
     if row.source == "backbone":
         return "everything runs to the end"
     if row.source == "gates":
         return f"the gates of ce_ic_tradeoff {row.ce_ic_tradeoff:g}, seed {row.seed}"
-    return describe_configuration(row.configuration, costs.positions, costs.head_types)
+    own = costs[row.point_id]
+    return describe_configuration(row.configuration, own.positions, own.head_types)
 
 
 def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:

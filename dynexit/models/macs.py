@@ -105,19 +105,25 @@ def macs_report(
     positions: Sequence[int] | None = None,
     head_types: Sequence[str] = REPORTED_HEADS,
     arguments: dict[str, Any] | None = None,
+    reading: Reading | None = None,
+    stem: bool = False,
 ) -> dict[str, Any]:
     """What a backbone of that name costs with exits at `positions` (None: after every block but the last), in MACs per
-    sample.
+    sample; `stem` adds an exit before the first block.
 
     Keys: `backbone`, `image_size` ([height, width] in pixels), `num_classes`, `full_macs` (the bare backbone),
-    `positions`, `backbone_macs` (one a position, the backbone alone up to there), `head_macs` (head type -> one a
-    position), `gate_macs` (one a position). Raises UserError as `build_backbone` does, and for positions or
-    head types that do not exist.
+    `positions`, and with one entry a position `backbone_macs` (the backbone alone up to there), `num_features` (that
+    its heads read), `reader_macs` (of what later exits read too), `gate_macs`, and `head_macs` (head type -> the head
+    with what is read for it alone). Raises UserError as `build_backbone` does, for positions and head types that do not
+    exist, and for a reader that does not fit.
     """
+    reading = reading or Reading()
     backbone = build_backbone(name, arguments=arguments, num_classes=num_classes, image_size=image_size)
-    positions = range(backbone.num_blocks - 1) if positions is None else positions
+    blocks = range(backbone.num_blocks - 1) if positions is None else positions
+    positions = [STEM, *blocks] if stem else list(blocks)
     check_positions(backbone, positions)
-    costs = exit_costs(backbone, positions, head_types)
+    costs = exit_costs(backbone, positions, head_types, reading=reading)
+    widths, _ = measure_reads(backbone, positions, reading.reader)
     return {
         "backbone": name,
         "image_size": list(backbone.input_size[1:]),
@@ -125,6 +131,8 @@ def macs_report(
         "full_macs": costs.full_macs,
         "positions": list(costs.positions),
         "backbone_macs": list(costs.backbone_macs),
+        "num_features": list(accumulate(widths)) if reading.concatenate else widths,
+        "reader_macs": list(costs.reader_macs or (0,) * len(positions)),
         "head_macs": {t: [row[i] for row in costs.head_macs] for i, t in enumerate(costs.head_types)},
         "gate_macs": list(costs.gate_macs),
     }
@@ -202,10 +210,13 @@ def macs_table(report: dict[str, Any]) -> str:
     full, heads = report["full_macs"], report["head_macs"]
     height, width = report["image_size"]
     lines = [f"{report['backbone']} at {height}x{width}, {report['num_classes']} classes: {full / 1e6:,.1f} M MACs"]
-    lines.append("  ".join(["position", "backbone M", "relative", "gate", *(f"{name} M" for name in heads)]))
+    columns = ["position", "backbone M", "relative", "features", "read M", "gate", *(f"{name} M" for name in heads)]
+    lines.append("  ".join(columns))
     for p, position in enumerate(report["positions"]):
         macs = report["backbone_macs"][p]
-        cells = [f"{position:8d}", f"{macs / 1e6:10,.1f}", f"{macs / full:8.3f}", f"{report['gate_macs'][p]:4d}"]
+        cells = [f"{'stem' if position == STEM else position:>8}", f"{macs / 1e6:10,.1f}", f"{macs / full:8.3f}"]
+        cells += [f"{report['num_features'][p]:8d}", f"{report['reader_macs'][p] / 1e6:6.3f}"]
+        cells += [f"{report['gate_macs'][p]:4d}"]
         cells += [f"{values[p] / 1e6:{len(name) + 2},.3f}" for name, values in heads.items()]
         lines.append("  ".join(cells))
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 matplotlib's object interface is used throughout: no global figure, no display, no change to the caller's settings.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
+from dynexit.core.cost import place_name
 from dynexit.report.published import PublishedPoint
 from dynexit.report.table import by_seed, front_of, within_budgets
 from dynexit.run_dir import atomic_write
@@ -59,9 +60,9 @@ def pareto_figure(
 ) -> None:
     """Draws test accuracy against relative MACs as a PNG: gates, the front of the search, the backbone as a line.
 
-    With one method MSDNet's thresholds are drawn too, a gate's colour is its ce_ic_tradeoff and its marker its seed.
-    With several a colour is a method and its line the accuracy that each budget buys: mean over seeds, the band from
-    the worst to the best seed.
+    With one method MSDNet's thresholds are drawn too. With several a colour is a method and its line the accuracy that
+    each budget buys: mean over seeds, the band from the worst to the best seed. A gate's marker is its seed, its colour
+    its ce_ic_tradeoff, if one method has gates at several of them, else its method.
     Static networks are hollow markers and cascades thin lines, a marker and a line style for each of their classifiers.
     `published` points are drawn beside. Any part may be missing; without test rows the axes are empty.
     """
@@ -76,7 +77,9 @@ def pareto_figure(
     else:
         _draw_search_front(axes, rows, colours)
         _draw_fixed(axes, rows, look)
-    _draw_gates(figure, axes, rows, colours if len(methods) > 1 else {}, look)
+    gates = {(row.method, row.ce_ic_tradeoff) for row in rows if row.source == "gates"}
+    of_one_method = len({method for method, _ in gates}) == 1 < len(gates)
+    _draw_gates(figure, axes, rows, colours if len(methods) > 1 and not of_one_method else {}, look)
     _draw_baselines(axes, rows, look)
     _draw_published(axes, published or (), look)
     axes.set(xlabel="relative MACs (bare backbone = 1)", ylabel="test accuracy")
@@ -93,11 +96,8 @@ def draw_backbone(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
     mean = float(np.mean(accuracies))
     if len(accuracies) > 1:
         axes.axhspan(min(accuracies), max(accuracies), color=look.ink, alpha=0.07, linewidth=0)
-    axes.axhline(mean, color=look.ink, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
-    axes.annotate(
-        f"backbone {100 * mean:.2f} %", (0, mean), (8, 4), xycoords=("axes fraction", "data"),
-        textcoords="offset points", color=look.ink, fontsize=10,
-    )  # fmt: skip
+    label = f"backbone {100 * mean:.2f} %"
+    axes.axhline(mean, color=look.ink, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1, label=label)
 
 
 def _draw_search_front(axes: Axes, rows: list[ReportRow], colours: dict[str, str]) -> None:
@@ -222,25 +222,27 @@ def _draw_published(axes: Axes, published: Sequence[PublishedPoint], look: _Them
 def exit_share_figure(
     rows: Iterable[ReportRow],
     path: Path,
-    exit_names: Sequence[str] | None = None,
+    places_of: Callable[[ReportRow], Sequence[int]] | None = None,
     *,
     theme: str = "light",
     most: int = 24,
 ) -> None:
     """Draws the share of test samples leaving at each exit as a PNG of stacked bars, along the front of all rows.
 
-    At most `most` points, evenly spread over their cost. `exit_names` (L,) default to exit 0, 1, ..., backbone.
+    At most `most` points, evenly spread over their cost. `places_of` gives the positions of a row's exits, the
+    backbone's own left out; without it exits are numbered.
     """
     front = front_of(rows)
     costs = [point.validation.relative_macs for point in front]
     budgets = np.linspace(costs[0], costs[-1], most) if costs else ()
     bars = sorted((point.test for point in within_budgets(front, budgets)), key=_cost)
-    num_exits = max((len(row.exit_fractions) for row in bars), default=0)
-    names = exit_names or [*(f"exit {exit_}" for exit_ in range(num_exits - 1)), "backbone"]
+    places = [range(len(row.exit_fractions) - 1) if places_of is None else places_of(row) for row in bars]
+    found = sorted(set[int]().union(*places))  # points may differ in where their exits are
+    names = [f"exit {place}" if places_of is None else place_name(place) for place in found] + ["backbone"]
+    num_exits = len(names) if bars else 0
     share_BL = np.zeros((len(bars), num_exits))
     for index, row in enumerate(bars):
-        share_BL[index, : len(row.exit_fractions) - 1] = row.exit_fractions[:-1]
-        share_BL[index, -1] = row.exit_fractions[-1]
+        share_BL[index, [*(found.index(place) for place in places[index]), -1]] = row.exit_fractions
     look = THEMES[theme]
     figure, axes = new_figure(look, (9, 3.6))
     shades = colormaps["viridis"](np.linspace(look.map_range[1], look.map_range[0], max(1, num_exits - 1)))

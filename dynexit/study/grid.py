@@ -38,6 +38,7 @@ class Point:
     swept: dict[str, Any]  # of the keys that the point's results can depend on
     ids: dict[str, str]
     sweep_keys: tuple[str, ...]  # all swept keys of the study
+    varied_exits: tuple[str, ...] = ()  # keys of `exits` in which points of the same method differ
     networks: tuple[str, ...] = ()
     """Of a static network the record ids of all that it is compared with, the study's backbone last; else empty."""
 
@@ -64,12 +65,14 @@ class Point:
     @property
     def method(self) -> str:
         """The method's name for tables, with what the sweep varies of it: `jei_dnn (distilled 0.02, gate)`."""
-        config, variants = self.config, list[str]()
+        config = self.config
+        variants = [_variant(name, getattr(config.exits, name)) for name in self.varied_exits]
         if config.train.distillation and "train.distillation" in self.swept:
             variants.append(f"distilled {config.train.distillation:g}")
         if "search.confidence" in self.swept and config.search.confidence != "max_probability":
             variants.append(config.search.confidence)
-        return config.train.method + (f" ({', '.join(variants)})" if variants else "")
+        named = ", ".join(filter(None, variants))
+        return config.train.method + (f" ({named})" if named else "")
 
     @property
     def values(self) -> dict[str, Any]:
@@ -96,7 +99,7 @@ class Study:
     config: Config
     sweep: dict[str, list[Any]]
     points: tuple[Point, ...]
-    zipped: tuple[str, ...] = ()  # keys of the sweep whose values go together
+    zipped: tuple[tuple[str, ...], ...] = ()  # groups of keys of the sweep whose values go together
     static: tuple[Point, ...] = ()
     """The static networks of section `baselines`: points of their own, which no choice of an operating point sees."""
 
@@ -131,14 +134,20 @@ class Study:
         return dataclasses.replace(self, config=config, points=moved(self.points), static=moved(self.static))
 
 
-def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str] = ()) -> Iterator[str]:
-    """What is wrong with the sweep, value by value, as sentences. In a list of `zipped` a value may come again."""
-    lengths = {name: len(sweep[name]) for name in zipped if isinstance(sweep[name], list)}
-    if len(set(lengths.values())) > 1:
-        lengths_text = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        yield f"sweep.zip: its lists go together and should be equally long, but {lengths_text}"
+def check_sweep(sweep: dict[Any, Any], base: Config | None, groups: Sequence[Sequence[str]] = ()) -> Iterator[str]:
+    """What is wrong with the sweep, value by value, as sentences.
+
+    The keys of each of `groups` go together, and in their lists a value may come again.
+    """
+    zipped = {name for group in groups for name in group}
     axes = [len(values) for name, values in sweep.items() if isinstance(values, list) and name not in zipped]
-    num_points = math.prod((*axes, max(lengths.values(), default=1)))
+    for group in groups:
+        lengths = {name: len(sweep[name]) for name in group if isinstance(sweep[name], list)}
+        axes.append(max(lengths.values(), default=1))
+        if len(set(lengths.values())) > 1:
+            lengths_text = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            yield f"sweep.zip: its lists go together and should be equally long, but {lengths_text}"
+    num_points = math.prod(axes)
     if num_points > _MOST_POINTS:
         yield f"sweep: {num_points:,} points; at most {_MOST_POINTS:,} are allowed; shorten a list, or make two studies"
         return
@@ -162,7 +171,23 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, zipped: Sequence[str
                 except ValidationError as error:
                     yield from ("sweep." + text for text in sentences(error, f"{name.rpartition('.')[0]}.".lstrip(".")))
                 else:
-                    yield from (f"sweep.{name} = {value!r}: {text}" for text in contradictions(changed) if base)
+                    if name not in zipped:
+                        yield from (f"sweep.{name} = {value!r}: {text}" for text in contradictions(changed) if base)
+    for group in groups:
+        if base is not None and set(group) <= set(all_keys()) and all(isinstance(sweep[name], list) for name in group):
+            yield from _zip_contradictions(base, {name: sweep[name] for name in group})
+
+
+def _zip_contradictions(base: Config, zipped: dict[str, list[Any]]) -> Iterator[str]:
+    """What does not go together in an entry of the zip, where each of its values is right by itself."""
+    for number, values in enumerate(zip(*zipped.values(), strict=False), 1):
+        config = base
+        try:
+            for name, value in zip(zipped, values, strict=True):
+                config = _with_value(config, name, value)
+        except ValidationError:
+            continue
+        yield from (f"sweep.zip, entry {number}: {text}" for text in contradictions(config))
 
 
 def _hashable(value: Any) -> Any:
@@ -178,8 +203,35 @@ def _with_value(config: Config, dotted: str, value: Any) -> Config:
     return config.model_copy(update={name: type(section).model_validate({**section.model_dump(), last: value})})
 
 
-def expand(base: Config, sweep: dict[str, list[Any]], zipped: Sequence[str] = ()) -> Iterator[Point]:
-    """Every point of a checked grid, the first swept key varying slowest, the `zipped` keys together and fastest.
+def name_varied_exits(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points with `varied_exits` set."""
+    values: dict[tuple[str, str], set[Any]] = {}
+    for point in points:
+        for name, value in point.swept.items():
+            if name.startswith("exits."):
+                values.setdefault((point.config.train.method, name), set()).add(_hashable(value))
+    varied: dict[str, list[str]] = {}
+    for (method, name), found in values.items():
+        if len(found) > 1:
+            varied.setdefault(method, []).append(name.removeprefix("exits."))
+    return tuple(
+        dataclasses.replace(point, varied_exits=tuple(varied[point.config.train.method]))
+        if point.config.train.method in varied
+        else point
+        for point in points
+    )
+
+
+def _variant(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else ""
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value or "default")
+    return text if name == "head_types" else f"{name} {text}"
+
+
+def expand(base: Config, sweep: dict[str, list[Any]], groups: Sequence[Sequence[str]] = ()) -> Iterator[Point]:
+    """Every point of a checked grid, the first swept key varying slowest, the keys of each of `groups` together, after
+    the others.
 
     A section is made once per value it takes. Settings that differ only in keys of methods they do not use are one
     point.
@@ -187,7 +239,7 @@ def expand(base: Config, sweep: dict[str, list[Any]], zipped: Sequence[str] = ()
     sections: dict[str, tuple[Any, str]] = {}
     hashes: dict[tuple[str, ...], str] = {}
     seen: set[str] = set()
-    for setting in _settings(sweep, zipped):
+    for setting in _settings(sweep, groups):
         parts = {name: _section(name, base, setting, sections) for name in SWEEPABLE}
         config = base.model_copy(update={name: value for name, (value, _) in parts.items()})
         ids = {
@@ -200,11 +252,12 @@ def expand(base: Config, sweep: dict[str, list[Any]], zipped: Sequence[str] = ()
             yield Point(config, swept, ids, tuple(sweep))
 
 
-def _settings(sweep: dict[str, list[Any]], zipped: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _settings(sweep: dict[str, list[Any]], groups: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+    zipped = {name for group in groups for name in group}
     axes = [[{name: value} for value in values] for name, values in sweep.items() if name not in zipped]
-    if zipped:
-        together = zip(*(sweep[name] for name in zipped), strict=True)
-        axes.append([dict(zip(zipped, values, strict=True)) for values in together])
+    for group in groups:
+        together = zip(*(sweep[name] for name in group), strict=True)
+        axes.append([dict(zip(group, values, strict=True)) for values in together])
     for parts in itertools.product(*axes):
         yield {name: value for part in parts for name, value in part.items()}
 

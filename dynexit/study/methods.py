@@ -31,7 +31,12 @@ class JeiDnnSettings(Section):
         "images, as method probe with its defaults does",
         omit_default=True,
     )
-    max_warm_up_epochs: int = key(6, "most epochs of the heads' warm-up", "epochs", ge=0)
+    max_warm_up_epochs: int = key(
+        6,
+        "most epochs of the heads' warm-up; half of train.num_epochs if those are not more",
+        "epochs",
+        ge=0,
+    )
     warm_up_patience: int = key(
         2, "epochs without a better validation accuracy after which a head's warm-up ends", "epochs", ge=1
     )
@@ -39,6 +44,10 @@ class JeiDnnSettings(Section):
     alternation: Literal["continuous", "reference"] = key(
         "continuous", "phases run over the steps of training, or start with the gates again at every epoch (reference)"
     )
+
+    def most_warm_up_epochs(self, num_epochs: int) -> int:
+        """Returns the bound on the warm-up's epochs in a training of `num_epochs`."""
+        return self.max_warm_up_epochs if self.max_warm_up_epochs < num_epochs else num_epochs // 2
 
 
 class BoostedSettings(Section):
@@ -88,14 +97,6 @@ class ProbeSettings(Section):
     patience: int = key(
         3, "epochs without a lower cross-entropy on validation after which an MLP head is done", "epochs", ge=1
     )
-
-
-def _jei_dnn_mistakes(settings: JeiDnnSettings, num_epochs: int) -> Iterator[str]:
-    if settings.warm_up == "sgd" and settings.max_warm_up_epochs >= num_epochs:
-        yield (
-            f"jei_dnn.max_warm_up_epochs = {settings.max_warm_up_epochs}: should be less than train.num_epochs, "
-            f"{num_epochs}, or the gates are never trained"
-        )
 
 
 def _dyce_mistakes(settings: DyceSettings, num_epochs: int) -> Iterator[str]:
@@ -155,7 +156,6 @@ for _method in (
         has_gates=True,
         max_head_types=1,
         pack_keys=("ce_ic_tradeoff",),
-        mistakes=_jei_dnn_mistakes,
     ),
     Method("independent", "dynexit.train.independent:IndependentTask"),
     Method("boosted", "dynexit.train.independent:BoostedTask", BoostedSettings, max_head_types=1, is_additive=True),

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from dynexit.errors import UserError
 from dynexit.files import read_text
 from dynexit.study.baselines import static_points
-from dynexit.study.grid import Study, check_sweep, expand
+from dynexit.study.grid import Study, check_sweep, expand, name_varied_exits
 from dynexit.study.schema import SECTIONS, Config
 from dynexit.study.validation import contradictions, sentences
 from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml, shorten, to_yaml
@@ -38,28 +38,34 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if not isinstance(sweep, dict):
         mistakes.append(f"sweep = {sweep!r}: should map keys to lists, as `seed: [0, 1]`")
         sweep = {}
-    zipped = sweep.pop("zip", None) or {}
-    if not isinstance(zipped, dict) or set(zipped) & set(sweep):
-        mistakes.append(f"sweep.zip = {zipped!r}: should map keys that are swept nowhere else to lists of equal length")
-        zipped = {}
-    sweep |= zipped
+    zipped = sweep.pop("zip", None) or []
+    groups = zipped if isinstance(zipped, list) else [zipped]
+    names = [name for group in groups if isinstance(group, dict) for name in group]
+    if not all(isinstance(group, dict) for group in groups) or len({*names, *sweep}) < len(names) + len(sweep):
+        mistakes.append(
+            f"sweep.zip = {zipped!r}: should map keys that are swept nowhere else to lists of equal length, or be a "
+            "list of several such groups"
+        )
+        groups = []
+    for group in groups:
+        sweep |= group
     for name in [name for name in sweep if _lookup(raw, name) is not None]:
         mistakes.append(f"{name} is both set and swept; keep one of the two")
     for override in overrides:
         _apply_override(raw, sweep, override, mistakes)
     raw.setdefault("name", path.stem)
     base = _validate(raw, mistakes)
-    together = tuple(name for name in zipped if name in sweep)
+    together = tuple(filter(None, (tuple(name for name in group if name in sweep) for group in groups)))
     mistakes += check_sweep(sweep, base, together)
     if mistakes or base is None:
         raise StudyError(list(dict.fromkeys(mistakes)), base or _what_is_right(raw))
-    points = tuple(expand(base, sweep, together))
+    points = name_varied_exits(tuple(expand(base, sweep, together)))
     swept = {
         name: list({repr(p.swept[name]): p.swept[name] for p in points if name in p.swept}.values()) or values
         for name, values in sweep.items()
     }
-    sweep = {**swept, **{name: sweep[name] for name in together}}
-    return Study(path, base, sweep, points, together, static_points(points))
+    whole = {name: sweep[name] for group in together for name in group}
+    return Study(path, base, {**swept, **whole}, points, together, static_points(points))
 
 
 def _read_yaml(path: Path, mistakes: list[str]) -> dict[str, Any]:
@@ -182,9 +188,12 @@ def resolved_yaml(study: Study, *, with_meanings: bool = True) -> str:
                 _key_lines(last, getattr(value, last), inner, "  ", with_meanings, f"{name}.{last}" in study.sweep)
             )
     lines.append("sweep:" if study.sweep else "sweep: {}")
-    lines.extend(f"  {name}: {to_yaml(v)}" for name, v in study.sweep.items() if name not in study.zipped)
-    if study.zipped:
-        lines += ["  zip:", *(f"    {name}: {to_yaml(study.sweep[name])}" for name in study.zipped)]
+    zipped = {name for group in study.zipped for name in group}
+    lines.extend(f"  {name}: {to_yaml(v)}" for name, v in study.sweep.items() if name not in zipped)
+    lines += ["  zip:"] if zipped else []
+    for group in study.zipped:
+        keys = [f"{name}: {to_yaml(study.sweep[name])}" for name in group]
+        lines += [f"    - {keys[0]}", *(f"      {line}" for line in keys[1:])]
     return "\n".join(lines) + "\n"
 
 

@@ -57,9 +57,9 @@ class Group:
         return cosine_rate(self.joint_epochs, settings.num_epochs, settings.learning_rate, settings.min_learning_rate)
 
 
-def make_groups(seeds: Sequence[int], num_gates: int, method: JeiDnnSettings) -> list[Group]:
+def make_groups(seeds: Sequence[int], num_gates: int, *, warm_up: bool) -> list[Group]:
     """One group per seed, in order of their first members."""
-    stage = WARM_UP if method.warm_up == "sgd" and method.max_warm_up_epochs else JOINT
+    stage = WARM_UP if warm_up else JOINT
     return [
         Group(
             members=[i for i, other in enumerate(seeds) if other == seed],
@@ -92,7 +92,9 @@ class JeiDnnTask(PackTask):
         tradeoffs = [member.settings.ce_ic_tradeoff for member in self.members]
         self.tradeoff_M = torch.tensor(tradeoffs, dtype=self.dtype, device=device)
         self.positive_weight_MG = torch.ones(num_members, num_gates, dtype=self.dtype, device=device)
-        self.groups = make_groups(self.seeds, num_gates, method)
+        self.most_warm_up_epochs = method.most_warm_up_epochs(self.settings.num_epochs)
+        warm_up = method.warm_up == "sgd" and self.most_warm_up_epochs > 0
+        self.groups = make_groups(self.seeds, num_gates, warm_up=warm_up)
         self._chosen: dict[int, tuple[list[int], Tensor | None]] = {}
 
     # ---- one batch
@@ -221,7 +223,7 @@ class JeiDnnTask(PackTask):
         leader = group.leader
         stack, best = self.optimizers["heads"].stack, self.best["heads"]
         group.warm_up_epochs += 1
-        at_the_cap = group.warm_up_epochs >= self.method.max_warm_up_epochs
+        at_the_cap = group.warm_up_epochs >= self.most_warm_up_epochs
         for exit_number, accuracy in enumerate(evaluation.exit_accuracy_ML[leader, :-1].tolist()):
             if group.frozen[exit_number]:
                 continue

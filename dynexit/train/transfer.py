@@ -186,13 +186,17 @@ class TransferTask:
             )
 
     @torch.no_grad()
-    def accuracy(self) -> float:
-        """Accuracy of the whole backbone on validation, each rank taking its share of every batch; called on all."""
+    def accuracy(self, split: Split | None = None) -> float:
+        """Accuracy of the whole backbone on validation, or on as many samples of `split`, evenly spread.
+
+        Each rank takes its share of every batch; called on all.
+        """
         self.backbone.model.eval()
         correct_count = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)
-        order = list(range(len(self.validation)))
+        split = self.validation if split is None else split
+        order = list(range(0, len(split), -(-len(split) // len(self.validation))))
         batches = [self.ranks.share(order[i : i + _BATCH_SIZE]) for i in range(0, len(order), _BATCH_SIZE)]
-        for _, images, labels in load_batches(self.validation, batches):
+        for _, images, labels in load_batches(split, batches):
             if not len(labels):
                 if self.updates.lockstep:
                     self.updates.evaluate(images.new_zeros(1, *self.backbone.input_size).to(self.ranks.device))

@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 METHODS = ("jei_dnn", "independent", "boosted", "weighted", "probe", "dyce")
 
 
-def done(folder: Path, *overrides: str) -> tuple[Study, list[ReportRow]]:
-    """The tiny study after all of its jobs, called as functions, and the rows of its report."""
+def done(folder: Path, *overrides: str, path: Path = TINY) -> tuple[Study, list[ReportRow]]:
+    """The study after all of its jobs, called as functions, and the rows of its report."""
     quick = ("report.mlflow=false", "dist.checkpoint_seconds=1000", "dyce.num_warm_up_epochs=1")
-    study = load_study(TINY, [f"runs_dir={folder}", *quick, *overrides])
+    study = load_study(path, [f"runs_dir={folder}", *quick, *overrides])
     study.directory.mkdir(parents=True, exist_ok=True)
     (study.directory / "study.yaml").write_text("")
     for stage in ("prepare", "train", "record", "search"):

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import dynexit
 from dynexit.core.cost import STEM, ExitCosts
 from dynexit.errors import UserError
 from dynexit.jobs.infer import run_infer
 from dynexit.jobs.load import check_model
+from dynexit.jobs.save import run_save
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir
 from dynexit.study.read import load_study
@@ -73,6 +75,38 @@ def test_the_engine_answers_as_the_record_says(
     page = (study.directory / "report" / "report.html").read_text()
     assert ("the stem" in page) == ("exits.stem=true" in overrides)
     assert "block -2" not in page
+
+
+@pytest.mark.slow
+def test_methods_with_exits_of_their_own_share_a_report(folder: Path, tmp_path: Path) -> None:
+    zipped = {
+        "train.method": ["jei_dnn", "probe"],
+        "exits.reader": [None, "average_max_std"],
+        "exits.stem": [False, True],
+        "exits.head_types": [["linear"], ["linear", "mlp2x9"]],
+    }
+    path = tmp_path / "two_ways.yaml"
+    path.write_text(f"{TINY.read_text()}  zip: {json.dumps(zipped)}\n")
+    study, rows = done(folder, "search.relative_macs=[0.99]", "seed=0", "jei_dnn.ce_ic_tradeoff=1", path=path)
+    assert [point.method for point in study.points] == ["jei_dnn", "probe"]
+    num_exits = {row.method: len(row.exit_fractions) for row in rows if row.source == "search"}
+    assert num_exits["probe"] == num_exits["jei_dnn"] + 1
+    page = (study.directory / "report" / "report.html").read_text()
+    assert "the stem (linear)" in page
+    for point in study.points:  # each is saved with its own exits
+        saved = run_save(study.points, tmp_path / point.method, identity=point.id)
+        assert {one.training for one in saved} == {point.id}
+        dynexit.load(tmp_path / point.method)  # which verifies the answers
+
+
+def test_wide_features_are_not_whitened(tmp_path: Path) -> None:
+    wide = ("backbone.name=resnet50", "backbone.arguments={}", "exits.reader=average_max_std", "exits.concatenate=true")
+    config = load_study(TINY, [*wide, "train.method=probe", "exits.whiten=true"]).points[0].config
+    message = r"exits of resnet50 read up to 39,168 features, whose covariances take [\d.]+ GB; at most 1.0 GB"
+    with pytest.raises(UserError, match=message):
+        check_model(config, weights=False)
+    narrow = load_study(TINY, [*wide, "train.method=probe", "exits.standardise=true"]).points[0].config
+    check_model(narrow, weights=False)
 
 
 def test_standardised_features_of_two_kinds_need_a_reader(tmp_path: Path) -> None:

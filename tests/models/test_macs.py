@@ -126,6 +126,18 @@ def test_a_report_of_chosen_positions_and_head_types(capsys: pytest.CaptureFixtu
     assert info["head"][0]["macs"] == [*(report["head_macs"]["mlp3x500"][i] for i in (0, 2)), 0]
     assert main([*asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["positions"] == [0, 2]
+    assert main([*asked, "--reader", "average_max_std", "--concatenate", "--stem", "--json"]) == 0
+    rich = json.loads(capsys.readouterr().out)
+    assert rich["positions"] == [-2, 0, 2]
+    assert rich["backbone_macs"][0] < rich["backbone_macs"][1] == report["backbone_macs"][0]
+    assert rich["head_macs"]["linear"] == [7 * width for width in rich["num_features"]]
+    assert all(macs > 0 for macs in rich["reader_macs"])
+    assert main([*asked, "--reader", "average_max_std", "--stem"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:5] == ["position", "backbone", "M", "relative", "features"]
+    assert [line.split()[0] for line in lines[2:]] == ["stem", "0", "2"]
+    assert main([*asked, "--reader", "average_max_std", "--concatenate", "--dyce"]) == 2
+    assert "--dyce has no place for MACs of features that several exits read" in capsys.readouterr().err
     for wrong, message in (
         ({"positions": [0, 9]}, r"exit positions \[0, 9\] do not fit test_resnet: give block indices in rising order"),
         ({"head_types": ["mlp"]}, "unknown head type 'mlp': use 'linear'"),

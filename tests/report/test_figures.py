@@ -77,7 +77,7 @@ def test_gates_backbone_and_seeds_are_all_there(drawn):
     assert gates <= offsets
     backbone = next(r.accuracy for r in ROWS if r.source == "backbone" and r.split == "test")
     assert any(list(line.get_ydata()) == [backbone, backbone] for line in axes.get_lines())
-    assert f"backbone {100 * backbone:.2f} %" in [text.get_text() for text in axes.texts]
+    assert labels(axes)[0] == f"backbone {100 * backbone:.2f} %"
     assert labels(axes)[-2:] == ["gates, seed 0", "gates, seed 1"]
     assert [text.get_text() for text in axes.figure.axes[1].get_yticklabels()] == ["0.1", "1", "5"]
 
@@ -102,10 +102,19 @@ def test_several_methods_have_a_colour_and_a_band_each(drawn):
         PublishedPoint("old", 0.5, 0.3),
     ]
     axes = drawn(figures.pareto_figure, METHODS, published)
-    assert labels(axes)[:3] == [f"search, {method}, 3 seeds" for method in ("boosted", "dyce", "jei_dnn")]
+    assert labels(axes)[1:4] == [f"search, {method}, 3 seeds" for method in ("boosted", "dyce", "jei_dnn")]
     assert labels(axes)[-2:] == ["published: jei_dnn", "published: old"]
     assert len({line.get_color() for line in axes.get_lines() if line.get_label().startswith("search")}) == 3
-    assert len(axes.figure.axes) == 1, "no bar of tradeoffs where a colour is a method"
+    assert len(axes.figure.axes) == 2, "the bar of the only method's tradeoffs"
+    both = [replace(r, method=name, point_id=name + r.point_id) for name in ("a", "b") for r in ROWS]
+    assert len(drawn(figures.pareto_figure, both).figure.axes) == 1, "no bar where a gate's colour is its method"
+
+
+def test_gates_of_one_method_keep_their_tradeoffs_colours(drawn):
+    probes = [replace(r, method="probe", point_id=f"p{r.seed}") for r in ROWS if r.source == "search"]
+    axes = drawn(figures.pareto_figure, [*ROWS, *probes])
+    assert labels(axes)[1:] == [*(f"search, {m}, 2 seeds" for m in ("jei_dnn", "probe")), *labels(axes)[-2:]]
+    assert [text.get_text() for text in axes.figure.axes[1].get_yticklabels()] == ["0.1", "1", "5"]
 
 
 @pytest.mark.parametrize(
@@ -134,18 +143,18 @@ def test_any_part_may_be_missing(rows, tmp_path):
 
 
 def test_the_bars_are_the_shares_on_test(drawn):
-    axes = drawn(figures.exit_share_figure, ROWS, [*"abcdefg", "end"], most=5)
+    axes = drawn(figures.exit_share_figure, ROWS, lambda row: (-2, 0, 1, 2, 4, 5, 6), most=5)
     bars = [[bar.get_height() for bar in container] for container in axes.containers]
     shown = {tuple(shares) for shares in np.array(bars).T.round(9).tolist()}
     assert 2 <= len(shown) <= 5
     assert shown <= {tuple(np.round(p.test.exit_fractions, 9).tolist()) for p in front_of(ROWS)}
-    assert labels(axes) == ["end", *"gfedcba"]
+    assert labels(axes) == ["backbone", *(f"block {place}" for place in (6, 5, 4, 2, 1, 0)), "the stem"]
 
 
 def test_points_with_fewer_exits_still_end_with_the_backbone(drawn):
     rows = [replace(r, exit_fractions=(0.25, 0.75)) if r.source == "backbone" else r for r in ROWS]
     rows = [replace(r, accuracy=1.0) if r.source == "backbone" else r for r in rows]
-    axes = drawn(figures.exit_share_figure, rows)
+    axes = drawn(figures.exit_share_figure, rows, lambda row: range(1) if row.source == "backbone" else range(7))
     dearest = [container[-1].get_height() for container in axes.containers]
     assert dearest == pytest.approx([0.25, 0, 0, 0, 0, 0, 0, 0.75])
 

@@ -138,7 +138,6 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
-        ("train: {num_epochs: 3}", (), "jei_dnn.max_warm_up_epochs = 6: should be less than train.num_epochs, 3, or the gates are never trained"),
         ("train: {method: dyce, num_epochs: 3}", (), "dyce.num_warm_up_epochs = 5: should be less than train.num_epochs, 3"),
         ("train: {kept_views: 2}", (), "train.kept_views = 2: should be 0 where train.features is fresh; set it to kept"),
         ("train: {method: dyce, features: kept}", ("dyce.mixup=0",), "train.features = 'kept': should be fresh where dyce.mixup = 0 and dyce.cutmix = 1 mix images; or set both to 0"),
@@ -208,7 +207,33 @@ def test_zipped_keys_take_their_values_together(tmp_path: Path) -> None:
     message = "sweep.zip: its lists go together and should be equally long, but seed has 2, data.seed has 1"
     assert mistakes(tmp_path, uneven) == [message]
     assert mistakes(tmp_path, "sweep: {zip: {sed: [1]}}") == ["sweep.sed is not a key; did you mean seed?"]
+    two = study(
+        tmp_path,
+        "sweep: {zip: [{seed: [0, 1], data.seed: [4, 5]}, {train.num_epochs: [8, 9], train.keep: [last, best]}]}",
+    )
+    values = [(p.config.seed, p.config.data.seed, p.config.train.num_epochs, p.config.train.keep) for p in two.points]
+    assert values == [(0, 4, 8, "last"), (0, 4, 9, "best"), (1, 5, 8, "last"), (1, 5, 9, "best")]
+    again = study(tmp_path, resolved_yaml(two))
+    assert (again.points, again.sweep, again.zipped) == (two.points, two.sweep, two.zipped)
+    assert mistakes(tmp_path, "sweep: {zip: [{seed: [0]}, {seed: [1]}]}")[0].endswith(
+        "or be a list of several such groups"
+    )
     assert mistakes(tmp_path, "sweep: {zip: 3}")[0].startswith("sweep.zip = 3: should map keys that are swept nowhere")
+
+
+def test_an_entry_of_a_zip_is_checked_as_a_whole(tmp_path: Path) -> None:
+    text = "sweep: {jei_dnn.ce_ic_tradeoff: [0.1, 1], zip: {train.method: [jei_dnn, %s], exits.head_types: [[linear], [linear, mlp2x7]]}}"
+    points = study(tmp_path, text % "probe").points
+    assert [(p.method, len(p.config.exits.head_types)) for p in points] == [
+        ("jei_dnn", 1),
+        ("probe", 2),
+        ("jei_dnn", 1),
+    ]
+    assert mistakes(tmp_path, text % "boosted") == [
+        "sweep.zip, entry 2: exits.head_types = ['linear', 'mlp2x7']: should be one head type where train.method is "
+        "boosted; dyce, independent and probe take several"
+    ]
+    assert mistakes(tmp_path, text % "boostd")[0].startswith("sweep.train.method = 'boostd': should be one of")
 
 
 def test_a_methods_name_says_what_of_it_is_swept(tmp_path: Path) -> None:
@@ -217,6 +242,13 @@ def test_a_methods_name_says_what_of_it_is_swept(tmp_path: Path) -> None:
     text = "sweep: {train.distillation: [0, 0.02], search.confidence: [max_probability, gate]}\n"
     names = [point.method for point in study(tmp_path, text).points]
     assert names == ["jei_dnn", "jei_dnn (gate)", "jei_dnn (distilled 0.02)", "jei_dnn (distilled 0.02, gate)"]
+    text = "sweep: {zip: {train.method: [jei_dnn, probe, probe], exits.reader: [null, null, grid2], exits.stem: [false, false, true], exits.whiten: [false, true, true]}}"
+    names = [point.method for point in study(tmp_path, text).points]
+    assert names == ["jei_dnn", "probe (reader default)", "probe (reader grid2, stem)"]
+    assert [point.method for point in study(tmp_path, "sweep: {exits.head_types: [[linear], [mlp2x7]]}").points] == [
+        "jei_dnn (linear)",
+        "jei_dnn (mlp2x7)",
+    ]
 
 
 def test_weights_do_not_drift() -> None:

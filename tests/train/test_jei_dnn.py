@@ -55,6 +55,14 @@ def test_training_equals_the_slow_reference(
         assert largest_difference(pack.member_state(i), expected) <= 1e-10
 
 
+def test_a_warm_up_leaves_epochs_for_the_gates(tmp_path: Path) -> None:
+    bounds = {epochs: JeiDnnSettings().most_warm_up_epochs(epochs) for epochs in (1, 2, 5, 6, 7, 15)}
+    assert bounds == {1: 0, 2: 1, 5: 2, 6: 3, 7: 6, 15: 6}
+    short = TRAIN.model_copy(update={"num_epochs": 3})
+    task = run(tiny_task(MEMBERS[:1], short, JeiDnnSettings(warm_up_patience=9, bilevel_batch_count=2)), tmp_path)
+    assert [row["stage"] for row in task.rows] == ["warm-up", "joint", "joint"]
+
+
 def test_members_of_one_seed_share_the_warm_up(tmp_path: Path) -> None:
     task = tiny_task(MEMBERS, TRAIN, METHOD)
     split = tiny_split()

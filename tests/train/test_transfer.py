@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dynexit.errors import Failure, UserError
+from dynexit.jobs.prepare import gap_remark
 from dynexit.models.backbones import Backbone
 from dynexit.study.schema import PrepareSettings
 from dynexit.train.optimizers import parameter_groups
@@ -237,3 +238,18 @@ def test_compiled_training_is_the_plain_one_and_resumes(tmp_path: Path, monkeypa
         fitted(tmp_path / "killed", small_backbone(), compile=True, stop_at=9)
     resumed = fitted(tmp_path / "killed", small_backbone(), compile=True)
     assert largest_difference(resumed.weights(), compiled.weights()) == 0
+
+
+def test_training_accuracy_is_of_as_many_samples_as_validation(tmp_path: Path) -> None:
+    task = fitted(tmp_path, small_backbone())
+    _, images, labels = tiny_split().__getitems__(range(0, 90, 3))  # 90 samples, 41 of validation: every third
+    with torch.no_grad():
+        correct = task.backbone.model.eval()(images).argmax(1) == labels
+    assert task.accuracy(tiny_split()) == pytest.approx(correct.double().mean().item(), abs=1e-12)
+    assert task.accuracy(task.validation) == task.accuracy() == task.rows[-1]["validation_accuracy"]
+
+
+def test_a_gap_between_training_and_validation_is_reported() -> None:
+    (warning,) = gap_remark(0.96, 0.94)
+    assert "right on 0.9600 of as many training images and 0.9400 of validation" in warning
+    assert [*gap_remark(0.949, 0.94), *gap_remark(0.9, 0.94)] == []
