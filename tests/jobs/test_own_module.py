@@ -179,7 +179,7 @@ def test_a_folder_that_is_not_self_contained_says_so(tmp_path: Path) -> None:
         f"{tmp_path}/saved/config.json = {module}:staged: runs the code of {module}, which is not allowed; read it, "
         f"then add --allow-code {module} to the command (in Python: allow_code=['{module}'])"
     )
-    assert dynexit.load(tmp_path / "saved", allow_code=[module]).verify() == 0
+    assert dynexit.load(tmp_path / "saved", allow_code=[module]).verify() < 1e-6
 
 
 @pytest.mark.parametrize(

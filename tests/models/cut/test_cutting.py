@@ -102,7 +102,7 @@ def test_a_copy_has_its_own_weights() -> None:
         parameter.zero_()
     assert not copied(x).any()
     assert torch.equal(backbone(x), before)
-    torch.testing.assert_close(optimized_backbone(backbone, "float32")(x), before)
+    torch.testing.assert_close(optimized_backbone(backbone, "float32", torch.device("cpu"))(x), before)
 
 
 def test_states_stay_when_the_next_block_runs() -> None:
