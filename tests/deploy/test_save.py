@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dynexit.search.held_back import calibration_samples
+from dynexit.record.held_back import calibration_samples
 from PIL import Image
 
 import dynexit
