@@ -92,6 +92,8 @@ def write_report(
         for theme, path in paths.items():
             draw(rows, path, theme=theme)
         figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
+    for kind in ("svg", "pdf"):
+        pareto_figure(rows, directory / f"pareto.{kind}", published)
     front = front_of(rows)
     budgeted = [row for row in rows if row.budget]
     pairs = [row for point in front for row in (point.validation, point.test)]

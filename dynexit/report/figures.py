@@ -58,7 +58,9 @@ THEMES = {
 def pareto_figure(
     rows: Iterable[ReportRow], path: Path, published: Sequence[PublishedPoint] | None = None, *, theme: str = "light"
 ) -> None:
-    """Draws test accuracy against relative MACs as a PNG: gates, the front of the search, the backbone as a line.
+    """Draws test accuracy against relative MACs: gates, the front of the search, the backbone as a line.
+
+    `path` ends in .png, or for papers in .svg or .pdf, whose text is readable at the width of one column.
 
     With one method MSDNet's thresholds are drawn too. With several a colour is a method and its line the accuracy that
     each budget buys: mean over seeds, the band from the worst to the best seed. A gate's marker is its seed, its colour
@@ -68,7 +70,7 @@ def pareto_figure(
     """
     rows = list(rows)
     look = THEMES[theme]
-    figure, axes = new_figure(look, (9, 5.4))
+    figure, axes = new_figure(look, (9, 5.4) if path.suffix == ".png" else (5.4, 4.2))
     methods = sorted({row.method for row in rows if row.source == "search"})
     colours = {method: look.methods[index % len(look.methods)] for index, method in enumerate(methods)}
     draw_backbone(axes, rows, look)
@@ -83,6 +85,9 @@ def pareto_figure(
     _draw_baselines(axes, rows, look)
     _draw_published(axes, published or (), look)
     axes.set(xlabel="relative MACs (bare backbone = 1)", ylabel="test accuracy")
+    costs = [row.relative_macs for row in rows if row.split == "test" and row.source != "backbone"]
+    if costs:
+        axes.set_xlim(left=0.9 * min((*costs, *(point.relative_macs for point in published or ()))))
     axes.yaxis.set_major_formatter(PERCENT)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="lower right", frameon=False, labelcolor=look.ink, borderaxespad=1.2)
@@ -321,5 +326,8 @@ def new_figure(look: _Theme, inches: tuple[float, float], num_columns: int = 1) 
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    """Writes the figure in the format of the path's ending; the same figure gives the same bytes."""
+    kind = path.suffix.removeprefix(".")
+    undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with atomic_write(path) as temporary, rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(temporary, format=kind, dpi=DOTS_PER_INCH, metadata=undated[kind])

@@ -165,3 +165,15 @@ def test_neither_mlflow_nor_a_global_figure_is_loaded():
         "sys.exit(bool({'mlflow', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("pareto.svg", b"<?xml"), ("pareto.pdf", b"%PDF"), ("pareto.png", b"\x89PNG")]
+)
+def test_pareto_has_the_format_of_its_name(tmp_path, name, start):
+    rows = synthetic_rows(tradeoffs=(0.1, 1.0), accuracy_weights=(0.5, 0.8))
+    figures.pareto_figure(rows, tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    assert content.startswith(start)
+    figures.pareto_figure(rows, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == content
