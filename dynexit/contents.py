@@ -56,6 +56,28 @@ class JobProgress(TypedDict):
 
 
 @_open
+class Provenance(TypedDict):
+    """provenance.json: what did a job, where and when. `seconds` are those of the attempt that finished it."""
+
+    stage: str
+    dynexit: str
+    commit: str
+    command: str
+    python: str
+    packages: dict[str, str]
+    host: str
+    slurm_job: str
+    cpu: str
+    instruction_set: str
+    gpu: str
+    num_ranks: Count
+    started: str
+    seconds: Number
+    gpu_hours: Number
+    num_points: Count
+
+
+@_open
 class Classes(TypedDict):
     """classes.json: the names of the classes by label."""
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DONE = "DONE"
 FAILED = "FAILED.json"
 PROGRESS = "progress.json"
+PROVENANCE = "provenance.json"
 BACKBONE, HEADS, COSTS, METRICS, CONFIG = (  # what jobs leave in their folders
     "backbone.safetensors",
     "heads.safetensors",

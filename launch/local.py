@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 
 from dynexit.errors import Failure, Interrupted, UserError
+from dynexit.provenance import run_stage
 from dynexit.study.dist import DistSettings
 from dynexit.study.grid import Study
 from dynexit.study.own_code import allowed_code
-from dynexit.study.stages import stage_of
 from launch.plan import Job, done_together
 from launch.tasks.attempts import FAILED, append_lines
 from launch.tasks.decision import Decision, RequeueLimits, settle
@@ -34,7 +34,7 @@ def run_here(jobs: Sequence[Job]) -> list[str]:
     failures = []
     for job in jobs:
         try:
-            stage_of(job.stage).runner()(job.points)
+            run_stage(job.stage, job.points)
         except Failure as failure:
             failures.append(str(failure))
     return failures

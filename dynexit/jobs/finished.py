@@ -219,12 +219,12 @@ def report_is_done(points: Sequence[Point]) -> bool:
 
 
 def last_figures(point: Point) -> str:
-    """Accuracy and cost on validation at the end of the training, as text."""
+    """Accuracy and cost on validation after the last epoch, as text; the weights that are kept may be of another."""
     rows = RunDir(point, "train").read_lines(METRICS)
     if not rows or "validation_accuracy" not in rows[-1]:
         return ""
     accuracy, macs = 100 * rows[-1]["validation_accuracy"], rows[-1]["validation_relative_macs"]
-    return f"validation {accuracy:.2f} % at {macs:.3f} relative MACs"
+    return f"last epoch: validation {accuracy:.2f} % at {macs:.3f} relative MACs"
 
 
 def _packs(study_dir: Path) -> Iterator[tuple[Path, list[str]]]:

@@ -24,6 +24,7 @@ from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FRONT_CSV, entries_of, write_front
 from dynexit.report.judged.outcomes import Judgements, judge
+from dynexit.report.judged.provenance_section import provenance_section
 from dynexit.report.judged.words import drop_to_test, warnings
 from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
@@ -109,7 +110,7 @@ def write_report(
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else []), *failed],
         budgets=budget_cells(rows, entries, describe, judged),
-        sections=[*_times(points, rows, describe), *_comparisons(points, rows), _uncertainty(points, rows, judged)],
+        sections=[*_times(points, rows, describe), *_comparisons(points, rows), *_last(points, rows, judged)],
         describe=describe,
         judged=judged,
         warnings=list(warnings(points, rows, front, judged)),
@@ -138,6 +139,10 @@ def _comparisons(points: Sequence[Point], rows: Sequence[ReportRow]) -> Iterator
     if found:
         write_comparisons(path, found)
         yield comparison_section(found)
+
+
+def _last(points: Sequence[Point], rows: Sequence[ReportRow], judged: Judgements) -> list[PageSection]:
+    return [_uncertainty(points, rows, judged), *provenance_section(points)]
 
 
 def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow], judged: Judgements) -> PageSection:

@@ -32,6 +32,7 @@ from dynexit.jobs.recorded import RecordedTraining
 from dynexit.models.backbones import Backbone
 from dynexit.models.cut.backbone import OwnBackbone
 from dynexit.models.cut.own import stages_of
+from dynexit.provenance import commit
 from dynexit.report.table import FrontPoint, front_of
 from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
@@ -292,5 +293,6 @@ def _provenance(point: Point, trained: Mapping[str, Point]) -> dict[str, Any]:
         "backbone_sha256": RunDir(point, "prepare").digest(BACKBONE),
         "heads_sha256": {training: RunDir(one, "train").digest(HEADS) for training, one in trained.items()},
         "torch": torch.__version__,
+        "commit": commit(),
         "timm": timm.__version__,
     }

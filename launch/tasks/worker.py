@@ -88,11 +88,11 @@ def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks") -> list[Exception]:
 
 def _run(job: "Job", ranks: "Ranks") -> list[Exception]:
     """Runs a job; returns the failure that another try would repeat, if any."""
-    from dynexit.study.stages import stage_of
+    from dynexit.provenance import run_stage
 
     try:
         with errors.unmasked_interrupts():
-            stage_of(job.stage).runner()(job.points)
+            run_stage(job.stage, job.points)
         return []
     except (Failure, UserError, OSError) as error:
         if errors.is_transient(error) or (isinstance(error, OSError) and error.errno not in _FAILURES):

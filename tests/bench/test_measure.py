@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from dynexit.bench.machine import cpu_name, describe_machine
+from dynexit.bench.machine import describe_machine
 from dynexit.bench.measure import interleaved_seconds, measure_times, random_images, timing_engine
 from dynexit.core.latency import LatencyTable
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.assembly import HeadStack
 from dynexit.models.multi_exit import MultiExit
 from dynexit.models.readers import Reading
+from dynexit.provenance import cpu_name
 from tests.models.tiny import build_tiny
 
 TYPES = ("linear", "mlp2x7")

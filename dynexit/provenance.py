@@ -1,0 +1,108 @@
+"""Where results come from: each job leaves the code, packages, machine, command and time of its work in its folder."""
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynexit.contents import Provenance
+from dynexit.run_dir import PROVENANCE, RunDir, read_json
+from dynexit.study.grid import Point
+from dynexit.study.stages import stage_of
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "numba", "accelerate")
+_INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")  # the widest first
+
+
+def run_stage(stage: str, points: Sequence[Point]) -> None:
+    """Does the stage's job for `points`, and leaves provenance.json in the folder of each that it finished."""
+    started, before = datetime.datetime.now(datetime.UTC), time.monotonic()
+    stage_of(stage).runner()(points)
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
+        return
+    seconds = time.monotonic() - before
+    folders = {point.ids[stage]: RunDir(point, stage) for point in points if stage in point.ids}
+    finished = [folder for folder in folders.values() if folder.is_marked]
+    for folder in finished:
+        folder.write_json(PROVENANCE, _provenance(stage, started, seconds, len(finished)))
+
+
+def read_provenance(point: Point, stage: str) -> Provenance | None:
+    """What the job left; None for work of earlier versions. Raises Failure where it is damaged."""
+    try:
+        found: Provenance = read_json(RunDir(point, stage) / PROVENANCE, Provenance)
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def _provenance(stage: str, started: datetime.datetime, seconds: float, num_points: int) -> Provenance:
+    gpus = _gpus()
+    world_size = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    return {
+        "stage": stage,
+        "dynexit": importlib.metadata.version("dynexit"),
+        "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "cpu": cpu_name(),
+        "instruction_set": instruction_set(),
+        "gpu": gpus,
+        "num_ranks": world_size,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "gpu_hours": seconds * world_size / 3600 if gpus else 0.0,
+        "num_points": num_points,
+    }
+
+
+def _gpus() -> str:
+    """The GPU that the job used; jobs that do not load torch use none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return ""
+    return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the code, with -dirty if it was changed since; empty if it was installed without its history."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def cpu_name() -> str:
+    """Returns the model of the CPU, or what Python calls its architecture."""
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """The widest vector instructions of the CPU: other ones round sums in another order."""
+    flags = (_cpu_field("flags") or _cpu_field("Features")).split()
+    return next((name for name in _INSTRUCTION_SETS if name in flags), platform.machine())
+
+
+@functools.cache
+def _cpu_field(name: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

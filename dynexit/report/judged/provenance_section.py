@@ -1,0 +1,52 @@
+"""The page's part on where the results come from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dynexit.contents import Provenance
+from dynexit.provenance import read_provenance
+from dynexit.report.page import PageSection
+from dynexit.study.grid import Point
+
+_WHAT = (
+    "What did each stage, where and how long; provenance.json in each job's folder has more. Points that one job did "
+    "together share its time. The time is that of the attempt which finished the job. Another instruction set or "
+    "package version gives other last bits."
+)
+
+
+def provenances(points: Sequence[Point]) -> dict[str, list[Provenance]]:
+    """What the points' jobs left, by stage; a job's once."""
+    found: dict[str, dict[tuple[Any, ...], Provenance]] = {}
+    for point in points:
+        for stage in point.stages:
+            one = read_provenance(point, stage)
+            if one is not None:
+                found.setdefault(stage, {}).setdefault((one["host"], one["started"], one["seconds"]), one)
+    return {stage: list(jobs.values()) for stage, jobs in found.items()}
+
+
+def provenance_section(points: Sequence[Point]) -> list[PageSection]:
+    """The section, a row per stage; nothing for a study of earlier versions."""
+    table = [_cells(stage, jobs) for stage, jobs in provenances(points).items()]
+    return [PageSection("Provenance", _WHAT, table)] if table else []
+
+
+def _cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
+    gpu_hours = sum(job["gpu_hours"] for job in jobs)
+    versions = [{"python": job["python"], "dynexit": job["dynexit"], **job["packages"]} for job in jobs]
+    return {
+        "stage": stage,
+        "jobs": len(jobs),
+        "hours": f"{sum(job['seconds'] for job in jobs) / 3600:.4f}",
+        "GPU-hours": f"{gpu_hours:.4f}" if gpu_hours else "",
+        "from": min(job["started"] for job in jobs),
+        "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {job['gpu']}".strip() for job in jobs),
+        "commit": _each(job["commit"][:12] + job["commit"][40:] for job in jobs),
+        "packages": _each(", ".join(f"{name} {version}" for name, version in of.items()) for of in versions),
+        "command": _each(job["command"] for job in jobs),
+    }
+
+
+def _each(texts: Any) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text))
