@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _study_command(commands, "ui", "MLflow's page on the study's results")
     status = _study_command(commands, "status", "state, step, last figures, attempts and log of every point")
     status.add_argument("--watch", action="store_true", help="print it again every 30 s until all is over")
+    status.add_argument("--json", action="store_true", help="print it once, as JSON")
     _study_command(commands, "logs", "the end of what the jobs of a point printed", "POINT")
     _study_command(commands, "cancel", "take a study's jobs, or those of some points, out of the queue", "POINT")
     retry = _study_command(commands, "retry", "submit again what failed or is missing, and nothing else")
@@ -61,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = "operating points of any number of studies, also while some still run, as one table (CSV)"
     aggregate = add_command(commands, "aggregate", text)
     aggregate.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a study's folder, or runs/")
-    aggregate.add_argument("--output", type=Path, metavar="FILE.csv", help="default: the terminal")
+    where = aggregate.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, metavar="FILE.csv", help="the table; default: a short one on a terminal")
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="the table, and one page that compares the studies")
     add_tools(commands)
     add_deploy_commands(commands)
     for name in (*_JOBS, *_RUN_CODE):

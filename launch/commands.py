@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import os
 import sys
 import time
@@ -65,9 +67,23 @@ def _status(options: argparse.Namespace) -> None:
     from launch.slurm.cluster import QUERY_SECONDS
 
     study, _ = _load(options)
+    if options.json:
+        print(_status_json(study))
+        return
     while _print_status(study, options.watch):
         time.sleep(QUERY_SECONDS)
         print("\n" + time.strftime("%H:%M:%S"))
+
+
+def _status_json(study: LoadedStudy) -> str:
+    from launch.slurm.submissions import QueueView
+    from launch.status import report_state, study_status
+
+    jobs = QueueView(study.directory)
+    points = [dataclasses.asdict(one) for one in study_status(study, jobs)]
+    report, _ = report_state(study, jobs)
+    content = {"study": str(study.directory), "queue_error": jobs.unanswered or "", "report": report, "points": points}
+    return json.dumps(content, indent=1)
 
 
 def _hint_at_other_keys(study: LoadedStudy) -> None:
@@ -153,15 +169,18 @@ def _retry(options: argparse.Namespace) -> None:
 def _aggregate(options: argparse.Namespace) -> None:
     from dynexit.jobs.aggregate import aggregate
 
-    text, left_out = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
-    if options.output is None:
-        print(text, end="")
-    else:
+    found = aggregate(options.directories, say=lambda line: print(line, file=sys.stderr))
+    if options.out is not None:
+        found.write(options.out)
+        print(f"page: {options.out / 'report.html'}")
+    elif options.output is not None:
         from dynexit.run_dir import write_text
 
-        write_text(options.output, text)
-    if left_out:
-        raise Failure(f"not in the table, for the reasons above: {', '.join(map(str, left_out))}")
+        write_text(options.output, found.csv())
+    else:  # a file or another program gets the whole table
+        print(found.short() if sys.stdout.isatty() else found.csv().rstrip("\n"))
+    if found.damaged:
+        raise Failure(f"damaged, as the column reason says: {', '.join(found.damaged)}")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

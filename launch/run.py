@@ -148,7 +148,7 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
             check_budgets(left.points)
     if ranks.is_main and not did_something and until != INFER.name:
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
-    if ranks.is_main and "report" in stages and report_is_done(study.points):
+    if ranks.is_main and "report" in stages and until != INFER.name and report_is_done(study.points):
         _print_result(study)
     if until == INFER.name and not failures:
         failures += _run_jobs([Job(INFER.name, left.points)], on, study, ranks)

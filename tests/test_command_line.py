@@ -108,25 +108,33 @@ def test_status_and_dry_run_start_nothing(finished: Path, tmp_path: Path) -> Non
     assert dynexit(tmp_path, "status", TINY).stdout.splitlines()[-2:] == ["report: to do", "6 waiting"]
 
 
-def test_many_studies_are_one_table_without_those_that_are_damaged(copy: Path) -> None:
+def test_aggregate_lists_missing_and_damaged_points(copy: Path) -> None:
     for name in ("damaged", "nothing_yet"):
         shutil.copytree(copy / "runs" / "tiny_study", copy / "runs" / name)
     for stage in ("record", "search"):
         shutil.rmtree(copy / "runs" / "nothing_yet" / stage)
-    next((copy / "runs" / "damaged" / "search").glob("*/configurations.json")).unlink()
+    broken = next((copy / "runs" / "damaged" / "search").glob("*/configurations.json"))
+    broken.unlink()
     whole = dynexit(copy, "aggregate", "runs/tiny_study", "runs/nothing_yet")
     assert whole.stderr.splitlines() == [
         "runs/tiny_study: 6 of 6 points are finished",
         "runs/nothing_yet: 0 of 6 points are finished",
     ]
     of_the_study = (copy / "runs" / "tiny_study" / "report" / "operating_points.csv").read_text().splitlines()
-    assert whole.stdout.splitlines() == [
-        f"{'runs/tiny_study' if i else 'study'},{line}" for i, line in enumerate(of_the_study)
-    ]
-    rest = dynexit(copy, "aggregate", "runs", status=1)
-    assert rest.stdout == whole.stdout
-    assert "runs/damaged: left out, since runs/damaged/search/" in rest.stderr
-    assert rest.stderr.endswith("dynexit: not in the table, for the reasons above: runs/damaged\n")
+    lines = whole.stdout.splitlines()
+    assert lines[0] == f"study,{of_the_study[0]},state,point,reason"
+    assert lines[1 : len(of_the_study)] == [f"runs/tiny_study,{line},done,," for line in of_the_study[1:]]
+    rest = list(csv.DictReader(lines))[len(of_the_study) - 1 :]
+    assert [(row["state"], row["reason"]) for row in rest] == [("unfinished", "record is not done")] * 6
+    all_of_them = dynexit(copy, "aggregate", "runs", status=1)
+    table = list(csv.DictReader(all_of_them.stdout.splitlines()))
+    (bad,) = (row for row in table if row["state"] == "damaged")
+    assert str(broken.relative_to(copy)) in bad["reason"]
+    assert len({row["point_id"] for row in table if row["study"] == "runs/damaged" and row["source"] == "gates"}) == 5
+    assert all_of_them.stderr.endswith("dynexit: damaged, as the column reason says: runs/damaged\n")
+    dynexit(copy, "aggregate", "runs/tiny_study", "runs/nothing_yet", "--out", "both")
+    assert "tiny_study: jei_dnn" in (copy / "both" / "report.html").read_text()
+    assert (copy / "both" / "operating_points.csv").read_text() == whole.stdout
 
 
 def test_local_processes_give_the_same_results(finished: Path, tmp_path: Path) -> None:

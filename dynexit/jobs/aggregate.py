@@ -1,18 +1,105 @@
 """Operating points of any number of studies as one table, from whatever of them is finished by now."""
 
 import csv
+import dataclasses
 import io
-import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dynexit.errors import Failure, UserError
-from dynexit.jobs.finished import finished_jobs
+from dynexit.jobs.finished import failure_reason, finished_jobs
 from dynexit.jobs.reporting.rows import collect_rows
-from dynexit.run_dir import STUDY, RunDir
-from dynexit.search.operating_points import write_csv
+from dynexit.report.figures import pareto_figure
+from dynexit.report.page import Figure, Page, write_page
+from dynexit.report.table import backbone_accuracy, front_of, percent, within_budgets
+from dynexit.run_dir import STUDY, RunDir, write_text
+from dynexit.search.operating_points import BASELINES, ReportRow, write_csv
+from dynexit.study.grid import Point
 from dynexit.study.read import load_study
+
+_SHARES = (0.2, 0.3, 0.4, 0.5, 0.75)
+_TABLE = "operating_points.csv"
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A point, or with `label` empty a whole study, without operating points: its state and the reason."""
+
+    study: str
+    label: str
+    point_id: str
+    state: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Aggregate:
+    """The operating points of several studies by their folders, and what is missing."""
+
+    studies: dict[str, list[ReportRow]] = dataclasses.field(default_factory=dict)
+    num_points: dict[str, int] = dataclasses.field(default_factory=dict)
+    missing: list[Missing] = dataclasses.field(default_factory=list)
+
+    @property
+    def damaged(self) -> list[str]:
+        """The folders in which something is damaged."""
+        return list(dict.fromkeys(one.study for one in self.missing if one.state == "damaged"))
+
+    def csv(self) -> str:
+        """A row per operating point and split with the study's folder first, then one per missing point.
+
+        `on_front` is within the study. Columns that a study does not have are empty.
+        """
+        rows = [row for study, found in self.studies.items() for row in _cells(study, found)]
+        for one in self.missing:
+            rows.append(
+                {"study": one.study, "state": one.state, "point": one.label, "point_id": one.point_id}
+                | {"reason": one.reason}
+            )
+        names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(names), lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def short(self) -> str:
+        """A line per study and method: the test accuracy of the best point on validation within shares of the MACs."""
+        lines = [["study", "method", "points", "backbone", *(f"within {share:g}" for share in _SHARES)]]
+        for study, rows in self.studies.items():
+            base, count = backbone_accuracy(rows), str(self.num_points[study])
+            for method in sorted({row.method for row in rows if row.source not in ("backbone", *BASELINES)}):
+                front = front_of([row for row in rows if row.method == method])
+                bought = [within_budgets(front, [share]) for share in _SHARES]
+                accuracies = ["".join(percent(point.test.accuracy) for point in points) or "-" for points in bought]
+                lines.append([study, method, count, "" if base is None else percent(base), *accuracies])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        return "\n".join([*text, *(f"{one.study} {one.label}: {one.state}, {one.reason}" for one in self.missing)])
+
+    def write(self, folder: Path) -> None:
+        """Writes the table, a figure and one page that compares the studies."""
+        write_text(folder / _TABLE, self.csv())
+        names = [Path(study).name for study in self.studies]
+        labels = {
+            study: name if names.count(name) == 1 else study for study, name in zip(self.studies, names, strict=True)
+        }
+        rows = [_labelled(row, labels[study]) for study, found in self.studies.items() for row in found]
+        paths = {theme: folder / f"pareto{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
+        for theme, path in paths.items():
+            pareto_figure(rows, path, theme=theme)
+        figure = Figure(paths["light"], "Accuracy against relative MACs", _CAPTION, paths["dark"])
+        points = [dataclasses.asdict(one) for one in self.missing]
+        notes = ["MACs are relative to each study's own backbone. Studies of other test images cannot be compared."]
+        write_page(folder / "report.html", Page("Studies", rows, [figure], points_table=points, notes=notes))
+
+
+_CAPTION = (
+    "Test accuracy against mean MACs relative to each study's bare backbone; each front was chosen on validation."
+)
 
 
 def study_folders(directories: Sequence[Path]) -> list[Path]:
@@ -26,37 +113,67 @@ def study_folders(directories: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[str, list[Path]]:
-    """CSV: a row per operating point and split of every finished point, the study's folder first; and who is not in it.
+def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> Aggregate:
+    """Returns the operating points of every finished point, and why others are missing.
 
-    `on_front` is within the study. Columns that a study does not have are empty. `say` receives how much of each study
-    is included, and why one is left out.
+    `say` receives how much of each study is finished.
     """
-    rows: list[dict[str, str]] = []
-    left_out = []
+    found = Aggregate()
     for folder in study_folders(directories):
         try:
-            rows += _rows(folder, say)
+            points = load_study(folder / STUDY).at(folder).points
         except (Failure, UserError, OSError) as fault:
-            say(f"{folder}: left out, since {fault}")
-            left_out.append(folder)
-    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue(), left_out
+            say(f"{folder}: damaged, since {fault}")
+            found.missing.append(Missing(str(folder), "", "", "damaged", str(fault)))
+            continue
+        ready = [point for point in points if _is_ready(point, folder, found)]
+        say(f"{folder}: {len(ready)} of {len(points)} points are finished")
+        rows = _rows(ready, folder, found)
+        if rows:
+            found.studies[str(folder)] = rows
+            found.num_points[str(folder)] = len(ready)
+    return found
 
 
-def _rows(folder: Path, say: Callable[[str], None]) -> list[dict[str, str]]:
-    points = load_study(folder / STUDY).at(folder).points
-    ready = [point for point in points if "search" in finished_jobs(point)]
-    say(f"{folder}: {len(ready)} of {len(points)} points are finished")
-    for point, stage in itertools.product(ready, ("record", "search")):
-        RunDir(point, stage).is_done()  # raises where a file is missing
+def _is_ready(point: Point, folder: Path, found: Aggregate) -> bool:
+    """Whether all of the point is there; notes it as missing otherwise."""
+    try:
+        if "search" in finished_jobs(point):
+            return all(RunDir(point, stage).is_done() for stage in ("record", "search"))
+        reason = failure_reason(point)
+        state = "unfinished" if reason is None else "failed"
+        todo = next(stage for stage in point.stages if not RunDir(point, stage).is_marked)
+        found.missing.append(Missing(str(folder), point.label, point.id, state, reason or f"{todo} is not done"))
+    except (Failure, OSError) as fault:
+        found.missing.append(Missing(str(folder), point.label, point.id, "damaged", str(fault)))
+    return False
+
+
+def _rows(ready: Sequence[Point], folder: Path, found: Aggregate) -> list[ReportRow]:
+    """The rows of the points; if one is damaged inside, those of the others."""
     if not ready:
         return []
+    try:
+        return collect_rows(ready)
+    except (Failure, UserError, OSError) as fault:
+        if len(ready) == 1:
+            found.missing.append(Missing(str(folder), ready[0].label, ready[0].id, "damaged", str(fault)))
+            return []
+    whole = []
+    for point in ready:
+        before = len(found.missing)
+        _rows([point], folder, found)
+        whole += [point] if len(found.missing) == before else []
+    return collect_rows(whole) if whole else []
+
+
+def _cells(study: str, rows: Sequence[ReportRow]) -> list[dict[str, str]]:
     with tempfile.TemporaryDirectory() as scratch:
-        write_csv(Path(scratch) / "rows.csv", collect_rows(ready))
-        with (Path(scratch) / "rows.csv").open(encoding="utf-8", newline="") as file:
-            return [{"study": str(folder), **row} for row in csv.DictReader(file)]
+        write_csv(Path(scratch) / _TABLE, rows)
+        with (Path(scratch) / _TABLE).open(encoding="utf-8", newline="") as file:
+            return [{"study": study, **row, "state": "done"} for row in csv.DictReader(file)]
+
+
+def _labelled(row: ReportRow, label: str) -> ReportRow:
+    """The row with the study in the name of its method."""
+    return row if row.source == "backbone" else dataclasses.replace(row, method=f"{label}: {row.method}")
