@@ -9,15 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from dynexit.study.data_sets import DATA_SETS, TORCHVISION_SETS
 from dynexit.study.dist import DistSettings
 from dynexit.study.keys import (
-    DATA_SETS,
     BatchSize,
     Budgeted,
     ConfidenceName,
     DataSetName,
     FunctionName,
     HeadType,
+    MeanAndStd,
     Position,
     SearchMethodName,
     Section,
@@ -38,7 +39,11 @@ from dynexit.study.methods import (
 
 
 class DataSettings(Section):
-    name: DataSetName = key("digits", f"data set: {', '.join(DATA_SETS)}, or timm's, as torch/fashion_mnist")
+    name: DataSetName = key(
+        "digits",
+        f"data set: {', '.join(DATA_SETS)}, torchvision's {', '.join(TORCHVISION_SETS)} (case and underscores do not "
+        "matter), or timm's, as hfds/NAME",
+    )
     dir: str | None = key(None, "folder that holds the data set's files", changes_results=False)
     download: bool = key(False, "whether a missing data set is fetched and put into dir", changes_results=False)
     seed: int = key(0, "split, views, augmentation, batch order, and the backbone's initialisation", ge=0, lt=2**31)
@@ -52,6 +57,19 @@ class DataSettings(Section):
         min_length=1,
         omit_default=True,
     )
+    labels: str | None = key(
+        None,
+        "CSV file with the columns file (below dir) and label, and maybe split (train, val, test), for an image_folder "
+        "without class folders",
+        min_length=1,
+        omit_default=True,
+    )
+    channels: Literal[1, 3] | None = key(
+        None,
+        "channels of the images that the backbone sees: 1 makes grey images of colour ones, 3 copies grey; null takes "
+        "the data set's own, 3 for folders and timm's",
+        omit_default=True,
+    )
     image_size: int = key(32, "height and width of the images the backbone sees", "pixels", ge=8)
     transform: Literal["pad_crop", "timm", "none"] | None = key(
         None, "augmentation: random crop of the padded image and flip, timm's, or none; null takes the data set's own"
@@ -62,8 +80,10 @@ class DataSettings(Section):
     test_transform: dict[str, Any] = key(
         dict, "arguments of timm.data.create_transform for validation and test images, as crop_pct, interpolation"
     )
-    normalisation: Literal["none", "cifar10", "cifar100", "imagenet", "half", "clip"] | None = key(
-        None, "mean and standard deviation that colours are brought to 0 and 1 by; null takes the data set's own"
+    normalisation: Literal["none", "cifar10", "cifar100", "imagenet", "half", "clip"] | MeanAndStd | None = key(
+        None,
+        "mean and standard deviation that colours are brought to 0 and 1 by: a name, or numbers of the full intensity "
+        "as [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]; null takes the data set's own",
     )
     num_train_views: int = key(8, "fixed random views made of each training image (digits)", ge=1)
     num_evaluation_views: int = key(3, "fixed random views made of each validation and test image (digits)", ge=1)
@@ -83,7 +103,8 @@ class DataSettings(Section):
     )
     check_images: Literal["none", "headers", "pixels"] | None = key(
         None,
-        "what is read of every image, once, before the backbone is fitted; null: pixels of an image_folder, else none "
+        "what is read of every image, once, before the backbone is fitted; null: headers of an image_folder, else "
+        "none; pixels finds damage inside them; files that did not change since are not read again "
         "(alpha is dropped, palettes and CMYK become RGB, integers are scaled by their depth, EXIF rotation ignored)",
         changes_results=False,
     )
