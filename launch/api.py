@@ -12,7 +12,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import SPLITS, report_is_done
 from dynexit.run_dir import STUDY
 from dynexit.search.operating_points import ReportRow, read_csv
-from dynexit.study.data_sets import OWN
+from dynexit.study.data.names import OWN
 from dynexit.study.grid import Study
 from dynexit.study.own_code import allowing_code
 from dynexit.study.read import load_study as read_study

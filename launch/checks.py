@@ -6,7 +6,7 @@ from typing import Any
 
 from dynexit.errors import UserError
 from dynexit.study.baselines import network_name
-from dynexit.study.data_sets import check_files
+from dynexit.study.data.names import check_files
 from dynexit.study.grid import Study
 from dynexit.study.schema import Config
 from launch.plan import missing_jobs

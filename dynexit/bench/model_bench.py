@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ class _ModelBench:
 
     def _way(self, runtime: Runtime, point: SavedPoint) -> Callable[[Tensor], np.ndarray]:
         way = with_shares(point, self.model.engines[point.training], self.images)
-        return runtime.early(point.training, way, point.confidence)
+        return runtime.early(point, way)
 
     def _row(
         self, start: tuple[str, int, str, str], point: SavedPoint, timed: "_Timed", relative_macs: float
@@ -234,9 +235,10 @@ def bench_model(directory: Path, request: BenchRequest, out: Path) -> str:
     for name in request.points:
         if name not in {point.name for point in model.points}:
             _share(name, model.points)
-    runtimes = [make_runtime(name, model) for name in request.runtimes]
-    bench = _ModelBench(model, request)
-    rows = [row for runtime in runtimes for batch in bench.sizes for row in bench.rows(runtime, batch)]
+    with tempfile.TemporaryDirectory() as scratch:
+        runtimes = [make_runtime(name, model, directory, Path(scratch)) for name in request.runtimes]
+        bench = _ModelBench(model, request)
+        rows = [row for runtime in runtimes for batch in bench.sizes for row in bench.rows(runtime, batch)]
     names = [field.name for field in dataclasses.fields(BenchRow)]
     with atomic_write(out / "bench.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

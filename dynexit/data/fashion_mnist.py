@@ -16,7 +16,7 @@ from torch import Tensor
 from dynexit.data.splits import DataSets, Split, Workers, stratified_order
 from dynexit.data.transforms import CROP_PADDING, GREY
 from dynexit.errors import UserError
-from dynexit.study.data_sets import PACKAGE, find_fashion_mnist
+from dynexit.study.data.names import PACKAGE, find_fashion_mnist
 from dynexit.study.schema import DataSettings
 
 SIDE = 28

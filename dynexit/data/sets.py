@@ -18,7 +18,7 @@ from dynexit.data.timm_sets import TORCH_CLASSES, read_timm
 from dynexit.data.torchvision_sets import read_cifar, read_svhn
 from dynexit.data.transforms import GREY, mean_and_std, num_channels, test_transform, train_transform
 from dynexit.errors import UserError
-from dynexit.study.data_sets import OWN, TORCHVISION_SETS
+from dynexit.study.data.names import OWN, TORCHVISION_SETS
 from dynexit.study.schema import DataSettings
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from dynexit.data.images import Sources
 from dynexit.data.pixels import NOT_AN_IMAGE, accepted_formats_only, decode, decode_path, to_rgb
 from dynexit.errors import UserError
-from dynexit.study.data_sets import check_files
+from dynexit.study.data.names import check_files
 from dynexit.study.schema import DataSettings
 
 TORCH_CLASSES = dict.fromkeys(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dynexit.data.images import Transform, kept_random_state
 from dynexit.errors import UserError
-from dynexit.study.data_sets import OWN, TORCHVISION_SETS
+from dynexit.study.data.names import OWN, TORCHVISION_SETS
 from dynexit.study.schema import DataSettings
 
 _LARGEST_SMALL = 64  # pixels: a crop to 87.5 % of so few would lose too much

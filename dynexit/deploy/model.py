@@ -339,10 +339,9 @@ def load(
 ) -> EarlyExitModel:
     """Returns the model in a folder of `dynexit save`. Nothing is unpickled; the study and its data are not needed.
 
-    With `verify` the folder's probe is run, and its answers must be the saved ones. Raises UserError, naming the file,
-    for a folder that is foreign, cut short, altered, or of another format version, and for a device that torch cannot
-    use; Failure for other answers. A folder that is not self-contained (its card says so) runs a function of a module
-    that must be in `allow_code`.
+    With `verify` the folder's probe must get its saved answers. Raises UserError, naming the file, for a folder that is
+    foreign, cut short, altered or of another version, and for an unusable device; Failure for other answers. A folder
+    that is not self-contained (its card says so) runs a function of a module that must be in `allow_code`.
     """
     model = EarlyExitModel(read_folder(Path(directory), allow_code), _usable(device))
     if verify:

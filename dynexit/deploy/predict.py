@@ -14,7 +14,7 @@ from dynexit.data.images import Transform
 from dynexit.data.pixels import EXTENSIONS, decode
 from dynexit.data.transforms import GREY, test_transform
 from dynexit.errors import UserError
-from dynexit.study.data_sets import OWN
+from dynexit.study.data.names import OWN
 from dynexit.study.schema import DataSettings
 
 if TYPE_CHECKING:

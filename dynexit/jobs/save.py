@@ -37,7 +37,7 @@ from dynexit.report.table import FrontPoint, front_of
 from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.search.operating_points import ReportRow, read_csv
-from dynexit.study.data_sets import OWN
+from dynexit.study.data.names import OWN
 from dynexit.study.grid import Point
 from dynexit.study.schema import DataSettings
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.search_methods import SEARCH_METHODS
-from dynexit.study.data_sets import data_set_name
+from dynexit.study.data.names import data_set_name
 from dynexit.study.own_code import FUNCTION
 
 _MOST_STEPS, _MOST_DIGITS = 10**6, 12  # of a range; of a step that a message proposes

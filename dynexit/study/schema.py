@@ -9,16 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from dynexit.study.data_sets import DATA_SETS, TORCHVISION_SETS
+from dynexit.study.data.settings import DataSettings as DataSettings
 from dynexit.study.dist import DistSettings
 from dynexit.study.keys import (
-    BatchSize,
     Budgeted,
     ConfidenceName,
-    DataSetName,
     FunctionName,
     HeadType,
-    MeanAndStd,
     Position,
     SearchMethodName,
     Section,
@@ -36,85 +33,7 @@ from dynexit.study.methods import (
     WeightedSettings,
     known_method,
 )
-
-
-class DataSettings(Section):
-    name: DataSetName = key(
-        "digits",
-        f"data set: {', '.join(DATA_SETS)}, torchvision's {', '.join(TORCHVISION_SETS)} (case and underscores do not "
-        "matter), or timm's, as hfds/NAME",
-    )
-    dir: str | None = key(None, "folder that holds the data set's files", changes_results=False)
-    download: bool = key(False, "whether a missing data set is fetched and put into dir", changes_results=False)
-    seed: int = key(0, "split, views, augmentation, batch order, and the backbone's initialisation", ge=0, lt=2**31)
-    num_classes: int | None = key(
-        None, "classes, where the data set's name or its folders do not say it (timm's), or a part of ImageNet", ge=2
-    )
-    class_order: str | None = key(
-        None,
-        "order of the class folders: torchvision (as strings), timm (naturally, without case), or a file with one name "
-        "per line; null takes torchvision's, and is refused where timm's differs and prepare.num_epochs is 0",
-        min_length=1,
-        omit_default=True,
-    )
-    labels: str | None = key(
-        None,
-        "CSV file with the columns file (below dir) and label, and maybe split (train, val, test), for an image_folder "
-        "without class folders",
-        min_length=1,
-        omit_default=True,
-    )
-    channels: Literal[1, 3] | None = key(
-        None,
-        "channels of the images that the backbone sees: 1 makes grey images of colour ones, 3 copies grey; null takes "
-        "the data set's own, 3 for folders and timm's",
-        omit_default=True,
-    )
-    image_size: int = key(32, "height and width of the images the backbone sees", "pixels", ge=8)
-    transform: Literal["pad_crop", "timm", "none"] | None = key(
-        None, "augmentation: random crop of the padded image and flip, timm's, or none; null takes the data set's own"
-    )
-    train_transform: dict[str, Any] = key(
-        dict, "arguments of timm.data.create_transform for training images, as auto_augment, scale, re_prob"
-    )
-    test_transform: dict[str, Any] = key(
-        dict, "arguments of timm.data.create_transform for validation and test images, as crop_pct, interpolation"
-    )
-    normalisation: Literal["none", "cifar10", "cifar100", "imagenet", "half", "clip"] | MeanAndStd | None = key(
-        None,
-        "mean and standard deviation that colours are brought to 0 and 1 by: a name, or numbers of the full intensity "
-        "as [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]; null takes the data set's own",
-    )
-    num_train_views: int = key(8, "fixed random views made of each training image (digits)", ge=1)
-    num_evaluation_views: int = key(3, "fixed random views made of each validation and test image (digits)", ge=1)
-    num_validation: int = key(
-        300, "original images held out of training for validation (folders with val and test have theirs)", ge=1
-    )
-    num_test: int = key(
-        400, "original images held out for the test (data sets with a test split of their own have theirs)", ge=1
-    )
-    imbalance_factor: float = key(
-        0.01, "images of the rarest class (cifar100_lt)", "of the commonest class", ge=0.002, le=1
-    )
-    thin_test: bool = key(False, "whether the test images are thinned by the same law (cifar100_lt)")
-    train_split: str = key("train", "name of the split trained on (timm's)", min_length=1)
-    test_split: str | None = key(
-        "validation", "name of the split tested on (timm's); null holds num_test images out of the other", min_length=1
-    )
-    check_images: Literal["none", "headers", "pixels"] | None = key(
-        None,
-        "what is read of every image, once, before the backbone is fitted; null: headers of an image_folder, else "
-        "none; pixels finds damage inside them; files that did not change since are not read again "
-        "(alpha is dropped, palettes and CMYK become RGB, integers are scaled by their depth, EXIF rotation ignored)",
-        changes_results=False,
-    )
-    cache: Literal["auto", "memory", "none"] = key(
-        "auto",
-        "whether decoded images stay in memory (uint8, in each rank; the results are the same): auto keeps a split of "
-        "at most 2 GiB and a quarter of the memory available, memory keeps every split",
-        changes_results=False,
-    )
-    noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
+from dynexit.study.outcomes import BaselinesSettings, BenchSettings, InferSettings, ReportSettings
 
 
 class BackboneSettings(Section):
@@ -242,17 +161,6 @@ class RecordSettings(Section):
     train: bool = key(False, "whether the training split is recorded too, its images not augmented (for search.risk)")
 
 
-class BenchSettings(Section):
-    batch_sizes: Annotated[list[BatchSize], Field(min_length=1), AfterValidator(no_duplicates)] = key(
-        lambda: [1, 8, 64], "batch sizes whose times are measured", "images"
-    )
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "what is measured; auto takes a GPU if there is one")
-    num_warm_up: int = key(2, "rounds that are run before those measured", ge=0)
-    num_repeats: int = key(
-        20, "rounds measured; more where they take less than a second, fewer, at least 5, where over a minute", ge=1
-    )
-
-
 class SearchSettings(Section):
     accuracy_weights: Annotated[str | list[Weight], AfterValidator(known_weights)] = key(
         "0.4:1:0.01", "preferences searched: weights of accuracy against MACs, as LO:HI:STEP (HI included) or a list"
@@ -297,38 +205,6 @@ class SearchSettings(Section):
     risk_confidence: float = key(0.95, "confidence of that certificate", gt=0, lt=1)
     calibration_share: float = key(0.0, "share of validation kept from the search to calibrate on", ge=0, lt=1)
     workers: int = key(1, "processes that search points at the same time", changes_results=False, ge=1)
-
-
-class BaselinesSettings(Section):
-    static: list[dict[str, Any]] = key(
-        list,
-        "static networks that the study is compared with: for each, what of backbone.arguments is another; fitted from "
-        "random weights as section prepare says",
-        changes_results=False,
-    )
-    cascade: bool = key(
-        False, "whether cascades of two or three of them and the backbone are searched too", changes_results=False
-    )
-
-
-class ReportSettings(Section):
-    title: str | None = key(None, "heading of the report; null takes the study's name")
-    quantile: Literal["finite_sample", "reference"] = key(
-        "finite_sample",
-        "rank of the score that bounds conformal sets: with its promised coverage, or as JEI-DNN's code",
-    )
-    published: Literal["auto", "none"] = key("auto", "auto draws what a paper's authors recorded for it beside")
-    mlflow: bool = key(True, "whether the results are written to MLflow too")
-    tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")
-
-
-class InferSettings(Section):
-    relative_macs: float | None = key(
-        None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0, le=2
-    )
-    source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
-    split: Literal["validation", "test"] = key("test", "samples to classify")
-    batch_size: int = key(256, "images that enter together", "images", ge=1)
 
 
 class Config(Section):

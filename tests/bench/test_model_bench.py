@@ -58,6 +58,17 @@ def test_points_are_timed_beside_the_full_model(folder: Path, tmp_path: Path) ->
     assert "microseconds of a batch" in text
 
 
+@pytest.mark.slow
+def test_onnx_takes_the_exits_that_torch_takes(folder: Path, tmp_path: Path) -> None:
+    request = BenchRequest([4], ["0.5"], ["torch", "onnx"], rounds=3, seconds=0.0, num_images=64)
+    bench_model(folder, request, tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]
+    assert [row["runtime"] for row in rows] == ["torch", "torch", "onnx", "onnx"]
+    of_torch, of_onnx = rows[1], rows[3]
+    assert of_onnx["relative_macs"] == pytest.approx(of_torch["relative_macs"], abs=0.02)  # near a threshold
+    assert of_onnx["point"] == of_torch["point"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -65,7 +76,7 @@ def test_points_are_timed_beside_the_full_model(folder: Path, tmp_path: Path) ->
         (["--batch", "x"], "--batch x: batch sizes are 1 or more"),
         (["--points", "3"], "--points 3: should be a share of the full model's time, as 0.6, or one of aa-0.4, "),
         (["--points", "fast"], "--points fast: should be a share"),
-        (["--runtime", "tpu"], "--runtime tpu: should be one of torch"),
+        (["--runtime", "tpu"], "--runtime tpu: should be one of torch, onnx"),
         (["--device", "tpu"], "device = 'tpu' cannot be used"),
         (["seed=1"], "seed=1 is for a study; for a model folder: dynexit bench DIR --out FOLDER"),
     ],

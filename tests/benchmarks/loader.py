@@ -23,7 +23,7 @@ from dynexit.data.fashion_mnist import GreyImages, read_idx
 from dynexit.data.images import ArraySource, TransformedImages
 from dynexit.data.splits import Images
 from dynexit.data.transforms import GREY, train_transform
-from dynexit.study.data_sets import find_fashion_mnist
+from dynexit.study.data.names import find_fashion_mnist
 from dynexit.study.schema import DataSettings
 
 BATCH, NUM_FILES, SIDE = 128, 512, 224

@@ -5,7 +5,7 @@ import torch
 
 from dynexit.data import describe_data, load_data
 from dynexit.errors import UserError
-from dynexit.study.data_sets import DATA_SETS
+from dynexit.study.data.names import DATA_SETS
 from dynexit.study.schema import DataSettings
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dynexit.search.held_back import calibration_samples
 from PIL import Image
 
 import dynexit
@@ -19,6 +18,7 @@ from dynexit.data import load_data
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.recorded import wilson_interval
 from dynexit.jobs.save import run_save
+from dynexit.record.held_back import calibration_samples
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import read_csv

@@ -1,4 +1,4 @@
-"""torchvision's data sets by name, as study/data_sets.py lists them."""
+"""torchvision's data sets by name, as study/data/names.py lists them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from dynexit.data.images import Sources
 from dynexit.data.timm_sets import Indexed
 from dynexit.data.torchvision_sets import data_folder, one_process_at_a_time
 from dynexit.errors import Failure, UserError
-from dynexit.study.data_sets import TORCHVISION_SETS, check_files
+from dynexit.study.data.names import TORCHVISION_SETS, check_files
 from dynexit.study.schema import DataSettings
 
 

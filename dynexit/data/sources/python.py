@@ -15,7 +15,7 @@ from dynexit.data.pixels import to_rgb
 from dynexit.data.splits import DataSets, Split, Workers
 from dynexit.data.transforms import test_transform, train_transform
 from dynexit.errors import UserError
-from dynexit.study.data_sets import OWN
+from dynexit.study.data.names import OWN
 from dynexit.study.schema import DataSettings
 
 SPLITS = ("train", "validation", "test")

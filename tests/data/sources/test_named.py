@@ -12,7 +12,7 @@ from PIL import Image
 from dynexit.data import describe_data, load_data
 from dynexit.data.transforms import test_transform as transform_of
 from dynexit.errors import UserError
-from dynexit.study.data_sets import TORCHVISION_SETS, check_files, data_set_name
+from dynexit.study.data.names import TORCHVISION_SETS, check_files, data_set_name
 from dynexit.study.schema import DataSettings
 from tests.data.on_disk import random_pixels, write_fashion_mnist
 
