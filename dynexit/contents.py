@@ -91,7 +91,7 @@ class Judged(TypedDict):
 class Found(TypedDict):
     """An entry of configurations.json, budgets.json or fixed.json; an unattainable budget has no `exits`."""
 
-    budget: NotRequired[dict[str, Number]]
+    budget: NotRequired[dict[str, Count | Number]]
     accuracy_weight: NotRequired[Number | None]
     objective: NotRequired[Number]
     exits: NotRequired[list[tuple[int, Number]]]

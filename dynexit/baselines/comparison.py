@@ -1,7 +1,6 @@
 """What a study's own operating points are worth against static networks and cascades, on the same test samples."""
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,14 @@ import numpy as np
 
 from dynexit.baselines.rows import Baseline, describe_networks
 from dynexit.baselines.search import BUDGETS
-from dynexit.core.statistics import Interval, mean_interval, verdict
-from dynexit.core.tradeoff import Configuration
-from dynexit.record.shards import Record
+from dynexit.core.statistics import Interval, accuracy_interval, mean_interval, verdict
+from dynexit.report.judged.outcomes import Outcomes
+from dynexit.report.judged.words import difference_text, share_text
 from dynexit.report.page import PageSection
 from dynexit.report.table import FrontPoint, front_of, percent, within_budgets
-from dynexit.report.uncertainty import read_outputs
-from dynexit.run_dir import RunDir, atomic_write
+from dynexit.run_dir import atomic_write
 from dynexit.search.operating_points import ReportRow
 from dynexit.study.grid import Point
-from dynexit.study.schema import DataSettings
 
 BASELINES_CSV = "baselines.csv"
 _NONE = "none as cheap"
@@ -45,6 +42,8 @@ class Comparison:
     budget: float | None
     ours: FrontPoint | None
     difference: Interval | None
+    accuracies: tuple[Interval, Interval] | None = None
+    """The intervals of the baseline's test accuracy and of the study's point's; None with `ours`."""
 
     @property
     def verdict(self) -> str:
@@ -64,6 +63,7 @@ class Comparison:
             "our_source": ours and ours.source,
             "our_method": ours and ours.method,
             "our_point_id": ours and ours.point_id,
+            "our_search_id": ours and ours.search_id,
             "our_configuration": ours and ours.configuration,
             "our_relative_macs": ours and ours.relative_macs,
             "our_accuracy": ours and ours.accuracy,
@@ -82,7 +82,7 @@ def compare(points: Sequence[Point], rows: Sequence[ReportRow], baselines: Itera
     by_id = {identity: point for point in reversed(points) for identity in point.ids.values()}
     fronts: dict[str, list[FrontPoint]] = {}
     for backbone in {point.ids["prepare"] for point in points}:
-        own = [row for row in rows if row.point_id in by_id and by_id[row.point_id].ids["prepare"] == backbone]
+        own = [row for row in rows if row.chosen_by in by_id and by_id[row.chosen_by].ids["prepare"] == backbone]
         fronts[backbone] = front_of(own)
     budgets = points[0].config.search.relative_macs or BUDGETS
     chosen: list[tuple[Baseline, float | None, float]] = []
@@ -104,29 +104,13 @@ def compare(points: Sequence[Point], rows: Sequence[ReportRow], baselines: Itera
         if not affordable:
             found.append(Comparison(one, asked, None, None))
         for ours in affordable:
-            point = by_id[ours.test.point_id]
-            differences_N = _is_right(ours.test, point).astype(np.int64) - one.correct()
-            origin_N = _origins(point.config.data, len(differences_N))
-            found.append(Comparison(one, asked, ours, mean_interval(differences_N, origin_N)))
+            point = by_id[ours.test.chosen_by]
+            test = Outcomes(point, "test")
+            theirs_N, ours_N = one.correct(), test.of(ours.test)[0]
+            difference = mean_interval(ours_N.astype(np.int64) - theirs_N, test.origin_N)
+            accuracies = accuracy_interval(theirs_N, test.origin_N), accuracy_interval(ours_N, test.origin_N)
+            found.append(Comparison(one, asked, ours, difference, accuracies))
     return found
-
-
-def _is_right(row: ReportRow, point: Point) -> np.ndarray:
-    """Whether one of the study's points is right on each test sample (N,)."""
-    source = RunDir(point, "record")
-    costs = source.costs()
-    configuration = None
-    if row.source == "backbone":
-        configuration = Configuration(((-1, 0.0),) * len(costs.positions))
-    elif row.configuration:
-        configuration = Configuration.from_json(json.loads(row.configuration))
-    outputs = read_outputs(Record.open(source / "test"), costs, configuration, point.config.search.confidence)
-    return outputs.taken(outputs.correct_LN)
-
-
-def _origins(data: DataSettings, num_samples: int) -> np.ndarray | None:
-    """The original of each test sample (N,), None where each is its own: digits has view after view of all."""
-    return np.arange(num_samples) % data.num_test if data.name == "digits" else None
 
 
 def write_comparisons(path: Path, found: Sequence[Comparison]) -> None:
@@ -145,24 +129,18 @@ def comparison_section(found: Sequence[Comparison]) -> PageSection:
 
 
 def _page_cells(one: Comparison) -> dict[str, str]:
-    theirs, difference = one.baseline.test, ""
-    if one.difference is not None:
-        limits = ", ".join(f"{100 * limit:+.2f}" for limit in (one.difference.low, one.difference.high))
-        difference = _joined(f"{100 * one.difference.value:+.2f} ({limits})").replace("-", "−")
+    theirs = one.baseline.test
+    their_accuracy, our_accuracy = one.accuracies or (None, None)
     within = "" if one.budget is None else f" within {one.budget:g}"
     return {
         "compared with": f"{theirs.source}{within}: {describe_networks(theirs)}",
         "classifier": theirs.method,
-        "test MACs and accuracy": _at(theirs),
-        "ours": _at(one.ours.test) if one.ours else "",
-        "difference": difference,
+        "test MACs and accuracy": _at(theirs, their_accuracy),
+        "ours": _at(one.ours.test, our_accuracy) if one.ours else "",
+        "difference": difference_text(one.difference) if one.difference else "",
         "ours is": one.verdict,
     }
 
 
-def _at(row: ReportRow) -> str:
-    return _joined(f"{row.relative_macs:.3f} at {percent(row.accuracy)}")
-
-
-def _joined(text: str) -> str:
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
+def _at(row: ReportRow, accuracy: Interval | None) -> str:
+    return f"{row.relative_macs:.3f} at {percent(row.accuracy) if accuracy is None else share_text(accuracy)}"

@@ -92,7 +92,7 @@ def _baselines(point: Point, by_record: Mapping[str, Point]) -> Iterator[Baselin
 def _rows(point: Point, source: str, entry: JudgedNetworks, networks: list[Any]) -> tuple[ReportRow, ReportRow]:
     reader = point.config.exits.reader
     method = entry["head"] if entry["head"] == OWN or reader is None else f"{entry['head']} on {reader}"
-    stage = "search" if source == "cascade" else "prepare" if entry["head"] == OWN else "train"
+    stage = "prepare" if entry["head"] == OWN else "train"
     validation, test = (
         ReportRow(
             source=source,
@@ -106,6 +106,7 @@ def _rows(point: Point, source: str, entry: JudgedNetworks, networks: list[Any])
             relative_macs=entry[split]["relative_macs"],
             exit_fractions=tuple(entry[split]["exit_fractions"]),
             point_id=point.ids[stage],
+            search_id=point.ids["search"] if source == "cascade" else "",
             configuration=json.dumps(networks),
         )
         for split in ("validation", "test")

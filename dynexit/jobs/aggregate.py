@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import finished_jobs
-from dynexit.jobs.report import collect_rows
+from dynexit.jobs.reporting.rows import collect_rows
 from dynexit.run_dir import STUDY, RunDir
 from dynexit.search.operating_points import write_csv
 from dynexit.study.read import load_study

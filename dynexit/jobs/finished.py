@@ -30,6 +30,7 @@ from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import BENCH
 
 SPLITS = ("validation", "test")
+_REPORT_FORMAT = 2  # of the report's tables; one of another format is made again
 _MOST_CHECKED_BYTES = 64 << 20
 _MOST_FULL_CLASSES = 10
 
@@ -201,7 +202,7 @@ def _searched(point: Point) -> Any:
 def report_identity(points: Sequence[Point]) -> str:
     """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
     found = [[point.ids["search"], _searched(point)] for point in (*points, *static_points(points))]
-    return digest([found, points[0].config.report.model_dump(mode="json")])
+    return digest([_REPORT_FORMAT, found, points[0].config.report.model_dump(mode="json")])
 
 
 def report_is_done(points: Sequence[Point]) -> bool:

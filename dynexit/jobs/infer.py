@@ -41,7 +41,7 @@ def run_infer(points: Sequence[Point]) -> None:
     settings = points[0].config.infer
     rows = read_csv(points[0].study_dir / "report" / "operating_points.csv")
     chosen = choose(rows, settings.relative_macs, settings.source)
-    point = next(point for point in points if chosen.point_id in (point.id, point.ids["search"]))
+    point = next(one for one in points if chosen.chosen_by in (one.id, one.ids["search"]))
     config = point.config
     ranks, data, model, costs = begin(point)
     heads, gates = load_heads([point], model)
@@ -69,7 +69,7 @@ def run_infer(points: Sequence[Point]) -> None:
         "backbone_images_per_second": len(samples) / batches.backbone_seconds,
         "speed_up": batches.backbone_seconds / seconds,
     }
-    identity = digest([chosen.point_id, chosen.configuration, settings.model_dump(mode="json")])
+    identity = digest([chosen.chosen_by, chosen.configuration, settings.model_dump(mode="json")])
     directory = RunDir(point, "infer", identity)
     _write_predictions(directory / "predictions.csv", answers, samples, class_names(point))
     directory.write_json("summary.json", summary)

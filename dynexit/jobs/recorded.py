@@ -18,8 +18,8 @@ from dynexit.deploy.assembly import HeadStack
 from dynexit.deploy.description import PointStatistics, SavedLatency, SavedPoint, SavedTraining
 from dynexit.jobs.finished import measured_times
 from dynexit.jobs.infer import expected_exits
-from dynexit.jobs.report import choosing_samples
 from dynexit.record.shards import Record
+from dynexit.report.judged.outcomes import choosing_samples
 from dynexit.run_dir import HEADS, RunDir
 from dynexit.search.operating_points import ReportRow
 from dynexit.study.grid import Point

@@ -3,41 +3,35 @@
 Nothing here needs a model or a data set: records and configurations say all.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from dynexit.baselines.comparison import BASELINES_CSV, compare, comparison_section, write_comparisons
 from dynexit.baselines.rows import baselines_of
-from dynexit.contents import Found, MetricsRow
 from dynexit.core.cost import ExitCosts
-from dynexit.core.exit_policy import exit_index_from_gates
-from dynexit.core.tradeoff import OperatingPoint, operating_point
 from dynexit.errors import Failure
 from dynexit.jobs.finished import (
-    SPLITS,
     check_budgets,
     class_names,
-    measured_times,
     missing_reason,
     report_identity,
 )
-from dynexit.record.held_back import calibration_samples
+from dynexit.jobs.reporting.rows import collect_rows, entries_of_search, point_times
+from dynexit.jobs.reporting.tracked import track
 from dynexit.record.shards import Record
-from dynexit.report.budgets import budget_cells, budget_text
+from dynexit.report.budgets import budget_cells
 from dynexit.report.figures import exit_share_figure, pareto_figure
+from dynexit.report.judged.cards import cards
+from dynexit.report.judged.front import FRONT_CSV, entries_of, write_front
+from dynexit.report.judged.outcomes import Judgements, judge
+from dynexit.report.judged.words import drop_to_test, warnings
 from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
-from dynexit.report.table import mark_front
-from dynexit.report.times import PointTimes, time_sections, with_times
+from dynexit.report.table import front_of
+from dynexit.report.times import time_sections
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
-from dynexit.run_dir import DONE, METRICS, RunDir, mark_done
+from dynexit.run_dir import DONE, RunDir, mark_done
 from dynexit.search.operating_points import ReportRow, write_csv
 from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point
@@ -61,128 +55,10 @@ def run_report(points: Sequence[Point]) -> None:
     if points[0].config.report.mlflow:
         track(ready, rows)
     mark_done(
-        directory, report_identity(points), ["operating_points.csv", "uncertainty.csv", "pareto.png", "report.html"]
+        directory,
+        report_identity(points),
+        ["operating_points.csv", FRONT_CSV, "uncertainty.csv", "pareto.png", "report.html"],
     )
-
-
-def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
-    """Operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds, baselines."""
-    rows: list[ReportRow] = []
-    seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
-    for point in points:
-        source = RunDir(point, "record")
-        costs = source.costs()
-        for split in SPLITS:
-            record = Record.open(source / split)
-            samples = choosing_samples(point, split, record.num_samples)
-            if (point.ids["prepare"], split) not in seen:
-                rows.append(_backbone_row(point, split, record, costs, samples))
-            if record.gate is not None and (point.id, split) not in seen:
-                rows.append(_gates_row(point, split, record, costs, samples))
-            seen |= {(point.ids["prepare"], split), (point.id, split)}
-        files = [("search", "configurations.json"), ("search", "budgets.json"), ("fixed", "fixed.json")]
-        files += [("search", "by_time.json")] if point.is_by_time else []
-        searched: list[ReportRow] = []
-        for source_name, file in files:
-            known = {row.configuration for row in searched} if file == "by_time.json" else set()
-            found = _configuration_rows(point, source_name, _entries(point, file))
-            searched += [row for row in found if row.configuration not in known]
-        rows += searched
-    for baseline in baselines_of(points):
-        rows += [baseline.validation, baseline.test]
-    return mark_front(with_times(rows, point_times(points)))
-
-
-def point_times(points: Sequence[Point]) -> dict[str, PointTimes]:
-    """The times that the points' searches read, by the ids of their rows; nothing of points searched by MACs alone."""
-    found: dict[str, PointTimes] = {}
-    for point in points:
-        if point.is_by_time:
-            times = PointTimes(measured_times(point, "search"), point.config.search.confidence == "gate")
-            for stage in ("search", "train", "prepare"):
-                found.setdefault(point.ids[stage], times)
-    return found
-
-
-def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more: object) -> ReportRow:
-    own = {
-        "method": point.method,
-        "seed": point.config.seed,
-        "ce_ic_tradeoff": point.config.jei_dnn.ce_ic_tradeoff if point.config.train.method == "jei_dnn" else None,
-        "accuracy_weight": None,
-        "point_id": point.id,
-        **more,
-    }
-    return ReportRow(
-        source=source,
-        split=split,
-        accuracy=measured.accuracy,
-        macs=measured.macs,
-        relative_macs=measured.relative_macs,
-        exit_fractions=measured.exit_fractions,
-        **own,  # type: ignore[arg-type]
-    )
-
-
-def choosing_samples(point: Point, split: str, num_samples: int) -> np.ndarray:
-    """Mask (N,) of a split's samples that its rows are made of: what is held back of validation chooses nothing."""
-    if split != "validation":
-        return np.ones(num_samples, dtype=bool)
-    return ~calibration_samples(point.config.data, point.config.search.calibration_share, num_samples)
-
-
-def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> ReportRow:
-    """The bare backbone: everybody goes to the end and no head is computed."""
-    correct_LN = record.correct_RN[_one_head_rows(costs)][:, samples_N]
-    macs_L = np.array([*costs.backbone_macs, costs.full_macs], dtype=np.int64)
-    last_N = np.full(correct_LN.shape[1], len(macs_L) - 1, dtype=np.int64)
-    measured = operating_point(last_N, correct_LN, macs_L, costs.full_macs)
-    anonymous = {"method": "backbone", "seed": None, "ce_ic_tradeoff": None, "point_id": point.ids["prepare"]}
-    return _row(point, "backbone", split, measured, **anonymous)
-
-
-def _gates_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> ReportRow:
-    exit_N = exit_index_from_gates(torch.from_numpy(np.ascontiguousarray(record.gate))).numpy()[samples_N]
-    correct_LN = record.correct_RN[_one_head_rows(costs)][:, samples_N]
-    measured = operating_point(exit_N, correct_LN, costs.macs_L(), costs.full_macs)
-    return _row(point, "gates", split, measured)
-
-
-def _one_head_rows(costs: ExitCosts) -> list[int]:
-    """The rows of the first head type at every position, then the backbone's."""
-    num_types = len(costs.head_types)
-    return [p * num_types for p in range(len(costs.positions))] + [-1]
-
-
-def _entries(point: Point, file: str) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = RunDir(point, "search").read_json(file, list[Found])
-    return entries
-
-
-def _configuration_rows(point: Point, source: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[ReportRow]:
-    for entry in entries:
-        if "exits" not in entry:
-            continue  # a budget that this point cannot attain
-        for split in SPLITS:
-            figures = entry[split]
-            measured = OperatingPoint(
-                accuracy=figures["accuracy"],
-                macs=figures["macs"],
-                relative_macs=figures["relative_macs"],
-                exit_fractions=tuple(figures["exit_fractions"]),
-                num_samples=0,
-            )
-            yield _row(
-                point,
-                source,
-                split,
-                measured,
-                accuracy_weight=entry.get("accuracy_weight"),
-                point_id=point.ids["search"],
-                configuration=json.dumps(entry["exits"], separators=(",", ":")),
-                budget=budget_text(entry["budget"]) if "budget" in entry else "",
-                time_batch_size=entry.get("batch_size", entry.get("budget", {}).get("batch_size")),
-            )
 
 
 def write_report(
@@ -201,7 +77,7 @@ def write_report(
     figures = []
     costs = _costs_by_id(points)
     describe = partial(_describe, costs=costs)
-    entries = {point.ids["search"]: _entries(point, "budgets.json") for point in points}
+    entries = {point.ids["search"]: entries_of_search(point, "budgets.json") for point in points}
     published = published_beside(points[0])
     for name, draw, alt, caption in (
         ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
@@ -216,6 +92,13 @@ def write_report(
         for theme, path in paths.items():
             draw(rows, path, theme=theme)
         figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
+    front = front_of(rows)
+    budgeted = [row for row in rows if row.budget]
+    pairs = [row for point in front for row in (point.validation, point.test)]
+    judged = judge(points, [*pairs, *(row for row in rows if row.source == "backbone"), *budgeted])
+    table = entries_of(front, rows, judged, describe)
+    write_front(directory, table)
+    labels = {point.id: point.label for point in points}
     page = Page(
         settings.title or study_dir.name,
         rows,
@@ -223,9 +106,13 @@ def write_report(
         study_text,
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else []), *failed],
-        budgets=budget_cells(rows, entries, describe),
-        sections=[*_times(points, rows, describe), *_comparisons(points, rows), _uncertainty(points, rows)],
+        budgets=budget_cells(rows, entries, describe, judged),
+        sections=[*_times(points, rows, describe), *_comparisons(points, rows), _uncertainty(points, rows, judged)],
         describe=describe,
+        judged=judged,
+        warnings=list(warnings(points, rows, front, judged)),
+        remarks=[drop_to_test(front, rows)],
+        cards=cards(table, points[0].config.search.relative_macs, labels, study_dir),
     )
     write_page(directory / "report.html", page)
     return rows
@@ -251,7 +138,7 @@ def _comparisons(points: Sequence[Point], rows: Sequence[ReportRow]) -> Iterator
         yield comparison_section(found)
 
 
-def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow]) -> PageSection:
+def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow], judged: Judgements) -> PageSection:
     """Writes uncertainty.csv and uncertainty.png, and gives the page's part on them."""
     directory = points[0].study_dir / "report"
     found = uncertainties(points, rows)
@@ -259,7 +146,7 @@ def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow]) -> PageSect
     record = Record.open(RunDir(points[0], "record") / "test")
     classes = (record.layout.topk, int(record.header["num_classes"]))
     share = points[0].config.search.calibration_share
-    return uncertainty_section(found, share, classes, directory / "uncertainty.png")
+    return uncertainty_section(found, share, classes, directory / "uncertainty.png", judged)
 
 
 _MOST_CLASSES = 20  # that the page names
@@ -320,40 +207,3 @@ def _describe(row: ReportRow, costs: Mapping[str, ExitCosts]) -> str:
         return f"the gates of ce_ic_tradeoff {row.ce_ic_tradeoff:g}, seed {row.seed}"
     own = costs[row.point_id]
     return describe_configuration(row.configuration, own.positions, own.head_types)
-
-
-def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:
-    """Writes the study and its points to MLflow; reporting again changes nothing there."""
-    from dynexit.report.tracking import default_tracking_uri, flatten, log_study
-
-    config = points[0].config
-    uri = config.report.tracking_uri or default_tracking_uri(Path(config.runs_dir))
-    own: dict[str, dict[str, float]] = {point.id: {} for point in points}
-    for row in rows:
-        if row.source == "gates":
-            own[row.point_id][f"{row.split}_accuracy"] = row.accuracy
-            own[row.point_id][f"{row.split}_relative_macs"] = row.relative_macs
-    tracked = [
-        {
-            "id": point.id,
-            "name": point.label,
-            "params": flatten(point.config.model_dump(mode="json", exclude={"dist", "report", "infer"})),
-            "metrics": own[point.id],
-            "history": _history(RunDir(point, "train").read_lines(METRICS)),
-            "tags": {"dynexit.method": point.config.train.method},
-        }
-        for point in points
-    ]
-    base = next(row for row in rows if row.source == "backbone" and row.split == "test")
-    metrics = {"backbone_test_accuracy": base.accuracy, "num_points": float(len(points))}
-    log_study(uri, config.name, config.name, tracked, points[0].study_dir / "report", {}, metrics)  # type: ignore[arg-type]
-
-
-def _history(rows: Sequence[MetricsRow]) -> dict[str, list[tuple[int, float]]]:
-    """The per-epoch figures of a training, as (epoch, value) by name."""
-    history: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, float):
-                history.setdefault(name, []).append((row["epoch"], value))
-    return history

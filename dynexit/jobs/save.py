@@ -200,12 +200,12 @@ def _choose(points: Sequence[Point], target: _Target, identity: str | None) -> l
             f"id, {', '.join(backbones)}, or the id of a training"
         )
     by_id = {one: point for point in points for one in (point.id, point.ids["search"])}
-    rows = [row for row in read_csv(table) if row.point_id in by_id or row.point_id == backbones[0]]
+    rows = [row for row in read_csv(table) if row.chosen_by in by_id or row.point_id == backbones[0]]
     alone = front_of(row for row in rows if row.source == "backbone")
     front = _early_front(rows)
     if not alone or not front:
         raise UserError(f"{table} has no operating point of these points; run `dynexit run` on the study again")
-    chosen = [_Chosen("", by_id[one.validation.point_id], one) for one in target.best(front, rows)]
+    chosen = [_Chosen("", by_id[one.validation.chosen_by], one) for one in target.best(front, rows)]
     return [*_named(chosen), _Chosen("backbone", chosen[-1].point, alone[0])]
 
 

@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dynexit.report.judged.outcomes import Judgement, Judgements
+from dynexit.report.judged.words import at_least, at_most, share_text
 from dynexit.report.table import FrontPoint, backbone_accuracy, front_of, percent, within_budgets
 from dynexit.search.budgets import KINDS, Budget
 from dynexit.search.operating_points import ReportRow
@@ -23,13 +25,20 @@ _WORDS = {
 
 
 def budget_cells(
-    rows: Sequence[ReportRow], entries: Mapping[str, Sequence[Mapping[str, Any]]], describe: Callable[[ReportRow], str]
+    rows: Sequence[ReportRow],
+    entries: Mapping[str, Sequence[Mapping[str, Any]]],
+    describe: Callable[[ReportRow], str],
+    judged: Judgements | None = None,
 ) -> list[dict[str, Any]]:
-    """The table's rows. `entries` are the budgets.json of every point by its id, `rows` all operating points."""
+    """The table's rows. `entries` are the budgets.json of every point by its id, `rows` all operating points.
+
+    With the `judged` figures of test a budget holds where the whole interval keeps it.
+    """
+    judged = judged or {}
     asked = _by_budget(entries)
     if not asked:
-        return _off_the_front(rows, describe)
-    found = {(row.point_id, row.budget, row.split): row for row in rows if row.budget}
+        return _off_the_front(rows, describe, judged)
+    found = {(row.search_id, row.budget, row.split): row for row in rows if row.budget}
     base = {split: backbone_accuracy(rows, split) or 0.0 for split in ("validation", "test")}
     table = []
     for text, answers in asked.items():
@@ -45,9 +54,9 @@ def budget_cells(
                 "budget": _words(budget),
                 "configuration": describe(test),
                 "leave": _shares(test),
-                "validation": _figures(budget, entry["validation"]),
-                "test": _figures(budget, entry["test"]),
-                "holds on test": _holds(budget, entry["test"], base["test"]),
+                "validation": _figures(budget, entry["validation"], judged.get((test.key, "validation"))),
+                "test": _figures(budget, entry["test"], judged.get((test.key, "test"))),
+                "holds on test": _holds(budget, entry["test"], base["test"], judged.get((test.key, "test"))),
             }
         )
     return table
@@ -85,9 +94,18 @@ def _rank(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[float,
     return _budget(budget).rank(figures["accuracy"], _cost(budget, figures))
 
 
-def _holds(budget: Mapping[str, Any], figures: Mapping[str, Any], base_accuracy: float) -> bool:
+def _holds(
+    budget: Mapping[str, Any], figures: Mapping[str, Any], base_accuracy: float, judgement: Judgement | None
+) -> bool | str:
     if "risk" in budget:
         return bool(figures["risk"] <= budget["risk"])
+    if judgement is not None:
+        if "relative_macs" in budget:
+            return at_most(judgement.relative_macs, budget["relative_macs"])
+        if "min_accuracy" in budget:
+            return at_least(judgement.accuracy, budget["min_accuracy"])
+        if "max_accuracy_drop" in budget:
+            return at_least(judgement.difference, -budget["max_accuracy_drop"])
     asked = _budget(budget)
     return asked.holds(asked.measure(figures["accuracy"], _cost(budget, figures), base_accuracy))
 
@@ -99,12 +117,14 @@ def _words(budget: Mapping[str, Any]) -> str:
     return _WORDS[kind].format(value) + (f" at batch size {budget['batch_size']}" if "batch_size" in budget else "")
 
 
-def _figures(budget: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    text = _at(_cost(budget, figures), figures["accuracy"])
+def _figures(budget: Mapping[str, Any], figures: Mapping[str, Any], judgement: Judgement | None = None) -> str:
+    text = _at(_cost(budget, figures), figures["accuracy"], judgement)
     return text + (f", risk {figures['risk']:.4f}" if "risk" in budget else "")
 
 
-def _at(cost: float, accuracy: float) -> str:
+def _at(cost: float, accuracy: float, judgement: Judgement | None = None) -> str:
+    if judgement is not None:
+        return f"{cost:.3f} at\N{NO-BREAK SPACE}{share_text(judgement.accuracy)}"
     return f"{cost:.3f} at {percent(accuracy)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
@@ -112,23 +132,28 @@ def _shares(row: ReportRow) -> str:
     return " / ".join(f"{100 * share:.0f}" for share in row.exit_fractions) + " %"
 
 
-def _off_the_front(rows: Sequence[ReportRow], describe: Callable[[ReportRow], str]) -> list[dict[str, Any]]:
+def _off_the_front(
+    rows: Sequence[ReportRow], describe: Callable[[ReportRow], str], judged: Judgements
+) -> list[dict[str, Any]]:
     table: dict[int, dict[str, Any]] = {}
     front = front_of(rows)
     for value in _BUDGETS:
         for point in within_budgets(front, [value]):
             # a larger budget that buys nothing more needs no line
-            table.setdefault(id(point), _front_cells(point, value, describe))
+            table.setdefault(id(point), _front_cells(point, value, describe, judged))
     return list(table.values())
 
 
-def _front_cells(point: FrontPoint, value: float, describe: Callable[[ReportRow], str]) -> dict[str, Any]:
+def _front_cells(
+    point: FrontPoint, value: float, describe: Callable[[ReportRow], str], judged: Judgements
+) -> dict[str, Any]:
     validation, test = point.validation, point.test
+    judgement = judged.get((test.key, "test"))
     return {
         "budget": _WORDS["relative_macs"].format(value),
         "configuration": describe(test),
         "leave": _shares(test),
-        "validation": _at(validation.relative_macs, validation.accuracy),
-        "test": _at(test.relative_macs, test.accuracy),
-        "holds on test": test.relative_macs <= value,
+        "validation": _at(validation.relative_macs, validation.accuracy, judged.get((test.key, "validation"))),
+        "test": _at(test.relative_macs, test.accuracy, judgement),
+        "holds on test": at_most(judgement.relative_macs, value) if judgement else test.relative_macs <= value,
     }

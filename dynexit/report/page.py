@@ -1,17 +1,21 @@
 """The report's page: one HTML file with everything in it, which a browser opens from disk without a network."""
 
 import base64
+import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 
 from dynexit.core.cost import place_name
-from dynexit.report.table import FrontPoint, Hypervolume, Summary, at_tenths, backbone_accuracy, percent, summary
+from dynexit.report.judged.cards import Card
+from dynexit.report.judged.front import FrontEntry, entries_of, even_steps
+from dynexit.report.judged.outcomes import Judgements
+from dynexit.report.table import Hypervolume, Summary, backbone_accuracy, percent, summary
 from dynexit.run_dir import write_text
 from dynexit.search.operating_points import BASELINES, ReportRow, RowTime
 
@@ -40,11 +44,12 @@ class PageSection:
 class Page:
     """What the page shows; all text is escaped.
 
-    The first figure stands on top, the others after the table of the front. `points_table`, `budgets` and the tables of
-    `sections` hold one mapping per row; their keys are the columns, and a missing or None value is an empty cell. A
-    budget's keys are as a rule budget, configuration, validation, test and holds (True or False, shown as yes or no).
-    `study_text` is the resolved study. `describe` puts a row's configuration into words, by default its tradeoff,
-    weight and seed.
+    The first figure is on top, the others after the table of the front. `judged` holds the intervals of rows, which
+    show none without it; `warnings` and `remarks` are sentences, `cards` the budgets to choose from. `points_table`,
+    `budgets` and the tables of `sections` hold one mapping per row; their keys are the columns, and a missing or None
+    value is an empty cell. A budget's keys are as a rule budget, configuration, validation, test and holds (True or
+    False, shown as yes or no). `study_text` is the resolved study. `describe` puts a row's configuration into words, by
+    default its tradeoff, weight and seed.
     """
 
     title: str
@@ -56,18 +61,29 @@ class Page:
     budgets: Sequence[Mapping[str, Any]] = ()
     sections: Sequence[PageSection] = ()
     describe: Callable[[ReportRow], str] | None = None
+    judged: Judgements = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+    cards: Sequence[Card] = ()
 
 
 def write_page(path: Path, page: Page) -> None:
     """Writes the page to `path`, atomically."""
     rows = page.rows
     read = summary(rows)
+    entries = entries_of(read.front, rows, page.judged, page.describe or _describe_row)
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     text = _template().render(
         title=page.title,
-        headline=headline(read),
-        tiles=_tiles(read, backbone_accuracy(rows, "validation")),
+        headline=headline(entries),
+        warnings=page.warnings,
+        remarks=page.remarks,
+        cards=[_card_cells(card) for card in page.cards],
+        script=markupsafe.Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        tiles=_tiles(read, entries, backbone_accuracy(rows, "validation")),
         figures=[_embedded(figure) for figure in page.figures],
-        front=[_front_cells(point, page.describe or _describe_row) for point in at_tenths(read.front)],
+        front=[_front_cells(entry) for entry in even_steps(entries)],
         name_methods=len({row.method for row in rows if row.source not in ("backbone", *BASELINES)}) > 1,
         time_sizes=" / ".join(str(time.batch_size) for time in _timed(read)),
         num_front=len(read.front),
@@ -104,39 +120,50 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
-def headline(read: Summary, budget: float = 0.5) -> str:
+_AGAINST = {
+    "better": "better than the backbone’s",
+    "worse": "worse than the backbone’s",
+    "no difference found": "no difference found to the backbone’s",
+    "too few samples to tell": "too few samples to tell it from the backbone’s",
+}
+
+
+def headline(entries: Sequence[FrontEntry], budget: float = 0.5) -> str:
     """One sentence: what the best point within a budget of relative MACs (on validation) keeps of the backbone."""
-    affordable = [point for point in read.front if point.validation.relative_macs <= budget]
-    if not affordable or read.backbone_accuracy is None:
-        return f"{len(read.front)} operating points on the front."
-    point = affordable[-1]
-    return (
-        f"With {percent(point.test.relative_macs, 0)} of the backbone’s MACs this study reaches "
-        f"{percent(point.test.accuracy)} test accuracy, "
-        f"{_against(point.accuracy_drop)} {percent(read.backbone_accuracy)}."
+    affordable = [one for one in entries if one.validation.on_front and one.validation.relative_macs <= budget]
+    whole = next((one for one in entries if one.validation.source == "backbone"), None)
+    if not affordable or whole is None:
+        return f"{sum(one.validation.on_front for one in entries)} operating points on the front."
+    best = affordable[-1]
+    text = (
+        f"With {percent(best.test.relative_macs, 0)} of the backbone’s MACs this study reaches {best.accuracy} test "
+        "accuracy"
     )
+    if best.on_test is None or not best.verdict:
+        return f"{text}; the backbone’s is {whole.accuracy}."
+    return f"{text}: {_AGAINST[best.verdict]} {whole.accuracy}; the difference is {best.difference} points."
 
 
-def _against(drop: float) -> str:
-    points = round(100 * drop, 2)
-    if points == 0:
-        return "equal to the backbone’s"
-    return f"{abs(points):.2f} points {'below' if points > 0 else 'above'} the backbone’s"
-
-
-def _tiles(read: Summary, validation_base: float | None, most_lost: float = 0.01) -> list[dict[str, str]]:
+def _tiles(
+    read: Summary, entries: Sequence[FrontEntry], validation_base: float | None, most_lost: float = 0.01
+) -> list[dict[str, str]]:
     tiles = []
-    if read.backbone_accuracy is not None:
-        tiles.append({"value": percent(read.backbone_accuracy), "label": "test accuracy of the whole backbone"})
+    for whole in [one for one in entries if one.validation.source == "backbone"][:1]:
+        limits = whole.accuracy.partition(" (")[2]
+        label = "test accuracy of the whole backbone" + (f" ({limits}" if limits else "")
+        tiles.append({"value": percent(read.backbone_accuracy or 0.0), "label": label})
     if read.front:
         tiles.append({"value": f"{read.front[0].test.relative_macs:.2f}×", "label": "MACs where the front starts"})
     close = [
-        point
-        for point in read.front
-        if validation_base is not None and point.validation.accuracy >= validation_base - most_lost
+        one
+        for one in entries
+        if one.validation.on_front
+        and validation_base is not None
+        and one.validation.accuracy >= validation_base - most_lost
     ]
     if close:
-        label = f"MACs for a loss within 1 point on validation ({100 * close[0].accuracy_drop:.2f} on test)"
+        change = f" (on test {close[0].difference})" if close[0].difference else ""
+        label = f"MACs for a loss within 1 point on validation{change}"
         tiles.append({"value": f"{close[0].test.relative_macs:.2f}×", "label": label})
     if read.gates_span:
         low, high = read.gates_span
@@ -144,17 +171,30 @@ def _tiles(read: Summary, validation_base: float | None, most_lost: float = 0.01
     return tiles
 
 
-def _front_cells(point: FrontPoint, describe: Callable[[ReportRow], str]) -> dict[str, Any]:
-    row = point.test
+def _front_cells(entry: FrontEntry) -> dict[str, Any]:
+    row = entry.test
     return {
         "relative_macs": f"{row.relative_macs:.3f}",
         "time": " / ".join(f"{time.relative_time:.2f}" for time in row.times),
-        "accuracy": percent(row.accuracy),
-        "gain": "" if math.isnan(point.accuracy_drop) else f"{-100 * point.accuracy_drop:+.2f} pt".replace("-", "−"),
+        "accuracy": entry.accuracy,
+        "difference": entry.difference,
+        "verdict": entry.verdict,
         "source": row.source,
         "method": row.method if row.source != "backbone" else "",
-        "configuration": describe(row),
+        "configuration": entry.words,
+        "point": row.point_id,
         "shares": [100 * share for share in row.exit_fractions],
+    }
+
+
+def _card_cells(card: Card) -> dict[str, Any]:
+    validation = card.entry.validation
+    return {
+        **_front_cells(card.entry),
+        "budget": card.budget,
+        "label": card.label,
+        "validation": f"{validation.relative_macs:.3f} of the MACs, {percent(validation.accuracy)}",
+        "commands": card.commands,
     }
 
 

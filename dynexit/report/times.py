@@ -22,8 +22,8 @@ class PointTimes:
 
 
 def with_times(rows: Sequence[ReportRow], times: Mapping[str, PointTimes]) -> list[ReportRow]:
-    """The rows with the times of every measured batch size. `times` are by a row's point_id; rows of others stay."""
-    return [replace(row, times=_times(row, times[row.point_id])) if row.point_id in times else row for row in rows]
+    """The rows with the times of every measured batch size. `times` are by the id that chose a row; others stay."""
+    return [replace(row, times=_times(row, times[row.chosen_by])) if row.chosen_by in times else row for row in rows]
 
 
 def _times(row: ReportRow, measured: PointTimes) -> tuple[RowTime, ...]:

@@ -227,8 +227,8 @@ def uncertainties(points: Sequence[Point], rows: Sequence[ReportRow]) -> list[Un
     fitted: dict[tuple[str, float], dict[int, float]] = {}
     quantile = points[0].config.report.quantile
     # record by record, so that one at a time is held in memory
-    for place in sorted(range(len(front)), key=lambda i: by_id[front[i].test.point_id].ids["record"]):
-        point = by_id[front[place].test.point_id]
+    for place in sorted(range(len(front)), key=lambda i: by_id[front[i].test.chosen_by].ids["record"]):
+        point = by_id[front[place].test.chosen_by]
         source = RunDir(point, "record")
         calibration, test = (_outputs_of(front[place].test, point, source, split) for split in ("validation", "test"))
         share = point.config.search.calibration_share
@@ -257,8 +257,9 @@ def write_uncertainty(path: Path, found: Sequence[Uncertainty]) -> None:
     """Writes a row per figure: the point as in operating_points.csv (MACs of test), then the fields of Measure."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_POINT_COLUMNS, "point_id", "configuration", *(field.name for field in fields(Measure))])
+        identity = ("point_id", "search_id", "configuration")
+        writer.writerow([*_POINT_COLUMNS, *identity, *(field.name for field in fields(Measure))])
         for one in found:
             row = one.point.test
-            start = [getattr(row, name) for name in _POINT_COLUMNS]
-            writer.writerows([*start, row.point_id, row.configuration, *astuple(m)] for m in one.measures)
+            start = [getattr(row, name) for name in (*_POINT_COLUMNS, *identity)]
+            writer.writerows([*start, *astuple(m)] for m in one.measures)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.report.figures import uncertainty_figure
+from dynexit.report.judged.outcomes import Judgements
+from dynexit.report.judged.words import share_text
 from dynexit.report.page import Figure, PageSection
 from dynexit.report.table import at_tenths, percent
 from dynexit.report.uncertainty import ALPHA, Uncertainty
@@ -21,7 +23,7 @@ _WHAT = (
 )
 _SAME_DATA = (
     "Nothing of validation was held back (search.calibration_share is 0): the samples that chose thresholds and points "
-    "also calibrate, so of these sets coverage is measured, not promised. Temperatures hang on no threshold."
+    "also calibrate, so of these sets coverage is measured, not promised. Temperatures do not depend on thresholds."
 )
 _HELD_BACK = (
     "What calibrates is the share of validation, {share}, that no search saw and that chose no point "
@@ -34,7 +36,7 @@ _BOUNDS = (
 
 
 def uncertainty_section(
-    found: Sequence[Uncertainty], share: float, classes: tuple[int, int], path: Path
+    found: Sequence[Uncertainty], share: float, classes: tuple[int, int], path: Path, judged: Judgements
 ) -> PageSection:
     """The section on `found`, by rising cost. `share` of validation was held back, `classes` are (recorded, all).
 
@@ -45,15 +47,17 @@ def uncertainty_section(
     if classes[0] < classes[1]:
         remark += _BOUNDS.format(topk=classes[0], num_classes=classes[1])
     shown = at_tenths([one.point for one in found])
-    table = [_cells(one) for one in found if one.point in shown]
+    table = [_cells(one, judged) for one in found if one.point in shown]
     return PageSection(_HEADING, remark, table, _figure(found, path))
 
 
-def _cells(one: Uncertainty) -> dict[str, str]:
+def _cells(one: Uncertainty, judged: Judgements) -> dict[str, str]:
     temperatures = one.temperatures()
+    row = one.point.test
+    judgement = judged.get((row.key, row.split))
     cells = {
-        "MACs": f"{one.point.test.relative_macs:.3f}",
-        "accuracy": percent(one.point.test.accuracy),
+        "MACs": f"{row.relative_macs:.3f}",
+        "accuracy": share_text(judgement.accuracy) if judgement else percent(row.accuracy),
         "ECE": _percent(one.get("ece_quantile")),
         "equal widths": _percent(one.get("ece_width")),
         "scaled": _percent(one.get("ece_quantile_scaled")),

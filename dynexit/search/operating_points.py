@@ -34,7 +34,9 @@ COLUMNS = {
     "classifier last; the last columns are empty for points with fewer exits",
     "on_front": "whether no other point of the table is better in accuracy and MACs on the split that was searched; "
     "false for static and cascade, which are not compared",
-    "point_id": "id of the training, or of the search for what it chose; empty without a study",
+    "point_id": "id of the training, of the prepared backbone for a network with its own classifier; empty without a "
+    "study",
+    "search_id": "id of the search for what it chose; empty for backbone, gates and static, and without a study",
     "configuration": "JSON, [head type or -1, threshold] per position; empty for backbone and gates of a study; of "
     "static and cascade [network, threshold or null] per network",
     "budget": "JSON of the budget or risk that was asked for; empty for an accuracy weight",
@@ -44,9 +46,9 @@ COLUMNS = {
 }
 """The columns of an operating-point table, in order, with their meanings."""
 
-_BEFORE_EXITS, _AFTER_EXITS, _WITH_TIMES = tuple(COLUMNS)[:9], tuple(COLUMNS)[10:14], "time_batch_size"
+_BEFORE_EXITS, _AFTER_EXITS, _WITH_TIMES = tuple(COLUMNS)[:9], tuple(COLUMNS)[10:15], "time_batch_size"
 
-RowKey = tuple[str, str, str, float | None, str, str]
+RowKey = tuple[str, str, str, str, float | None, str, str]
 
 
 class RowTime(NamedTuple):
@@ -73,6 +75,7 @@ class ReportRow:
     exit_fractions: tuple[float, ...]
     on_front: bool = False
     point_id: str = ""
+    search_id: str = ""
     configuration: str = ""
     budget: str = ""
     time_batch_size: int | None = None
@@ -86,9 +89,15 @@ class ReportRow:
         raise KeyError(batch_size)
 
     @property
+    def chosen_by(self) -> str:
+        """The id of what chose the point: its search, or for others its training or backbone."""
+        return self.search_id or self.point_id
+
+    @property
     def key(self) -> RowKey:
         """What the rows of one operating point on both splits share."""
-        return (self.source, self.method, self.point_id, self.accuracy_weight, self.configuration, self.budget)
+        settings = (self.accuracy_weight, self.configuration, self.budget)
+        return (self.source, self.method, self.point_id, self.search_id, *settings)
 
 
 def row_order(row: ReportRow) -> tuple[Any, ...]:
@@ -103,6 +112,7 @@ def row_order(row: ReportRow) -> tuple[Any, ...]:
         first_if_absent(row.seed),
         first_if_absent(row.ce_ic_tradeoff),
         row.point_id,
+        row.search_id,
         first_if_absent(row.accuracy_weight),
         row.configuration,
         row.budget,
@@ -199,6 +209,7 @@ def _row(cells: dict[str, str], exits: tuple[str, ...]) -> ReportRow:
         exit_fractions=tuple(float(cells[name]) for name in exits if cells[name]),
         on_front={"true": True, "false": False}[cells["on_front"]],
         point_id=cells["point_id"],
+        search_id=cells["search_id"],
         configuration=cells["configuration"],
         budget=cells["budget"],
         time_batch_size=int(cells[_WITH_TIMES]) if cells.get(_WITH_TIMES) else None,

@@ -127,9 +127,9 @@ def test_text_is_text(tmp_path, pictures):
 
 def test_a_broken_budget_stands_out_and_numbers_are_aligned(tmp_path, pictures):
     html = page(tmp_path / "report.html", pictures)
-    assert '<td class="no">no</td>' in html
-    assert "<td>yes</td>" in html
-    assert '<td class="number">0.51</td>' in html
+    assert '<td data-label="holds" class="no">no</td>' in html
+    assert '<td data-label="holds">yes</td>' in html
+    assert '<td data-label="test" class="number">0.51</td>' in html
 
 
 def test_a_page_without_anything_is_a_page(tmp_path):

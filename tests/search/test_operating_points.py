@@ -23,10 +23,10 @@ def test_the_file_is_the_documented_table(tmp_path):
     write_csv(tmp_path / "t.csv", rows)
     assert (tmp_path / "t.csv").read_text() == (
         "source,method,seed,ce_ic_tradeoff,accuracy_weight,split,accuracy,macs,relative_macs,exit_0,exit_1,"
-        "on_front,point_id,configuration,budget\n"
-        "backbone,backbone,,,,validation,0.95,100.0,1.0,0.25,0.75,false,b,,\n"
-        "gates,jei_dnn,0,1.0,,validation,0.9,50.0,0.5,0.25,0.75,false,p,,\n"
-        "search,jei_dnn,0,1.0,0.5,test,0.8,30.000000000000004,0.30000000000000004,0.25,0.75,true,p,"
+        "on_front,point_id,search_id,configuration,budget\n"
+        "backbone,backbone,,,,validation,0.95,100.0,1.0,0.25,0.75,false,b,,,\n"
+        "gates,jei_dnn,0,1.0,,validation,0.9,50.0,0.5,0.25,0.75,false,p,,,\n"
+        "search,jei_dnn,0,1.0,0.5,test,0.8,30.000000000000004,0.30000000000000004,0.25,0.75,true,p,,"
         '"[[0,0.5],[-1,0.0]]",\n'
     )
 
