@@ -6,9 +6,9 @@ from typing import Any
 
 from dynexit.errors import UserError
 from dynexit.study.baselines import network_name
+from dynexit.study.data.names import check_files
 from dynexit.study.grid import Study
-from dynexit.study.keys import DATA_SETS
-from dynexit.study.schema import Config, DataSettings
+from dynexit.study.schema import Config
 from launch.plan import missing_jobs
 
 
@@ -28,8 +28,12 @@ def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> N
         is_there = Path(config.backbone.weights or "").is_file()
         check_model(config, weights=reads_weights and (not dry_run or is_there))
 
+    def check_data(config: Config, _: bool) -> None:
+        data = config.data
+        check_files(data.name, data.dir, download=data.download, is_here=data_is_here)
+
     if not dry_run:
-        _check(kinds, _check_weights, lambda config, _: _check_data(config.data, is_here=data_is_here))
+        _check(kinds, _check_weights, check_data)
     _check(kinds, check_fit)
 
 
@@ -40,21 +44,6 @@ def _check_weights(config: Config, reads_weights: bool) -> None:
         raise UserError(
             f"weights file {str(path)!r} {fault}: give the path of a .safetensors or .pth file, or 'pretrained'"
         )
-
-
-def _check_data(data: DataSettings, *, is_here: bool) -> None:
-    """Imports no torch, but for fashion_mnist."""
-    if data.name == "fashion_mnist" and is_here:
-        from dynexit.data import check_files
-
-        check_files(data, is_here=True)
-    if data.name in ("digits", "fashion_mnist") or data.name not in DATA_SETS:
-        return  # part of scikit-learn; a data set of timm is looked for by timm
-    what = f"the folder with the files of {data.name}"
-    if data.dir is None:
-        raise UserError(f"data.dir is not set; {data.name} needs it: {what}")
-    if is_here and not data.download and not Path(data.dir).expanduser().is_dir():
-        raise UserError(f"data.dir = {data.dir}: there is no such folder; it should be {what}")
 
 
 def _check(kinds: list[tuple[Config, bool, str]], *checks: Callable[[Config, bool], None]) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import tempfile
 from typing import Any
 
 # before torch is imported: shared cores make more threads slower, and one thread gives the same bits everywhere
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dynexit-tests-")  # no test leaves files in the user's
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """Data sets as three splits; every sample carries its index."""
 
 from dynexit.data.folders import check_class_order
-from dynexit.data.sets import check_files, describe_data, load_data
+from dynexit.data.sets import describe_data, load_data
 from dynexit.data.splits import Batch, DataSets, Split, Workers, epoch_batches, load_batches, workers_of
 from dynexit.data.transforms import check_colours
 
@@ -12,7 +12,6 @@ __all__ = [
     "Workers",
     "check_class_order",
     "check_colours",
-    "check_files",
     "describe_data",
     "epoch_batches",
     "load_batches",

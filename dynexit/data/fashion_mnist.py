@@ -16,6 +16,7 @@ from torch import Tensor
 from dynexit.data.splits import DataSets, Split, Workers, stratified_order
 from dynexit.data.transforms import CROP_PADDING, GREY
 from dynexit.errors import UserError
+from dynexit.study.data.names import PACKAGE, find_fashion_mnist
 from dynexit.study.schema import DataSettings
 
 SIDE = 28
@@ -23,9 +24,6 @@ CLASS_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-PACKAGE = "dataset-fashion-mnist"
-PACKAGE_DIR = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts the files
-_BELOW = (".", "FashionMNIST/raw", "raw")  # of data.dir; the second is torchvision's
 
 
 def check_fashion_mnist(data: DataSettings) -> None:
@@ -41,24 +39,12 @@ def check_fashion_mnist(data: DataSettings) -> None:
         )
 
 
-def find_fashion_mnist(data: DataSettings) -> Path:
-    """Returns the folder with the idx files. Raises UserError that says where they were looked for."""
-    root = PACKAGE_DIR if data.dir is None else Path(data.dir).expanduser()
-    for below in _BELOW:
-        if any((root / below).glob("train-images-idx3-ubyte*")):
-            return root / below
-    raise UserError(
-        f"fashion_mnist was looked for in {root}: train-images-idx3-ubyte.gz is missing; install Debian's package "
-        f"{PACKAGE}, or set data.dir to the folder with the four idx files"
-    )
-
-
 def load_fashion_mnist(data: DataSettings, workers: Workers) -> DataSets:
     """Returns the splits; data.num_validation images, drawn by class, are held out of the 60,000.
 
     Raises UserError, naming it, where a file is missing or damaged.
     """
-    folder = find_fashion_mnist(data)
+    folder = find_fashion_mnist(data.dir)
     pixels, labels = {}, {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         pixels[split] = read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)

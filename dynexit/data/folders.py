@@ -8,6 +8,7 @@ from dynexit.data.file_tree import read_tree, remarks_of, some, visible_folders
 from dynexit.data.images import FileSource, Sources
 from dynexit.data.inspection import inspect_images
 from dynexit.data.pixels import EXTENSIONS
+from dynexit.data.sources.labels import are_numbers, check_labelled_files, read_labels
 from dynexit.errors import UserError
 from dynexit.files import read_text
 from dynexit.study.schema import DataSettings
@@ -38,7 +39,29 @@ def class_folders(data: DataSettings) -> list[str]:
     The order is `data.class_order`; null takes torchvision's. Raises UserError if there is none, or if the order does
     not fit.
     """
+    if data.labels is not None:
+        return _labelled_classes(data)
     return _ordered(data, _class_names(_split_folders(data)[0]["train"]))
+
+
+def _labels(data: DataSettings) -> dict[str, dict[str, str]]:
+    assert data.labels is not None
+    return read_labels(data.labels, existing_dir(data, "the folder with the images"), SPLIT_NAMES)
+
+
+def _labelled_classes(data: DataSettings) -> list[str]:
+    """The names of data.labels in their order. Whole numbers are indices of classes, unless data.class_order is set."""
+    labels = _labels(data)
+    names = {label for split in labels.values() for label in split.values()}
+    if data.class_order is not None or not are_numbers(labels):
+        return _ordered(data, sorted(names))
+    highest = max(map(int, names))
+    if data.num_classes is not None and highest >= data.num_classes:
+        raise UserError(
+            f"data.labels = {data.labels}: has the label {highest}, and data.num_classes = {data.num_classes} allows 0 "
+            f"to {data.num_classes - 1}; correct one of them"
+        )
+    return [str(i) for i in range(data.num_classes or highest + 1)]
 
 
 def check_class_order(data: DataSettings) -> None:
@@ -49,7 +72,9 @@ def check_class_order(data: DataSettings) -> None:
     is_known = data.name not in ("image_folder", "imagenet") or data.class_order is not None
     if is_known or data.dir is None or not Path(data.dir).expanduser().is_dir():  # the job's node may have the folder
         return
-    names = _class_names(_split_folders(data)[0]["train"])
+    if data.labels is not None and are_numbers(_labels(data)):
+        return
+    names = _labelled_classes(data) if data.labels is not None else _class_names(_split_folders(data)[0]["train"])
     pairs = zip(_sorted_by(names, "torchvision"), _sorted_by(names, "timm"), strict=True)
     differing = next(((i, ours, theirs) for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
     if differing:
@@ -98,6 +123,8 @@ def read_folders(data: DataSettings) -> Sources:
     `val`. Raises UserError if there are no images, if the classes of the splits differ, and for images that
     `data.check_images` finds damaged.
     """
+    if data.labels is not None:
+        return _read_labelled(data)
     folders, remarks = _split_folders(data)
     classes = class_folders(data)
     expected = data.num_classes or (IMAGENET_CLASSES if data.name == "imagenet" else len(classes))
@@ -122,9 +149,27 @@ def read_folders(data: DataSettings) -> Sources:
     )
 
 
+def _read_labelled(data: DataSettings) -> Sources:
+    assert data.labels is not None
+    root, labels, classes = existing_dir(data, ""), _labels(data), class_folders(data)
+    check_labelled_files(data.labels, root, labels)
+    label_of = {name: label for label, name in enumerate(classes)}
+    if are_numbers(labels) and data.class_order is None:  # 07 is 7
+        label_of = {name: int(name) for split in labels.values() for name in split.values()}
+    sources = {
+        split: FileSource(root, root, list(files), [label_of[label] for label in files.values()])
+        for split, files in labels.items()
+    }
+    check = checked_part(data)
+    remarks = inspect_images(list(sources.values()), pixels=check == "pixels") if check != "none" else []
+    return Sources(
+        sources["train"], sources.get("test"), sources.get("validation"), tuple(classes), remarks=tuple(remarks)
+    )
+
+
 def checked_part(data: DataSettings) -> str:
     """What `data.check_images` asks to read of every image: none, headers or pixels."""
-    return data.check_images or ("none" if data.name == "imagenet" else "pixels")
+    return data.check_images or ("none" if data.name == "imagenet" else "headers")
 
 
 def _split_folders(data: DataSettings) -> tuple[dict[str, Path], list[str]]:

@@ -19,7 +19,7 @@ from dynexit.data.memory.pixels import LIMIT_BYTES, PixelMemory, fits
 from dynexit.data.memory.steps import steps_of
 from dynexit.data.pixels import NOT_AN_IMAGE, decode_path, open_image
 
-Transform = Callable[[Image.Image], Tensor]  # to (3, H, W) float32, normalised
+Transform = Callable[[Image.Image], Tensor]  # to (C, H, W) float32, normalised
 
 
 class Source(Protocol):
@@ -123,7 +123,8 @@ class TransformedImages:
 
     def _kept_shapes(self) -> np.ndarray | None:
         """(N, 3): the shape of what would be kept of each image; None where that is not known or far too much."""
-        shapes_N3 = np.array([[3, self.image_size, self.image_size]]).repeat(len(self.rows), 0)
+        channels = 3 if self.steps is None else len(self.steps.values_CV)
+        shapes_N3 = np.array([[channels, self.image_size, self.image_size]]).repeat(len(self.rows), 0)
         if self.steps is not None:
             return shapes_N3
         is_likely = self.cache == "memory" or int(shapes_N3.prod(1).sum()) <= LIMIT_BYTES
@@ -150,7 +151,7 @@ class TransformedImages:
         else:
             image = Image.fromarray(self._kept(self.memory, index))
         if self.seed is not None:
-            _seed_all(self.seed, epoch, index)
+            seed_all(self.seed, epoch, index)
         return self.transform(image)
 
     def _kept(self, memory: PixelMemory, index: int) -> np.ndarray:
@@ -172,7 +173,7 @@ class TransformedImages:
         return self.steps.augment(pixels)
 
 
-def _seed_all(*entropy: int) -> None:
+def seed_all(*entropy: int) -> None:
     """Seeds the three generators that transforms draw from: Python's, numpy's and torch's."""
     words = np.random.SeedSequence(entropy).generate_state(4)
     random.seed(words[:2].tobytes())

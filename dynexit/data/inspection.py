@@ -1,9 +1,12 @@
-"""Reads every image of a folder once, before anything is trained on it: damage, rotation, copies in several splits."""
+"""Reads the images of a folder once, before anything is trained on it: damage, rotation, copies in several splits."""
 
 import collections
+import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,9 +22,11 @@ from dynexit.data.pixels import (
     open_image,
     to_rgb,
 )
+from dynexit.data.sources.checked import PIXELS, ROTATED, UNSTATED_DEPTH, CheckedFiles
 from dynexit.errors import UserError
 
 _NUM_THREADS = 16
+_CHUNK = 500  # images that a thread takes at once
 _MOST_LISTED = 20  # classes that are listed one by one
 _DAMAGED = "do not decode"
 _OUT_OF_RANGE = "have numbers that are no intensities (floats outside [0, 1], or negative integers)"
@@ -30,22 +35,24 @@ _OUT_OF_RANGE = "have numbers that are no intensities (floats outside [0, 1], or
 class _Finding(NamedTuple):
     fault: str  # '' if there is none
     path: str  # of the image that has it
-    rotated: bool = False
-    unstated_depth: bool = False
+    seen: int = 0  # bits of a record
 
 
 def inspect_images(sources: Sequence[FileSource], *, pixels: bool) -> list[str]:
-    """Reads the headers (or `pixels`) of all images; returns remarks on them.
+    """Reads the headers (or `pixels`) of all images that changed since they were last checked; returns remarks on them.
 
     Raises UserError, with a line for each split and fault, that names the images which cannot be read.
     """
     faults, rotated, unstated = [], 0, 0
     for source in sources:
+        checked, num_images = CheckedFiles(source.folder), len(source.labels)
+        chunks = [range(i, min(i + _CHUNK, num_images)) for i in range(0, num_images, _CHUNK)]
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            rows = range(len(source.labels))
-            found = list(pool.map(lambda row, source=source: _inspect(source, row, pixels), rows, chunksize=256))
-        rotated += sum(one.rotated for one in found)
-        unstated += sum(one.unstated_depth for one in found)
+            inspect = functools.partial(_inspect_rows, source, checked, pixels)
+            found = list(itertools.chain.from_iterable(pool.map(inspect, chunks)))
+        checked.save()
+        rotated += sum(bool(one.seen & ROTATED) for one in found)
+        unstated += sum(bool(one.seen & UNSTATED_DEPTH) for one in found)
         for fault in (_DAMAGED, _OUT_OF_RANGE):
             paths = [one.path for one in found if one.fault == fault]
             if paths:
@@ -66,18 +73,25 @@ def inspect_images(sources: Sequence[FileSource], *, pixels: bool) -> list[str]:
     return remarks
 
 
-def _inspect(source: FileSource, row: int, pixels: bool) -> _Finding:
-    path = source.path(row)
+def _inspect_rows(source: FileSource, checked: CheckedFiles, pixels: bool, rows: Sequence[int]) -> list[_Finding]:
+    return [_inspect(source.path(row), checked, pixels) for row in rows]
+
+
+def _inspect(path: Path, checked: CheckedFiles, pixels: bool) -> _Finding:
     try:
-        with open_image(path) as image:
-            rotated, unstated = is_rotated(image), has_unstated_depth(image)
-            if pixels:
-                to_rgb(image, str(path))
+        key = checked.key(path)
+        seen = checked.get(key, pixels=pixels)
+        if seen is None:
+            with open_image(path) as image:
+                seen = ROTATED * is_rotated(image) + UNSTATED_DEPTH * has_unstated_depth(image) + PIXELS * pixels
+                if pixels:
+                    to_rgb(image, str(path))
+            checked.add(key, seen)
     except PixelRangeError:
         return _Finding(_OUT_OF_RANGE, str(path))
     except NOT_AN_IMAGE:
         return _Finding(_DAMAGED, str(path))
-    return _Finding("", "", rotated, unstated)
+    return _Finding("", "", seen)
 
 
 def copies_remark(splits: Mapping[str, tuple[FileSource, Tensor]]) -> Iterator[str]:

@@ -7,15 +7,18 @@ from types import MappingProxyType
 import torch
 
 from dynexit.data.digits import load_digits, num_train_digits
-from dynexit.data.fashion_mnist import check_fashion_mnist, find_fashion_mnist, load_fashion_mnist
-from dynexit.data.folders import IMAGENET_CLASSES, checked_part, class_folders, existing_dir, read_folders
+from dynexit.data.fashion_mnist import check_fashion_mnist, load_fashion_mnist
+from dynexit.data.folders import IMAGENET_CLASSES, checked_part, class_folders, read_folders
 from dynexit.data.images import FileSource, Source, Sources, TransformedImages
 from dynexit.data.inspection import class_remarks, copies_remark
+from dynexit.data.sources.named import read_torchvision
+from dynexit.data.sources.python import describe_own, load_own
 from dynexit.data.splits import DataSets, Split, Workers, stratified_order
 from dynexit.data.timm_sets import TORCH_CLASSES, read_timm
 from dynexit.data.torchvision_sets import read_cifar, read_svhn
-from dynexit.data.transforms import test_transform, train_transform
+from dynexit.data.transforms import GREY, mean_and_std, num_channels, test_transform, train_transform
 from dynexit.errors import UserError
+from dynexit.study.data.names import OWN, TORCHVISION_SETS
 from dynexit.study.schema import DataSettings
 
 
@@ -34,16 +37,9 @@ _SETS: Mapping[str, _Set] = MappingProxyType(
         "svhn": _Set(read_svhn, 10),
         "imagenet": _Set(read_folders, IMAGENET_CLASSES),
         "image_folder": _Set(read_folders, None),
+        **{name: _Set(read_torchvision, known.num_classes) for name, known in TORCHVISION_SETS.items()},
     }
 )
-
-
-def check_files(data: DataSettings, *, is_here: bool) -> None:
-    """Raises UserError if data.dir is not set and needed or, if this machine needs the data, has no such folder."""
-    if data.name == "fashion_mnist" and is_here:
-        find_fashion_mnist(data)
-    elif data.name in _SETS and (data.dir is None or (is_here and not data.download)):
-        existing_dir(data, f"the folder with the files of {data.name}")
 
 
 def describe_data(data: DataSettings) -> tuple[int, int]:
@@ -57,6 +53,12 @@ def describe_data(data: DataSettings) -> tuple[int, int]:
         )
     if data.class_order is not None and data.name not in ("image_folder", "imagenet"):
         raise UserError(f"data.class_order = {data.class_order}: {data.name} has no class folders; remove the key")
+    if data.labels is not None and data.name != "image_folder":
+        raise UserError(f"data.labels = {data.labels}: {data.name} has its own labels; remove the key")
+    if data.name in GREY and data.channels == 3:
+        remedy = "set data.name=torch/fashion_mnist" if data.name == "fashion_mnist" else "remove the key"
+        raise UserError(f"data.channels = 3: {data.name} is grey; {remedy}")
+    mean_and_std(data)
     if data.name == "digits":
         _refuse_transforms(data)
         num_train_digits(data)
@@ -64,15 +66,18 @@ def describe_data(data: DataSettings) -> tuple[int, int]:
     if data.name == "fashion_mnist":
         check_fashion_mnist(data)
         return _num_classes(data, 10), 1
+    if data.name.startswith(OWN):
+        return describe_own(data)
+    channels = num_channels(data)
     if data.train_transform or data.test_transform:
         train_transform(data)
         test_transform(data)
     if data.name == "image_folder":
-        return _num_classes(data, len(class_folders(data))), 3
+        return _num_classes(data, len(class_folders(data))), channels
     if data.name == "imagenet":
-        return data.num_classes or IMAGENET_CLASSES, 3  # parts of ImageNet are in use, as its first 100 classes
+        return data.num_classes or IMAGENET_CLASSES, channels  # parts of ImageNet are in use, as its first 100 classes
     known = TORCH_CLASSES.get(data.name.lower()) if "/" in data.name else _SETS[data.name].num_classes
-    return _num_classes(data, known), 3
+    return _num_classes(data, known), channels
 
 
 def _num_classes(data: DataSettings, known: int | None) -> int:
@@ -104,6 +109,8 @@ def load_data(data: DataSettings, workers: Workers | None = None, *, checked: bo
         return _with_class_counts(load_digits(data, workers))
     if data.name == "fashion_mnist":
         return _with_class_counts(load_fashion_mnist(data, workers))
+    if data.name.startswith(OWN):
+        return _with_class_counts(load_own(data, workers))
     augment, is_random = train_transform(data)
     plain = test_transform(data)
     sources = (read_timm if "/" in data.name else _SETS[data.name].read)(data)

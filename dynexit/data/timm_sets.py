@@ -13,6 +13,7 @@ from PIL import Image
 from dynexit.data.images import Sources
 from dynexit.data.pixels import NOT_AN_IMAGE, accepted_formats_only, decode, decode_path, to_rgb
 from dynexit.errors import UserError
+from dynexit.study.data.names import check_files
 from dynexit.study.schema import DataSettings
 
 TORCH_CLASSES = dict.fromkeys(
@@ -31,12 +32,13 @@ def read_timm(data: DataSettings) -> Sources:
     return Sources(train, test, class_names=train.class_names)
 
 
-def _read_split(data: DataSettings, split: str) -> "_Indexed | _Streamed":
+def _read_split(data: DataSettings, split: str) -> "Indexed | _Streamed":
     from timm.data.dataset import IterableImageDataset
     from timm.data.dataset_factory import create_dataset
 
     # timm would clip 16-bit images; `to_rgb` converts them. Tensorflow's images have 8 bits, and timm needs their mode.
     mode = "RGB" if data.name.startswith("tfds/") else ""
+    check_files(data.name, data.dir, download=data.download, is_here=True)
     root = None if data.dir is None else str(Path(data.dir).expanduser())
     try:
         with _offline(data.download):
@@ -49,10 +51,10 @@ def _read_split(data: DataSettings, split: str) -> "_Indexed | _Streamed":
         ) from None
     if isinstance(dataset, IterableImageDataset):
         return _Streamed(dataset, f"{data.name}, split {split}")
-    return _Indexed(dataset, f"{data.name}, split {split}")
+    return Indexed(dataset, f"{data.name}, split {split}")
 
 
-class _Indexed:
+class Indexed:
     """A data set of timm's, or of torchvision's, that is asked by index."""
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -81,8 +83,11 @@ def _labels(dataset: Any) -> Any:
     reader = getattr(dataset, "reader", dataset)
     if hasattr(reader, "iter_targets"):
         return list(reader.iter_targets())
-    if hasattr(reader, "targets"):
-        return reader.targets
+    for name in ("targets", "_labels", "labels", "y"):  # torchvision's data sets store them under one of these
+        if reader is dataset and hasattr(dataset, name):
+            return getattr(dataset, name)
+    if hasattr(dataset, "_samples"):
+        return [label for _, label in dataset._samples]
     with accepted_formats_only():
         return [dataset[row][1] for row in range(len(dataset))]  # decodes every image once: nothing else is offered
 

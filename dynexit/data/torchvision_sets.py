@@ -22,11 +22,11 @@ def read_cifar(data: DataSettings) -> Sources:
     from torchvision import datasets
 
     cls = datasets.CIFAR10 if data.name == "cifar10" else datasets.CIFAR100
-    root = _root(data)
+    root = data_folder(data)
     folder = root / cls.base_folder
     files = {name: (folder / name, md5) for name, md5 in (*cls.train_list, *cls.test_list)}
     files[cls.meta["filename"]] = (folder / cls.meta["filename"], cls.meta["md5"])
-    with _one_process_at_a_time(data, root):
+    with one_process_at_a_time(data, root):
         train, test = (
             _read(data, cls, files, f"unpack {cls.url} (MD5 {cls.tgz_md5}) in {root}", root=root, train=is_train)
             for is_train in (True, False)
@@ -43,9 +43,9 @@ def read_svhn(data: DataSettings) -> Sources:
     """SVHN's cropped digits: 73,257 of `train` and 26,032 of `test`; `extra` is not used."""
     from torchvision import datasets
 
-    root = _root(data)
+    root = data_folder(data)
     found = []
-    with _one_process_at_a_time(data, root):
+    with one_process_at_a_time(data, root):
         for split in ("train", "test"):
             url, name, md5 = datasets.SVHN.split_list[split]
             how = f"put {url} there"
@@ -54,7 +54,8 @@ def read_svhn(data: DataSettings) -> Sources:
     return Sources(train=train, test=test, class_names=tuple("0123456789"))
 
 
-def _root(data: DataSettings) -> Path:
+def data_folder(data: DataSettings) -> Path:
+    """Returns data.dir, made if the data set may be downloaded. Raises UserError if there is none."""
     if data.download and data.dir is not None:
         try:
             Path(data.dir).expanduser().mkdir(parents=True, exist_ok=True)
@@ -106,8 +107,8 @@ def _thinned(source: ArraySource, factor: float) -> ArraySource:
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(data: DataSettings, root: Path) -> Iterator[None]:
-    """Ranks that download would write the same files at the same time."""
+def one_process_at_a_time(data: DataSettings, root: Path) -> Iterator[None]:
+    """Holds a lock while data is downloaded: ranks would write the same files at the same time."""
     if not data.download:
         yield
         return

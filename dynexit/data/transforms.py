@@ -16,8 +16,10 @@ from PIL import Image
 
 from dynexit.data.images import Transform, kept_random_state
 from dynexit.errors import UserError
+from dynexit.study.data.names import OWN, TORCHVISION_SETS
 from dynexit.study.schema import DataSettings
 
+_LARGEST_SMALL = 64  # pixels: a crop to 87.5 % of so few would lose too much
 CROP_PADDING = 1 / 8  # of the image size: 28 of 224 pixels, and 4 of 32
 
 # mean and standard deviation of red, green and blue, of the full intensity
@@ -65,8 +67,24 @@ _SET_BY_OTHER_KEYS = {
 
 
 def recipe_of(data: DataSettings) -> Recipe:
-    """The data set's row of the table."""
+    """Returns how images are transformed where the keys say nothing else. Small images are not cropped for the test."""
+    known = TORCHVISION_SETS.get(data.name)
+    if known is not None and known.channels == 1:
+        return Recipe("none", "half")
+    if known is not None and known.kind == "symbols":
+        return Recipe("none", "imagenet")
+    if known is not None or data.name.startswith(OWN) or data.labels is not None:
+        is_small = data.image_size <= _LARGEST_SMALL or (known is not None and known.kind == "small")
+        return Recipe("pad_crop", "imagenet") if is_small else RECIPES["timm"]
     return RECIPES["timm" if "/" in data.name else data.name]
+
+
+def num_channels(data: DataSettings) -> int:
+    """Returns the channels of the images that the backbone sees."""
+    if data.name in GREY:
+        return 1
+    known = TORCHVISION_SETS.get(data.name)
+    return data.channels or (3 if known is None else known.channels)
 
 
 def train_transform(data: DataSettings) -> tuple[Transform, bool]:
@@ -93,8 +111,28 @@ def test_transform(data: DataSettings) -> Transform:
     return _resize(data)
 
 
-def _mean_and_std(data: DataSettings) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    return NORMALISATIONS[data.normalisation or recipe_of(data).normalisation]
+def mean_and_std(data: DataSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and the standard deviation of each channel, of the full intensity.
+
+    Grey images take the average of three colours. Raises UserError for numbers of another count of channels.
+    """
+    if data.name in GREY:
+        return GREY[data.name][:1], GREY[data.name][1:]
+    given, channels = data.normalisation or recipe_of(data).normalisation, num_channels(data)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    if isinstance(given, str):
+        mean, std = NORMALISATIONS[given]
+    else:
+        mean, std = (tuple(values) for values in given)
+        if len(mean) not in (1, channels):
+            raise UserError(
+                f"data.normalisation = {given}: has numbers of {len(mean)} channels, and the images have {channels}; "
+                f"give {channels}"
+            )
+    if channels == 1:
+        return (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return mean * (channels // len(mean)), std * (channels // len(std))
 
 
 def check_colours(data: DataSettings, published: Mapping[str, Any]) -> None:
@@ -103,9 +141,9 @@ def check_colours(data: DataSettings, published: Mapping[str, Any]) -> None:
     `published` is what timm says of the weights.
     """
     mean, std = published.get("mean"), published.get("std")
-    if data.name in GREY or mean is None or std is None:
+    if num_channels(data) == 1 or mean is None or std is None:
         return
-    pairs = zip(itertools.chain(*_mean_and_std(data)), itertools.chain(mean, std), strict=True)
+    pairs = zip(itertools.chain(*mean_and_std(data)), itertools.chain(mean, std), strict=True)
     if all(math.isclose(a, b, abs_tol=2e-3) for a, b in pairs):
         return
     name = next((name for name, one in NORMALISATIONS.items() if one == (mean, std)), None)
@@ -119,13 +157,14 @@ def check_colours(data: DataSettings, published: Mapping[str, Any]) -> None:
 def _resize(data: DataSettings, padding: int = 0, flip: float = 0.0) -> Transform:
     from torchvision import transforms
 
-    steps = [transforms.Resize((data.image_size, data.image_size))]
+    steps = [transforms.Grayscale(1)] * (num_channels(data) == 1)
+    steps.append(transforms.Resize((data.image_size, data.image_size)))
     if padding:
         steps.append(transforms.RandomCrop(data.image_size, padding))
     if flip:
         steps.append(transforms.RandomHorizontalFlip(flip))
     transform: Transform = transforms.Compose(
-        [*steps, transforms.ToTensor(), transforms.Normalize(*_mean_and_std(data))]
+        [*steps, transforms.ToTensor(), transforms.Normalize(*mean_and_std(data))]
     )
     return transform
 
@@ -140,6 +179,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 def _timm_transform(data: DataSettings, key: str, arguments: Mapping[str, Any], *, is_training: bool) -> Transform:
     from timm.data import auto_augment
     from timm.data.transforms_factory import create_transform
+    from torchvision.transforms import Grayscale
 
     auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if "Posterize" in name})
     known = sorted(set(inspect.signature(create_transform).parameters) - _SET_BY_OTHER_KEYS)
@@ -148,16 +188,18 @@ def _timm_transform(data: DataSettings, key: str, arguments: Mapping[str, Any], 
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise UserError(f"data.{key}.{name}: timm's transform has no such argument here; {hint}")
-    mean, std = _mean_and_std(data)
+    mean, std = mean_and_std(data)
     try:
         transform: Transform = create_transform(
             data.image_size, is_training=is_training, mean=mean, std=std, **arguments
         )
+        if len(mean) == 1:
+            transform.transforms.insert(0, Grayscale(1))  # type: ignore[attr-defined]
         with kept_random_state():  # tried once, so that a wrong value shows before anything starts
             shape = tuple(transform(Image.new("RGB", (2 * data.image_size, data.image_size))).shape)
     except Exception as error:  # what timm raises for a wrong value is of no one class
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"data.{key} = {dict(arguments)!r}: timm refuses it ({text})") from None
-    if shape != (3, data.image_size, data.image_size):
+    if shape != (len(mean), data.image_size, data.image_size):
         raise UserError(f"data.{key} = {dict(arguments)!r} gives images of shape {shape} and not of data.image_size")
     return transform

@@ -14,6 +14,7 @@ from dynexit.data.images import Transform
 from dynexit.data.pixels import EXTENSIONS, decode
 from dynexit.data.transforms import GREY, test_transform
 from dynexit.errors import UserError
+from dynexit.study.data.names import OWN
 from dynexit.study.schema import DataSettings
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Predictions:
 
 def image_transform(data: DataSettings, num_channels: int) -> Transform:
     """Returns the transform of test images of a data set, from an image of Pillow in RGB to (C, H, W)."""
+    if data.name.startswith(OWN) and data.normalisation is None:
+        raise UserError(
+            f"the model was trained on tensors that a program made ({data.name}); call it with such tensors; there "
+            "is no transform for image files"
+        )
     if data.name not in GREY:
         return test_transform(data)
     from torchvision import transforms

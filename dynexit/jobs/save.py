@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dynexit.core.confidence import max_probability
 from dynexit.data import load_data, workers_of
-from dynexit.data.transforms import GREY, NORMALISATIONS, recipe_of
+from dynexit.data.sources.python import gives_tensors
+from dynexit.data.transforms import GREY, mean_and_std, recipe_of
 from dynexit.deploy.assembly import attach_exits
 from dynexit.deploy.card import CardKind, write_card
 from dynexit.deploy.description import FORMAT, Preprocessing, SavedPoint
@@ -37,7 +38,9 @@ from dynexit.report.table import FrontPoint, front_of
 from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.search.operating_points import ReportRow, read_csv
+from dynexit.study.data.names import OWN
 from dynexit.study.grid import Point
+from dynexit.study.schema import DataSettings
 
 _NUM_PROBES = 8
 _OTHER_MODEL = 0.01
@@ -97,7 +100,7 @@ def run_save(
             "dynexit": importlib.metadata.version("dynexit"),
             "trainings": {training: records[training].saved_training() for training in trained},
             "points": saved,
-            "preprocessing": Preprocessing(data=_preprocessing(first)),
+            "preprocessing": Preprocessing(data=_preprocessing(first, data.in_channels)),
             "class_names": class_names,
             "tolerance": tolerance,
             "provenance": _provenance(first, trained),
@@ -263,12 +266,15 @@ def _check_answers(
             )
 
 
-def _mean_and_std(point: Point, num_channels: int) -> tuple[Sequence[float], Sequence[float]]:
-    settings = point.config.data
-    if settings.name in GREY:
-        mean, std = GREY[settings.name]
-        return [mean] * num_channels, [std] * num_channels
-    return NORMALISATIONS[settings.normalisation or recipe_of(settings).normalisation]
+def _takes_tensors(data: DataSettings) -> bool:
+    return data.name.startswith(OWN) and gives_tensors(data)
+
+
+def _mean_and_std(point: Point, channels: int) -> tuple[Sequence[float], Sequence[float]]:
+    data = point.config.data
+    if _takes_tensors(data):
+        return [0.0] * channels, [1.0] * channels
+    return mean_and_std(data.model_copy(update={"channels": channels}))
 
 
 def _class_names(point: Point, num_classes: int) -> tuple[str, ...]:
@@ -276,12 +282,15 @@ def _class_names(point: Point, num_classes: int) -> tuple[str, ...]:
     return tuple(class_names(point) or map(str, range(num_classes)))
 
 
-def _preprocessing(point: Point) -> dict[str, Any]:
+def _preprocessing(point: Point, channels: int) -> dict[str, Any]:
     """What image files need of the section `data`, so that a later change of a default changes nothing."""
     data = point.config.data
     content = data.model_dump(mode="json", include={"name", "image_size", "test_transform", "normalisation"})
-    if data.name not in GREY:
+    if data.name not in GREY and not _takes_tensors(data):
         content["normalisation"] = data.normalisation or recipe_of(data).normalisation
+        content["channels"] = channels if channels in (1, 3) else None
+    if data.labels is not None:
+        content["labels"] = Path(data.labels).name  # decides on default transforms
     return content
 
 

@@ -9,11 +9,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.search_methods import SEARCH_METHODS
+from dynexit.study.data.names import data_set_name
 from dynexit.study.own_code import FUNCTION
 
-DATA_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_lt", "svhn", "imagenet", "image_folder")
 _MOST_STEPS, _MOST_DIGITS = 10**6, 12  # of a range; of a step that a message proposes
-TIMM_DATA_SETS = ("torch", "hfds", "hfids", "tfds", "wds")  # before the slash of a name that timm knows
 
 
 def key(
@@ -32,14 +31,6 @@ def key(
     extra: dict[str, Any] = {"unit": unit, "changes_results": changes_results, "omit_default": omit_default}
     arguments = {"description": meaning, "json_schema_extra": extra, **limits}
     return Field(default_factory=default, **arguments) if callable(default) else Field(default, **arguments)
-
-
-def _known_data_set(name: str) -> str:
-    kind, slash, rest = name.partition("/")
-    if name not in DATA_SETS and not (slash and rest and kind in TIMM_DATA_SETS):
-        of_timm = ", ".join(f"{kind}/NAME" for kind in TIMM_DATA_SETS)
-        raise ValueError(f"no data set of this name; known are {', '.join(DATA_SETS)}, and of timm {of_timm}")
-    return name
 
 
 def no_duplicates(values: Any) -> Any:
@@ -106,9 +97,18 @@ def _one_of(names: Iterable[str]) -> Callable[[Any], Any]:
     return check
 
 
+def _mean_and_std(values: list[list[float]]) -> list[list[float]]:
+    if len(values) != 2 or len(values[0]) != len(values[1]) or len(values[0]) not in (1, 3) or min(values[1]) <= 0:
+        raise ValueError(
+            "should be the means and the standard deviations of 1 or 3 channels, as [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]]"
+        )
+    return values
+
+
 ConfidenceName = Annotated[str, BeforeValidator(_one_of(CONFIDENCES))]
 SearchMethodName = Annotated[str, BeforeValidator(_one_of(SEARCH_METHODS))]
-DataSetName = Annotated[str, AfterValidator(_known_data_set)]
+DataSetName = Annotated[str, AfterValidator(data_set_name)]
+MeanAndStd = Annotated[list[list[float]], AfterValidator(_mean_and_std)]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Budgeted = Annotated[float, Field(gt=0)]
 BatchSize = Annotated[int, Field(ge=1)]

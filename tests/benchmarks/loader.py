@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from dynexit.data import Split, Workers, epoch_batches, load_batches, load_data
-from dynexit.data.fashion_mnist import GreyImages, find_fashion_mnist, read_idx
+from dynexit.data.fashion_mnist import GreyImages, read_idx
 from dynexit.data.images import ArraySource, TransformedImages
 from dynexit.data.splits import Images
 from dynexit.data.transforms import GREY, train_transform
+from dynexit.study.data.names import find_fashion_mnist
 from dynexit.study.schema import DataSettings
 
 BATCH, NUM_FILES, SIDE = 128, 512, 224
@@ -46,7 +47,7 @@ def compare(name: str, fast: Callable[[], float], slow: Callable[[], float], rou
 
 
 def fashion_mnist(rounds: int) -> None:
-    pixels = read_idx(find_fashion_mnist(DataSettings(name="fashion_mnist")), "train-images-idx3-ubyte", 3)
+    pixels = read_idx(find_fashion_mnist(None), "train-images-idx3-ubyte", 3)
     batched = GreyImages(pixels, 32, GREY["fashion_mnist"], seed=0)
     source = ArraySource(np.repeat(pixels[..., None], 3, 3), np.zeros(len(pixels)))
     transform, _ = train_transform(DataSettings(name="cifar10"))

@@ -82,7 +82,7 @@ def test_images_that_do_not_decode_are_named_before_training(tmp_path: Path, che
         "remove them"
     )
     load_data(folder(tmp_path, check_images="none"))
-    with pytest.raises(UserError, match=r"^2 of 12 images"):  # without being asked
+    with pytest.raises(UserError, match=r"^1 of 12 images"):  # without being asked
         load_data(folder(tmp_path))
     load_data(folder(tmp_path), checked=True)
 

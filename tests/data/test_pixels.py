@@ -172,7 +172,7 @@ def test_images_without_a_range_are_named_before_training(tmp_path: Path) -> Non
     Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "cat" / "x.tif")
     (tmp_path / "dog" / "y.png").write_bytes(b"no image")
     with pytest.raises(UserError) as caught:
-        load_data(folder(tmp_path))
+        load_data(folder(tmp_path, check_images="pixels"))
     assert str(caught.value).splitlines() == [
         f"1 of 14 images in {tmp_path} do not decode: {tmp_path}/dog/y.png; replace them or remove them",
         f"1 of 14 images in {tmp_path} have numbers that are no intensities (floats outside [0, 1], or negative "

@@ -5,7 +5,7 @@ import torch
 
 from dynexit.data import describe_data, load_data
 from dynexit.errors import UserError
-from dynexit.study.keys import DATA_SETS
+from dynexit.study.data.names import DATA_SETS
 from dynexit.study.schema import DataSettings
 
 
@@ -29,10 +29,10 @@ def test_classes_that_do_not_fit_are_refused_before_anything_is_read() -> None:
 
 def test_unknown_names_are_refused() -> None:
     for name in ("cifar", "torch", "torch/", "jax/mnist"):
-        with pytest.raises(
-            ValueError, match=r"no data set of this name; known are digits, .*cifar10, .* and of timm torch/"
-        ):
+        with pytest.raises(ValueError, match=r"no data set of this name; .*known are digits, .* and of timm torch/"):
             DataSettings(name=name)
+    with pytest.raises(ValueError, match=r"this name; did you mean flowers102\? known"):
+        DataSettings(name="flower102")
     assert DataSettings(name="hfds/some/set").name == "hfds/some/set"
 
 

@@ -44,7 +44,6 @@ def test_torchvision_s_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("torch/kmnist", "Dataset not found"),
         ("torch/no_such_set", "Unknown torchvision dataset no_such_set"),
         ("tfds/mnist", "could not be opened ("),
     ],

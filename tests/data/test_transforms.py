@@ -11,7 +11,7 @@ from dynexit.data import describe_data, transforms
 from dynexit.data.images import kept_random_state
 from dynexit.data.transforms import GREY, NORMALISATIONS, RECIPES, check_colours, train_transform
 from dynexit.errors import UserError
-from dynexit.study.keys import DATA_SETS
+from dynexit.study.data.names import DATA_SETS
 from dynexit.study.schema import DataSettings
 from tests.data.on_disk import random_pixels
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dynexit.errors import UserError
+from dynexit.study.data.names import DATA_SETS, TORCHVISION_SETS
 from dynexit.study.grid import Study, canonical_json, fixed_values
 from dynexit.study.keys import Section, key, parse_weights
 from dynexit.study.read import load_study, resolved_yaml
@@ -113,8 +114,8 @@ sweep: {seed: [], train.batch_size: [1], jei_dnn.head_loss: [paper, papers], see
 """
     assert mistakes(tmp_path, text) == [
         "jei_dnn.ce_ic_tradeoff = nan: should be a finite number",
-        "data.name = 'digit': no data set of this name; known are digits, fashion_mnist, cifar10, cifar100, "
-        "cifar100_lt, svhn, imagenet, image_folder, and of timm torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME",
+        "data.name = 'digit': no data set of this name; did you mean digits? known are "
+        f"{', '.join([*DATA_SETS, *TORCHVISION_SETS])}, and of timm torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME",
         "data.noise = -1: should be greater than or equal to 0",
         "train.learning_rate = 'fast': should be a valid number",
         "train.keep = 'first': should be 'last' or 'best'",
