@@ -59,13 +59,29 @@ class Ranks:
             for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on this rank's device. Copies to a GPU go through pinned memory, so the host does not wait."""
+        if self.device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Whether each of `flags` holds on any rank, in one message; the same answers everywhere."""
+        return self.start_any(flags)()
+
+    def start_any(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
+        """Sends `flags` as `any` does, and returns a function that waits for the answers; no GPU is waited for."""
         if self.world_size == 1:
-            return list(flags)
-        counts = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        torch.distributed.all_reduce(counts)
-        return [bool(count) for count in counts.tolist()]
+            return lambda: list(flags)
+        counts = torch.tensor(flags, dtype=torch.int32)
+        group = self.side_group if self.device.type == "cuda" else None
+        work = torch.distributed.all_reduce(counts, group=group, async_op=True)
+
+        def answers() -> list[bool]:
+            work.wait()
+            return [bool(count) for count in counts.tolist()]
+
+        return answers
 
     def broadcast(self, value: T) -> T:
         """The main rank's `value`, on every rank; waits for it as long as it takes."""
