@@ -99,6 +99,11 @@ class BackboneSettings(Section):
     weights: str | None = key(
         None, "weights to start from: a .safetensors or .pth file, 'pretrained' (timm's hub), or null"
     )
+    precision: Literal["float32", "tf32", "bf16"] = key(
+        "float32",
+        "arithmetic of the frozen backbone (exits and losses are float32): bf16 is fastest on a GPU, tf32 needs one",
+        omit_default=True,
+    )
 
 
 class PrepareSettings(Section):

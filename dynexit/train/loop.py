@@ -88,11 +88,11 @@ class Session:
             if ranks.is_main:
                 checkpoints.begin()
         # a network folder may show the ranks different files for a while
-        saved = ranks.broadcast(checkpoints.latest(progress.say) if ranks.is_main else None)
-        self.resumed = saved is not None
-        if saved is not None:
-            tensors, facts = saved
-            task.restore(tensors, facts["task"])
+        tensors, facts = (checkpoints.latest(progress.say) if ranks.is_main else None) or ({}, None)
+        facts = ranks.broadcast(facts)
+        self.resumed = facts is not None
+        if facts is not None:
+            task.restore(ranks.broadcast_tensors(tensors), facts["task"])
             self.epoch, self.position = facts["epoch"], facts["position"]
 
     def save_if_asked(self, where: str, epoch: int, position: int, *, one_step_late: bool = False) -> None:
