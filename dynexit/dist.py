@@ -10,11 +10,12 @@ where ranks may work for hours before they meet. It finds out at once if another
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,13 +60,29 @@ class Ranks:
             for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on this rank's device. Copies to a GPU go through pinned memory, so the host does not wait."""
+        if self.device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Whether each of `flags` holds on any rank, in one message; the same answers everywhere."""
+        return self.start_any(flags)()
+
+    def start_any(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
+        """Sends `flags` as `any` does, and returns a function that waits for the answers; no GPU is waited for."""
         if self.world_size == 1:
-            return list(flags)
-        counts = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        torch.distributed.all_reduce(counts)
-        return [bool(count) for count in counts.tolist()]
+            return lambda: list(flags)
+        counts = torch.tensor(flags, dtype=torch.int32)
+        group = self.side_group if self.device.type == "cuda" else None
+        work = torch.distributed.all_reduce(counts, group=group, async_op=True)
+
+        def answers() -> list[bool]:
+            work.wait()
+            return [bool(count) for count in counts.tolist()]
+
+        return answers
 
     def broadcast(self, value: T) -> T:
         """The main rank's `value`, on every rank; waits for it as long as it takes."""
@@ -74,6 +91,38 @@ class Ranks:
         values = [value if self.is_main else None]
         torch.distributed.broadcast_object_list(values, src=0, group=self.side_group)
         return values[0]  # type: ignore[return-value]
+
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The main rank's tensors (on the CPU), on every rank; one at a time, so that each needs room for them once."""
+        if self.world_size == 1:
+            return dict(tensors)
+        described = self.broadcast({name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()})
+        received = {}
+        for name, (dtype, shape) in described.items():
+            value = tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
+            if value.numel():
+                torch.distributed.broadcast(value.reshape(-1).view(torch.uint8), src=0, group=self.side_group)
+            received[name] = value
+        return received
+
+    def check_same(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raises Failure, on all ranks, if one has other bytes in `tensors` than the main rank has."""
+        if self.world_size == 1:
+            return
+        digest = hashlib.sha256()
+        for name, value in sorted(tensors.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        own = f"{socket.gethostname()}", digest.hexdigest()
+        found = self.gather(own)
+        others = [f"{rank} ({host})" for rank, (host, one) in enumerate(found) if one != found[0][1]]
+        if others:
+            failure = Failure(
+                f"{what} of rank {', '.join(others)} differ from those of rank 0 ({found[0][0]}): the nodes read other "
+                "files or run other software; compare the shared folder and the versions of Python's packages on them"
+            )
+            failure.on_all_ranks = True
+            raise failure
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in order of the ranks, on every rank; waits for them as long as it takes."""
@@ -220,8 +269,14 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
         rank=rank,
         world_size=world_size,
         timeout=timeout,
+        device_id=own_gpu() if chosen == "cuda" else None,
     )
     return chosen
+
+
+def own_gpu() -> torch.device:
+    """This rank's GPU among those that it sees: of one, as SLURM may bind them, the first whatever the rank."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 _side_groups: list[Any] = []

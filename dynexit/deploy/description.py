@@ -209,10 +209,14 @@ class Description(_DescriptionPart):
     tolerance: float
     """How far confidences of the same image may lie apart where it was saved, by batch size or thread."""
     provenance: dict[str, Any]
+    backbone_precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """In which the exits were trained and recorded; in bf16 the backbone runs in it here too."""
 
     def to_text(self) -> str:
         """JSON with a digest of all of it."""
         content = self.model_dump(mode="json")
+        if self.backbone_precision == "float32":  # as readers before this key know it
+            del content["backbone_precision"]
         return json.dumps({**content, "digest": _digest(content)}, indent=1, allow_nan=False) + "\n"
 
 

@@ -3,6 +3,7 @@
 Shapes: B images, L exits, K classes.
 """
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from dynexit.deploy.router import NEAR, Answers, Router
 from dynexit.deploy.statistics import ExitCounter, ExitStatistics
 from dynexit.deploy.stream import stream
 from dynexit.errors import UserError
+from dynexit.models.precision import set_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +162,8 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         self._contents, self._description = contents, contents.description
         self.points: tuple[SavedPoint, ...] = contents.description.points
         self.class_names, self.probe = contents.description.class_names, contents.probe
-        self.backbone = contents.backbone.to(device)
+        self.backbone = copy.deepcopy(contents.backbone) if self._is_bf16 else contents.backbone
+        self.backbone.to(device)
         self.input_size = contents.backbone.input_size
         self.tolerance = contents.description.tolerance
         self.trainings: Mapping[str, SavedTraining] = contents.description.trainings
@@ -177,6 +180,8 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
                 raise UserError(f"exits.safetensors does not fit exits.json: {error}; copy the folder again") from None
             tile = largest_tile(model) if tile is None else tile
             self.engines[identity] = Engine(model, training.stack.head_types, heads, gates, tile)
+        if self._is_bf16:
+            set_precision(self.backbone, "bf16")
         self._counters: dict[tuple[str, Any], ExitCounter] = {}
         self._lock = threading.Lock()
 
@@ -184,6 +189,10 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.backbone.parameters()).device
+
+    @property
+    def _is_bf16(self) -> bool:
+        return self._description.backbone_precision == "bf16"
 
     def __repr__(self) -> str:
         return f"<EarlyExitModel: {len(self.points)} operating points, {len(self.class_names)} classes; see use()>"
@@ -260,7 +269,11 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
 
     def verify(self) -> float:
         """Runs the probe. Returns the largest difference of a confidence; raises Failure for other answers."""
-        return check_probe(self.probe, self.engines, self.points, "the model")
+        return self._check("the model")
+
+    def _check(self, name: str) -> float:
+        most = DIFFERENCES["bf16" if self._is_bf16 else "float32"]
+        return check_probe(self.probe, self.engines, self.points, name, most)
 
     def optimize(self, device: str = "cpu", *, precision: str = "float32") -> "EarlyExitModel":
         """Returns a faster model with the same operating points on that device; this one stays as it is.
@@ -272,7 +285,8 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         answers.
         """
         usable = _usable(device)
-        backbone = optimized_backbone(self.backbone, precision, usable)
+        precision = "bf16" if self._is_bf16 else precision
+        backbone = optimized_backbone(self._contents.backbone, precision, usable)
         faster = EarlyExitModel(dataclasses.replace(self._contents, backbone=backbone), usable)
         difference = check_probe(faster.probe, faster.engines, faster.points, "the model", DIFFERENCES[precision])
         faster.tolerance = max(faster.tolerance, 4 * difference)
@@ -345,6 +359,5 @@ def load(
     """
     model = EarlyExitModel(read_folder(Path(directory), allow_code), _usable(device))
     if verify:
-        difference = check_probe(model.probe, model.engines, model.points, str(directory))
-        model.tolerance = max(NEAR, model.tolerance, 4 * difference)
+        model.tolerance = max(NEAR, model.tolerance, 4 * model._check(str(directory)))
     return model

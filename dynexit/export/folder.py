@@ -13,7 +13,7 @@ import torch
 from dynexit.core.confidence import CONFIDENCES, max_probability
 from dynexit.deploy.model import EarlyExitModel
 from dynexit.deploy.model_folder import CONFIG, new_folder, read_folder
-from dynexit.errors import Failure
+from dynexit.errors import Failure, UserError
 from dynexit.export import router as router_file
 from dynexit.export.convert import SUFFIXES, check_packages
 from dynexit.export.plan import ProgramPlan
@@ -54,6 +54,11 @@ def export_model(
     """
     check_packages(to)
     contents = read_folder(Path(directory))
+    if contents.description.backbone_precision == "bf16":
+        raise UserError(
+            f"{directory} has a backbone in bf16, and programs run in float32; save a study whose backbone.precision "
+            "is float32 or tf32"
+        )
     model = EarlyExitModel(contents)
     normalisation = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))["pretrained_cfg"]
     plan = ProgramPlan(model, contents.heads, SUFFIXES[to])

@@ -1,17 +1,21 @@
 """Models put together from configurations and run directories."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
 from dynexit.deploy.assembly import HeadStack, attach_exits, costs_of, exit_positions
 from dynexit.dist import Ranks, start_ranks
-from dynexit.errors import UserError
+from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import class_names
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.cut.own import OwnModule
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.precision import check_precision, set_precision
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
 from dynexit.study.schema import Config
@@ -81,21 +85,39 @@ def begin(point: Point) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
     config = point.config
     ranks = ranks_of(config)
     with ranks.failing_together():
+        check_precision(config.backbone.precision, ranks.device)
         data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
         model, costs = load_model(point, ranks)
         _check_classes(class_names(point), data)
     return ranks, data, model, costs
 
 
+@contextlib.contextmanager
+def naming_memory(points: Sequence[Point], batch_key: str) -> Iterator[None]:
+    """Turns a lack of memory into a Failure that names what to lower; another try would meet it again."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+            raise
+        pack = f"dist.members_per_pack below {len(points)}, or " if len(points) > 1 else ""
+        raise Failure(
+            f"out of memory with {len(points)} points in one pack ({reason}); set {pack}{batch_key} lower"
+        ) from error
+
+
 def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
-    """The prepared backbone with the point's exit positions, frozen, and what everything costs."""
+    """The prepared backbone with the point's exit positions, frozen, in its precision, and what everything costs."""
     config, directory = point.config, RunDir(point, "prepare")
     if not directory.is_done(check_bytes=True):
         raise UserError(f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first")
     backbone = build_model(config, weights=False)
     backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
     costs = costs_of(backbone, config)
-    return attach_exits(backbone, costs.positions, config.exits).to(ranks.device), costs
+    model = attach_exits(backbone, costs.positions, config.exits).to(ranks.device)
+    set_precision(backbone, config.backbone.precision)
+    return model, costs
 
 
 def _check_classes(names: list[str] | None, data: DataSets) -> None:

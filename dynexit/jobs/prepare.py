@@ -9,6 +9,7 @@ from dynexit.data import DataSets, check_class_order, load_data, workers_of
 from dynexit.dist import Ranks
 from dynexit.jobs.load import build_model, ranks_of
 from dynexit.models.macs import exit_costs
+from dynexit.models.precision import check_precision
 from dynexit.progress import Progress
 from dynexit.run_dir import BACKBONE, CLASSES, COSTS, METRICS, RunDir
 from dynexit.study.grid import Point
@@ -62,6 +63,7 @@ def run_prepare(points: Sequence[Point]) -> None:
         check_installed(stage)
     settings = config.prepare
     with ranks.failing_together():
+        check_precision(config.backbone.precision, ranks.device)  # of the jobs that follow
         if settings.num_epochs == 0:
             check_class_order(config.data)
         data = load_data(config.data, workers_of(config.dist, ranks.device))
@@ -73,6 +75,7 @@ def run_prepare(points: Sequence[Point]) -> None:
     steps_per_epoch = -(-len(data.train) // settings.global_batch_size)
     refuse_single_images(backbone, settings, len(data.train), ranks)
     task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
+    ranks.check_same("weights at the start", backbone.state_dict())
     checkpoints = Checkpoints(directory.path, config.dist.checkpoint_seconds)
     progress = Progress("prepare", directory.path, config.dist.log_seconds, quiet=not ranks.is_main)
     for remark in (*data.remarks, *_remarks(config, ranks)):

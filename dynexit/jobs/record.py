@@ -12,7 +12,7 @@ from dynexit.data import DataSets, Split, load_batches
 from dynexit.dist import Ranks
 from dynexit.errors import end_if_stopped
 from dynexit.jobs.finished import class_names, default_topk, is_recorded, recorded_splits
-from dynexit.jobs.load import begin, load_heads, ranks_of
+from dynexit.jobs.load import begin, load_heads, naming_memory, ranks_of
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
@@ -37,12 +37,14 @@ def run_record(points: Sequence[Point]) -> None:
         members = [load_heads([point], model) for point in points]
         plans = _plans(points, ranks, data, costs) if ranks.is_main else {}
     plans = ranks.broadcast(plans)
+    ranks.check_same("weights of the backbone", model.state_dict())
     shards: dict[str, list[Shard]] = {}
     with ranks.failing_together():
         for split, plan in plans.items():
             directory, log_seconds = plan.directories[0].parent, points[0].config.dist.log_seconds
             progress = Progress(f"record {split}", directory, log_seconds, quiet=not ranks.is_main)
-            shards[split] = _record(plan, data.split(split), ranks, model, members, progress)
+            with naming_memory(points, "record.batch_size"):
+                shards[split] = _record(plan, data.split(split), ranks, model, members, progress)
     of_all_ranks = ranks.gather(shards)
     with ranks.failing_together():
         if ranks.is_main:
@@ -94,7 +96,7 @@ def _record(
         progress.start(len(missing))
         for batch, loaded in zip(missing, progress.awaited(load_batches(samples, ranges)), strict=True):
             index_B, images, labels_B = loaded
-            features, final_BK = model.features(images.to(ranks.device))
+            features, final_BK = model.features(ranks.to_device(images))
             outputs = [_outputs(heads, gates, features) for heads, gates in members]
             logits_MPBK = torch.cat([logits for logits, _ in outputs])
             gates_MGB = [gate for _, gate in outputs if gate is not None]
@@ -117,7 +119,7 @@ def _outputs(
 def _record_header(point: Point, split: str, data: DataSets) -> dict[str, Any]:
     heads = RunDir(point, "train").digest(HEADS)
     backbone = RunDir(point, "prepare").digest(BACKBONE)
-    names = class_names(point)
+    names, precision = class_names(point), point.config.backbone.precision
     return {
         "checkpoint_sha256": heads,
         "backbone_sha256": backbone,
@@ -125,4 +127,5 @@ def _record_header(point: Point, split: str, data: DataSets) -> dict[str, Any]:
         "split": split,
         "num_classes": data.num_classes,
         **({} if names is None else {"class_names": names}),
+        **({} if precision == "float32" else {"backbone_precision": precision}),
     }

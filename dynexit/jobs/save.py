@@ -43,8 +43,8 @@ from dynexit.study.grid import Point
 from dynexit.study.schema import DataSettings
 
 _NUM_PROBES = 8
-_OTHER_MODEL = 0.01
-"""A confidence that is further from the recorded one is no matter of the device."""
+_OTHER_MODEL = {"float32": 0.01, "tf32": 0.02, "bf16": 0.1}
+"""A confidence that is further from the recorded one is no matter of the device; by the backbone's precision."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,7 @@ def run_save(
             "class_names": class_names,
             "tolerance": tolerance,
             "provenance": _provenance(first, trained),
+            "backbone_precision": first.config.backbone.precision,
         },
         config=backbone_config(backbone, first.config.backbone.arguments, class_names, mean, std),
         backbone=backbone,
@@ -239,7 +240,7 @@ def _recorded_tolerance(
         found_Rn = max_probability(engine.all_logits(images)[0]).flatten(0, 1).numpy()
         record = records[training].records["validation"]
         most = max(most, float(np.abs(found_Rn - record.probability()[:-1, places]).max()))
-    if not most <= _OTHER_MODEL:
+    if not most <= _OTHER_MODEL[next(iter(engines.values())).model.backbone.precision]:
         raise Failure(
             f"confidences differ by {most:.3g} from those recorded; the record is of another machine or model: record "
             "the study again"

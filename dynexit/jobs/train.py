@@ -9,7 +9,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.features import keep_features_of
 from dynexit.jobs.finished import set_aside_stale
-from dynexit.jobs.load import begin, ranks_of
+from dynexit.jobs.load import begin, naming_memory, ranks_of
 from dynexit.progress import Progress
 from dynexit.run_dir import BEGUN, CONFIG, COSTS, FAILED, HEADS, MEMBERS, METRICS, RunDir
 from dynexit.study.grid import Point, digest
@@ -52,7 +52,9 @@ def run_train(points: Sequence[Point]) -> None:
         if ranks.is_main:
             pack.write_json(MEMBERS, [point.id for point in points])
     progress = Progress(f"train {len(points)} points", pack.path, config.dist.log_seconds, quiet=not ranks.is_main)
-    task.train(data.train, checkpoints, progress)
+    ranks.check_same("weights at the start", {**model.state_dict(), **task.heads.state_dict(prefix="heads.")})
+    with naming_memory(points, "train.global_batch_size"):
+        task.train(data.train, checkpoints, progress)
     with ranks.failing_together():
         if ranks.is_main:
             _finish(points, task, costs)

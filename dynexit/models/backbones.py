@@ -42,6 +42,7 @@ class Backbone(nn.Module):
         self.model = model
         self.num_classes = num_classes
         self.input_size = input_size
+        self.precision = "float32"  # see precision.py
         self._cut_function = cut
         self.cut = cut(model)
         self.num_blocks = len(self.cut.blocks)
@@ -71,8 +72,8 @@ class Backbone(nn.Module):
 
     def _shape_model(self) -> nn.Module:
         parameters = self.model.parameters()
-        memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in parameters}
-        memo |= {id(b): b.to("meta") for b in self.model.buffers()}
+        memo: dict[int, Any] = {id(p): nn.Parameter(_meta(p), requires_grad=False) for p in parameters}
+        memo |= {id(b): _meta(b) for b in self.model.buffers()}
         return copy.deepcopy(self.model, memo)
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ class Backbone(nn.Module):
 
     def stem(self, x: Tensor) -> State:
         """The state before block 0, from images (B, C, H, W)."""
-        return self.cut.stem(x)
+        return self.cut.stem(x.to(torch.bfloat16) if self.precision == "bf16" else x)
 
     def run_block(self, i: int, h: State) -> State:
         """The state after block i."""
@@ -145,6 +146,11 @@ class Backbone(nn.Module):
         for i in range(self.num_blocks):
             h = self.run_block(i, h)
         return self.tail(h)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    """On meta, where images are float32 whatever the backbone's precision."""
+    return tensor.to("meta", torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype)
 
 
 def select(h: State, index: Tensor) -> State:

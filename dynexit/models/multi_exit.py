@@ -1,5 +1,6 @@
 """A frozen backbone with exits at chosen positions: what every exit reads at once, or one stretch after another."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -10,6 +11,7 @@ from dynexit.core.cost import STEM
 from dynexit.errors import UserError
 from dynexit.models.backbones import Backbone, select
 from dynexit.models.families import State
+from dynexit.models.precision import products_of
 from dynexit.models.readers import Reading, measure_reads, read
 
 __all__ = ["MultiExit", "select"]
@@ -80,13 +82,20 @@ class MultiExit(nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(What every exit reads, P tensors; the backbone's own logits (B, K)) from images (B, C, H, W)."""
+        """(What every exit reads, P tensors; the backbone's own logits (B, K)) from images (B, C, H, W).
+
+        For no images nothing runs: a rank may have none of a batch, and attention kernels refuse that.
+        """
         features: list[Tensor] = []
-        h = self.start(x)
-        for p in range(len(self.positions)):
-            h = self.advance(h, p - 1, p)
-            features.append(self.feature(p, h, features[-1] if p else None))
-        return features, self.tail(h, len(self.positions) - 1)
+        if not len(x):
+            shapes = [(0, 2, width) if self.reads_two else (0, width) for width in self.feature_dims]
+            return [x.new_empty(shape) for shape in shapes], x.new_empty(0, self.backbone.num_classes)
+        with products_of(self.backbone.precision) if x.is_cuda else contextlib.nullcontext():
+            h = self.start(x)
+            for p in range(len(self.positions)):
+                h = self.advance(h, p - 1, p)
+                features.append(self.feature(p, h, features[-1] if p else None))
+            return features, self.tail(h, len(self.positions) - 1)
 
     @torch.no_grad()
     def start(self, x: Tensor) -> State:

@@ -60,6 +60,11 @@ class BackboneSettings(Section):
         "class token; null infers it from the shapes",
         omit_default=True,
     )
+    precision: Literal["float32", "tf32", "bf16"] = key(
+        "float32",
+        "arithmetic of the frozen backbone (exits and losses are float32): bf16 is fastest on a GPU, tf32 needs one",
+        omit_default=True,
+    )
 
 
 class PrepareSettings(Section):

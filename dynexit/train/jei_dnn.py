@@ -136,7 +136,7 @@ class JeiDnnTask(PackTask):
         chosen = sorted(i for group in groups for i in ([group.leader] if term == 0 else group.members))
         if self._chosen.get(term, (None,))[0] != chosen:
             everyone = len(chosen) == len(self.members)
-            self._chosen[term] = (chosen, None if everyone else torch.tensor(chosen, device=self.ranks.device))
+            self._chosen[term] = (chosen, None if everyone else self.ranks.to_device(torch.tensor(chosen)))
         return self._chosen[term]
 
     def _gate_logits(self, gates: Stack, logits_mLBK: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class JeiDnnTask(PackTask):
         heads = leaves(self.optimizers["heads"].stack, members)
         logits_mLBK = self._logits(heads, features, final_BK)
         loss_m = warm_up_loss(logits_mLBK, labels_B) + self._warm_up_distillation(logits_mLBK)
-        frozen_mG = torch.tensor([g.frozen for g in self.groups if g.stage == WARM_UP], device=self.ranks.device)
+        frozen_mG = self.ranks.to_device(torch.tensor([g.frozen for g in self.groups if g.stage == WARM_UP]))
         moving = {name: ~frozen_mG[:, self.exit_of[name]] for name in heads}
         self._update("heads", heads, loss_m, members, share, 0, moving)
         return loss_m
@@ -197,8 +197,8 @@ class JeiDnnTask(PackTask):
 
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
         rates = {i: group.learning_rate(self.settings) for group in self.groups for i in group.members}
-        rates_M = torch.tensor([rates[i] for i in range(len(rates))], dtype=self.dtype, device=self.ranks.device)
-        return pick(rates_M, members)
+        rates_M = torch.tensor([rates[i] for i in range(len(rates))], dtype=self.dtype)
+        return pick(self.ranks.to_device(rates_M), members)
 
     # ---- between epochs
 

@@ -7,7 +7,7 @@ position in the run is two numbers, and a run that was killed and resumed goes t
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -69,7 +69,8 @@ def fit(
                 position += 1
                 progress.advance(len(whole), figures)
                 if position < per_epoch:
-                    session.save_if_asked(f"in epoch {epoch} after batch {position}", epoch, position)
+                    where = f"in epoch {epoch} after batch {position}"
+                    session.save_if_asked(where, epoch, position, one_step_late=True)
             task.end_epoch(epoch)
             epoch, position = epoch + 1, 0
             session.save_if_asked(f"after epoch {epoch - 1}", epoch, position)
@@ -82,21 +83,27 @@ class Session:
         self.task, self.ranks, self.checkpoints, self.progress = task, ranks, checkpoints, progress
         self.epoch = self.position = 0
         self.stop_signals: list[int] = []
+        self._asked: Callable[[], list[bool]] | None = None
         with ranks.failing_together():
             if ranks.is_main:
                 checkpoints.begin()
         # a network folder may show the ranks different files for a while
-        saved = ranks.broadcast(checkpoints.latest(progress.say) if ranks.is_main else None)
-        self.resumed = saved is not None
-        if saved is not None:
-            tensors, facts = saved
-            task.restore(tensors, facts["task"])
+        tensors, facts = (checkpoints.latest(progress.say) if ranks.is_main else None) or ({}, None)
+        facts = ranks.broadcast(facts)
+        self.resumed = facts is not None
+        if facts is not None:
+            task.restore(ranks.broadcast_tensors(tensors), facts["task"])
             self.epoch, self.position = facts["epoch"], facts["position"]
 
-    def save_if_asked(self, where: str, epoch: int, position: int) -> None:
-        """Saves if a checkpoint is due or a signal came; then raises Interrupted for the signal."""
-        due = self.ranks.is_main and self.checkpoints.due()  # it saves, and so it alone knows when
-        stop, due = self.ranks.any([bool(self.stop_signals), due])
+    def save_if_asked(self, where: str, epoch: int, position: int, *, one_step_late: bool = False) -> None:
+        """Saves if a checkpoint is due or a signal came; then raises Interrupted for the signal.
+
+        With `one_step_late` several ranks act on what was so at the call before: none waits for the others then.
+        """
+        is_late = one_step_late and self.ranks.world_size > 1
+        stop, due = self._asked() if self._asked else (False, False)
+        if not is_late:
+            stop, due = self._ask()()  # what was so before still is
         if stop or due:
             tensors, facts = self.task.state()
             place = {"epoch": epoch, "position": position, "task": facts}
@@ -105,6 +112,11 @@ class Session:
                     self.checkpoints.save(self.progress.step, tensors, place)
         if stop:
             raise Interrupted(f"stopped by a signal {where}; the state is saved")
+        self._asked = self._ask() if is_late else None
+
+    def _ask(self) -> Callable[[], list[bool]]:
+        due = self.ranks.is_main and self.checkpoints.due()  # it saves, and so it alone knows when
+        return self.ranks.start_any([bool(self.stop_signals), due])
 
 
 @contextlib.contextmanager
@@ -121,7 +133,7 @@ def session_of(task: Task, ranks: Ranks, checkpoints: Checkpoints, progress: Pro
 
 def _to_device(batch: Batch, ranks: Ranks) -> Batch:
     index, images, labels = batch
-    return index, images.to(ranks.device, non_blocking=True), labels.to(ranks.device, non_blocking=True)
+    return index, ranks.to_device(images), ranks.to_device(labels)
 
 
 @contextlib.contextmanager

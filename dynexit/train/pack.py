@@ -144,8 +144,8 @@ class PackTask:
         """Yields (index (B,), what the exits read, backbone's logits (B, K), labels (B,)) of this rank's batches."""
         batches = self.plain_batches(split)
         for index_B, images, labels_B in load_batches(split, self.ranks.share(batches)):
-            features, final_BK = self.model.features(images.to(self.ranks.device))
-            yield index_B, features, final_BK, labels_B.to(self.ranks.device)
+            features, final_BK = self.model.features(self.ranks.to_device(images))
+            yield index_B, features, final_BK, self.ranks.to_device(labels_B)
 
     def plain_batches(self, split: Split) -> list[range]:
         """The batches of all ranks."""
@@ -250,8 +250,8 @@ class PackTask:
         return ranks_mW
 
     def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, term: int, rank_m: Tensor) -> None:
-        now_m2 = self.stopped_at_M.new_tensor([self.step_number, term]).expand(len(stopping_m), 2)
-        now_m3 = torch.cat((now_m2, rank_m[:, None]), 1)
+        step_m, term_m = torch.full_like(rank_m, self.step_number), torch.full_like(rank_m, term)
+        now_m3 = torch.stack((step_m, term_m, rank_m), 1)
         noted_m3 = torch.where(stopping_m[:, None], now_m3, pick(self.stopped_at_M, members))
         if members is None:
             self.stopped_at_M = noted_m3

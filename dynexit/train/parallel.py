@@ -5,6 +5,7 @@ optional extra, imported here alone and only where dist.deepspeed_stage asks for
 one safetensors file, written whole, that holds the weights as the plain run names them.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -184,6 +185,7 @@ class ZeroModel:
         if self._engine is None:
             deepspeed = _import_deepspeed(self.ranks)
             self._engine, *_ = deepspeed.initialize(
+                args=argparse.Namespace(device_rank=self.ranks.device.index or 0),  # DeepSpeed would take LOCAL_RANK
                 model=self.model,
                 optimizer=make_optimizer(self.groups, self.settings),
                 config=self._config(),

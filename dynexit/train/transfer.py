@@ -133,7 +133,7 @@ class TransferTask:
         self.step_number += 1
         mine = self.not_finite[self.ranks.global_rank]
         mine.copy_(torch.where((mine == 0) & ~total.isfinite(), self.step_number, mine))
-        self.loss_sum += torch.stack((total, total.new_tensor(len(labels))))
+        self.loss_sum += torch.stack((total, torch.full_like(total, len(labels))))
         return {"loss": total / max(len(labels), 1)}
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -201,8 +201,9 @@ class TransferTask:
                 if self.updates.lockstep:
                     self.updates.evaluate(images.new_zeros(1, *self.backbone.input_size).to(self.ranks.device))
                 continue
-            predictions = self.updates.evaluate(images.to(self.ranks.device)).argmax(1).cpu()
-            correct_count += torch.tensor([(predictions == labels).sum(), len(labels)], device=self.ranks.device)
+            predictions = self.updates.evaluate(self.ranks.to_device(images)).argmax(1)
+            correct_count[0] += (predictions == self.ranks.to_device(labels)).sum()
+            correct_count[1] += len(labels)
         self.ranks.all_reduce([correct_count])
         return (correct_count[0] / correct_count[1]).item()
 

@@ -50,7 +50,7 @@ def main(folder: Path, disturbance: str) -> None:
 
     task.train_step = train_step  # type: ignore[method-assign]
     if disturbance == "full":
-        (folder / "checkpoint-0000000010.safetensors").mkdir(exist_ok=True)
+        (folder / "checkpoint-0000000011.safetensors").mkdir(exist_ok=True)
     progress = Progress("train", folder, 1e9, quiet=not ranks.is_main)
     if disturbance in ("clock", "full"):
         checkpoint.time = SimpleNamespace(monotonic=itertools.count().__next__, perf_counter=lambda: 0.0)  # type: ignore[assignment]

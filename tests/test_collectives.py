@@ -1,0 +1,106 @@
+"""Two ranks over gloo, forked: what they send each other, and what they say when they differ."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dynexit.dist import Ranks, own_gpu
+from dynexit.errors import Failure
+from dynexit.jobs.load import naming_memory
+
+TENSORS = {
+    "weight": torch.randn(3, 5).T,
+    "half": torch.randn(4).to(torch.bfloat16),
+    "flags": torch.tensor([True, False]),
+    "count": torch.tensor(7),
+    "none": torch.empty(0, 3),
+}
+
+
+def on_two_ranks(tmp_path: Path, what: Callable[[Ranks], Any]) -> list[Any]:
+    """What `what` returns on each of two ranks."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def work(rank: int) -> None:
+        torch.set_num_threads(1)
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        queue.put((rank, what(Ranks(rank, 2, torch.device("cpu")))))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+    processes = [context.Process(target=work, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [found[0], found[1]]
+
+
+def test_broadcasts_tensors_of_every_kind(tmp_path: Path) -> None:
+    def receive(ranks: Ranks) -> bool:
+        received = ranks.broadcast_tensors(TENSORS if ranks.is_main else {})
+        same = [
+            received[name].dtype == value.dtype and torch.equal(received[name], value)
+            for name, value in TENSORS.items()
+        ]
+        return list(received) == list(TENSORS) and all(same)
+
+    assert on_two_ranks(tmp_path, receive) == [True, True]
+
+
+def test_ranks_with_other_weights_fail_together(tmp_path: Path) -> None:
+    def compare(ranks: Ranks) -> tuple[str, bool]:
+        ranks.check_same("weights at the start", TENSORS)
+        other = {**TENSORS, "count": torch.tensor(7 + ranks.global_rank)}
+        try:
+            ranks.check_same("weights at the start", other)
+        except Failure as failure:
+            return str(failure), failure.on_all_ranks
+        return "", False
+
+    (text, together), of_rank_1 = on_two_ranks(tmp_path, compare)
+    assert (text, together) == of_rank_1
+    assert together
+    assert text.startswith("weights at the start of rank 1 (")
+    assert "differ from those of rank 0 (" in text
+    assert text.endswith("compare the shared folder and the versions of Python's packages on them")
+
+
+def test_flags_are_sent_now_and_read_later(tmp_path: Path) -> None:
+    def ask(ranks: Ranks) -> list[list[bool]]:
+        first = ranks.start_any([ranks.global_rank == 1, False])
+        second = ranks.start_any([False, ranks.is_main])  # under way while the first is not read
+        return [first(), second(), ranks.any([False, False])]
+
+    expected = [[True, False], [False, True], [False, False]]
+    assert on_two_ranks(tmp_path, ask) == [expected, expected]
+
+
+@pytest.mark.parametrize(("local_rank", "num_gpus", "index"), [(0, 1, 0), (3, 1, 0), (3, 4, 3)])
+def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, local_rank: int, num_gpus: int, index: int) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert own_gpu() == torch.device("cuda", index)
+
+
+def test_a_lack_of_memory_names_what_to_lower() -> None:
+    with pytest.raises(Failure) as caught, naming_memory([None] * 28, "train.global_batch_size"):  # type: ignore[list-item]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    assert str(caught.value) == (
+        "out of memory with 28 points in one pack (CUDA out of memory. Tried to allocate 2.00 GiB.); set "
+        "dist.members_per_pack below 28, or train.global_batch_size lower"
+    )
+    assert not caught.value.is_transient
+    alone = naming_memory([None], "record.batch_size")  # type: ignore[list-item]
+    with pytest.raises(Failure, match=r"with 1 points in one pack .*; set record.batch_size lower"), alone:
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="shape"), naming_memory([None], "record.batch_size"):  # type: ignore[list-item]
+        torch.ones(2) @ torch.ones(3, 3)
