@@ -147,3 +147,9 @@ def temperature(logits_NK: ArrayLike, labels_N: IntArray) -> float:
         slope = ((weights_NK * shifted_NK).sum(axis=1) / weights_NK.sum(axis=1)).mean() - target
         low, high = (middle, high) if slope > 0 else (low, middle)
     return math.sqrt(low * high)
+
+
+def softmax(logits_BK: np.ndarray) -> np.ndarray:
+    """Returns the probabilities (B, K) of logits, in their precision."""
+    odds_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
+    return np.asarray(odds_BK / odds_BK.sum(1, keepdims=True))

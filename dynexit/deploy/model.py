@@ -15,12 +15,13 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
+from dynexit.core.calibration import softmax
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.assembly import attach_exits
 from dynexit.deploy.description import Description, SavedPoint, SavedTraining, choose, choose_by_time
 from dynexit.deploy.engine import Engine, largest_tile
 from dynexit.deploy.model_folder import FILES, Contents, copy_folder, read_folder
-from dynexit.deploy.optimize import DIFFERENCES, optimized_backbone
+from dynexit.deploy.optimize import DIFFERENCES, optimized_backbone, usable_device
 from dynexit.deploy.predict import Predictions, check_images, image_transform, predict_files, read_image
 from dynexit.deploy.probe import check_probe
 from dynexit.deploy.router import NEAR, Answers, Router
@@ -58,7 +59,7 @@ class Outputs:
         if alpha not in levels:
             known = ", ".join(f"{one:g}" for one in levels) or "none (a configuration of your own has no levels)"
             raise UserError(f"alpha is {alpha!r}; the levels stored are {known}")
-        return torch.from_numpy(_softmax(self._logits_BK) >= np.float32(1 - levels[alpha]))
+        return torch.from_numpy(softmax(self._logits_BK) >= np.float32(1 - levels[alpha]))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -133,7 +134,7 @@ class View:
         logits_BK = answers.logits_BK
         if self._temperature_L is not None:
             logits_BK = logits_BK / self._temperature_L[answers.exit_index_B, None]
-        probabilities_BK = _softmax(logits_BK)
+        probabilities_BK = softmax(logits_BK)
         self._counter.add(answers.exit_index_B, probabilities_BK.max(1), answers.near_B)
         return Outputs(
             torch.from_numpy(answers.prediction_B),
@@ -144,11 +145,6 @@ class View:
             answers.logits_BK,
             () if self.point is None else self.point.conformal,
         )
-
-
-def _softmax(logits_BK: np.ndarray) -> np.ndarray:
-    odds_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
-    return np.asarray(odds_BK / odds_BK.sum(1, keepdims=True))
 
 
 class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
@@ -284,7 +280,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         another precision, for bf16 on a device without it and for a device that torch cannot use, Failure for other
         answers.
         """
-        usable = _usable(device)
+        usable = usable_device(device)
         precision = "bf16" if self._is_bf16 else precision
         backbone = optimized_backbone(self._contents.backbone, precision, usable)
         faster = EarlyExitModel(dataclasses.replace(self._contents, backbone=backbone), usable)
@@ -338,16 +334,6 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         )
 
 
-def _usable(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch built without it
-        text = str(error).splitlines()[0]
-        raise UserError(f"device = {str(device)!r} cannot be used ({text}); give cpu, or cuda with a GPU") from None
-    return found
-
-
 def load(
     directory: str | Path, *, verify: bool = True, device: str | torch.device = "cpu", allow_code: Sequence[str] = ()
 ) -> EarlyExitModel:
@@ -357,7 +343,7 @@ def load(
     foreign, cut short, altered or of another version, and for an unusable device; Failure for other answers. A folder
     that is not self-contained (its card says so) runs a function of a module that must be in `allow_code`.
     """
-    model = EarlyExitModel(read_folder(Path(directory), allow_code), _usable(device))
+    model = EarlyExitModel(read_folder(Path(directory), allow_code), usable_device(device))
     if verify:
         model.tolerance = max(NEAR, model.tolerance, 4 * model._check(str(directory)))
     return model

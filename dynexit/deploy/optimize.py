@@ -121,3 +121,14 @@ def _rest_of(norm: Any) -> nn.Module:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Returns the device. Raises UserError if torch cannot use it."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch built without it
+        text = str(error).splitlines()[0]
+        raise UserError(f"device = {str(device)!r} cannot be used ({text}); give cpu, or cuda with a GPU") from None
+    return found
