@@ -83,6 +83,7 @@ def write_page(path: Path, page: Page) -> None:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tiles=_tiles(read, entries, backbone_accuracy(rows, "validation")),
         figures=[_embedded(figure) for figure in page.figures],
+        num_shown=sum(entry.validation.on_front for entry in even_steps(entries)),
         front=[_front_cells(entry) for entry in even_steps(entries)],
         name_methods=len({row.method for row in rows if row.source not in ("backbone", *BASELINES)}) > 1,
         time_sizes=" / ".join(str(time.batch_size) for time in _timed(read)),
