@@ -1,0 +1,49 @@
+"""The script for a machine with a GPU, every stage of it at small size on the CPU, and the model of step times."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import gpu
+from tests.benchmarks.roofline import count, extrapolate
+from tests.command_line import ENVIRONMENT, ROOT
+
+
+@pytest.mark.slow
+def test_every_stage_runs_at_small_size(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", "--device", "cpu", "--tiny", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    results = json.loads(out.read_text())
+    assert set(gpu.STAGES) <= set(results)
+    assert results["packs"]["rows"][0]["backbone_seconds"] > 0
+
+
+def test_all_stages_together_take_under_nine_minutes() -> None:
+    assert sum(limit for _, limit in gpu.STAGES.values()) < 540
+
+
+def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("timm", "yaml") else real(name))
+    with pytest.raises(SystemExit, match="missing wheels: PyYAML, timm; run: pip install PyYAML timm"):
+        gpu.environment("cpu", True)
+
+
+def test_a_stage_out_of_time_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.STAGES, "copies", (gpu.copies, 0))
+    assert gpu.run_stage("copies", "cpu", True)["error"] == "took longer than 0 s"
+
+
+def test_bytes_are_bilinear_in_batch_and_members() -> None:
+    counted = {}
+    for batch in (2, 4, 6):
+        for num_members in (1, 2, 3):
+            counted[batch, num_members] = count("t2t_vit_7", 10, 32, batch, num_members)[1].num_bytes
+    corners = {point: value for point, value in counted.items() if point[0] < 6 and point[1] < 3}
+    assert extrapolate(corners, 6, 3) == pytest.approx(counted[6, 3], rel=0.01)
