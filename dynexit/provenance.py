@@ -51,7 +51,7 @@ def _provenance(stage: str, started: datetime.datetime, seconds: float, num_poin
         "stage": stage,
         "dynexit": importlib.metadata.version("dynexit"),
         "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "dynexit"), *sys.argv[1:]]),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "host": socket.gethostname(),

@@ -39,7 +39,7 @@ def _cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
         "stage": stage,
         "jobs": len(jobs),
         "hours": f"{sum(job['seconds'] for job in jobs) / 3600:.4f}",
-        "GPU-hours": f"{gpu_hours:.4f}" if gpu_hours else "",
+        **({"GPU-hours": f"{gpu_hours:.4f}"} if gpu_hours else {}),
         "from": min(job["started"] for job in jobs),
         "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {job['gpu']}".strip() for job in jobs),
         "commit": _each(job["commit"][:12] + job["commit"][40:] for job in jobs),
