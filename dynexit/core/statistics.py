@@ -12,7 +12,7 @@ LEVEL = 0.95
 """Confidence level of every interval."""
 NUM_RESAMPLES = 4000
 SMALLEST_RELEVANT = 0.01
-"""A difference of this size matters: an interval that reaches further to both sides of 0 cannot rule one out."""
+"""A difference of this size matters: an interval that reaches further than this from 0 cannot rule it out."""
 _Z = 1.959963984540054  # the normal quantile of LEVEL, two-sided
 
 
@@ -74,13 +74,13 @@ def mean_interval(values_N: np.ndarray, origin_N: np.ndarray | None = None, seed
 def verdict(difference: Interval) -> str:
     """Returns what a paired difference of accuracies shows: better, worse, no difference found, or too few samples.
 
-    "too few samples to tell" where the interval holds 0 and also a difference of SMALLEST_RELEVANT in both directions.
+    "too few samples to tell" where the interval holds 0 and also a difference larger than SMALLEST_RELEVANT.
     """
     if difference.low > 0:
         return "better"
     if difference.high < 0:
         return "worse"
-    wide = difference.low < -SMALLEST_RELEVANT and difference.high > SMALLEST_RELEVANT
+    wide = max(-difference.low, difference.high) > SMALLEST_RELEVANT
     return "too few samples to tell" if wide else "no difference found"
 
 

@@ -78,8 +78,9 @@ def test_intervals_cover_the_truth() -> None:
     [
         (0.001, 0.02, "better"),
         (-0.03, -0.001, "worse"),
-        (-0.002, 0.012, "no difference found"),
+        (-0.002, 0.009, "no difference found"),
         (-0.011, 0.012, "too few samples to tell"),
+        (-0.1125, 0.0062, "too few samples to tell"),
     ],
 )
 def test_verdicts(low: float, high: float, expected: str) -> None:
