@@ -69,20 +69,23 @@ class MemberSGD:
         self, gradients: Stack, members: Tensor | None, learning_rate_m: Tensor, active_m: Mapping[str, Tensor]
     ) -> None:
         """One step of the chosen members; a parameter moves only where its entry of `active_m` (m,) is true."""
-        for name, gradient in gradients.items():
-            value, buffer = self.stack[name], self.buffers[name]
-            old = value if members is None else value[members]
-            old_buffer = buffer if members is None else buffer[members]
+        values, buffers = [self.stack[name] for name in gradients], [self.buffers[name] for name in gradients]
+        olds, old_buffers = ([pick(slot, members) for slot in slots] for slots in (values, buffers))
+        # one kernel on a GPU for many parameters; on a CPU the same operations one by one
+        moved = list(torch._foreach_mul(old_buffers, self.momentum))
+        torch._foreach_add_(moved, list(gradients.values()))
+        torch._foreach_add_(moved, olds, alpha=self.weight_decay)
+        news, new_buffers = [], []
+        for name, old, old_buffer, step in zip(gradients, olds, old_buffers, moved, strict=True):
             wide = (-1,) + (1,) * (old.dim() - 1)
             active = active_m[name].view(wide)
-            moved = old_buffer.mul(self.momentum).add_(gradient).add_(old, alpha=self.weight_decay)
-            new_buffer = torch.where(active, moved, old_buffer)
-            new = torch.where(active, torch.addcmul(old, moved, learning_rate_m.view(wide), value=-1), old)
-            if members is None:
-                value.copy_(new)
-                buffer.copy_(new_buffer)
-            else:
-                value[members], buffer[members] = new, new_buffer
+            new_buffers.append(torch.where(active, step, old_buffer))
+            news.append(torch.where(active, torch.addcmul(old, step, learning_rate_m.view(wide), value=-1), old))
+        if members is None:
+            torch._foreach_copy_(values + buffers, news + new_buffers)
+        else:
+            for slot, new in zip(values + buffers, news + new_buffers, strict=True):
+                slot[members] = new
 
 
 class MemberAdam:
@@ -139,10 +142,8 @@ class MemberAdam:
 
 def finite_members(loss_m: Tensor, gradients: Stack) -> Tensor:
     """Whether loss and all gradients of each chosen member are finite, (m,) bool; NaN in one touches no other."""
-    finite_m = loss_m.detach().isfinite()
-    for gradient in gradients.values():
-        finite_m = finite_m & gradient.flatten(1).sum(1).isfinite()
-    return finite_m
+    sums = [loss_m.detach(), *(gradient.flatten(1).sum(1) for gradient in gradients.values())]
+    return torch.stack(sums).isfinite().all(0)
 
 
 def parameter_groups(backbone: Backbone, settings: PrepareSettings) -> Groups:

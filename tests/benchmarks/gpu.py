@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,38 +49,28 @@ def environment(device: str, tiny: bool) -> dict[str, Any]:
     return found
 
 
-@contextlib.contextmanager
-def _without_waits(device: str) -> Iterator[None]:
-    """Fails where the host waits for the device."""
+def steps(device: str, tiny: bool) -> dict[str, Any]:
+    """Every method's step without a wait of the host."""
     import torch
 
     from tests.pretend_cuda import pretend_cuda
+    from tests.test_pretend_cuda import ALONE, TASKS, take_steps
 
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    else:
-        with pretend_cuda() as world:
-            yield
-        assert world.waits == {}, world.waits
-
-
-def steps(device: str, tiny: bool) -> dict[str, Any]:
-    """Every method's step without a wait of the host."""
-    from dynexit.dist import Ranks
-    from tests.pretend_cuda import CUDA
-    from tests.test_pretend_cuda import TASKS, take_steps
-
-    for make in list(TASKS.values())[: 2 if tiny else None]:
-        with _without_waits(device) if device == "cpu" else contextlib.nullcontext():
-            task = make(Ranks(0, 1, CUDA))
+    names = list(TASKS)[: 2 if tiny else None]
+    with pretend_cuda() if device == "cpu" else contextlib.nullcontext() as world:
+        for name in names:
+            task = TASKS[name](ALONE)
             take_steps(task, 18, 1.0)
-            with _without_waits(device) if device == "cuda" else contextlib.nullcontext():
-                take_steps(task, 18, 1.0)
-    return {"methods": list(TASKS)[: 2 if tiny else None]}
+            if world is not None:
+                world.reset()
+            else:
+                torch.cuda.set_sync_debug_mode("error")
+            take_steps(task, 18, 1.0)
+            if world is not None:
+                assert world.waits == {}, world.waits
+            else:
+                torch.cuda.set_sync_debug_mode("default")
+    return {"methods": names}
 
 
 def marked_tests(device: str, tiny: bool) -> dict[str, Any]:
