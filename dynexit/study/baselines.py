@@ -51,7 +51,7 @@ def _networks(reference: Point) -> Iterator[Point]:
     for config, own, entry in zip(configs, ids, (*entries, {}), strict=True):
         own["search"] = digest([own["search"], records, baselines.cascade])
         names = {**swept, "baselines.static": _name(entry)}
-        yield Point(config, names, own, tuple(names), records)
+        yield Point(config, names, own, tuple(names), networks=records)
 
 
 def _configuration(config: Config, arguments: dict[str, Any]) -> Config:
