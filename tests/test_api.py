@@ -124,7 +124,9 @@ def test_overrides_are_values_or_texts(tmp_path: Path) -> None:
 
 def test_requests_that_cannot_be_met_say_what_is_allowed(tmp_path: Path) -> None:
     study = dynexit.load_study(TINY, {"runs_dir": tmp_path})
-    with pytest.raises(UserError, match="until is 'trian', allowed are prepare, train, record, bench, search, report, infer"):
+    with pytest.raises(
+        UserError, match="until is 'trian', allowed are prepare, train, record, bench, search, report, infer"
+    ):
         study.run(until="trian")
     with pytest.raises(UserError, match="on is 'there', allowed are here, local, slurm"):
         study.run(on="there")
