@@ -84,10 +84,11 @@ class ProgramPlan:
             program = BackboneStage(self.model.backbone, start, stop)
             outputs = write_program(folder / self._stage_name(stage), program, {"in_state": state})
             state = outputs.get("state", state)
+            before = dict(last)  # an exit and its feature alone, of two points, both add to what was read before them
             for (training, p, head), name in self.exits.items():
                 if self.model.trainings[training].exit_costs.positions[p] != stop:
                     continue
-                found = {"state": state, **last[training]}
+                found = {"state": state, **before[training]}
                 exit_ = self._exit(training, p, head)
                 outputs = write_program(folder / name, exit_, {f"in_{one}": found[one] for one in exit_.inputs})
                 last[training] = {**last[training], **outputs}

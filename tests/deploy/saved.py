@@ -85,6 +85,8 @@ def save_random(
         for share, confidence in ((0.4, "max_probability"), (0.15, "entropy")):
             confidence_PN = CONFIDENCES[confidence].function(logits_PHNK[:, 0]).numpy()
             way = thresholds(confidence_PN, [0] * len(costs.positions), share)
+            if settings.concatenate and confidence == "entropy":  # its second exit is read, but nobody leaves there
+                way = Configuration((way.exits[0], (-1, 1.0), *way.exits[2:]))
             exit_N = engine.router(way, confidence).classify(images).exit_index_B
             statistics = make_statistics(exit_N, configuration_macs_L(way, costs), costs.full_macs, 0.9 - share / 10)
             name = f"{training}-{share}"
