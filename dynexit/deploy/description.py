@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
@@ -211,6 +211,17 @@ class Description(_DescriptionPart):
     provenance: dict[str, Any]
     backbone_precision: Literal["float32", "tf32", "bf16"] = "float32"
     """In which the exits were trained and recorded; in bf16 the backbone runs in it here too."""
+
+    @model_validator(mode="after")
+    def _shares_of_all_exits(self) -> "Description":
+        for point in self.points:
+            training = self.trainings.get(point.training)
+            count = None if training is None else len(training.exit_costs.positions) + 1
+            if count is not None and not len(point.validation.exit_fractions) == count == len(
+                point.test.exit_fractions
+            ):
+                raise ValueError(f"the exit shares of {point.name} are not those of the {count} exits of its training")
+        return self
 
     def to_text(self) -> str:
         """JSON with a digest of all of it."""

@@ -135,13 +135,15 @@ class RecordedTraining:
             probability_NK = np.stack([record.probability(place)[taken_N, columns] for place in places], -1)
             sure_N = scaled_confidence(probability_NK, self.temperature_R[taken_N])
         num_originals = len(np.unique(self.origins[split][samples_N]))
+        whole = (*(0.0,) * len(self.costs.positions), 1.0)
         return PointStatistics(
             accuracy=row.accuracy,
             accuracy_interval=wilson_interval(row.accuracy, num_originals),
             num_samples=int(samples_N.sum()),
             num_originals=num_originals,
             relative_macs=row.relative_macs,
-            exit_fractions=row.exit_fractions,
+            # the backbone's row may be of a training with other exits
+            exit_fractions=row.exit_fractions if way is None or any(head >= 0 for head, _ in way.exits) else whole,
             mean_confidence=min(float(sure_N[samples_N].mean()), 1.0),
         )
 
