@@ -281,7 +281,7 @@ def test_mistakes_in_the_study_end_with_status_2(finished: Path, tmp_path: Path)
     }
     alone = {
         "backbone.name=resnet19": "unknown backbone 'resnet19'",
-        "data.name=digit": "no data set of this name; known are digits",
+        "data.name=digit": "no data set of this name; did you mean digits? known are digits",
         "exits.positions=[0, 9]": "exit positions [0, 9] do not fit resnet18",
         "record.topk=11": "record.topk = 11: should be at most the classes, 10",
     }

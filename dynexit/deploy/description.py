@@ -216,10 +216,10 @@ class Description(_DescriptionPart):
     def _shares_of_all_exits(self) -> "Description":
         for point in self.points:
             training = self.trainings.get(point.training)
-            count = None if training is None else len(training.exit_costs.positions) + 1
-            if count is not None and not len(point.validation.exit_fractions) == count == len(
-                point.test.exit_fractions
-            ):
+            if training is None:
+                continue
+            count = len(training.exit_costs.positions) + 1
+            if {len(one.exit_fractions) for one in (point.validation, point.test)} != {count}:
                 raise ValueError(f"the exit shares of {point.name} are not those of the {count} exits of its training")
         return self
 
