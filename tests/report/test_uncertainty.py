@@ -10,11 +10,13 @@ import torch
 
 from dynexit.core.calibration import ALPHAS, CONFORMAL_VARIANTS, ece
 from dynexit.core.cost import ExitCosts
+from dynexit.core.statistics import Interval
 from dynexit.core.tradeoff import Configuration
 from dynexit.record.manifest import Layout
 from dynexit.record.plan import finish, make_plan
 from dynexit.record.recorder import Recorder
 from dynexit.record.shards import Record
+from dynexit.report.judged.outcomes import Judgement
 from dynexit.report.table import FrontPoint
 from dynexit.report.uncertainty import ALPHA, Measure, Uncertainty, measure, read_outputs, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
@@ -197,7 +199,11 @@ def test_table_and_section_say_what_was_measured(tmp_path: Path, share: float, t
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * len(measures)
     assert [float(row["value"]) for row in rows[: len(measures)]] == [m.value for m in measures]
-    section = uncertainty_section(found, share, (topk, CLASSES), tmp_path / "uncertainty.png")
+    first = found[0].point.test
+    judgement = Judgement(Interval(0.9, 0.85, 0.93), Interval(-0.01, -0.03, 0.01), Interval(0.2, 0.2, 0.2), 60)
+    judged = {(first.key, "test"): judgement}  # the key does not depend on the cost: of all three
+    section = uncertainty_section(found, share, (topk, CLASSES), tmp_path / "uncertainty.png", judged)
+    assert section.table[0]["accuracy"].replace("\N{NO-BREAK SPACE}", " ") == "90.00 % (85.00 to 93.00)"
     assert (tmp_path / "uncertainty.png").stat().st_size > 10_000
     assert (tmp_path / "uncertainty_dark.png").is_file()
     assert len(section.table) == 3

@@ -102,7 +102,9 @@ def test_state_of_the_report(study: Study, queue: Queue) -> None:
     assert report_state(study, QueueView(study.directory))[1] is False  # it will make another
     queue.clear()
     damaged, is_over = report_state(study, QueueView(study.directory))
-    assert damaged.startswith(f"damaged: {study.directory}/report/DONE is damaged; move it aside with `mv ")
+    assert damaged.startswith(
+        f"damaged: {study.directory}/report/DONE is damaged (id: Field required); move it aside with `mv "
+    )
     assert is_over
 
 
