@@ -268,7 +268,7 @@ def _be_the_program(folder: Path, arguments: Sequence[str], output: Path) -> Non
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
         program = Path(os.fsdecode(arguments[0])).name
-        if program not in ("scontrol", "sinfo", "squeue", "sacctmgr"):  # what asks a scheduler changes nothing
+        if program not in ("scontrol", "sinfo", "squeue", "sacctmgr", "git"):  # they are asked, and change nothing
             print(f"STARTED {program!r}", flush=True)
 
 
@@ -279,7 +279,9 @@ def cause_of(ended: Ended, target: str) -> str:
     if "Traceback" in ended.text or ended.status == 70:
         places = re.findall(r'File "[^"]*?/((?:dynexit|launch)/[^"]+)", line (\d+)', ended.text)
         place = ":".join(places[-1]) if places else "?"
-        return f"{target}: traceback at {place}: {ended.text.strip().splitlines()[-1][:90]}"
+        return (
+            f"{target}: traceback at {place}: {(ended.text.strip().splitlines() or ['nothing was printed'])[-1][:90]}"
+        )
     if ended.status not in (0, 1, 2):
         return f"{target}: exit status {ended.status}"
     if ended.peak_bytes > MOST_BYTES:
@@ -318,7 +320,9 @@ def run_trial(template: Path, folder: Path, target: str, chance: random.Random) 
         cause = f"{target}: wrote outside"
     if (folder / MARK).exists():
         cause = f"{target}: executed code"
-    if not cause and ended.status == 0 and target in ("run folder", "model folder", "records"):
+    # other MACs are a user's own, and give other results
+    has_digests = target in ("run folder", "model folder") or (target == "records" and "macs.json" not in what)
+    if not cause and ended.status == 0 and has_digests:
         cause = _wrong_results(template, folder, f"{target}: {command[0]}", what)
     return f"{' '.join(command)[:80]} after {what}", cause
 

@@ -116,7 +116,7 @@ def load_site(path: Path | None) -> Site:
         raw = yaml.safe_load(content.decode())
     except FileNotFoundError:
         raise UserError(f"there is no site profile {path}; slurm/sites/example.yaml is one to start from") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"the site profile {path} could not be read: {' '.join(str(error).split())}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
