@@ -4,6 +4,8 @@ import errno
 import stat
 from pathlib import Path
 
+from dynexit.errors import UserError
+
 MOST_TEXT_BYTES = 256 << 20
 """The largest file that is read as text or JSON."""
 
@@ -27,3 +29,12 @@ def regular(path: Path, most_bytes: int | None = None) -> Path:
 def read_text(path: Path) -> str:
     """Returns the text of a regular file of UTF-8. Raises OSError as `regular`, UnicodeDecodeError for other bytes."""
     return regular(path, MOST_TEXT_BYTES).read_text(encoding="utf-8")
+
+
+def check_weights_file(path: Path) -> None:
+    """Raises UserError if the weights file is missing."""
+    if not path.is_file():
+        fault = "is no file" if path.exists() else "does not exist"
+        raise UserError(
+            f"weights file {str(path)!r} {fault}: give the path of a .safetensors or .pth file, or 'pretrained'"
+        )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynexit.errors import UserError
+from dynexit.files import check_weights_file
 from dynexit.study.baselines import network_name
 from dynexit.study.data.names import check_files
 from dynexit.study.grid import Study
@@ -38,12 +39,8 @@ def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> N
 
 
 def _check_weights(config: Config, reads_weights: bool) -> None:
-    path = Path(config.backbone.weights or "")
-    if reads_weights and config.backbone.weights not in (None, "pretrained") and not path.is_file():
-        fault = "is no file" if path.exists() else "does not exist"
-        raise UserError(
-            f"weights file {str(path)!r} {fault}: give the path of a .safetensors or .pth file, or 'pretrained'"
-        )
+    if reads_weights and config.backbone.weights not in (None, "pretrained"):
+        check_weights_file(Path(str(config.backbone.weights)))
 
 
 def _check(kinds: list[tuple[Config, bool, str]], *checks: Callable[[Config, bool], None]) -> None:

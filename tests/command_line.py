@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynexit.study.grid import Point
+from dynexit.study.grid import Point, Study
 from dynexit.study.stages import stage_of
+from launch.plan import missing_jobs
 
 ROOT = Path(__file__).parent.parent
 TINY = Path(__file__).parent / "tiny_study.yaml"
@@ -61,6 +62,16 @@ def dynexit(folder: Path, *arguments: str | Path, status: int = 0) -> "subproces
         out, err = ((Path(printed) / name).read_text() for name in ("out", "err"))
     assert process.exitcode == status, f"exit status {process.exitcode}\n{out}\n{err}"
     return subprocess.CompletedProcess(words, status, out, err)
+
+
+def do_all_jobs(study: Study) -> None:
+    """Does the missing jobs of all stages in this process, and the report."""
+    study.directory.mkdir(parents=True, exist_ok=True)
+    (study.directory / "study.yaml").write_text("")
+    for stage in ("prepare", "train", "record", "search"):
+        for job in missing_jobs(study, stage):
+            run_stage(stage, job.points)
+    run_stage("report", study.points)
 
 
 def run_stage(stage: str, points: Sequence[Point]) -> None:

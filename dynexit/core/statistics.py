@@ -41,11 +41,19 @@ def accuracy_interval(correct_N: np.ndarray, origin_N: np.ndarray | None = None)
     variance = float((residual_G**2).sum()) / num_samples**2 * num_originals / max(num_originals - 1, 1)
     effective = accuracy * (1 - accuracy) / variance if variance > 0 else num_originals
     effective = min(max(effective, num_originals), num_samples)
-    square = _Z**2 / effective
-    centre = (accuracy + square / 2) / (1 + square)
-    half = _Z * math.sqrt(accuracy * (1 - accuracy) / effective + square / (4 * effective)) / (1 + square)
+    low, high = wilson_interval(accuracy, effective)
     # rounding may place a limit a hair inside the estimate at 0 and 1
-    return Interval(accuracy, max(0.0, min(centre - half, accuracy)), min(1.0, max(centre + half, accuracy)))
+    return Interval(accuracy, min(low, accuracy), max(high, accuracy))
+
+
+def wilson_interval(fraction: float, count: float) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval of a fraction seen in `count` independent trials.
+
+    Views of an original image are not independent, so `count` is that of the originals. Source: Wilson (1927).
+    """
+    centre = (fraction + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z * math.sqrt(fraction * (1 - fraction) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def mean_interval(values_N: np.ndarray, origin_N: np.ndarray | None = None, seed: int = 0) -> Interval:

@@ -5,13 +5,13 @@ Shapes: P positions, H head types, L exits, R rows of a record, N samples, K cla
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from dynexit.core.calibration import ALPHAS, conformal_quantile, scaled_confidence, temperature
 from dynexit.core.cost import ExitCosts
+from dynexit.core.statistics import wilson_interval
 from dynexit.core.tradeoff import Configuration
 from dynexit.data import DataSets
 from dynexit.deploy.assembly import HeadStack
@@ -23,8 +23,6 @@ from dynexit.report.judged.outcomes import choosing_samples
 from dynexit.run_dir import HEADS, RunDir
 from dynexit.search.operating_points import ReportRow
 from dynexit.study.grid import Point
-
-_Z = 1.959963984540054  # 95 % of the standard normal distribution lie within it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,16 +144,6 @@ class RecordedTraining:
             exit_fractions=row.exit_fractions if way is None or any(head >= 0 for head, _ in way.exits) else whole,
             mean_confidence=min(float(sure_N[samples_N].mean()), 1.0),
         )
-
-
-def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval of a fraction seen in `count` independent trials.
-
-    Views of an original image are not independent, so `count` is that of the originals. Source: Wilson (1927).
-    """
-    centre = (fraction + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z * math.sqrt(fraction * (1 - fraction) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def _temperatures(record: Record, samples_N: np.ndarray) -> np.ndarray | None:

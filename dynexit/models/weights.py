@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dynexit.errors import UserError
+from dynexit.files import check_weights_file
 from dynexit.models.t2t_vit import T2TViT, resize_positions
 
 logger = logging.getLogger(__name__)
@@ -59,22 +60,13 @@ def load_weights(model: Any, path: Path, backbone_name: str, *, classifier_is_tr
     model.load_state_dict(state, strict=False)  # what may be missing was settled above
 
 
-def check_exists(path: Path) -> None:
-    """Raises UserError if the weights file is missing."""
-    if not path.is_file():
-        fault = "is no file" if path.exists() else "does not exist"
-        raise UserError(
-            f"weights file {str(path)!r} {fault}: give the path of a .safetensors or .pth file, or 'pretrained'"
-        )
-
-
 def read_state(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a weights file by name, out of whatever dicts they are wrapped in.
 
     Raises UserError, naming the file, if it cannot be read as plain weights, holds no state dict, or a tensor is not
     dense, real and finite.
     """
-    check_exists(path)
+    check_weights_file(path)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:

@@ -13,10 +13,10 @@ from PIL import Image
 import dynexit
 from dynexit.core.calibration import conformal_thresholds
 from dynexit.core.exit_policy import exit_index_from_gates
+from dynexit.core.statistics import wilson_interval
 from dynexit.core.tradeoff import apply_configuration
 from dynexit.data import load_data
 from dynexit.errors import Failure, UserError
-from dynexit.jobs.recorded import wilson_interval
 from dynexit.jobs.save import run_save
 from dynexit.record.held_back import calibration_samples
 from dynexit.record.shards import Record
@@ -25,8 +25,7 @@ from dynexit.search.operating_points import read_csv
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
-from launch.plan import missing_jobs
-from tests.command_line import TINY, run_stage
+from tests.command_line import TINY, do_all_jobs
 from tests.command_line import dynexit as command
 
 pytestmark = pytest.mark.slow
@@ -46,12 +45,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("study")
     methods = ("train.method=[jei_dnn, boosted]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "seed=[0]")
     study = load_study(TINY, [f"runs_dir={folder}/runs", *OVERRIDES, *methods])
-    study.directory.mkdir(parents=True)
-    (study.directory / "study.yaml").write_text("")
-    for stage in ("prepare", "train", "record", "search"):
-        for job in missing_jobs(study, stage):
-            run_stage(stage, job.points)
-    run_stage("report", study.points)
+    do_all_jobs(study)
     return study
 
 

@@ -24,7 +24,7 @@ from dynexit.study.baselines import network_name
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import load_study
 from launch.plan import missing_jobs
-from tests.command_line import TINY, run_stage
+from tests.command_line import TINY, do_all_jobs, run_stage
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +41,7 @@ def tiny(folder: Path, *overrides: str, static: str = f"[{SMALL}, {LARGE}]") -> 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[ReportRow]]:
     study = tiny(tmp_path_factory.mktemp("baselines"))
-    study.directory.mkdir(parents=True)
-    (study.directory / "study.yaml").write_text("")
-    for stage in ("prepare", "train", "record", "search"):
-        for job in missing_jobs(study, stage):
-            run_stage(stage, job.points)
-    run_stage("report", study.points)
+    do_all_jobs(study)
     return study, read_csv(study.directory / "report" / "operating_points.csv")
 
 

@@ -15,8 +15,8 @@ from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
-from launch.plan import make_packs, missing_jobs
-from tests.command_line import TINY, run_stage
+from launch.plan import make_packs
+from tests.command_line import TINY, do_all_jobs, run_stage
 
 pytestmark = pytest.mark.slow
 
@@ -27,12 +27,7 @@ def done(folder: Path, *overrides: str, path: Path = TINY) -> tuple[Study, list[
     """The study after all of its jobs, called as functions, and the rows of its report."""
     quick = ("report.mlflow=false", "dist.checkpoint_seconds=1000", "dyce.num_warm_up_epochs=1")
     study = load_study(path, [f"runs_dir={folder}", *quick, *overrides])
-    study.directory.mkdir(parents=True, exist_ok=True)
-    (study.directory / "study.yaml").write_text("")
-    for stage in ("prepare", "train", "record", "search"):
-        for job in missing_jobs(study, stage):
-            run_stage(stage, job.points)
-    run_stage("report", study.points)
+    do_all_jobs(study)
     return study, read_csv(study.directory / "report" / "operating_points.csv")
 
 

@@ -109,7 +109,7 @@ def _one_head_rows(costs: ExitCosts) -> list[int]:
 
 
 def entries_of_search(point: Point, file: str) -> list[dict[str, Any]]:
-    """What the point's search found, as it stands in `file`."""
+    """What the point's search found, as `file` has it."""
     entries: list[dict[str, Any]] = RunDir(point, "search").read_json(file, list[Found])
     return entries
 
