@@ -26,7 +26,7 @@ class Task(Protocol):
         """Whatever comes before the first batch of a run that does not resume."""
 
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
-        """One update from this rank's part of a batch, `share` of the whole one; returns losses to show."""
+        """One update from this rank's part of a batch, `share` of the whole one; returns losses to show, () or (m,)."""
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluation and whatever else belongs between epochs."""

@@ -63,7 +63,7 @@ def test_nan_stops_one_member_and_no_other(tmp_path: Path) -> None:
 
     def poison(batch, share):  # type: ignore[no-untyped-def]
         if task.step_number == 9:
-            task.optimizers["heads"].stack["0.linear.0.weight"][1] = float("nan")
+            task.stack("heads")["0.linear.0.weight"][1] = float("nan")
         return step(batch, share)
 
     task.train_step = poison  # type: ignore[method-assign]
