@@ -19,7 +19,9 @@ from dynexit.jobs.finished import (
 from dynexit.jobs.reporting.rows import collect_rows, entries_of_search, point_times
 from dynexit.jobs.reporting.tracked import track
 from dynexit.record.shards import Record
-from dynexit.report.budgets import budget_cells
+from dynexit.report.budgets import budget_answers, budget_cells
+from dynexit.report.chart.data import chart_data
+from dynexit.report.chart.groups import groups_of
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FRONT_CSV, entries_of, write_front
@@ -29,7 +31,7 @@ from dynexit.report.judged.words import drop_to_test, warnings
 from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import front_of
-from dynexit.report.times import time_sections
+from dynexit.report.times import measured_batch_sizes, time_sections
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
 from dynexit.run_dir import DONE, RunDir, mark_done
@@ -96,9 +98,12 @@ def write_report(
     for kind in ("svg", "pdf"):
         pareto_figure(rows, directory / f"pareto.{kind}", published)
     front = front_of(rows)
-    budgeted = [row for row in rows if row.budget]
-    pairs = [row for point in front for row in (point.validation, point.test)]
-    judged = judge(points, [*pairs, *(row for row in rows if row.source == "backbone"), *budgeted])
+    answers = budget_answers(rows, entries)
+    axes = [None, *measured_batch_sizes(rows)]
+    groups = groups_of(rows, [*front, *answers.values()], axes)
+    drawn = [row for group in groups for point in group.points for row in (point.validation, point.test)]
+    limited = {point.test.key for point in (*front, *answers.values())}
+    judged = judge(points, [*drawn, *(row for row in rows if row.source == "backbone")], limited)
     table = entries_of(front, rows, judged, describe)
     write_front(directory, table)
     labels = {point.id: point.label for point in points}
@@ -108,7 +113,7 @@ def write_report(
         figures,
         study_text,
         points_table=[{**point.values, "id": point.id} for point in points],
-        notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else []), *failed],
+        notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else [])],
         budgets=budget_cells(rows, entries, describe, judged),
         sections=[*_times(points, rows, describe), *_comparisons(points, rows), *_last(points, rows, judged)],
         describe=describe,
@@ -116,6 +121,8 @@ def write_report(
         warnings=list(warnings(points, rows, front, judged)),
         remarks=[drop_to_test(front, rows)],
         cards=cards(table, points[0].config.search.relative_macs, labels, study_dir),
+        missing=failed,
+        chart=chart_data(groups, rows, axes, judged, published, describe=describe, labels=labels, study_dir=study_dir),
     )
     write_page(directory / "report.html", page)
     return rows

@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import mimetypes
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +14,12 @@ import jinja2
 import markupsafe
 
 from dynexit.core.cost import place_name
+from dynexit.report.chart.data import json_script
+from dynexit.report.figures import THEMES
 from dynexit.report.judged.cards import Card
 from dynexit.report.judged.front import FrontEntry, entries_of, even_steps
 from dynexit.report.judged.outcomes import Judgements
-from dynexit.report.table import Hypervolume, Summary, backbone_accuracy, percent, summary
+from dynexit.report.table import Summary, backbone_accuracy, percent, summary
 from dynexit.run_dir import write_text
 from dynexit.search.operating_points import BASELINES, ReportRow, RowTime
 
@@ -32,12 +36,26 @@ class Figure:
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of the page of its own: one mapping per row of its table, as for `budgets`, and maybe a figure."""
+    """A part of the page of its own: one mapping per row of its table, as for `budgets`, and maybe a figure.
+
+    `drawings` are inline SVG, `folded` further tables by what to click on.
+    """
 
     heading: str
     remark: str
     table: Sequence[Mapping[str, Any]]
     figure: Figure | None = None
+    drawings: Sequence[markupsafe.Markup] = ()
+    folded: Sequence[tuple[str, Sequence[Mapping[str, Any]]]] = ()
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file of the report's folder, embedded in the page or linked, and what it holds."""
+
+    path: Path
+    what: str
+    embedded: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,9 @@ class Page:
     """What the page shows; all text is escaped.
 
     The first figure is on top, the others after the table of the front. `judged` holds the intervals of rows, which
-    show none without it; `warnings` and `remarks` are sentences, `cards` the budgets to choose from. `points_table`,
+    show none without it; `warnings` and `remarks` are sentences, `missing` has one for each point without results,
+    `cards` are the budgets to choose from. With `chart` (dynexit.report.chart) the script draws the front's figure, and
+    the first picture is for browsers without scripts. `points_table`,
     `budgets` and the tables of `sections` hold one mapping per row; their keys are the columns, and a missing or None
     value is an empty cell. A budget's keys are as a rule budget, configuration, validation, test and holds (True or
     False, shown as yes or no). `study_text` is the resolved study. `describe` puts a row's configuration into words, by
@@ -65,6 +85,9 @@ class Page:
     warnings: Sequence[str] = ()
     remarks: Sequence[str] = ()
     cards: Sequence[Card] = ()
+    missing: Sequence[str] = ()
+    chart: Mapping[str, Any] | None = None
+    downloads: Sequence[Download] = ()
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -72,15 +95,23 @@ def write_page(path: Path, page: Page) -> None:
     rows = page.rows
     read = summary(rows)
     entries = entries_of(read.front, rows, page.judged, page.describe or _describe_row)
-    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    script = _asset("page.js") if page.cards or page.chart else ""
+    css = _theme_css() + _asset("page.css")
     text = _template().render(
         title=page.title,
         headline=headline(entries),
+        missing=page.missing,
         warnings=page.warnings,
         remarks=page.remarks,
         cards=[_card_cells(card) for card in page.cards],
         script=markupsafe.Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=_sha256(script),
+        css=markupsafe.Markup(css),
+        css_hash=_sha256(css),
+        shade=_shade,
+        chart=json_script(page.chart) if page.chart else "",
+        caption=page.figures[0].caption if page.figures else "",
+        downloads=[_download_cells(one) for one in page.downloads],
         tiles=_tiles(read, entries, backbone_accuracy(rows, "validation")),
         figures=[_embedded(figure) for figure in page.figures],
         num_shown=sum(entry.validation.on_front for entry in even_steps(entries)),
@@ -89,8 +120,6 @@ def write_page(path: Path, page: Page) -> None:
         time_sizes=" / ".join(str(time.batch_size) for time in _timed(read)),
         num_front=len(read.front),
         num_points=len({row.key for row in rows if row.source not in BASELINES}),
-        hypervolumes=[_area_cells(area) for area in read.hypervolumes],
-        spread=any(len(area.per_seed) > 1 for area in read.hypervolumes),
         budgets=_table(page.budgets),
         sections=[_section_cells(section) for section in page.sections],
         points=_table(page.points_table),
@@ -110,7 +139,38 @@ def _section_cells(section: PageSection) -> dict[str, Any]:
         "remark": section.remark,
         "table": _table(section.table),
         "figure": _embedded(section.figure) if section.figure else None,
+        "drawings": section.drawings,
+        "folded": [(title, _table(table)) for title, table in section.folded],
     }
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _theme_css() -> str:
+    """The colours of the methods, as in the pictures."""
+    light, dark = (
+        "".join(f"--c{index}: {colour}; " for index, colour in enumerate(THEMES[theme].methods))
+        for theme in ("light", "dark")
+    )
+    return f"\n:root {{ {light}}}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
+
+
+def _shade(depth: float) -> str:
+    """The colour of an exit by its depth in [0, 1), darker with depth for prints in grey; page.js has the same."""
+    return f"hsl({75 + 200 * depth:.0f} 48% {70 - 38 * depth:.0f}%)"
+
+
+def _download_cells(one: Download) -> dict[str, Any]:
+    name, kind = one.path.name, mimetypes.guess_type(one.path.name)[0] or "text/plain"
+    encoded = base64.b64encode(one.path.read_bytes()).decode("ascii") if one.embedded else ""
+    address = f"data:{kind};base64,{encoded}" if one.embedded else urllib.parse.quote(name)
+    return {"name": name, "what": one.what, "embedded": one.embedded, "address": address}
 
 
 def _template() -> jinja2.Template:
@@ -140,9 +200,13 @@ def headline(entries: Sequence[FrontEntry], budget: float = 0.5) -> str:
         f"With {percent(best.test.relative_macs, 0)} of the backbone’s MACs this study reaches {best.accuracy} test "
         "accuracy"
     )
+    times = "".join(
+        f" A batch of {time.batch_size} takes {time.relative_time:.2f} of its time ({time.latency_ms:.3g} ms)."
+        for time in best.test.times[:1]
+    )
     if best.on_test is None or not best.verdict:
-        return f"{text}; the backbone’s is {whole.accuracy}."
-    return f"{text}: {_AGAINST[best.verdict]} {whole.accuracy}; the difference is {best.difference} points."
+        return f"{text}; the backbone’s is {whole.accuracy}.{times}"
+    return f"{text}: {_AGAINST[best.verdict]} {whole.accuracy}; the difference is {best.difference} points.{times}"
 
 
 def _tiles(
@@ -184,6 +248,7 @@ def _front_cells(entry: FrontEntry) -> dict[str, Any]:
         "method": row.method if row.source != "backbone" else "",
         "configuration": entry.words,
         "point": row.point_id,
+        "search": row.search_id,
         "shares": [100 * share for share in row.exit_fractions],
     }
 
@@ -194,19 +259,10 @@ def _card_cells(card: Card) -> dict[str, Any]:
         **_front_cells(card.entry),
         "budget": card.budget,
         "label": card.label,
-        "validation": f"{validation.relative_macs:.3f} of the MACs, {percent(validation.accuracy)}",
+        "validation": f"{validation.relative_macs:.3f}, {percent(validation.accuracy)}".replace(
+            " %", "\N{NO-BREAK SPACE}%"
+        ),
         "commands": card.commands,
-    }
-
-
-def _area_cells(area: Hypervolume) -> dict[str, str]:
-    low, high = min(area.per_seed), max(area.per_seed)
-    mean = sum(area.per_seed) / len(area.per_seed)
-    return {
-        "source": area.source,
-        "method": area.method,
-        "all_seeds": f"{area.all_seeds:.4f}",
-        "per_seed": f"{mean:.4f}" + (f" ({low:.4f} to {high:.4f})" if len(area.per_seed) > 1 else ""),
     }
 
 

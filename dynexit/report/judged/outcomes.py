@@ -4,7 +4,7 @@ Shapes: N samples of a split, R rows of a record.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,11 +24,12 @@ from dynexit.study.grid import Point
 
 @dataclass(frozen=True)
 class Judgement:
-    """The intervals of an operating point on one split. `difference` is its accuracy minus that of its backbone."""
+    """The intervals of an operating point on one split. `difference` is its accuracy minus that of its backbone;
+    `relative_macs` is None where it was not asked for."""
 
     accuracy: Interval
     difference: Interval
-    relative_macs: Interval
+    relative_macs: Interval | None
     num_originals: int
 
     @property
@@ -84,13 +85,13 @@ class Outcomes:
         rows_L = np.array([*range(0, len(self.correct_RN) - 1, len(self.costs.head_types)), -1])
         return self.correct_RN[rows_L[exit_N], np.arange(num_samples)], self.costs.macs_L()[exit_N]
 
-    def judge(self, row: ReportRow) -> Judgement:
+    def judge(self, row: ReportRow, with_macs: bool = True) -> Judgement:
         """The intervals of one operating point."""
         correct_N, macs_N = self.of(row)
         return Judgement(
             accuracy_interval(correct_N, self.origin_N),
             self.difference(correct_N),
-            mean_interval(macs_N / self.costs.full_macs, self.origin_N),
+            mean_interval(macs_N / self.costs.full_macs, self.origin_N) if with_macs else None,
             len(np.unique(self.origin_N)),
         )
 
@@ -99,8 +100,12 @@ class Outcomes:
         return mean_interval(correct_N.astype(np.int64) - self.correct_RN[-1], self.origin_N)
 
 
-def judge(points: Sequence[Point], rows: Iterable[ReportRow]) -> Judgements:
-    """The judgements of the operating points in `rows`, which are the points' own."""
+def judge(
+    points: Sequence[Point], rows: Iterable[ReportRow], with_macs: Collection[RowKey] | None = None
+) -> Judgements:
+    """The judgements of the operating points in `rows`, which are the points' own. The intervals of MACs take most of
+    the time; with `with_macs` only those points have one.
+    """
     by_id = {identity: point for point in reversed(points) for identity in point.ids.values()}
     found: dict[tuple[RowKey, str], Judgement] = {}
     # record by record, so that one at a time is held in memory
@@ -111,7 +116,7 @@ def judge(points: Sequence[Point], rows: Iterable[ReportRow]) -> Judgements:
         group = _group(point, row)
         if current is None or current[0] != group:
             current = group, Outcomes(point, row.split)
-        found[place] = current[1].judge(row)
+        found[place] = current[1].judge(row, with_macs is None or row.key in with_macs)
     return found
 
 
