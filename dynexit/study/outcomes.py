@@ -33,6 +33,11 @@ class BaselinesSettings(Section):
     cascade: bool = key(
         False, "whether cascades of two or three of them and the backbone are searched too", changes_results=False
     )
+    one_threshold: bool = key(
+        False,
+        "whether every point with all exits enabled and one threshold for them is a baseline of the search",
+        changes_results=False,
+    )
 
 
 class ReportSettings(Section):
