@@ -55,6 +55,12 @@ class InferSettings(Section):
     relative_macs: float | None = key(
         None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0, le=2
     )
+    latency_ms: float | None = key(
+        None, "budget: most mean time of a batch on the device measured; null has none", "ms", gt=0
+    )
+    latency_batch_size: int | None = key(
+        None, "batch size of latency_ms; null takes the smallest measured", "images", ge=1
+    )
     source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
     split: Literal["validation", "test"] = key("test", "samples to classify")
     batch_size: int = key(256, "images that enter together", "images", ge=1)
