@@ -11,16 +11,17 @@ from pydantic import ValidationError
 
 from dynexit.errors import UserError
 from dynexit.jobs.finished import check_budgets, finished_jobs, report_is_done
+from dynexit.jobs.planning.checks import check_identity, check_models, folders_elsewhere
+from dynexit.jobs.planning.description import describe_plan
+from dynexit.jobs.planning.missing import Job, done_together, missing_jobs
 from dynexit.run_dir import STUDY, write_text
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import resolved_yaml
 from dynexit.study.schema import Config
 from dynexit.study.stages import INFER, STAGES, stages_until
 from dynexit.study.validation import sentences
-from launch.checks import check_models, folders_elsewhere
 from launch.local import run_here, run_local
 from launch.lock import hold
-from launch.plan import Job, check_identity, describe_plan, done_together, missing_jobs
 from launch.slurm.site import Site, load_site
 from launch.slurm.submissions import check_queue
 from launch.tasks.worker import ONE_RANK
@@ -149,7 +150,9 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
     if ranks.is_main and not did_something and until != INFER.name:
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
     if ranks.is_main and "report" in stages and until != INFER.name and report_is_done(study.points):
-        _print_result(study)
+        from dynexit.report.terminal import result
+
+        print(result(study.directory / "report"))
     if until == INFER.name and not failures:
         failures += _run_jobs([Job(INFER.name, left.points)], on, study, ranks)
     return failures
@@ -173,12 +176,3 @@ def _run_jobs(jobs: Sequence[Job], on: str, study: Study, ranks: "Ranks") -> lis
     if ranks.world_size > 1 and jobs[0].stage == "prepare" and not is_for_all:
         on = "local"  # a process without ranks: with several, batch normalisation would see another batch
     return run_here(jobs) if on == "here" else run_local(study, jobs)
-
-
-def _print_result(study: Study) -> None:
-    from dynexit.report.terminal import short_table
-    from dynexit.search.operating_points import read_csv
-
-    directory = study.directory / "report"
-    print(short_table(read_csv(directory / "operating_points.csv")))
-    print(f"report: {directory / 'report.html'}")
