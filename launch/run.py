@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pydantic import ValidationError
-
 from dynexit.errors import UserError
 from dynexit.jobs.finished import check_budgets, finished_jobs, report_is_done
 from dynexit.jobs.planning.checks import check_identity, check_models, folders_elsewhere
@@ -17,9 +15,7 @@ from dynexit.jobs.planning.missing import Job, done_together, missing_jobs
 from dynexit.run_dir import STUDY, write_text
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import resolved_yaml
-from dynexit.study.schema import Config
 from dynexit.study.stages import INFER, STAGES, stages_until
-from dynexit.study.validation import sentences
 from launch.local import run_here, run_local
 from launch.lock import hold
 from launch.slurm.site import Site, load_site
@@ -39,7 +35,6 @@ def run_study(study: Study, until: str, on: str, site: Path | None) -> list[str]
     or its models.
     """
     stages, profile = _checked_request(study, until, on, site)
-    _check_name(study)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _run_with_ranks(study, until, on)
     check_models(study, dry_run=False, data_is_here=profile is None)
@@ -72,14 +67,6 @@ def _checked_request(study: Study, until: str, on: str, site: Path | None) -> tu
     if on == "slurm" and until == INFER.name:
         raise UserError("infer runs --on here or --on local; run it where the study's folder is")
     return stages_until(until, by_time=study.is_by_time), load_site(site) if on == "slurm" else None
-
-
-def _check_name(study: Study) -> None:
-    """Raises UserError if the name, which a renamed folder gave, could not be read again."""
-    try:
-        Config(name=study.config.name)
-    except ValidationError as error:
-        raise UserError(f"{sentences(error)[0]}; rename the folder {study.directory}") from None
 
 
 def submit(study: Study, stages: Sequence[str], site: Site) -> None:

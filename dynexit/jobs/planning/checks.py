@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dynexit.errors import UserError
 from dynexit.files import check_weights_file
 from dynexit.jobs.planning.missing import missing_jobs
@@ -14,6 +16,7 @@ from dynexit.study.data.names import check_files
 from dynexit.study.grid import Study, fixed_values
 from dynexit.study.schema import Config
 from dynexit.study.stages import POINT_STAGES
+from dynexit.study.validation import sentences
 
 
 def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> None:
@@ -88,9 +91,14 @@ def folders_elsewhere(study: Study) -> list[str]:
 def check_identity(study: Study) -> None:
     """Raises UserError if the study's run directory has results for another backbone; else notes this one there.
 
-    With another fixed key of data, backbone or prepare nothing in the folder can be used again, which is a mistake more
-    often than not. Other keys are covered by the points' ids.
+    Raises it too for a name, which a renamed folder gave, that could not be read again. With another fixed key of data,
+    backbone or prepare nothing in the folder can be used again, which is a mistake more often than not. Other keys are
+    covered by the points' ids.
     """
+    try:
+        Config(name=study.config.name)
+    except ValidationError as error:
+        raise UserError(f"{sentences(error)[0]}; rename the folder {study.directory}") from None
     path = study.directory / "study.json"
     values = fixed_values(study)
     before = values
