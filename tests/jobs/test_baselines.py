@@ -15,6 +15,7 @@ from dynexit.core.statistics import mean_interval, verdict
 from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.errors import Failure
 from dynexit.jobs.finished import report_is_done
+from dynexit.jobs.planning.missing import missing_jobs
 from dynexit.jobs.save import run_save
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir
@@ -23,7 +24,6 @@ from dynexit.search.problem import Problem
 from dynexit.study.baselines import network_name
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import load_study
-from launch.plan import missing_jobs
 from tests.command_line import TINY, do_all_jobs, run_stage
 
 pytestmark = pytest.mark.slow
