@@ -18,6 +18,7 @@ from dynexit.study.keys import Section
 from dynexit.study.methods import sections_of_methods
 from dynexit.study.schema import Config, method_settings
 from dynexit.study.stages import BENCH, METHOD, POINT_STAGES, STAGES
+from dynexit.study.sweep.names import method_name
 from dynexit.study.validation import all_keys, changes_results, contradictions, sentences, unknown_key
 
 SWEEPABLE = tuple(
@@ -38,7 +39,8 @@ class Point:
     swept: dict[str, Any]  # of the keys that the point's results can depend on
     ids: dict[str, str]
     sweep_keys: tuple[str, ...]  # all swept keys of the study
-    varied_exits: tuple[str, ...] = ()  # keys of `exits` in which points of the same method differ
+    label_keys: tuple[str, ...] | None = None  # those that tell the study's points apart; None for all
+    method_keys: tuple[str, ...] = ()  # those of `exits` and the like that tell points of the same method apart
     networks: tuple[str, ...] = ()
     """Of a static network the record ids of all that it is compared with, the study's backbone last; else empty."""
 
@@ -65,14 +67,7 @@ class Point:
     @property
     def method(self) -> str:
         """The method's name for tables, with what the sweep varies of it: `jei_dnn (distilled 0.02, gate)`."""
-        config = self.config
-        variants = [_variant(name, getattr(config.exits, name)) for name in self.varied_exits]
-        if config.train.distillation and "train.distillation" in self.swept:
-            variants.append(f"distilled {config.train.distillation:g}")
-        if "search.confidence" in self.swept and config.search.confidence != "max_probability":
-            variants.append(config.search.confidence)
-        named = ", ".join(filter(None, variants))
-        return config.train.method + (f" ({named})" if named else "")
+        return method_name(self)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -87,8 +82,13 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The swept values in words, as `ce_ic_tradeoff=0.5 seed=1`."""
-        return " ".join(f"{name}={value}" for name, value in self.values.items()) or "the only point"
+        """The swept values in which the study's points differ, as `ce_ic_tradeoff=0.5 seed=1`."""
+        named = [
+            f"{short}={value}"
+            for name, (short, value) in zip(self.sweep_keys, self.values.items(), strict=True)
+            if name in self.swept and (self.label_keys is None or name in self.label_keys)
+        ]
+        return " ".join(named) or "the only point"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,32 +201,6 @@ def _with_value(config: Config, dotted: str, value: Any) -> Config:
         return config.model_copy(update={name: getattr(Config.model_validate({name: value}), name)})
     section = getattr(config, name)
     return config.model_copy(update={name: type(section).model_validate({**section.model_dump(), last: value})})
-
-
-def name_varied_exits(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points with `varied_exits` set."""
-    values: dict[tuple[str, str], set[Any]] = {}
-    for point in points:
-        for name, value in point.swept.items():
-            if name.startswith("exits."):
-                values.setdefault((point.config.train.method, name), set()).add(_hashable(value))
-    varied: dict[str, list[str]] = {}
-    for (method, name), found in values.items():
-        if len(found) > 1:
-            varied.setdefault(method, []).append(name.removeprefix("exits."))
-    return tuple(
-        dataclasses.replace(point, varied_exits=tuple(varied[point.config.train.method]))
-        if point.config.train.method in varied
-        else point
-        for point in points
-    )
-
-
-def _variant(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return name if value else ""
-    text = "+".join(map(str, value)) if isinstance(value, list) else str(value or "default")
-    return text if name == "head_types" else f"{name} {text}"
 
 
 def expand(base: Config, sweep: dict[str, list[Any]], groups: Sequence[Sequence[str]] = ()) -> Iterator[Point]:

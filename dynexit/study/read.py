@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from dynexit.errors import UserError
 from dynexit.files import read_text
 from dynexit.study.baselines import static_points
-from dynexit.study.grid import Study, check_sweep, expand, name_varied_exits
+from dynexit.study.grid import Study, check_sweep, expand
 from dynexit.study.schema import SECTIONS, Config
+from dynexit.study.sweep.names import name_points
 from dynexit.study.validation import contradictions, sentences
 from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml, shorten, to_yaml
 
@@ -59,7 +60,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     mistakes += check_sweep(sweep, base, together)
     if mistakes or base is None:
         raise StudyError(list(dict.fromkeys(mistakes)), base or _what_is_right(raw))
-    points = name_varied_exits(tuple(expand(base, sweep, together)))
+    points = name_points(tuple(expand(base, sweep, together)))
     swept = {
         name: list({repr(p.swept[name]): p.swept[name] for p in points if name in p.swept}.values()) or values
         for name, values in sweep.items()
