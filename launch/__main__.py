@@ -1,16 +1,17 @@
 """The command line: its commands and options, and the exit status."""
 
 import argparse
-import atexit
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import dynexit
 from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
 from dynexit.study.stages import BENCH, INFER, STAGES
 from launch.deploy_commands import add_deploy_commands, add_model_bench
+from launch.tasks.worker import leave
 from launch.tools import add_command, add_tools
 
 _JOBS = {
@@ -21,22 +22,12 @@ _RUN_CODE = ("retry", "cut", "save", "predict")
 """The other commands that run code which a study or a model folder names, if it is allowed."""
 
 
-class _Version(argparse.Action):
-    """Prints the version, which is looked up only then."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        import dynexit
-
-        print(f"dynexit {dynexit.__version__}")
-        parser.exit()
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="dynexit", description="Turns a frozen image classifier into a family of early-exit networks."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {dynexit.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in _JOBS.items():
         command = _study_command(commands, name, text + ", and what it needs" * (name not in ("run", "prepare")))
@@ -131,9 +122,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # threads of a process group that was left may abort an interpreter
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        leave(status)
     sys.exit(status)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,53 +64,36 @@ def _ui(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
+    from dynexit.report.terminal import show_status
     from launch.slurm.cluster import QUERY_SECONDS
+    from launch.status import whole_status
 
     study, _ = _load(options)
-    if options.json:
-        print(_status_json(study))
-        return
-    while _print_status(study, options.watch):
+    while True:
+        status = whole_status(study)
+        points = [dataclasses.asdict(one) for one in status.points]
+        if options.json:
+            names = ("study", "queue_error", "report")
+            print(json.dumps({name: getattr(status, name) for name in names} | {"points": points}, indent=1))
+            return
+        notes = [*_other_points(study, points)]
+        if status.queue_error:
+            notes += [f"the queue could not be asked, so it is not known what waits or runs: {status.queue_error}"]
+        show_status(points, status.report, notes, redraw=options.watch)
+        if status.is_over or not options.watch:
+            return
         time.sleep(QUERY_SECONDS)
-        print("\n" + time.strftime("%H:%M:%S"))
 
 
-def _status_json(study: LoadedStudy) -> str:
-    from launch.slurm.submissions import QueueView
-    from launch.status import report_state, study_status
-
-    jobs = QueueView(study.directory)
-    points = [dataclasses.asdict(one) for one in study_status(study, jobs)]
-    report, _ = report_state(study, jobs)
-    content = {"study": str(study.directory), "queue_error": jobs.unanswered or "", "report": report, "points": points}
-    return json.dumps(content, indent=1)
-
-
-def _hint_at_other_keys(study: LoadedStudy) -> None:
-    """Prints a hint if other points were run in the study's folder, as with overrides of its keys."""
+def _other_points(study: LoadedStudy, points: "list[dict[str, str]]") -> Iterator[str]:
+    """A hint if nothing was run in the study's folder, or other points, as with overrides of its keys."""
     folder = study.directory
-    with contextlib.suppress(UserError):  # there is no study, or one of another version
-        there = {point.id for point in load_study(folder).points}
-        if there.isdisjoint(point.id for point in study.points):
-            print(f"dynexit: {folder} was run with other keys; `dynexit status {folder}` shows its points")
-
-
-def _print_status(study: LoadedStudy, watch: bool) -> bool:
-    """Returns whether there is more to watch."""
-    from launch.slurm.submissions import QueueView
-    from launch.status import OVER, report_state, study_status, table
-
-    jobs = QueueView(study.directory)
-    if jobs.unanswered:
-        print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
-    if not study.directory.is_dir():
-        print(f"dynexit: {study.directory} is not there: nothing of this study was run yet, or not with this folder")
-    states = study_status(study, jobs)
-    if all(one.state == "waiting" for one in states):
-        _hint_at_other_keys(study)
-    report, is_over = report_state(study, jobs)
-    print(table(states, report), flush=True)
-    return watch and not (is_over and all(one.state in OVER for one in states))
+    if not folder.is_dir():
+        yield f"{folder} is not there: nothing of this study was run yet, or not with this folder"
+    elif all(one["state"] == "waiting" for one in points):
+        with contextlib.suppress(UserError):  # there is no study, or one of another version
+            if {one.id for one in load_study(folder).points}.isdisjoint(point["id"] for point in points):
+                yield f"{folder} was run with other keys; `dynexit status {folder}` shows its points"
 
 
 def _logs(options: argparse.Namespace) -> None:

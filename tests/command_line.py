@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from dynexit.jobs.planning.missing import missing_jobs
 from dynexit.study.grid import Point, Study
 from dynexit.study.stages import stage_of
-from launch.plan import missing_jobs
 
 ROOT = Path(__file__).parent.parent
 TINY = Path(__file__).parent / "tiny_study.yaml"

@@ -108,6 +108,12 @@ def stage_of(name: str) -> Stage:
     return INFER if name == INFER.name else STAGES[name]
 
 
+def inputs_of(name: str, *, by_time: bool) -> tuple[str, ...]:
+    """Returns the stages whose finished work a job of the stage `name` reads; `by_time` is that of its points."""
+    needs = stage_of(name).needs
+    return ((needs,) if needs is not None else ()) + ((BENCH,) if by_time and name == "search" else ())
+
+
 def stages_until(name: str, *, by_time: bool = False) -> tuple[str, ...]:
     """Returns the names of the stages up to `name`, in order; up to the last for `infer`, which follows them.
 

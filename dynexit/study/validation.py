@@ -147,6 +147,8 @@ def _contradictions_of_features(config: Config) -> Iterator[str]:
     train, dyce = config.train, config.dyce
     if train.features == "fresh" and train.kept_views:
         yield f"train.kept_views = {train.kept_views}: should be 0 where train.features is fresh; set it to kept"
+    if train.features == "fresh" and train.kept_precision != "float32":
+        yield f"train.kept_precision = {train.kept_precision!r}: needs train.features=kept"
     if train.features == "kept" and train.method == "dyce" and (dyce.mixup or dyce.cutmix):
         yield (
             f"train.features = 'kept': should be fresh where dyce.mixup = {dyce.mixup:g} and dyce.cutmix = "

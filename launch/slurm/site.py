@@ -169,20 +169,13 @@ _OWN_OPTIONS = re.compile(
 
 def site_contradictions(site: Site, config: Config) -> list[str]:
     """What in a profile and a study does not fit together, as sentences."""
-    found = []
-    if config.dist.device == "cuda" and not site.gpus_per_node:
+    found, ranks, gpus = [], config.dist.tasks_per_node, site.gpus_per_node
+    if config.dist.device == "cuda" and not gpus:
         found.append("dist.device = 'cuda': the site profile asks for no GPUs; set its gpus_per_node")
-    if site.gpus_per_node and config.dist.tasks_per_node > site.gpus_per_node:
+    if config.dist.device != "cpu" and gpus and ranks != gpus:
         found.append(
-            f"dist.tasks_per_node = {config.dist.tasks_per_node}: should be at most the site profile's gpus_per_node, "
-            f"{site.gpus_per_node}"
-        )
-    if config.dist.device != "cpu" and config.dist.tasks_per_node < site.gpus_per_node:
-        found.append(
-            f"dist.tasks_per_node = {config.dist.tasks_per_node}: would leave GPUs of each node unused, as the site "
-            f"profile has gpus_per_node = {site.gpus_per_node} and a rank uses one; set "
-            f"dist.tasks_per_node={site.gpus_per_node} in the study, or "
-            f"gpus_per_node: {config.dist.tasks_per_node} in the profile"
+            f"dist.tasks_per_node = {ranks}: should be the site profile's gpus_per_node, {gpus}, as a rank uses one; "
+            f"set dist.tasks_per_node={gpus} in the study, or gpus_per_node: {ranks} in the profile"
         )
     options = sorted(name.lstrip("-").replace("_", "-") for name in site.sbatch)
     own = ", ".join(filter(_OWN_OPTIONS.fullmatch, options))

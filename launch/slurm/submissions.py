@@ -92,16 +92,6 @@ def cancel(jobs: Sequence[Submitted]) -> None:
     cluster.cancel_jobs([job.job_id for job in jobs])
 
 
-def take_back(folder: Path) -> str:
-    """Cancels what a submission's list has, and says what became of it; '' if it has nothing."""
-    jobs = [job for job in all_submitted(folder.parents[1]) if job.folder == folder]
-    try:
-        cancel(jobs)
-    except Failure as failure:
-        return f"; what was submitted before it stays in the queue ({failure})"
-    return "; what was submitted before it is cancelled" if jobs else ""
-
-
 def check_queue(study: Study) -> None:
     """Raises UserError if jobs of the study wait or run: nobody else may write what they write."""
     live = [job.job_id for job, _ in live_jobs(study.directory)]

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dynexit.jobs.planning.missing import Job
 from dynexit.run_dir import STUDY, read_json, write_json, write_text
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import load_study, resolved_yaml
-from launch.plan import Job
 from launch.tasks.attempts import JOBS, Work
 
 

@@ -9,7 +9,6 @@ mistake, 75 when a signal stopped it.
 
 import atexit
 import contextlib
-import dataclasses
 import errno
 import os
 import signal
@@ -29,7 +28,7 @@ from launch.tasks.attempts import COMPLETED, FAILED, RankReason
 
 if TYPE_CHECKING:
     from dynexit.dist import Ranks
-    from launch.plan import Job
+    from dynexit.jobs.planning.missing import Job
 
 _WATCH_SECONDS = 5
 _LIST_SECONDS = 60  # within which the launcher lists a job that sbatch took
@@ -74,6 +73,8 @@ def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks") -> list[Exception]:
 
     Raises what another try may repair, and _FailedAlone if one of several ranks failed.
     """
+    from dynexit.jobs.planning.missing import split_by_input
+
     found: list[Exception] = []
     for job in jobs:
         ready, damaged, missing = ranks.broadcast(split_by_input(job) if ranks.is_main else (job, [], []))
@@ -101,33 +102,6 @@ def _run(job: "Job", ranks: "Ranks") -> list[Exception]:
             raise _FailedAlone(str(error)) from error
         print(error, file=sys.stderr, flush=True)
         return [error]
-
-
-def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
-    """Splits off the points whose input is not complete: the job for the rest, error messages for damaged and missing.
-
-    Files decide, not the state of another job in the queue.
-    """
-    from dynexit.run_dir import RunDir
-    from dynexit.study.stages import BENCH, POINT_STAGES, STAGES
-
-    needed = STAGES[job.stage].needs if job.stage in POINT_STAGES else None  # a report shows what there is
-    if needed is None:
-        return job, [], []
-    ready, damaged, missing = [], [], []
-    for point in job.points:
-        try:
-            undone = needed
-            if RunDir(point, undone).is_done():
-                by_time = job.stage == "search" and point.is_by_time
-                undone = BENCH if by_time and not RunDir(point, BENCH).is_done() else ""
-            if undone:
-                missing.append(f"{job.stage} {point.label}: its {undone} is not done")
-            else:
-                ready.append(point)
-        except Failure as failure:
-            damaged.append(str(failure))
-    return dataclasses.replace(job, points=tuple(ready)), list(dict.fromkeys(damaged)), missing
 
 
 def _announce_ranks(restart: int) -> None:
@@ -168,6 +142,14 @@ def _watch(job: Path, restart: int) -> None:
             if attempts.read_attempts(job).restart > restart:
                 print("SLURM has started this job again elsewhere; this process ends", file=sys.stderr, flush=True)
                 os._exit(1)
+
+
+def leave(status: int) -> None:
+    """Ends this process: threads of a process group that was left may abort an interpreter that ends by itself."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(job: Path, restart: int, launcher: int | None = None) -> int:
@@ -211,7 +193,4 @@ if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[2:] if word.isdecimal()]
     with allowing_code(word for word in sys.argv[2:] if not word.isdecimal()):
         exit_status = main(Path(sys.argv[1]), *numbers)
-    atexit._run_exitfuncs()  # threads of a process group that was left may abort an interpreter
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_status)
+    leave(exit_status)

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from dynexit.errors import Failure
 from dynexit.jobs.finished import failure_reason, finished_jobs
+from dynexit.jobs.planning.missing import make_packs, missing_jobs
 from dynexit.run_dir import RunDir, is_done, mark_done
 from dynexit.study.read import load_study
 from dynexit.train.jei_dnn import JeiDnnTask
-from launch.plan import make_packs, missing_jobs
 from launch.status import study_status
 from tests.command_line import TINY, digests, run_stage
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dynexit.jobs.planning.missing import Job
 from dynexit.study.read import load_study
-from launch.plan import Job
 from launch.tasks.attempts import CRASHED, read_attempts, read_work
 from launch.tasks.folder import add_array, new_folder, read_jobs, work_of
 from tests.command_line import TINY, dynexit, start

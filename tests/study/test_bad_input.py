@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
+from dynexit.jobs.planning.checks import folders_elsewhere
 from dynexit.models.backbones import build_backbone
 from dynexit.study.read import load_study
 from launch.__main__ import main
-from launch.checks import folders_elsewhere
 from tests.data.on_disk import write_folders
 
 NARROW = {"layers": [1, 1, 1, 1], "channels": [6, 8, 10, 12]}

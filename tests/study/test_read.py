@@ -141,6 +141,7 @@ def test_a_swept_value_is_checked_like_any_other(tmp_path: Path) -> None:
     [
         ("train: {method: dyce, num_epochs: 3}", (), "dyce.num_warm_up_epochs = 5: should be less than train.num_epochs, 3"),
         ("train: {kept_views: 2}", (), "train.kept_views = 2: should be 0 where train.features is fresh; set it to kept"),
+        ("train: {kept_precision: bf16}", (), "train.kept_precision = 'bf16': needs train.features=kept"),
         ("train: {method: dyce, features: kept}", ("dyce.mixup=0",), "train.features = 'kept': should be fresh where dyce.mixup = 0 and dyce.cutmix = 1 mix images; or set both to 0"),
         ("train: {method: dyce}", ("dyce.min_learning_rate=0.1",), "dyce.min_learning_rate = 0.1: should be at most dyce.learning_rate, 0.000625"),
         ("train: {method: boosted}", ("exits.head_types=[linear, mlp2x9]",), "exits.head_types = ['linear', 'mlp2x9']: should be one head type where train.method is boosted; dyce, independent and probe take several"),

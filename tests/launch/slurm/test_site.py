@@ -85,14 +85,17 @@ def test_what_follows_from_profile_and_study() -> None:
 def test_contradictions_with_the_study() -> None:
     cuda = Config(dist=DistSettings(device="cuda", tasks_per_node=4))
     assert "asks for no GPUs" in site_contradictions(Site(), cuda)[0]
-    assert "dist.tasks_per_node = 4: should be at most" in site_contradictions(Site(gpus_per_node=2), cuda)[0]
+    assert site_contradictions(Site(gpus_per_node=2), cuda) == [
+        "dist.tasks_per_node = 4: should be the site profile's gpus_per_node, 2, as a rank uses one; set "
+        "dist.tasks_per_node=2 in the study, or gpus_per_node: 4 in the profile"
+    ]
     assert site_contradictions(Site(gpus_per_node=4), cuda) == []
 
 
 def test_gpus_that_no_rank_would_use_are_refused() -> None:
     assert site_contradictions(Site(gpus_per_node=8), Config()) == [
-        "dist.tasks_per_node = 1: would leave GPUs of each node unused, as the site profile has gpus_per_node = 8 and "
-        "a rank uses one; set dist.tasks_per_node=8 in the study, or gpus_per_node: 1 in the profile"
+        "dist.tasks_per_node = 1: should be the site profile's gpus_per_node, 8, as a rank uses one; set "
+        "dist.tasks_per_node=8 in the study, or gpus_per_node: 1 in the profile"
     ]
     assert site_contradictions(Site(gpus_per_node=8), Config(dist=DistSettings(tasks_per_node=8))) == []
     assert site_contradictions(Site(gpus_per_node=1), Config()) == []

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from dynexit.errors import Failure
 from dynexit.run_dir import write_json
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
+from dynexit.study.stages import stages_until
 from launch.slurm import cluster
 from launch.slurm.cluster import QueuedJob
-from launch.slurm.submissions import QueueView, Submitted, all_submitted, take_back
+from launch.slurm.site import Site
+from launch.slurm.submissions import QueueView, Submitted, all_submitted
+from launch.slurm.submit import submit_study
 from launch.status import report_state, study_status
 from launch.tasks.attempts import COMPLETED, CRASHED, FAILED, End, Work, append_lines
 from launch.tasks.folder import add_array, new_folder
@@ -168,14 +172,20 @@ def test_an_attempt_that_noted_no_end_is_told_by_its_state(study: Study, queue: 
     assert {one.state for one in study_status(study)} == {"cancelled"}
 
 
-def test_a_refused_submission_is_taken_back(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_submission_is_taken_back(study: Study, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled: list[str] = []
+    ids = iter(["7", "8"])
+
+    def ask(command: Sequence[str]) -> str:
+        if command[0] == "sbatch" and "search" in command[-1]:
+            raise Failure("`sbatch` failed: no such partition")
+        return next(ids) if command[0] == "sbatch" else ""
+
+    monkeypatch.setattr(cluster, "ask", ask)
     monkeypatch.setattr(cluster, "cancel_jobs", cancelled.extend)
     submit(study, "prepare", {"6_0": [{"prepare": ["p"]}]})
-    folder = new_folder(study, "slurm")
-    assert take_back(folder) == ""
-    add_array(folder, "prepare", {"7_0": [{"prepare": ["p"]}]})
-    add_array(folder, "train", {"8_0": [{"train": ["a"]}], "8_1": [{"train": ["b"]}]})
-    assert take_back(folder) == "; what was submitted before it is cancelled"
-    assert cancelled == ["7_0", "8_0", "8_1"]
+    refusal = "sbatch refused search: 1 task: `sbatch` failed: no such partition; what was submitted before it is "
+    with pytest.raises(Failure, match=f"{refusal}cancelled"):
+        submit_study(study, stages_until("report"), Site())
+    assert cancelled == ["7_0", "8_0"]
     assert [job.job_id for job in all_submitted(study.directory) if job.is_cancelled] == cancelled

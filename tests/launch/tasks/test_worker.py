@@ -17,9 +17,9 @@ import torch
 
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError, received_signals
+from dynexit.jobs.planning.missing import Job, split_by_input
 from dynexit.run_dir import mark_done, write_text
 from dynexit.study.grid import Point
-from launch.plan import Job
 from launch.tasks import worker
 from launch.tasks.attempts import (
     COMPLETED,
@@ -32,7 +32,7 @@ from launch.tasks.attempts import (
     append_lines,
     read_reason,
 )
-from launch.tasks.worker import listed_work, main, split_by_input
+from launch.tasks.worker import listed_work, main
 from tests.command_line import ENVIRONMENT, ROOT
 
 STAGES = ("prepare", "train", "record", "search")
@@ -42,10 +42,8 @@ Train = Callable[[Sequence[Point]], None]
 def job_of(stage: str, letters: str, folder: Path) -> Job:
     ids = [{one: f"{letter}-{one}" for one in STAGES} | {"prepare": "p"} for letter in letters]
     config = SimpleNamespace(dist=SimpleNamespace(max_retries=1))
-    points = [
-        SimpleNamespace(id=one["train"], ids=one, study_dir=folder, label=f"point {one['train']}", config=config)
-        for one in ids
-    ]
+    common = {"study_dir": folder, "config": config, "is_by_time": False}
+    points = [SimpleNamespace(id=one["train"], ids=one, label=f"point {one['train']}", **common) for one in ids]
     return Job(stage, tuple(cast(Point, point) for point in points))
 
 
