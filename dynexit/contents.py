@@ -154,8 +154,12 @@ class CheckpointFacts(TypedDict):
 
 @_open
 class MetricsRow(TypedDict):
-    """A line of metrics.jsonl; the other keys are figures by name."""
+    """A line of metrics.jsonl; the other keys are figures by name.
+
+    `improved`: whether the weights of the epoch were the best so far, and so kept where the best are.
+    """
 
     epoch: Count
+    improved: NotRequired[bool]
     validation_accuracy: NotRequired[Number]
     validation_relative_macs: NotRequired[Number]

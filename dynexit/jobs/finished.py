@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynexit.contents import Classes, Done, FailedTraining, Found, JobProgress
+from dynexit.contents import Classes, Done, FailedTraining, Found, JobProgress, MetricsRow
 from dynexit.core.latency import LatencyTable
 from dynexit.errors import Failure, UserError
 from dynexit.record.shards import Record, has_shards
@@ -218,13 +218,26 @@ def report_is_done(points: Sequence[Point]) -> bool:
     return is_done(directory, identity, check_bytes=True)
 
 
+def kept_row(point: Point, rows: Sequence[MetricsRow]) -> MetricsRow | None:
+    """Which of the point's epochs, `rows`, its weights are of; None if that is not known, as in earlier versions."""
+    if point.config.train.keep == "last" or len(rows) == 1:
+        return rows[-1] if rows else None
+    return next((row for row in reversed(rows) if row.get("improved")), None)
+
+
 def last_figures(point: Point) -> str:
-    """Accuracy and cost on validation after the last epoch, as text; the weights that are kept may be of another."""
+    """Accuracy and cost on validation after the last epoch and of the epoch whose weights are kept, as text."""
     rows = RunDir(point, "train").read_lines(METRICS)
-    if not rows or "validation_accuracy" not in rows[-1]:
-        return ""
-    accuracy, macs = 100 * rows[-1]["validation_accuracy"], rows[-1]["validation_relative_macs"]
-    return f"last epoch: validation {accuracy:.2f} % at {macs:.3f} relative MACs"
+    shown = [("last epoch", rows[-1] if rows else None), ("kept", kept_row(point, rows))]
+    return "; ".join(f"{name}{_figures(row)}" for name, row in shown if row is not None)
+
+
+def _figures(row: MetricsRow) -> str:
+    text = f" {row['epoch']}"
+    if "validation_accuracy" in row and "validation_relative_macs" in row:
+        macs = row["validation_relative_macs"]
+        text += f": validation {100 * row['validation_accuracy']:.2f} % at {macs:.3f} relative MACs"
+    return text
 
 
 def _packs(study_dir: Path) -> Iterator[tuple[Path, list[str]]]:

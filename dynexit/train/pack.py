@@ -81,7 +81,7 @@ class PackTask:
 
     terms: tuple[str, ...] = ("head loss",)  # what may turn out not finite, for messages
     rate_key = "train.learning_rate"
-    _plain_tensors: tuple[str, ...] = ("best_objective_M", "alive_M", "stopped_at_M")
+    _plain_tensors: tuple[str, ...] = ("best_objective_M", "alive_M", "stopped_at_M", "loss_sums_2MT")
 
     def __init__(self, pack: Pack, *, initialisation: str = "uniform", shrinkage: float = 0.0) -> None:
         model, ranks, settings = pack.model, pack.ranks, pack.settings
@@ -104,6 +104,9 @@ class PackTask:
         self.best_objective_M = torch.full((num_members,), math.inf, dtype=torch.float64)
         self.alive_M = torch.ones(num_members, dtype=torch.bool, device=ranks.device)
         self.stopped_at_M = torch.full((num_members, 3), -1, dtype=torch.int64, device=ranks.device)  # step, term, rank
+        self.loss_sums_2MT = torch.zeros((2, num_members, len(self.terms)), dtype=torch.float64, device=ranks.device)
+        """Of the epoch, by member and term: the sum of the batches' mean losses, and the number of batches."""
+        self.improved_M = torch.zeros(num_members, dtype=torch.bool)  # by the epoch that was evaluated last
         self.stopped: dict[int, str] = {}
         self.rows: list[dict[str, Any]] = []
         self.step_number = 0
@@ -235,6 +238,11 @@ class PackTask:
             self.alive_M = alive_m
         else:
             self.alive_M[members] = alive_m
+        counted_2m = torch.stack((torch.where(alive_m, loss_m, 0), alive_m)).to(self.loss_sums_2MT)
+        if members is None:
+            self.loss_sums_2MT[:, :, term] += counted_2m
+        else:
+            self.loss_sums_2MT[:, members, term] += counted_2m
         active = {name: alive_m if moving is None else alive_m & moving[name] for name in parameters}
         self.optimizers[part].step(gradients, members, self._learning_rate(part, members), active)
 
@@ -264,6 +272,16 @@ class PackTask:
         """Evaluation, and what is kept."""
         raise NotImplementedError
 
+    def _epoch_losses(self) -> list[dict[str, float]]:
+        """Of every member the mean losses of the epoch's batches by term, as train_head_loss. Begins the next epoch."""
+        sums_MT, counts_MT = self.loss_sums_2MT.tolist()
+        self.loss_sums_2MT.zero_()
+        names = ["train_" + term.replace(" ", "_").replace("-", "_") for term in self.terms]
+        return [
+            {name: total / count for name, total, count in zip(names, sums_T, counts_T, strict=True) if count}
+            for sums_T, counts_T in zip(sums_MT, counts_MT, strict=True)
+        ]
+
     def current(self) -> dict[str, Stack]:
         """By part the weights that are evaluated and may be kept."""
         return {part: optimizer.stack for part, optimizer in self.optimizers.items()}
@@ -272,6 +290,7 @@ class PackTask:
         """Keeps the current weights of eligible members whose `objective_M` (on the CPU) is the lowest so far."""
         better_M = (objective_M < self.best_objective_M) & eligible_M.cpu() & self.alive_M.cpu()
         self.best_objective_M = torch.where(better_M, objective_M, self.best_objective_M)
+        self.improved_M = torch.where(eligible_M.cpu(), better_M, self.improved_M)
         for part, stack in self.current().items():
             copy_members(self.best[part], stack, better_M.to(self.ranks.device))
 
@@ -314,7 +333,7 @@ class PackTask:
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         for name in self._plain_tensors:
-            setattr(self, name, tensors[name].to(getattr(self, name).device))
+            setattr(self, name, tensors.get(name, getattr(self, name)).to(getattr(self, name).device))
         for kind, stack in self._stacks().items():
             for name, value in stack.items():
                 value.copy_(tensors[f"{kind}.{name}"])

@@ -1,10 +1,11 @@
 """What of a study goes to MLflow."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynexit.contents import MetricsRow
+from dynexit.jobs.finished import kept_row
 from dynexit.provenance import read_provenance
 from dynexit.report.table import front_of, summary, within_budgets
 from dynexit.run_dir import METRICS, RunDir
@@ -31,7 +32,8 @@ def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:
     tracked: list[TrackedPoint] = []
     for point in {point.id: point for point in points}.values():
         lines = RunDir(point, "train").read_lines(METRICS)
-        final = own[point.id] | best_epoch(lines, own[point.id])
+        kept = kept_row(point, lines)
+        final = own[point.id] | ({} if kept is None else {"best_epoch": float(kept["epoch"])})
         tracked.append(
             {
                 "id": point.id,
@@ -47,19 +49,6 @@ def track(points: Sequence[Point], rows: Sequence[ReportRow]) -> None:
     swept = {f"sweep.{name}": [point.swept.get(name) for point in points] for name in points[0].sweep_keys}
     unique = {name: sorted({str(value) for value in values}) for name, values in swept.items()}
     log_study(uri, config.name, config.name, tracked, points[0].study_dir / "report", unique, metrics)
-
-
-def best_epoch(lines: Sequence[MetricsRow], kept: Mapping[str, float]) -> dict[str, float]:
-    """The first epoch whose figures on validation are those of the weights that were kept; nothing if none has them."""
-    for line in lines:
-        figures = [line.get(f"validation_{name}") for name in ("accuracy", "relative_macs")]
-        wanted = [kept.get(f"validation_{name}") for name in ("accuracy", "relative_macs")]
-        if all(
-            isinstance(one, float) and other is not None and abs(one - other) < 1e-9
-            for one, other in zip(figures, wanted, strict=True)
-        ):
-            return {"best_epoch": float(line["epoch"])}
-    return {}
 
 
 def _of_study(rows: Sequence[ReportRow]) -> dict[str, float]:
