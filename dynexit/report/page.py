@@ -108,7 +108,7 @@ def write_page(path: Path, page: Page) -> None:
         script_hash=_sha256(script),
         css=markupsafe.Markup(css),
         css_hash=_sha256(css),
-        shade=_shade,
+        shade=shade,
         chart=json_script(page.chart) if page.chart else "",
         caption=page.figures[0].caption if page.figures else "",
         downloads=[_download_cells(one) for one in page.downloads],
@@ -161,7 +161,7 @@ def _theme_css() -> str:
     return f"\n:root {{ {light}}}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
 
 
-def _shade(depth: float) -> str:
+def shade(depth: float) -> str:
     """The colour of an exit by its depth in [0, 1), darker with depth for prints in grey; page.js has the same."""
     return f"hsl({75 + 200 * depth:.0f} 48% {70 - 38 * depth:.0f}%)"
 
@@ -189,9 +189,14 @@ _AGAINST = {
 }
 
 
+def within_half(entries: Sequence[FrontEntry], budget: float = 0.5) -> list[FrontEntry]:
+    """The front's points within a budget of relative MACs on validation; the last is the headline's."""
+    return [one for one in entries if one.validation.on_front and one.validation.relative_macs <= budget]
+
+
 def headline(entries: Sequence[FrontEntry], budget: float = 0.5) -> str:
     """One sentence: what the best point within a budget of relative MACs (on validation) keeps of the backbone."""
-    affordable = [one for one in entries if one.validation.on_front and one.validation.relative_macs <= budget]
+    affordable = within_half(entries, budget)
     whole = next((one for one in entries if one.validation.source == "backbone"), None)
     if not affordable or whole is None:
         return f"{sum(one.validation.on_front for one in entries)} operating points on the front."
@@ -273,11 +278,23 @@ def _describe_row(row: ReportRow) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    numeric = {column: all(_is_number(row.get(column)) for row in rows) for column in columns}
     return {
         "columns": [column.replace("_", " ") if " " not in column else column for column in columns],
-        "numeric": [all(_is_number(row.get(column)) for row in rows) for column in columns],
-        "rows": [[_cell(row.get(column)) for column in columns] for row in rows],
+        "numeric": list(numeric.values()),
+        "rows": [[_look(_cell(row.get(column)), numeric[column]) for column in columns] for row in rows],
     }
+
+
+def _look(text: str, is_number: bool) -> dict[str, str]:
+    """A cell and its CSS class: numbers are aligned, a broken budget stands out, long text has room."""
+    if is_number:
+        return {"text": text, "look": "number"}
+    if text == "no":
+        return {"text": text, "look": "no"}
+    if max(map(len, text.split()), default=0) > 22:
+        return {"text": text, "look": "long"}
+    return {"text": text, "look": "words" if len(text) > 60 else ""}
 
 
 def _is_number(value: Any) -> bool:
