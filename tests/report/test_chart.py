@@ -11,7 +11,7 @@ import pytest
 from dynexit.report.chart.data import chart_data, json_script
 from dynexit.report.chart.groups import groups_of, spread, steps
 from dynexit.report.published import PublishedPoint
-from dynexit.report.table import front_of, mark_front
+from dynexit.report.table import front_of
 from dynexit.search.operating_points import ReportRow, RowTime
 from tests.report.synthetic_rows import row, synthetic_rows
 
@@ -28,12 +28,14 @@ ROWS = timed(synthetic_rows(tradeoffs=(0.1, 1.0), methods=("jei_dnn", "probe"), 
 COSTS = (None, 8)
 
 
-def data(rows: list[ReportRow] = ROWS, published: tuple[PublishedPoint, ...] = ()) -> dict:
+def data(
+    rows: list[ReportRow] = ROWS, published: tuple[PublishedPoint, ...] = (), costs: tuple[int | None, ...] = COSTS
+) -> dict:
     front = front_of(rows)
-    groups = groups_of(rows, front, COSTS)
+    groups = groups_of(rows, front, costs)
     labels = {one.point_id: f"label of {one.point_id}" for one in rows}
     return chart_data(
-        groups, rows, COSTS, {}, published, describe=lambda one: one.source, labels=labels, study_dir=Path("runs/x")
+        groups, rows, costs, {}, published, describe=lambda one: one.source, labels=labels, study_dir=Path("runs/x")
     )
 
 
@@ -84,15 +86,12 @@ def test_every_group_has_its_points_and_colour() -> None:
     assert names == ["search, jei_dnn", "search, probe", "gates, jei_dnn", "published: old"]
     assert [one["colour"] for one in found["series"]] == [0, 1, 0, -1]
     assert found["series"][-1]["line"] == [(0.2, 0.8), (0.4, 0.9)]
-    assert {(point["series"], point["seed"]) for point in found["points"]} == {
-        (i, s) for i in (0, 1, 2) for s in (0, 1)
-    }
+    both = {(number, seed) for number in (0, 1, 2) for seed in (0, 1)}
+    assert {(point["series"], point["seed"]) for point in found["points"]} == both
 
 
 def test_many_points_are_thinned_evenly() -> None:
-    points = front_of(
-        mark_front([row(n / 1000, n / 1000, split) for n in range(1000) for split in ("validation", "test")])
-    )
+    points = front_of(row(n / 1000, n / 1000, split) for n in range(1000) for split in ("validation", "test"))
     kept = spread(points, 100)
     assert len(kept) == 100
     assert (kept[0], kept[-1]) == (points[0], points[-1])
@@ -108,7 +107,7 @@ def test_nothing_in_json_ends_its_script() -> None:
 
 def test_rows_without_test_or_any_give_an_empty_figure() -> None:
     validation = [one for one in ROWS if one.split == "validation"]
-    for rows in (validation, []):
-        found = data(rows)
+    for rows, costs in ((validation, COSTS), ([], (None,))):
+        found = data(rows, costs=costs)
         assert found["points"] == []
         assert all(offers == [] for offers in found["offers"])
