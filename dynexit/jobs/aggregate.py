@@ -11,6 +11,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import failure_reason, finished_jobs
 from dynexit.jobs.reporting.rows import collect_rows
 from dynexit.report.figures import pareto_figure
+from dynexit.report.judged.areas import hypervolume_section
 from dynexit.report.page import Figure, Page, write_page
 from dynexit.report.table import backbone_accuracy, front_of, percent, within_budgets
 from dynexit.run_dir import STUDY, RunDir, write_text
@@ -94,7 +95,10 @@ class Aggregate:
         figure = Figure(paths["light"], "Accuracy against relative MACs", _CAPTION, paths["dark"])
         points = [dataclasses.asdict(one) for one in self.missing]
         notes = ["MACs are relative to each study's own backbone. Studies of other test images cannot be compared."]
-        write_page(folder / "report.html", Page("Studies", rows, [figure], points_table=points, notes=notes))
+        write_page(
+            folder / "report.html",
+            Page("Studies", rows, [figure], points_table=points, notes=notes, sections=hypervolume_section(rows)),
+        )
 
 
 _CAPTION = (

@@ -130,6 +130,7 @@ function setUpBudget() {
   range.addEventListener("input", show);
   choice.dispatchEvent(new Event("change"));
   byId("usual-budgets").open = false;
+  addEventListener("beforeprint", () => { byId("usual-budgets").open = true; });
 }
 
 /* The figure */

@@ -67,7 +67,10 @@ def _by_drop(front: Sequence[FrontEntry], base: float | None) -> Iterator[tuple[
     for drop in _DROPS if base is not None else ():
         kept = [one for one in front if base is not None and one.validation.accuracy >= base - drop]
         if kept:
-            yield f"at most {100 * drop:g} points lost" if drop else "no accuracy lost", kept[0]
+            yield (
+                f"at most {100 * drop:g} point{'s' if drop != 0.01 else ''} lost" if drop else "no accuracy lost",
+                kept[0],
+            )
 
 
 def commands(chosen: HasRows, front: Sequence[HasRows], study_dir: Path) -> dict[str, str]:

@@ -22,7 +22,8 @@ _WHAT = (
     "For each budget of relative MACs and each method every seed takes its point that is best on validation. Accuracy "
     "on test is the mean over seeds, with the least and the greatest. Differences are paired, on the same test images: "
     "of each image the mean over seeds, with a 95 % bootstrap interval over images, which does not hold the luck of "
-    "the seeds; their spread follows. The last columns compare with the method that is best on validation at the budget."
+    "the seeds; their spread follows. The last columns compare with the method that is best on validation at the "
+    "budget."
 )
 
 
