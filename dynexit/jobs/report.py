@@ -5,6 +5,7 @@ Nothing here needs a model or a data set: records and configurations say all.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from dynexit.baselines.comparison import BASELINES_CSV, compare, comparison_section, write_comparisons
 from dynexit.baselines.rows import baselines_of
@@ -32,15 +33,16 @@ from dynexit.report.table import front_of
 from dynexit.report.times import time_sections
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section
-from dynexit.run_dir import DONE, RunDir, mark_done
+from dynexit.run_dir import DONE, PROVENANCE, RunDir, mark_done
 from dynexit.search.operating_points import ReportRow, write_csv
 from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point
 
 
-def run_report(points: Sequence[Point]) -> None:
-    """Puts all finished `points` side by side: table, figures, page, MLflow. Names the points that are missing.
+def run_report(points: Sequence[Point]) -> Path:
+    """Puts all finished `points` side by side: table, figures, page, MLflow; returns the report's folder.
 
+    Names the points that are missing.
     Raises Failure where no point is finished, UserError for a budget that no point attains.
     """
     ready = [point for point in points if RunDir(point, "search").is_done()]
@@ -51,7 +53,8 @@ def run_report(points: Sequence[Point]) -> None:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
     check_budgets(ready)
     directory = points[0].study_dir / "report"
-    (directory / DONE).unlink(missing_ok=True)
+    for name in (DONE, PROVENANCE):
+        (directory / name).unlink(missing_ok=True)
     rows = write_report(ready, failed)
     if points[0].config.report.mlflow:
         track(ready, rows)
@@ -60,6 +63,7 @@ def run_report(points: Sequence[Point]) -> None:
         report_identity(points),
         ["operating_points.csv", FRONT_CSV, "uncertainty.csv", "pareto.png", "report.html"],
     )
+    return directory
 
 
 def write_report(

@@ -67,7 +67,7 @@ def _name(text: str) -> str:
 
 def _origin(point: Point) -> dict[str, str]:
     """The tags on where the training was done; none for one of earlier versions."""
-    found = read_provenance(point, "train")
+    found = read_provenance(RunDir(point, "train").path)
     if found is None:
         return {}
     return {
