@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -192,10 +193,37 @@ def _write_values(
     }
     metrics = [Metric(key, value, now, step) for key, step, value in values if (key, step, value) not in held]
     fresh = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+    if (path := _sqlite_path(client.tracking_uri)) is not None and _insert(path, run_id, metrics):
+        metrics = []
     while len(fresh) > _MOST_PARAMS or len(metrics) > _MOST_METRICS:
         client.log_batch(run_id, metrics=metrics[:_MOST_METRICS], params=fresh[:_MOST_PARAMS])
         metrics, fresh = metrics[_MOST_METRICS:], fresh[_MOST_PARAMS:]
     client.log_batch(run_id, metrics, fresh, [RunTag(key, value) for key, value in tags.items()])
+
+
+def _insert(path: Path, run_id: str, metrics: Sequence[Any]) -> bool:
+    """Puts metrics into MLflow's tables, ten times as fast as MLflow does. False, with nothing done, if that fails.
+
+    The latest value of a metric is that of the last step; of one step, of the last time; of one time, the greatest.
+    """
+    rows = [(one.key, one.value, one.timestamp, run_id, one.step) for one in metrics]
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as database, database:
+            database.executemany(_INSERT, rows)
+            database.execute(_LATEST, (run_id,))
+    except sqlite3.Error:  # a version of MLflow with other tables
+        return False
+    return True
+
+
+_INSERT = "INSERT OR IGNORE INTO metrics (key, value, timestamp, run_uuid, step, is_nan) VALUES (?, ?, ?, ?, ?, 0)"
+_LATEST = """
+    INSERT OR REPLACE INTO latest_metrics (key, value, timestamp, step, is_nan, run_uuid)
+    SELECT key, value, timestamp, step, is_nan, run_uuid FROM (
+        SELECT *, row_number() OVER (PARTITION BY key ORDER BY step DESC, timestamp DESC, value DESC) AS place
+        FROM metrics WHERE run_uuid = ?
+    ) WHERE place = 1
+"""
 
 
 def _content(point: TrackedPoint, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
