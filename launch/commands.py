@@ -59,6 +59,11 @@ def _ui(options: argparse.Namespace) -> None:
     uri = config.report.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = uri or f"sqlite:///{(Path(config.runs_dir) / 'mlflow.db').resolve()}"
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    print(
+        "dynexit: MLflow's page has no login; every user of this machine can open it and change what it shows",
+        file=sys.stderr,
+        flush=True,
+    )
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     os.execv(command[0], command)
 

@@ -67,6 +67,7 @@ def test_other_commands_take_the_run_folder(
     started: list[list[str]] = []
     monkeypatch.setattr("os.execv", lambda path, command: started.append([path, *command]))
     main(["ui", folder])
+    assert "MLflow's page has no login" in capsys.readouterr().err
     store = f"sqlite:///{Path('runs/mlflow.db').resolve()}"
     assert started == [[sys.executable, sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]]
 
