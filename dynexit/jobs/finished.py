@@ -159,8 +159,10 @@ def failure_reason(point: Point) -> str | None:
 def missing_reason(point: Point) -> str:
     """Returns why a point is not in the report."""
     finished = finished_jobs(point)
-    missing = next((stage for stage in point.stages if stage not in finished), "report")
-    return failure_reason(point) or f"{point.label}: {missing} is not done"
+    missing = next((stage for stage in point.stages if stage not in finished), None)
+    if missing is None and not is_recorded(point):
+        return f"{point.label}: its record is missing; run `dynexit record` on the study"
+    return failure_reason(point) or f"{point.label}: {missing or 'report'} is not done"
 
 
 def check_budgets(points: Sequence[Point]) -> None:

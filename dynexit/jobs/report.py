@@ -5,12 +5,14 @@ Nothing here needs a model or a data set: records and configurations say all.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.jobs.finished import (
     check_budgets,
     class_names,
+    is_recorded,
     missing_reason,
     report_identity,
 )
@@ -40,7 +42,7 @@ def run_report(points: Sequence[Point]) -> None:
 
     Raises Failure where no point is finished, UserError for a budget that no point attains.
     """
-    ready = [point for point in points if RunDir(point, "search").is_done()]
+    ready = [point for point in points if RunDir(point, "search").is_done() and is_recorded(point)]
     failed = [missing_reason(point) for point in points if point not in ready]
     static = [point for point in static_points(points) if not RunDir(point, "search").is_done()]
     failed += [missing_reason(point) for point in static]
@@ -72,26 +74,11 @@ def write_report(
     directory = study_dir / "report"
     study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
-    figures = []
     costs = _costs_by_id(points)
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: entries_of_search(point, "budgets.json") for point in points}
     published = published_beside(points[0])
-    for name, draw, alt, caption in (
-        ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
-        (
-            "exit_shares",
-            partial(exit_share_figure, places_of=lambda row: costs[row.point_id].positions),
-            "Share leaving at each exit",
-            _SHARES_CAPTION,
-        ),
-    ):
-        paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
-        for theme, path in paths.items():
-            draw(rows, path, theme=theme)
-        figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
-    for kind in ("svg", "pdf"):
-        pareto_figure(rows, directory / f"pareto.{kind}", published)
+    figures = _figures(directory, rows, published, costs)
     front = front_of(rows)
     answers = budget_answers(rows, entries)
     axes = [None, *measured_batch_sizes(rows)]
@@ -123,6 +110,29 @@ def write_report(
     )
     write_page(directory / "report.html", page)
     return rows
+
+
+def _figures(
+    directory: Path, rows: Sequence[ReportRow], published: Sequence[PublishedPoint], costs: Mapping[str, ExitCosts]
+) -> list[Figure]:
+    """Draws the front and where samples leave along it, for light and dark pages and for papers."""
+    figures = []
+    for name, draw, alt, caption in (
+        ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
+        (
+            "exit_shares",
+            partial(exit_share_figure, places_of=lambda row: costs[row.point_id].positions),
+            "Share leaving at each exit",
+            _SHARES_CAPTION,
+        ),
+    ):
+        paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
+        for theme, path in paths.items():
+            draw(rows, path, theme=theme)
+        figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
+    for kind in ("svg", "pdf"):
+        pareto_figure(rows, directory / f"pareto.{kind}", published)
+    return figures
 
 
 _MOST_CLASSES = 20  # that the page names
