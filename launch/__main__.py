@@ -18,7 +18,7 @@ _JOBS = {
     "run": "do all jobs that are missing, in order, up to the report",
     **{stage.name: stage.help for stage in (*STAGES.values(), INFER)},
 }
-_RUN_CODE = ("retry", "cut", "save", "predict")
+_RUN_CODE = ("retry", "cut", "save", "predict", "export")
 """The other commands that run code which a study or a model folder names, if it is allowed."""
 
 

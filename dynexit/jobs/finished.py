@@ -204,7 +204,8 @@ def _searched(point: Point) -> Any:
 def report_identity(points: Sequence[Point]) -> str:
     """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
     found = [[point.ids["search"], _searched(point)] for point in (*points, *static_points(points))]
-    return digest([_REPORT_FORMAT, found, points[0].config.report.model_dump(mode="json")])
+    config = points[0].config
+    return digest([_REPORT_FORMAT, found, config.report.model_dump(mode="json"), config.baselines.one_threshold])
 
 
 def report_is_done(points: Sequence[Point]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from dynexit.baselines.rows import describe_baseline
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.jobs.finished import (
@@ -32,7 +33,7 @@ from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import front_of
 from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import DONE, RunDir, mark_done
-from dynexit.search.operating_points import ReportRow, write_csv
+from dynexit.search.operating_points import BASELINES, ReportRow, write_csv
 from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point
 
@@ -191,5 +192,7 @@ def _describe(row: ReportRow, costs: Mapping[str, ExitCosts]) -> str:
         return "everything runs to the end"
     if row.source == "gates":
         return f"the gates of ce_ic_tradeoff {row.ce_ic_tradeoff:g}, seed {row.seed}"
+    if row.source in BASELINES:
+        return describe_baseline(row)
     own = costs[row.point_id]
     return describe_configuration(row.configuration, own.positions, own.head_types)

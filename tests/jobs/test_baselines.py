@@ -146,6 +146,7 @@ def test_the_study_chooses_no_baseline(finished: tuple[Study, list[ReportRow]], 
     assert read_csv(study.directory / "report" / "operating_points.csv") == ours
     assert not (study.directory / "report" / "baselines.csv").exists()
     assert not report_is_done(study.points)
+    assert not report_is_done(tiny(study.directory.parent, "baselines.cascade=false", static="[]").points)
     run_stage("report", study.points)
     assert report_is_done(study.points)
     assert read_csv(study.directory / "report" / "operating_points.csv") == rows

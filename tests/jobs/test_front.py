@@ -15,10 +15,10 @@ from dynexit.errors import Failure
 from dynexit.jobs.report import run_report
 from dynexit.jobs.reporting.rows import collect_rows
 from dynexit.record.shards import Record
-from dynexit.report.judged.methods import compare_methods
-from dynexit.report.judged.outcomes import Outcomes, judge
 from dynexit.report.judged.classes import classes_section
 from dynexit.report.judged.exits import exits_section
+from dynexit.report.judged.methods import compare_methods
+from dynexit.report.judged.outcomes import Outcomes, judge
 from dynexit.report.table import front_of
 from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import ReportRow

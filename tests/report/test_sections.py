@@ -13,9 +13,9 @@ from dynexit.core.tradeoff import hypervolume
 from dynexit.deploy.predict import Prediction, Predictions
 from dynexit.files import spreadsheet_text
 from dynexit.report.judged.areas import NUM_RESAMPLES, _interval, hypervolume_section
-from dynexit.report.page import Download, Page, PageSection, write_page
 from dynexit.report.judged.classes import ClassAnswers, class_table
 from dynexit.report.judged.curves import Training, curves_section
+from dynexit.report.page import Download, Page, PageSection, write_page
 from tests.report.synthetic_rows import synthetic_rows
 
 SLY = "</svg><script>alert(1)</script>"

@@ -78,7 +78,7 @@ def json_script(data: Any) -> markupsafe.Markup:
 
 def _name(group: LegendGroup) -> str:
     words = {"fixed": "MSDNet’s thresholds", "static": "static networks", "cascade": "cascades"}
-    return f"{words.get(group.source, group.source)}, {group.method}"
+    return f"{words.get(group.source, group.source.replace('_', ' '))}, {group.method}"
 
 
 def _cost(rows: Sequence[ReportRow], cost: int | None) -> dict[str, Any]:
