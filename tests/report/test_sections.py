@@ -12,7 +12,7 @@ import pytest
 from dynexit.core.tradeoff import hypervolume
 from dynexit.deploy.predict import Prediction, Predictions
 from dynexit.files import spreadsheet_text
-from dynexit.report.judged.areas import NUM_RESAMPLES, _interval, hypervolume_section
+from dynexit.report.judged.areas import NUM_RESAMPLES, hypervolume_section, intervals_of
 from dynexit.report.judged.classes import ClassAnswers, class_table
 from dynexit.report.judged.curves import Training, curves_section
 from dynexit.report.page import Download, Page, PageSection, write_page
@@ -27,7 +27,8 @@ def test_area_interval_equals_a_loop_over_resamples() -> None:
     count_G = random.integers(1, 4, num_originals)
     correct_KG = random.binomial(count_G, np.linspace(0.5, 0.9, num_points)[:, None])
     macs_KG = count_G * random.uniform(0.2, 0.9, (num_points, num_originals))
-    low, high = _interval(np.stack([correct_KG, macs_KG, np.tile(count_G, (num_points, 1))], axis=1).astype(float))
+    sums_K3G = np.stack([correct_KG, macs_KG, np.tile(count_G, (num_points, 1))], axis=1).astype(float)
+    low, high = intervals_of({("search", "x"): sums_K3G})["search", "x"]
     draws = np.random.default_rng(0)
     areas = []
     for _ in range(NUM_RESAMPLES // 50):
