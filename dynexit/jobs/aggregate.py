@@ -108,13 +108,19 @@ _CAPTION = (
 
 
 def study_folders(directories: Sequence[Path]) -> list[Path]:
-    """The folders of studies that `directories` are or hold, each once. Raises UserError for one without any."""
+    """The folders of studies that `directories` are or hold, each once. Raises UserError for one without any.
+
+    A study file that is a link to a file outside the directory is refused: messages would show that file's lines.
+    """
     found: dict[Path, Path] = {}
     for directory in directories:
         folders = sorted(path.parent for path in directory.rglob(STUDY))
         if not folders:
             raise UserError(f"there is no study in {directory}; give a folder that holds a {STUDY}, or runs/")
-        found |= {folder.resolve(): folder for folder in folders}
+        for folder in folders:
+            if not (folder / STUDY).resolve().is_relative_to(directory.resolve()):
+                raise UserError(f"{folder / STUDY} is a link to a file outside {directory}; remove it or copy the file")
+            found[folder.resolve()] = folder
     return list(found.values())
 
 
