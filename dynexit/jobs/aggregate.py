@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dynexit.errors import Failure, UserError
+from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import failure_reason, finished_jobs
 from dynexit.jobs.reporting.rows import collect_rows
 from dynexit.report.figures import pareto_figure
@@ -62,7 +63,7 @@ class Aggregate:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(names), lineterminator="\n", restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: spreadsheet_text(value) for name, value in row.items()} for row in rows)
         return text.getvalue()
 
     def short(self) -> str:
