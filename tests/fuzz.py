@@ -36,7 +36,7 @@ TINY = ROOT / "tests" / "tiny_study.yaml"
 SHORT = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "prepare.num_epochs=1", "train.num_epochs=3",
          "train.global_batch_size=150", "jei_dnn.max_warm_up_epochs=1", "report.mlflow=false")  # fmt: skip
 STUDY = ("runs/tiny_study",)
-LONGEST_SECONDS, MOST_BYTES = 30, 2 << 30
+LONGEST_SECONDS, MOST_BYTES = 30, 2 << 30  # of processor time; four times that long on the clock is a hang
 MARK = "executed"  # a file that exists once foreign code ran
 # what a value of JSON or YAML is replaced by
 STRANGE: tuple[Any, ...] = (
@@ -214,7 +214,7 @@ def override(chance: random.Random) -> str:
 
 
 def command_in_fork(
-    folder: Path, arguments: Sequence[str], output: Path, longest_seconds: float = LONGEST_SECONDS
+    folder: Path, arguments: Sequence[str], output: Path, longest_seconds: float = 4 * LONGEST_SECONDS
 ) -> Ended:
     """Runs one command in a fork with its output in a file."""
     return Forked(folder, output, lambda: _run_watched(arguments)).end(longest_seconds)
@@ -248,6 +248,8 @@ def cause_of(ended: Ended, target: str) -> str:
         )
     if ended.status not in (0, 1, 2):
         return f"{target}: exit status {ended.status}"
+    if ended.processor_seconds > LONGEST_SECONDS:
+        return f"{target}: {ended.processor_seconds:.0f} s"
     if ended.peak_bytes > MOST_BYTES:
         return f"{target}: {ended.peak_bytes >> 20} MB"
     if ended.status and not re.search(r"^(dynexit|usage)", ended.text, re.MULTILINE):
