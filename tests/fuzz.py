@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -357,7 +358,11 @@ def fuzz(num_trials: int, seed: int, targets: Sequence[str], show: Callable[[str
         for number in range(num_trials):
             chance = random.Random(f"{seed} {number}")
             target = targets[number % len(targets)]
-            what, cause = run_trial(template, Path(place) / "trial", target, chance)
+            try:
+                what, cause = run_trial(template, Path(place) / "trial", target, chance)
+            except KeyboardInterrupt:
+                num_trials = number
+                break
             if cause:
                 if cause not in causes:  # a long run shows its causes as they come
                     print(f"trial {number}: {cause}", file=sys.stderr, flush=True)
@@ -376,4 +381,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it with the result so far
     sys.exit(fuzz(options.trials, options.seed, options.target or list(TARGETS)) > 0)
