@@ -18,11 +18,9 @@ import random
 import re
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+from tests.forked import Ended, Forked  # noqa: E402  the path is set above
 
 TINY = ROOT / "tests" / "tiny_study.yaml"
 SHORT = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "prepare.num_epochs=1", "train.num_epochs=3",
@@ -42,6 +42,7 @@ MARK = "executed"  # a file that exists once foreign code ran
 STRANGE: tuple[Any, ...] = (
     *(None, True, -1, 0, 2**63, 1e308, float("nan"), "", "x" * 5000, "../../x", [], {}, [[]], "é\0"),
 )
+NESTED = "nested"  # becomes a list in a list, 100,000 levels deep
 STRANGE_TEXT = (
     *("null", "true", "-1", "1e999", ".nan", "''", "[]", "{}", "&a [*a]", "!!python/object:os.system x", "'\\0'"),
     *("9" * 400, "[" * 3000, "2026-01-01", "0x1F", "~", "|", "*a", "x: y", "\t"),
@@ -99,11 +100,14 @@ def damage_json(path: Path, chance: random.Random) -> str:
         holder = content
         for key in place[:-1]:
             holder = holder[key]
-        if chance.random() < 0.3:
+        kind = chance.random()
+        if kind < 0.3:
             del holder[place[-1]]
+        elif kind < 0.35:
+            holder[place[-1]] = NESTED
         else:
             holder[place[-1]] = chance.choice(STRANGE)
-    lines[number] = json.dumps(content)
+    lines[number] = json.dumps(content).replace(json.dumps(NESTED), "[" * 100_000 + "]" * 100_000)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return f"{place} in line {number}"
 
@@ -209,60 +213,20 @@ def override(chance: random.Random) -> str:
     return f"{key[: chance.choice((None, None, None, -1))]}={chance.choice(STRANGE_TEXT)}".replace("\0", "")
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How one command in a fork ended."""
-
-    status: int
-    text: str
-    seconds: float
-    peak_bytes: int
-
-
 def command_in_fork(
     folder: Path, arguments: Sequence[str], output: Path, longest_seconds: float = LONGEST_SECONDS
 ) -> Ended:
-    """Runs one command in a fork with its output in a file; a command that hangs is killed (status 124)."""
-    begun = time.monotonic()
-    process = os.fork()
-    if process == 0:
-        _be_the_program(folder, arguments, output)
-    hangs = False
-    while True:
-        done, status, usage = os.wait4(process, os.WNOHANG)
-        if done:
-            break
-        if not hangs and time.monotonic() - begun > longest_seconds:
-            os.kill(process, signal.SIGKILL)
-            hangs = True
-        time.sleep(0.005)
-    text = output.read_text(encoding="utf-8", errors="replace")
-    code = 124 if hangs else os.waitstatus_to_exitcode(status)
-    return Ended(code, text, time.monotonic() - begun, usage.ru_maxrss * 1024)
+    """Runs one command in a fork with its output in a file."""
+    return Forked(folder, output, lambda: _run_watched(arguments)).end(longest_seconds)
 
 
-def _be_the_program(folder: Path, arguments: Sequence[str], output: Path) -> None:
-    """What the fork does; never returns."""
-    status = 70
-    try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.chdir(folder)
-        os.environ["PATH"] = ""  # no scheduler is asked
-        resource.setrlimit(resource.RLIMIT_DATA, (4 * MOST_BYTES, 4 * MOST_BYTES))  # before the machine suffers
-        sys.addaudithook(_watch)
-        from launch.__main__ import main
+def _run_watched(arguments: Sequence[str]) -> int:
+    os.environ["PATH"] = ""  # no scheduler is asked
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * MOST_BYTES, 4 * MOST_BYTES))  # before the machine suffers
+    sys.addaudithook(_watch)
+    from launch.__main__ import main
 
-        status = main([*arguments])
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    return main([*arguments])
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -384,7 +348,6 @@ def fuzz(num_trials: int, seed: int, targets: Sequence[str], show: Callable[[str
     import launch.local  # noqa: F401
 
     causes: dict[str, list[str]] = collections.defaultdict(list)
-    statuses = 0
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         template = Path(place) / "template"
@@ -393,8 +356,9 @@ def fuzz(num_trials: int, seed: int, targets: Sequence[str], show: Callable[[str
             chance = random.Random(f"{seed} {number}")
             target = targets[number % len(targets)]
             what, cause = run_trial(template, Path(place) / "trial", target, chance)
-            statuses += 1
             if cause:
+                if cause not in causes:  # a long run shows its causes as they come
+                    print(f"trial {number}: {cause}", file=sys.stderr, flush=True)
                 causes[cause].append(f"trial {number}: {what}")
     for cause, examples in sorted(causes.items(), key=lambda item: -len(item[1])):
         show(f"{len(examples):4d}  {cause}\n      {examples[0]}")

@@ -92,7 +92,7 @@ def test_infer_equals_its_operating_point(finished: Path) -> None:
         ]
         assert matching
     text = dynexit(finished, "infer", TINY, "infer.relative_macs=0.01", status=2).stderr
-    assert "infer.relative_macs = 0.01: no operating point is within it; the cheapest takes 0." in text
+    assert "infer.relative_macs = 0.01: no operating point is within it; the nearest has 0." in text
 
 
 def test_status_and_dry_run_start_nothing(finished: Path, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dynexit.errors import Failure, UserError
+from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import failure_reason, finished_jobs, report_is_done
 from dynexit.jobs.reporting.rows import collect_rows
 from dynexit.report.figures import pareto_figure
+from dynexit.report.judged.areas import hypervolume_section
 from dynexit.report.page import Figure, Page, write_page
 from dynexit.report.table import backbone_accuracy, front_of, percent, within_budgets
 from dynexit.run_dir import STUDY, RunDir, write_text
@@ -60,10 +62,12 @@ class Aggregate:
         writer = csv.DictWriter(text, list(names), lineterminator="\n", restval="")
         writer.writeheader()
         for (study, table), header in zip(tables, headers, strict=True):
-            writer.writerows({"study": study, **dict(zip(header, row, strict=True)), "state": "done"} for row in table)
+            label = spreadsheet_text(study)
+            rows = (zip(header, map(spreadsheet_text, row), strict=True) for row in table)
+            writer.writerows({"study": label, **dict(row), "state": "done"} for row in rows)
         for one in self.missing:
             row = {"study": one.study, "state": one.state, "point": one.label, "point_id": one.point_id}
-            writer.writerow({**row, "reason": one.reason})
+            writer.writerow({name: spreadsheet_text(value) for name, value in {**row, "reason": one.reason}.items()})
         return text.getvalue()
 
     def short(self) -> str:
@@ -96,7 +100,10 @@ class Aggregate:
         figure = Figure(paths["light"], "Accuracy against relative MACs", _CAPTION, paths["dark"])
         points = [dataclasses.asdict(one) for one in self.missing]
         notes = ["MACs are relative to each study's own backbone. Studies of other test images cannot be compared."]
-        write_page(folder / "report.html", Page("Studies", rows, [figure], points_table=points, notes=notes))
+        write_page(
+            folder / "report.html",
+            Page("Studies", rows, [figure], points_table=points, notes=notes, sections=hypervolume_section(rows)),
+        )
 
 
 _CAPTION = (
@@ -105,13 +112,19 @@ _CAPTION = (
 
 
 def study_folders(directories: Sequence[Path]) -> list[Path]:
-    """The folders of studies that `directories` are or hold, each once. Raises UserError for one without any."""
+    """The folders of studies that `directories` are or hold, each once. Raises UserError for one without any.
+
+    A study file that is a link to a file outside the directory is refused: messages would show that file's lines.
+    """
     found: dict[Path, Path] = {}
     for directory in directories:
         folders = sorted(path.parent for path in directory.rglob(STUDY))
         if not folders:
             raise UserError(f"there is no study in {directory}; give a folder that holds a {STUDY}, or runs/")
-        found |= {folder.resolve(): folder for folder in folders}
+        for folder in folders:
+            if not (folder / STUDY).resolve().is_relative_to(directory.resolve()):
+                raise UserError(f"{folder / STUDY} is a link to a file outside {directory}; remove it or copy the file")
+            found[folder.resolve()] = folder
     return list(found.values())
 
 

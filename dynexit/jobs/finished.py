@@ -30,7 +30,7 @@ from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import BENCH
 
 SPLITS = ("validation", "test")
-_REPORT_FORMAT = 2  # of the report's tables; one of another format is made again
+_REPORT_FORMAT = 3  # of the report's tables; one of another format is made again
 _MOST_CHECKED_BYTES = 64 << 20
 _MOST_FULL_CLASSES = 10
 
@@ -159,8 +159,10 @@ def failure_reason(point: Point) -> str | None:
 def missing_reason(point: Point) -> str:
     """Returns why a point is not in the report."""
     finished = finished_jobs(point)
-    missing = next((stage for stage in point.stages if stage not in finished), "report")
-    return failure_reason(point) or f"{point.label}: {missing} is not done"
+    missing = next((stage for stage in point.stages if stage not in finished), None)
+    if missing is None and not is_recorded(point):
+        return f"{point.label}: its record is missing; run `dynexit record` on the study"
+    return failure_reason(point) or f"{point.label}: {missing or 'report'} is not done"
 
 
 def check_budgets(points: Sequence[Point]) -> None:
@@ -202,7 +204,8 @@ def _searched(point: Point) -> Any:
 def report_identity(points: Sequence[Point]) -> str:
     """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
     found = [[point.ids["search"], _searched(point)] for point in (*points, *static_points(points))]
-    return digest([_REPORT_FORMAT, found, points[0].config.report.model_dump(mode="json")])
+    config = points[0].config
+    return digest([_REPORT_FORMAT, found, config.report.model_dump(mode="json"), config.baselines.one_threshold])
 
 
 def report_is_done(points: Sequence[Point]) -> bool:

@@ -22,7 +22,7 @@ from dynexit.core.cost import place_name
 from dynexit.report.published import PublishedPoint
 from dynexit.report.table import by_seed, front_of, within_budgets
 from dynexit.run_dir import atomic_write
-from dynexit.search.operating_points import BASELINES, ReportRow
+from dynexit.search.operating_points import BASELINES, ONE_THRESHOLD, ReportRow
 
 DOTS_PER_INCH = 160
 MARKERS = "osD^vPX<>*"
@@ -192,25 +192,30 @@ def _tradeoff_bar(figure: Figure, axes: Axes, tradeoffs: list[float], shades: Li
     bar.set_label("gates: ce_ic_tradeoff", color=look.ink, labelpad=8)
 
 
+_LINES = {"cascade": "cascades", ONE_THRESHOLD: "one threshold"}
+
+
 def _draw_baselines(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
     baselines = [row for row in rows if row.source in BASELINES and row.split == "test"]
     methods = sorted({row.method for row in baselines}, key=lambda method: (method != "own classifier", method))
     for index, method in enumerate(methods):
-        static, cascades = (
-            sorted((row for row in baselines if (row.source, row.method) == (source, method)), key=_cost)
+        of_method = {
+            source: sorted((row for row in baselines if (row.source, row.method) == (source, method)), key=_cost)
             for source in BASELINES
-        )
+        }
+        static = of_method.pop("static")
         marker, style = "sD^vo"[index % 5], (":", "-.", "--")[index % 3]
-        axes.scatter(
-            [row.relative_macs for row in static], [row.accuracy for row in static],
-            s=40, marker=marker, facecolors="none", edgecolors=look.ink, linewidths=1.2, zorder=3.5,
-            label=f"static networks, {method}",
-        )  # fmt: skip
-        if cascades:
+        if static:
+            axes.scatter(
+                [row.relative_macs for row in static], [row.accuracy for row in static],
+                s=40, marker=marker, facecolors="none", edgecolors=look.ink, linewidths=1.2, zorder=3.5,
+                label=f"static networks, {method}",
+            )  # fmt: skip
+        for source, line in ((source, line) for source, line in of_method.items() if line):
             axes.plot(
-                [row.relative_macs for row in cascades], [row.accuracy for row in cascades], color=look.ink,
-                linewidth=0.9, linestyle=style, marker="x", markersize=4, markevery=max(1, len(cascades) // 12),
-                zorder=2.5, label=f"cascades, {method}",
+                [row.relative_macs for row in line], [row.accuracy for row in line], color=look.ink,
+                linewidth=0.9, linestyle=style, marker="x" if source == "cascade" else "", markersize=4,
+                markevery=max(1, len(line) // 12), zorder=2.5, label=f"{_LINES[source]}, {method}",
             )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from dynexit.errors import Failure
 from dynexit.run_dir import atomic_write, move_aside
 
-BASELINES = ("static", "cascade")
+ONE_THRESHOLD = "one_threshold"
+BASELINES = ("static", "cascade", ONE_THRESHOLD)
 """Sources of what a study is compared with, which is never chosen: on no front, in no budget, not saved."""
 SOURCES = ("backbone", "gates", "search", "fixed", *BASELINES)
 SPLITS = (("validation", "test"), ("train", "val"))
@@ -20,7 +21,7 @@ SPLITS = (("validation", "test"), ("train", "val"))
 
 COLUMNS = {
     "source": "backbone: the bare backbone; gates: leaving by gates; search, fixed: by thresholds; static: a static "
-    "network; cascade: several whole networks in turn",
+    "network; cascade: several whole networks in turn; one_threshold: the same threshold at every exit, not searched",
     "method": "how the exits were trained; in a table of search-records the method of the search; of static networks "
     "and cascades their classifier",
     "seed": "initialisation of exit heads and gates; empty if there is none",
@@ -33,10 +34,10 @@ COLUMNS = {
     "exit_fractions": "columns exit_0, exit_1, ...: share of the samples leaving at each exit, the backbone's own "
     "classifier last; the last columns are empty for points with fewer exits",
     "on_front": "whether no other point of the table is better in accuracy and MACs on the split that was searched; "
-    "false for static and cascade, which are not compared",
+    "false for baselines, which are not compared",
     "point_id": "id of the training, of the prepared backbone for a network with its own classifier; empty without a "
     "study",
-    "search_id": "id of the search for what it chose; empty for backbone, gates and static, and without a study",
+    "search_id": "id of the search for what it chose; empty for what it did not, and without a study",
     "configuration": "JSON, [head type or -1, threshold] per position; empty for backbone and gates of a study; of "
     "static and cascade [network, threshold or null] per network",
     "budget": "JSON of the budget or risk that was asked for; empty for an accuracy weight",

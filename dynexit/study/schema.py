@@ -152,6 +152,9 @@ class TrainSettings(Section):
         ge=0,
         omit_default=True,
     )
+    kept_precision: Literal["float32", "bf16"] = key(
+        "float32", "numbers that kept features are stored in; bf16 takes half the room", omit_default=True
+    )
     max_feature_gb: float = key(
         16.0, "most disk space of the features that one training reads", "GB", changes_results=False, gt=0
     )

@@ -25,5 +25,6 @@ def test_kept_features_have_ids_of_their_own() -> None:
         (found,) = expand(Config.model_validate({"train": train}), {})
         return found.id
 
-    assert train_id() == train_id(features="fresh", kept_views=0, max_feature_gb=3.0)
-    assert len({train_id(), train_id(features="kept"), train_id(features="kept", kept_views=1)}) == 3
+    assert train_id() == train_id(features="fresh", kept_views=0, kept_precision="float32", max_feature_gb=3.0)
+    kept = train_id(features="kept", kept_precision="bf16")
+    assert len({train_id(), train_id(features="kept"), train_id(features="kept", kept_views=1), kept}) == 4
