@@ -296,9 +296,13 @@ class LiveRuns:
 def serve(tracking_uri: str, experiment: str) -> int:
     """Runs MLflow's pages on a store until it is interrupted, and opens that of the experiment; the exit status.
 
-    Pages of a server that runs already are only opened.
+    Pages of a server that runs already are only opened. Raises Failure for a store that does not answer.
     """
-    found = _client(tracking_uri).get_experiment_by_name(experiment)
+    try:
+        found = _client(tracking_uri).get_experiment_by_name(experiment)
+    except Exception as error:  # whatever mlflow, its database or its server raise
+        place = _without_password(tracking_uri)
+        raise Failure(f"MLflow at {place} does not answer: {first_line(error)}; check the address") from error
     place = "" if found is None else f"/#/experiments/{found.experiment_id}"
     if found is None:
         print(f"MLflow at {_without_password(tracking_uri)} has no results of {experiment} yet")
