@@ -129,8 +129,8 @@ function setUpBudget() {
 
 /* The figure */
 const DASHES = ["", "7 3", "2 3", "8 3 2 3", "12 4", "4 2"];
-const tone = (colour) => (colour < 0 ? "c-1" : `c${colour % 6}`);
-const dashes = (colour) => (colour < 0 ? "" : DASHES[(colour + Math.floor(colour / 6)) % 6]);
+const tone = (colour) => (colour < 0 ? "c-1" : `c${colour % 8}`);
+const dashes = (colour) => (colour < 0 ? "" : DASHES[colour % 6]);
 const SHAPES = [
   "M-1 0A1 1 0 1 0 1 0A1 1 0 1 0-1 0Z", "M-.9-.9H.9V.9H-.9Z", "M0-1.25L1.25 0L0 1.25L-1.25 0Z", "M0-1.2L1.15.9H-1.15Z",
   "M0 1.2L1.15-.9H-1.15Z", "M-1.2 0L.9-1.15V1.15Z", "M1.2 0L-.9-1.15V1.15Z", "M-.4-1.2H.4V-.4H1.2V.4H.4V1.2H-.4V.4H-1.2V-.4H-.4Z",
@@ -220,7 +220,7 @@ function setUpFigure() {
 
   function drawPoint(inner, point, index) {
     const { kind, colour } = data.series[point.series];
-    const size = { gates: 5, static: 5, search: 3.2, fixed: 2.6, cascade: 2.6 }[kind];
+    const size = { gates: 5, static: 5, search: 3.2 }[kind] || 2.6;
     const shape = kind === "fixed" ? 7 : (seeds.length > 1 ? seeds.indexOf(point.seed) : Math.max(0, colour)) % 7;
     make(inner, "path", { class: `dot ${kind} ${tone(colour)}`, d: SHAPES[shape], "data-point": index, "vector-effect": "non-scaling-stroke",
       transform: `translate(${x(cost(point))} ${y(accuracy(point))}) scale(${size})` });
