@@ -57,7 +57,10 @@ class JobProgress(TypedDict):
 
 @_open
 class Provenance(TypedDict):
-    """provenance.json: what did a job, where and when. `seconds` are those of the attempt that finished it."""
+    """provenance.json: what did a job, where and when. `seconds` are those of the attempt that finished it.
+
+    `digests` are the SHA-256 of study.yaml and of the files that it made. Earlier versions left the last three out.
+    """
 
     stage: str
     dynexit: str
@@ -75,6 +78,9 @@ class Provenance(TypedDict):
     seconds: Number
     gpu_hours: Number
     num_points: Count
+    user: NotRequired[str]
+    driver: NotRequired[str]
+    digests: NotRequired[dict[str, str]]
 
 
 @_open

@@ -34,11 +34,12 @@ from dynexit.study.grid import Point, digest
 from dynexit.study.outcomes import InferSettings
 
 
-def run_infer(points: Sequence[Point]) -> None:
+def run_infer(points: Sequence[Point]) -> Path:
     """Classifies a split with the best configuration within the budgets of infer, really leaving early.
 
-    Leaves predictions.csv and summary.json in infer/<id> and prints the summary. Raises UserError where no operating
-    point is within the budget, Failure where the predictions differ from the record by more than near-ties.
+    Leaves predictions.csv and summary.json in infer/<id>, prints the summary and returns the folder. Raises UserError
+    where no operating point is within the budget, Failure where the predictions differ from the record by more than
+    near-ties.
     """
     settings = points[0].config.infer
     rows = read_csv(points[0].study_dir / "report" / "operating_points.csv")
@@ -82,6 +83,7 @@ def run_infer(points: Sequence[Point]) -> None:
             f"{summary['unexplained_differences']} samples left elsewhere than the record says without being near a "
             f"threshold; the record in {record.source} is of another machine or model: record again"
         )
+    return directory.path
 
 
 def choose(rows: Sequence[ReportRow], settings: InferSettings) -> ReportRow:

@@ -5,6 +5,7 @@ Nothing here needs a model or a data set: records and configurations say all.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from dynexit.baselines.rows import describe_baseline
 from dynexit.core.cost import ExitCosts
@@ -30,15 +31,16 @@ from dynexit.report.page import Figure, Page, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import front_of
 from dynexit.report.times import measured_batch_sizes
-from dynexit.run_dir import DONE, RunDir, mark_done
+from dynexit.run_dir import DONE, PROVENANCE, RunDir, mark_done
 from dynexit.search.operating_points import BASELINES, ReportRow, write_csv
 from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point
 
 
-def run_report(points: Sequence[Point]) -> None:
-    """Puts all finished `points` side by side: table, figures, page, MLflow. Names the points that are missing.
+def run_report(points: Sequence[Point]) -> Path:
+    """Puts all finished `points` side by side: table, figures, page, MLflow; returns the report's folder.
 
+    Names the points that are missing.
     Raises Failure where no point is finished, UserError for a budget that no point attains.
     """
     ready = [point for point in points if RunDir(point, "search").is_done()]
@@ -49,7 +51,8 @@ def run_report(points: Sequence[Point]) -> None:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
     check_budgets(ready)
     directory = points[0].study_dir / "report"
-    (directory / DONE).unlink(missing_ok=True)
+    for name in (DONE, PROVENANCE):
+        (directory / name).unlink(missing_ok=True)
     rows = write_report(ready, failed)
     if points[0].config.report.mlflow:
         track(ready, rows)
@@ -58,6 +61,7 @@ def run_report(points: Sequence[Point]) -> None:
         report_identity(points),
         ["operating_points.csv", FRONT_CSV, "uncertainty.csv", "pareto.png", "report.html"],
     )
+    return directory
 
 
 def write_report(

@@ -1,6 +1,7 @@
 """The train job: exit heads and gates of the points of a pack, of any method."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +54,8 @@ def run_train(points: Sequence[Point]) -> None:
             pack.write_json(MEMBERS, [point.id for point in points])
     progress = Progress(f"train {len(points)} points", pack.path, config.dist.log_seconds, quiet=not ranks.is_main)
     ranks.check_same("weights at the start", {**model.state_dict(), **task.heads.state_dict(prefix="heads.")})
-    with naming_memory(points, "train.global_batch_size"):
+    is_live = config.report.mlflow == "live" and ranks.is_main
+    with naming_memory(points, "train.global_batch_size"), _live(points, task) if is_live else nullcontext():
         task.train(data.train, checkpoints, progress)
     with ranks.failing_together():
         if ranks.is_main:
@@ -61,6 +63,12 @@ def run_train(points: Sequence[Point]) -> None:
             checkpoints.clear()
         if task.stopped:
             raise Failure("; ".join(task.stopped.values()))
+
+
+def _live(points: Sequence[Point], task: PackTask) -> AbstractContextManager[None]:
+    from dynexit.jobs.reporting.live import followed
+
+    return followed(points, lambda: task.rows)
 
 
 def _is_trained(point: Point) -> bool:

@@ -69,7 +69,7 @@ def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[s
     found: dict[str, str] = {}
     for item in error.errors(include_url=False):
         # a union's branches (str, list[...], literal[...]) stand in the location too: they are no keys
-        location = [part for part in item["loc"] if not re.search(r"[\[(]|^(str|int|float|none)$", str(part))]
+        location = [part for part in item["loc"] if not re.search(r"[\[(]|^(str|int|float|bool|none)$", str(part))]
         dotted = prefix + ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
             found.setdefault(dotted, unknown_key(dotted))

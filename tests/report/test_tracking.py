@@ -21,7 +21,7 @@ def empty_database(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mlflow")
     report_dir = folder / "report"
     report_dir.mkdir()
-    log_study(default_tracking_uri(folder), "template", "t", [], report_dir)
+    log_study(default_tracking_uri(folder), {"id": "t", "name": "template"}, [], report_dir)
     return folder / "mlflow.db"
 
 
@@ -47,7 +47,8 @@ def point(index, **changes) -> TrackedPoint:
 
 
 def report(runs_dir, points, study_id="s1", **more):
-    log_study(default_tracking_uri(runs_dir), "digits", study_id, points, runs_dir / "report", **more)
+    study = {"id": study_id, "name": "digits", **more}
+    log_study(default_tracking_uri(runs_dir), study, points, runs_dir / "report")
     return read(runs_dir)
 
 
@@ -233,7 +234,7 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def _log_one(folder: Path, study_id: str) -> None:
-    log_study(default_tracking_uri(folder), "digits", study_id, [{"id": study_id}], folder / "report")
+    log_study(default_tracking_uri(folder), {"id": study_id, "name": "digits"}, [{"id": study_id}], folder / "report")
 
 
 def test_processes_that_start_on_a_fresh_database_all_succeed(tmp_path, empty_database, monkeypatch):

@@ -6,6 +6,7 @@ from typing import Any
 from dynexit.contents import Provenance
 from dynexit.provenance import read_provenance
 from dynexit.report.page import PageSection
+from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point
 
 _WHAT = (
@@ -20,7 +21,7 @@ def provenances(points: Sequence[Point]) -> dict[str, list[Provenance]]:
     found: dict[str, dict[tuple[Any, ...], Provenance]] = {}
     for point in points:
         for stage in point.stages:
-            one = read_provenance(point, stage)
+            one = read_provenance(RunDir(point, stage).path)
             if one is not None:
                 found.setdefault(stage, {}).setdefault((one["host"], one["started"], one["seconds"]), one)
     return {stage: list(jobs.values()) for stage, jobs in found.items()}
@@ -41,11 +42,15 @@ def _cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
         "hours": f"{sum(job['seconds'] for job in jobs) / 3600:.4f}",
         **({"GPU-hours": f"{gpu_hours:.4f}"} if gpu_hours else {}),
         "from": min(job["started"] for job in jobs),
-        "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {job['gpu']}".strip() for job in jobs),
+        "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {_gpu(job)}".strip() for job in jobs),
         "commit": _each(job["commit"][:12] + job["commit"][40:] for job in jobs),
         "packages": _each(", ".join(f"{name} {version}" for name, version in of.items()) for of in versions),
         "command": _each(job["command"] for job in jobs),
     }
+
+
+def _gpu(job: Provenance) -> str:
+    return f"{job['gpu']}, driver {job['driver']}" if job.get("driver") else job["gpu"]
 
 
 def _each(texts: Any) -> str:
