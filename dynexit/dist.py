@@ -165,6 +165,7 @@ class Gpus:
     usable: bool  # by torch
     file: str  # the device file of one that this process may open, or ''
     driver: str  # the version of the loaded driver, or ''
+    uuids: tuple[str, ...] = ()  # of the GPUs that this process sees; empty if they were not asked for
 
 
 def find_gpus(root: Path = Path("/"), visible: str | None = None) -> Gpus:
@@ -222,7 +223,8 @@ def start_ranks(
     `device` is auto, cpu or cuda; auto takes a GPU if there is one. All ranks have one device type before the group
     starts. In `Ranks.all_reduce` and `Ranks.any` a rank raises that waits for the others for longer than
     `timeout_seconds`; the first call of a process sets it. `probe` returns this machine's GPUs (default: `find_gpus`).
-    Raises UserError, on all ranks, as choose_device, and where some ranks would use a GPU and others the CPU.
+    Raises UserError, on all ranks, as choose_device, and where some ranks would use a GPU and others the CPU, or two of
+    them the same GPU.
     """
     from accelerate import PartialState
 
@@ -242,20 +244,26 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    problem = chosen = ""
+    problem = chosen = own = ""
+    uuids: Sequence[str] = ()
     try:
         chosen = choose_device(device, gpus)
+        uuids = gpus.uuids or (_uuids() if chosen == "cuda" else ())
+        own = uuids[_local_rank() % len(uuids)] if uuids else ""
     except UserError as error:
         problem = str(error)
-    store.set(f"device/{rank}", json.dumps([chosen, problem, f"rank {rank} on {socket.gethostname()}"]))
+    store.set(
+        f"device/{rank}", json.dumps([chosen, problem, f"rank {rank} on {socket.gethostname()}", own, len(uuids)])
+    )
     found = [json.loads(store.get(f"device/{other}")) for other in range(world_size)]
-    problems = [f"{where}: {text}" for _, text, where in found if text]
-    if not problems and len({kind for kind, _, _ in found}) > 1:
-        with_gpu, without = (next(where for k, _, where in found if k == kind) for kind in ("cuda", "cpu"))
+    problems = [f"{where}: {text}" for _, text, where, *_ in found if text]
+    if not problems and len({kind for kind, *_ in found}) > 1:
+        with_gpu, without = (next(where for k, _, where, *_ in found if k == kind) for kind in ("cuda", "cpu"))
         problems = [
             f"dist.device = {device!r}: {with_gpu} has a GPU and {without} has none; ask for nodes of one kind, or set "
             "dist.device=cpu"
         ]
+    problems = problems or _sharing([(where, own, num_seen) for _, _, where, own, num_seen in found])
     if problems:
         store.set(f"device/read/{rank}", "")
         if rank == 0:  # the store ends with this process
@@ -276,7 +284,29 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
 
 def own_gpu() -> torch.device:
     """This rank's GPU among those that it sees: of one, as SLURM may bind them, the first whatever the rank."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", _local_rank() % torch.cuda.device_count())
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _uuids() -> tuple[str, ...]:
+    return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
+
+
+def _sharing(found: Iterable[tuple[str, str, int]]) -> list[str]:
+    """A message if two ranks would use one GPU; of each rank: its name, its GPU's UUID or '', how many GPUs it sees."""
+    users: dict[str, str] = {}
+    for where, gpu, num_seen in found:
+        if gpu in users:
+            return [
+                f"{users[gpu]} and {where} would share a GPU: the node shows {num_seen} to a rank, fewer than it has "
+                "ranks; ask for nodes with as many GPUs as the others, or start at most one rank per GPU "
+                "(dist.tasks_per_node, torchrun --nproc-per-node)"
+            ]
+        users |= {gpu: where} if gpu else {}
+    return []
 
 
 _side_groups: list[Any] = []

@@ -43,6 +43,11 @@ def run_record(points: Sequence[Point]) -> None:
         for split, plan in plans.items():
             directory, log_seconds = plan.directories[0].parent, points[0].config.dist.log_seconds
             progress = Progress(f"record {split}", directory, log_seconds, quiet=not ranks.is_main)
+            if 0 < (idle := plan.shares.count(())) < ranks.world_size:
+                progress.say(
+                    f"{idle} of {ranks.world_size} ranks have nothing to record: fewer batches are missing than there "
+                    "are ranks; a smaller record.batch_size gives each some"
+                )
             with naming_memory(points, "record.batch_size"):
                 shards[split] = _record(plan, data.split(split), ranks, model, members, progress)
     of_all_ranks = ranks.gather(shards)
