@@ -10,7 +10,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure, UserError
 from dynexit.features import keep_features_of
 from dynexit.jobs.finished import set_aside_stale
-from dynexit.jobs.load import begin, naming_memory, ranks_of
+from dynexit.jobs.load import begin, ranks_of
 from dynexit.progress import Progress
 from dynexit.run_dir import BEGUN, CONFIG, COSTS, FAILED, HEADS, MEMBERS, METRICS, RunDir
 from dynexit.study.grid import Point, digest
@@ -59,7 +59,7 @@ def run_train(points: Sequence[Point]) -> None:
     progress = Progress(f"train {len(points)} points", pack.path, config.dist.log_seconds, quiet=not ranks.is_main)
     ranks.check_same("weights at the start", {**model.state_dict(), **task.heads.state_dict(prefix="heads.")})
     is_live = config.report.mlflow == "live" and ranks.is_main
-    with naming_memory(points, "train.global_batch_size"), _live(points, task) if is_live else nullcontext():
+    with _live(points, task) if is_live else nullcontext():
         task.train(data.train, checkpoints, progress)
     with ranks.failing_together():
         if ranks.is_main:
