@@ -28,6 +28,11 @@ T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 1800.0  # torch's own default
 _LONGEST_WAIT = datetime.timedelta(days=7)
+_FLIGHT_RECORDER = {  # of NCCL's collectives, by each name that torch reads
+    ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
+    ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+}
+_DUMP_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +276,7 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
         shared = UserError(problems[0])
         shared.on_all_ranks = True
         raise shared
+    record_flights()
     torch.distributed.init_process_group(
         "nccl" if chosen == "cuda" else "gloo",
         store=torch.distributed.distributed_c10d.PrefixStore("ranks", store),
@@ -280,6 +286,17 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
         device_id=own_gpu() if chosen == "cuda" else None,
     )
     return chosen
+
+
+def record_flights(dump_prefix: Path | None = None) -> None:
+    """Has NCCL's process groups keep their last collectives, and dump them on a time-out. The user's variables stay.
+
+    `dump_prefix` begins the name of each rank's file; torch takes a folder of its cache if it is None.
+    """
+    values = _FLIGHT_RECORDER | ({_DUMP_FILE: f"{dump_prefix}"} if dump_prefix is not None else {})
+    for names, value in values.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
 
 
 def own_gpu() -> torch.device:

@@ -1,6 +1,7 @@
 """Ranks, as processes over gloo: one device type for all or an error message, and waiting without a short time-out."""
 
 import json
+import os
 import socket
 import sys
 from dataclasses import astuple, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynexit.dist import Gpus, _sharing, choose_device, find_gpus
+from dynexit.dist import Gpus, _sharing, choose_device, find_gpus, record_flights
 from dynexit.errors import UserError
 from tests.train.ranks import run_ranks
 
@@ -71,6 +72,23 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match=r"torch finds no GPU \(CUDA_VISIBLE_DEVICES is ''\); no NVIDIA driver"):
         choose_device("cuda", NONE)
+
+
+def test_the_flight_recorder_is_on_unless_the_user_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"HOME": "/"})
+    record_flights(Path("/jobs/7_2_nccl_trace_"))
+    record_flights()  # where the process group starts, which is later
+    assert os.environ == {
+        "HOME": "/",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": "/jobs/7_2_nccl_trace_",
+    }
+    own = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    own |= {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/own/trace_"}
+    monkeypatch.setattr(os, "environ", dict(own))
+    record_flights(Path("/jobs/7_2_nccl_trace_"))
+    assert os.environ == own
 
 
 def written(folder: Path, device: str, *gpus: Gpus) -> list[str]:

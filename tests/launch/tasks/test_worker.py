@@ -160,7 +160,7 @@ def test_a_lack_of_memory_is_a_failure(rank: Path, monkeypatch: pytest.MonkeyPat
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     set_training(monkeypatch, train)
-    monkeypatch.setattr(worker, "_start_ranks", lambda job: Ranks(0, num_ranks, torch.device("cpu")))
+    monkeypatch.setattr(worker, "_start_ranks", lambda first, job: Ranks(0, num_ranks, torch.device("cpu")))
     monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
     finish(job_of("prepare", "a", rank))
     status, reason = run(rank, (job_of("train", "ab", rank),))
@@ -209,7 +209,7 @@ def test_a_failure_of_one_rank_alone_ends_the_job(rank: Path, monkeypatch: pytes
         raise Failure("no room here")
 
     set_training(monkeypatch, train)
-    monkeypatch.setattr(worker, "_start_ranks", lambda job: Ranks(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(worker, "_start_ranks", lambda first, job: Ranks(0, 2, torch.device("cpu")))
     monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
     status, reason = run(rank, *train_packs(rank, "ab"))
     assert (status, reason.word, reason.pack, reason.error) == (1, FAILED, 0, "no room here")
