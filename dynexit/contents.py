@@ -169,3 +169,65 @@ class MetricsRow(TypedDict):
     improved: NotRequired[bool]
     validation_accuracy: NotRequired[Number]
     validation_relative_macs: NotRequired[Number]
+
+
+PackWork = dict[str, list[str]]
+"""The work of a pack: by stage the ids of what is done."""
+JobName = Annotated[str, Field(pattern="^[0-9]{1,18}(_[0-9]{1,9})?$")]
+"""The id of a job or of an array's task, as 7_1."""
+
+
+@_open
+class LaunchedArray(TypedDict):
+    """An array in jobs.json: its stage, and the packs of each of its tasks by job id."""
+
+    stage: str
+    tasks: dict[JobName, list[PackWork]]
+
+
+@_open
+class ProfileSource(TypedDict):
+    """Where a site profile was, and its SHA-256."""
+
+    path: str
+    sha256: Digest
+
+
+@_open
+class LaunchedJobs(TypedDict):
+    """jobs.json of a launch."""
+
+    site: ProfileSource | None
+    arrays: list[LaunchedArray]
+
+
+@_open
+class AttemptStart(TypedDict):
+    """A line of a job's attempts: one begins. `node` is the list of its nodes."""
+
+    start: str
+    restart: Count
+    node: str
+
+
+@_open
+class AttemptEnd(TypedDict):
+    """A line of a job's attempts: how a pack or, without a pack, the attempt ended."""
+
+    reason: str
+    pack: NotRequired[Count | None]
+    status: NotRequired[int]
+    error: NotRequired[str]
+    node: NotRequired[str]
+    end: NotRequired[str]
+
+
+@_open
+class RankWord(TypedDict):
+    """A rank's reason file: how it ended."""
+
+    restart: Count
+    pack: Count | None
+    finished: list[AttemptEnd]
+    word: str
+    error: str

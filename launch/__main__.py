@@ -1,6 +1,7 @@
 """The command line: its commands and options, and the exit status."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dynexit
-from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
+from dynexit.errors import Failure, Interrupted, UserError, shorten, unmasked_interrupts
 from dynexit.study.stages import BENCH, INFER, STAGES
 from launch.deploy_commands import add_deploy_commands, add_model_bench
 from launch.tasks.worker import leave
@@ -117,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        print(f"dynexit: {error}; fix it, then run the same command again", file=sys.stderr)
+        text = shorten(str(error)) if error.errno == errno.ENAMETOOLONG else error
+        print(f"dynexit: {text}; fix it, then run the same command again", file=sys.stderr)
         return 1
 
 

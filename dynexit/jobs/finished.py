@@ -30,7 +30,7 @@ from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import BENCH
 
 SPLITS = ("validation", "test")
-_REPORT_FORMAT = 2  # of the report's tables; one of another format is made again
+_REPORT_FORMAT = 3  # of the report's tables; one of another format is made again
 _MOST_CHECKED_BYTES = 64 << 20
 _MOST_FULL_CLASSES = 10
 
@@ -159,8 +159,10 @@ def failure_reason(point: Point) -> str | None:
 def missing_reason(point: Point) -> str:
     """Returns why a point is not in the report."""
     finished = finished_jobs(point)
-    missing = next((stage for stage in point.stages if stage not in finished), "report")
-    return failure_reason(point) or f"{point.label}: {missing} is not done"
+    missing = next((stage for stage in point.stages if stage not in finished), None)
+    if missing is None and not is_recorded(point):
+        return f"{point.label}: its record is missing; run `dynexit record` on the study"
+    return failure_reason(point) or f"{point.label}: {missing or 'report'} is not done"
 
 
 def check_budgets(points: Sequence[Point]) -> None:

@@ -23,6 +23,7 @@ from dynexit.deploy.router import Answers, Router, even_parts, join
 from dynexit.deploy.stream import stream
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
+from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import class_names
 from dynexit.jobs.load import begin, load_heads
 from dynexit.models.backbones import Backbone
@@ -227,7 +228,7 @@ def _write_predictions(path: Path, answers: Answers, samples: Split, class_names
     files = samples.file_names() or [""] * len(samples)
 
     def name(label: int) -> str:
-        return str(label) if class_names is None else class_names[label]
+        return str(label) if class_names is None else str(spreadsheet_text(class_names[label]))
 
     # a file's name may hold bytes that are no UTF-8
     with (

@@ -193,16 +193,16 @@ def _write_values(
     }
     metrics = [Metric(key, value, now, step) for key, step, value in values if (key, step, value) not in held]
     fresh = [Param(key, value) for key, value in params.items() if key not in run.data.params]
-    if (path := _sqlite_path(client.tracking_uri)) is not None and _insert(path, run_id, metrics):
-        metrics = []
+    if (path := _sqlite_path(client.tracking_uri)) is not None and _insert(path, run_id, metrics, fresh, tags):
+        return
     while len(fresh) > _MOST_PARAMS or len(metrics) > _MOST_METRICS:
         client.log_batch(run_id, metrics=metrics[:_MOST_METRICS], params=fresh[:_MOST_PARAMS])
         metrics, fresh = metrics[_MOST_METRICS:], fresh[_MOST_PARAMS:]
     client.log_batch(run_id, metrics, fresh, [RunTag(key, value) for key, value in tags.items()])
 
 
-def _insert(path: Path, run_id: str, metrics: Sequence[Any]) -> bool:
-    """Puts metrics into MLflow's tables, ten times as fast as MLflow does. False, with nothing done, if that fails.
+def _insert(path: Path, run_id: str, metrics: Sequence[Any], params: Sequence[Any], tags: Mapping[str, str]) -> bool:
+    """Puts values into MLflow's tables, ten times as fast as MLflow does. False, with nothing done, if that fails.
 
     The latest value of a metric is that of the last step; of one step, of the last time; of one time, the greatest.
     """
@@ -211,6 +211,9 @@ def _insert(path: Path, run_id: str, metrics: Sequence[Any]) -> bool:
         with contextlib.closing(sqlite3.connect(path, timeout=60)) as database, database:
             database.executemany(_INSERT, rows)
             database.execute(_LATEST, (run_id,))
+            for table, values in (("params", ((one.key, one.value) for one in params)), ("tags", tags.items())):
+                command = f"INSERT OR REPLACE INTO {table} (key, value, run_uuid) VALUES (?, ?, ?)"
+                database.executemany(command, [(key, value, run_id) for key, value in values])
     except sqlite3.Error:  # a version of MLflow with other tables
         return False
     return True

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dynexit.errors import shorten
 from dynexit.study.keys import Section
 from dynexit.study.methods import sections_of_methods
 from dynexit.study.schema import Config, method_settings
@@ -28,6 +29,7 @@ SWEEPABLE = tuple(
 )
 _MOST_POINTS = 10**6
 _SPLIT_FORMAT = "splits by class"  # of what is held out; in every id
+_SMALL_FORMAT = ", not cropped"  # of small images in class folders, which earlier versions cropped
 _FORMAT = 1  # of what the jobs write; a change of meaning raises it and with it every id
 
 
@@ -155,15 +157,15 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, groups: Sequence[Seq
         if name not in all_keys():
             yield f"sweep.{unknown_key(str(name))}"
         elif name.partition(".")[0] not in SWEEPABLE:
-            yield f"sweep.{name}: the sections that can be swept are {', '.join(SWEEPABLE)}"
+            yield f"sweep.{shorten(name)}: the sections that can be swept are {', '.join(SWEEPABLE)}"
         elif not isinstance(values, list):
-            yield f"sweep.{name} = {values!r}: should be a list of values"
+            yield f"sweep.{name} = {shorten(repr(values))}: should be a list of values"
         elif not values:
             yield f"sweep.{name} = []: the grid is empty; give at least one value or remove the key"
         elif len(values) > 1 and not changes_results(name):
             yield f"sweep.{name}: results do not depend on this key; give one value, or make a study for each"
         elif name not in zipped and len(set(map(_hashable, values))) < len(values):
-            yield f"sweep.{name} = {values!r}: has a duplicate value"
+            yield f"sweep.{name} = {shorten(repr(values))}: has a duplicate value"
         else:
             for value in values:
                 try:
@@ -172,7 +174,8 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, groups: Sequence[Seq
                     yield from ("sweep." + text for text in sentences(error, f"{name.rpartition('.')[0]}.".lstrip(".")))
                 else:
                     if name not in zipped:
-                        yield from (f"sweep.{name} = {value!r}: {text}" for text in contradictions(changed) if base)
+                        wrong = f"sweep.{name} = {shorten(repr(value))}"
+                        yield from (f"{wrong}: {text}" for text in contradictions(changed) if base)
     for group in groups:
         if base is not None and set(group) <= set(all_keys()) and all(isinstance(sweep[name], list) for name in group):
             yield from _zip_contradictions(base, {name: sweep[name] for name in group})
@@ -267,7 +270,12 @@ def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, 
 
 def _part(name: str, config: Config) -> str:
     """What a section (or `seed`) adds to the ids that cover it."""
-    return canonical_json(getattr(config, name)) + (_SPLIT_FORMAT if name == "data" else "")
+    part = canonical_json(getattr(config, name))
+    if name != "data":
+        return part
+    data = config.data
+    is_as_before = data.test_transform and (data.transform or data.train_transform)
+    return part + _SPLIT_FORMAT + (_SMALL_FORMAT if data.is_small and data.is_folder and not is_as_before else "")
 
 
 def ids_of(config: Config) -> dict[str, str]:

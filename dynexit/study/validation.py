@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
+from dynexit.errors import shorten
 from dynexit.study.methods import METHODS
 from dynexit.study.schema import SECTIONS, Config, method_settings
-from dynexit.study.yaml_text import shorten
 
 ALIASES = {
     "arch": "backbone.name",
@@ -61,7 +61,7 @@ def unknown_key(dotted: str) -> str:
         by_end = {name.rpartition(".")[2]: name for name in known}
         near = [by_end[end] for end in difflib.get_close_matches(last, by_end, n=1)]
     hint = f"did you mean {near[0]}?" if near else "`dynexit config STUDY.yaml` lists all keys"
-    return f"{dotted} is not a key; {hint}"
+    return f"{shorten(dotted)} is not a key; {hint}"
 
 
 def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[str], str] = unknown_key) -> list[str]:
@@ -79,7 +79,7 @@ def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[s
         if dotted in found:
             found[dotted] += f", or {text}" if text not in found[dotted] else ""
         else:
-            found[dotted] = f"{dotted} = {shorten(repr(item['input']))}: {text}"
+            found[dotted] = f"{shorten(dotted)} = {shorten(repr(item['input']))}: {text}"
     # of a list with a wrong element, the branch that takes no list says nothing
     return [text for dotted, text in found.items() if not any(one.startswith(f"{dotted}.") for one in found)]
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dynexit.errors import Failure
 from launch.tasks.decision import RequeueLimits, settle
 
 
@@ -64,7 +65,10 @@ def _can_run_elsewhere(avoid: str, script: str) -> bool:
 
 if __name__ == "__main__":
     job, restart, node, status, seconds, limits, script = sys.argv[1:]
-    found = settle(Path(job), int(restart), node, int(status), float(seconds), RequeueLimits(**json.loads(limits)))
+    try:
+        found = settle(Path(job), int(restart), node, int(status), float(seconds), RequeueLimits(**json.loads(limits)))
+    except Failure as damage:  # the script decides alone
+        sys.exit(str(damage))
     if not (found.requeue and found.avoid and _can_run_elsewhere(found.avoid, script)):
         found = dataclasses.replace(found, avoid="")
     print(found)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dynexit.contents import LaunchedJobs
 from dynexit.errors import Failure, UserError
 from dynexit.run_dir import folders_in_place, read_json
 from dynexit.study.grid import Point, Study
@@ -66,7 +67,7 @@ def all_submitted(study_dir: Path, kind: str = "slurm") -> list[Submitted]:
     return [
         Submitted(job_id, array["stage"], tuple(packs), path.parent)
         for path in _lists(study_dir, kind)
-        for array in read_json(path)["arrays"]
+        for array in read_json(path, LaunchedJobs)["arrays"]
         for job_id, packs in array["tasks"].items()
     ]
 
@@ -81,7 +82,7 @@ def last_site(study_dir: Path) -> Mapping[str, str] | None:
     lists = _lists(study_dir)
     if not lists:
         raise UserError(f"{study_dir} was never submitted; `dynexit run STUDY.yaml --on slurm` does that")
-    site: Mapping[str, str] | None = read_json(lists[-1])["site"]
+    site: Mapping[str, str] | None = read_json(lists[-1], LaunchedJobs)["site"]
     return site
 
 

@@ -139,7 +139,7 @@ def _watch(job: Path, restart: int) -> None:
     """Ends this process if SLURM, which took its node for dead, has started the job again: two must not write."""
     while True:
         time.sleep(_WATCH_SECONDS)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Failure):
             if attempts.read_attempts(job).restart > restart:
                 print("SLURM has started this job again elsewhere; this process ends", file=sys.stderr, flush=True)
                 os._exit(1)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dynexit.errors import UserError
+from dynexit.jobs.aggregate import study_folders
 from dynexit.jobs.infer import choose
 from dynexit.report.budgets import budget_cells
 from dynexit.report.table import at_tenths, backbone_accuracy, front_of, mark_front, summary, within_budgets
@@ -77,6 +78,17 @@ def test_summary_by_hand():
     assert (gates.source, gates.all_seeds) == ("gates", pytest.approx(0.6 * 0.8))
     assert gates.per_seed == pytest.approx((0.8 * 0.4, 0.6 * 0.8))
     assert (search.method, search.all_seeds) == ("jei_dnn", pytest.approx(0.96 * 0.5))
+
+
+def test_lines_of_files_outside_the_folder_are_not_shown(tmp_path):
+    (tmp_path / "secret").write_text("password: 12345\n")
+    study = tmp_path / "runs" / "study"
+    study.mkdir(parents=True)
+    (study / "study.yaml").symlink_to(tmp_path / "secret")
+    for given in (tmp_path / "runs", study):
+        with pytest.raises(UserError, match=rf"study\.yaml is a link to a file outside {given}; remove it or copy"):
+            study_folders([given])
+    assert study_folders([tmp_path]) == [study]
 
 
 def test_baselines_are_never_chosen():

@@ -189,3 +189,33 @@ def test_a_refused_submission_is_taken_back(study: Study, queue: Queue, monkeypa
         submit_study(study, stages_until("report"), Site())
     assert cancelled == ["7_0", "8_0"]
     assert [job.job_id for job in all_submitted(study.directory) if job.is_cancelled] == cancelled
+
+
+@pytest.mark.parametrize(
+    ("content", "mistake"),
+    [
+        ({"site": None}, "arrays: Field required"),
+        ({"site": 3, "arrays": []}, "site: Input should be an object"),
+        ({"site": None, "arrays": [{"stage": "train", "tasks": {"../x": []}}]}, "String should match pattern"),
+        ({"site": None, "arrays": [{"stage": "train", "tasks": {"7": [{"train": "all"}]}}]}, "should be a valid array"),
+    ],
+)
+def test_a_damaged_list_of_jobs_is_named(study: Study, queue: Queue, content: object, mistake: str) -> None:
+    folder = new_folder(study, "slurm")
+    write_json(folder / "jobs.json", content)
+    with pytest.raises(Failure) as caught:
+        all_submitted(study.directory)
+    assert str(caught.value).startswith(f"{folder}/jobs.json is damaged (")
+    assert mistake in str(caught.value)
+    assert f"`mv {folder} {folder}.damaged`" in str(caught.value)
+
+
+def test_damaged_attempts_are_those_of_their_points(study: Study, queue: Queue) -> None:
+    first, *others = (point.id for point in study.points)
+    folder = submit(prepared(study), "train", {"7_0": [{"train": [first]}], "7_1": [{"train": others}]})
+    note(folder / "7_0.jsonl", "dev1", ends=[End(FAILED, 0, 1, "no space")])
+    (folder / "7_1.jsonl").write_text('{"start": "now", "restart": 0, "node": "dev1"}\n{"start": "no\n{"pack": 1}\n')
+    whole, *damaged = study_status(study)
+    assert whole.figures == "no space"
+    assert {one.state for one in damaged} == {"damaged"}
+    assert damaged[0].figures.startswith(f"{folder}/7_1.jsonl is damaged (line 3: ")

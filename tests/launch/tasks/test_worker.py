@@ -74,7 +74,7 @@ def run(folder: Path, *packs: tuple[Job, ...]) -> tuple[int, RankReason]:
     """The exit status of a rank with these packs, and what it leaves."""
     work = [{job.stage: [point.id for point in job.points] for job in pack} for pack in packs]
     arrays = [{"stage": "train", "tasks": {"7_2": work}}]
-    (folder / "jobs.json").write_text(json.dumps({"arrays": arrays}))
+    (folder / "jobs.json").write_text(json.dumps({"site": None, "arrays": arrays}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launch.tasks.folder.read_jobs", lambda read, found: list(packs) if found == work else [])
         status = main(folder / "7_2", 0)
@@ -256,7 +256,7 @@ def test_missing_input_is_a_failure(rank: Path) -> None:
 
 def test_a_job_that_is_not_listed_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_LIST_SECONDS", 0)
-    for arrays in ("", '{"arrays": [{"stage": "train", "tasks": {"7_1": [{}]}}]}'):
+    for arrays in ("", '{"site": null, "arrays": [{"stage": "train", "tasks": {"7_1": [{}]}}]}'):
         if arrays:
             (tmp_path / "jobs.json").write_text(arrays)
         with pytest.raises(UserError, match=r"jobs\.json does not list job 7_2; submit the study again"):
