@@ -56,7 +56,13 @@ def run_train(points: Sequence[Point]) -> None:
     with ranks.failing_together():
         if ranks.is_main:
             pack.write_json(MEMBERS, [point.id for point in points])
-    progress = Progress(f"train {len(points)} points", pack.path, config.dist.log_seconds, quiet=not ranks.is_main)
+    progress = Progress(
+        f"train {len(points)} points",
+        pack.path,
+        config.dist.log_seconds,
+        quiet=not ranks.is_main,
+        num_ranks=ranks.world_size,
+    )
     ranks.check_same("weights at the start", {**model.state_dict(), **task.heads.state_dict(prefix="heads.")})
     is_live = config.report.mlflow == "live" and ranks.is_main
     with _live(points, task) if is_live else nullcontext():
