@@ -53,11 +53,18 @@ class JobProgress(TypedDict):
     figures: dict[str, NumberText]
     images_per_second: Number
     seconds_left: Number
+    images_per_second_per_rank: NotRequired[Number]
+    share_waiting_for_data: NotRequired[Fraction]
+    peak_memory_bytes: NotRequired[Count]
 
 
 @_open
 class Provenance(TypedDict):
-    """provenance.json: what did a job, where and when. `seconds` are those of the attempt that finished it."""
+    """provenance.json: what did a job, where and when. `seconds` are those of the attempt that finished it.
+
+    `digests` are the SHA-256 of study.yaml and of the files that it made. Speed and memory are those of rank 0, of jobs
+    that load images. Earlier versions left out what is NotRequired.
+    """
 
     stage: str
     dynexit: str
@@ -75,6 +82,12 @@ class Provenance(TypedDict):
     seconds: Number
     gpu_hours: Number
     num_points: Count
+    user: NotRequired[str]
+    driver: NotRequired[str]
+    digests: NotRequired[dict[str, str]]
+    images_per_second_per_rank: NotRequired[Number]
+    share_waiting_for_data: NotRequired[Fraction]
+    peak_memory_bytes: NotRequired[Count]
 
 
 @_open
@@ -154,8 +167,74 @@ class CheckpointFacts(TypedDict):
 
 @_open
 class MetricsRow(TypedDict):
-    """A line of metrics.jsonl; the other keys are figures by name."""
+    """A line of metrics.jsonl; the other keys are figures by name.
+
+    `improved`: whether the weights of the epoch were the best so far, and so kept where the best are.
+    """
 
     epoch: Count
+    improved: NotRequired[bool]
     validation_accuracy: NotRequired[Number]
     validation_relative_macs: NotRequired[Number]
+
+
+PackWork = dict[str, list[str]]
+"""The work of a pack: by stage the ids of what is done."""
+JobName = Annotated[str, Field(pattern="^[0-9]{1,18}(_[0-9]{1,9})?$")]
+"""The id of a job or of an array's task, as 7_1."""
+
+
+@_open
+class LaunchedArray(TypedDict):
+    """An array in jobs.json: its stage, and the packs of each of its tasks by job id."""
+
+    stage: str
+    tasks: dict[JobName, list[PackWork]]
+
+
+@_open
+class ProfileSource(TypedDict):
+    """Where a site profile was, and its SHA-256."""
+
+    path: str
+    sha256: Digest
+
+
+@_open
+class LaunchedJobs(TypedDict):
+    """jobs.json of a launch."""
+
+    site: ProfileSource | None
+    arrays: list[LaunchedArray]
+
+
+@_open
+class AttemptStart(TypedDict):
+    """A line of a job's attempts: one begins. `node` is the list of its nodes."""
+
+    start: str
+    restart: Count
+    node: str
+
+
+@_open
+class AttemptEnd(TypedDict):
+    """A line of a job's attempts: how a pack or, without a pack, the attempt ended."""
+
+    reason: str
+    pack: NotRequired[Count | None]
+    status: NotRequired[int]
+    error: NotRequired[str]
+    node: NotRequired[str]
+    end: NotRequired[str]
+
+
+@_open
+class RankWord(TypedDict):
+    """A rank's reason file: how it ended."""
+
+    restart: Count
+    pack: Count | None
+    finished: list[AttemptEnd]
+    word: str
+    error: str

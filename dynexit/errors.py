@@ -5,6 +5,13 @@ import errno
 import signal
 from collections.abc import Iterator
 
+_LONGEST_SHOWN = 120  # characters of a user's name or value in a message
+
+
+def shorten(text: str) -> str:
+    """Returns the text, or its beginning and its length where it is too long for a message."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text):,} characters)"
+
 
 class Reported(Exception):  # noqa: N818  users read its text alone
     """An error that is reported by its message alone. `on_all_ranks` says that all ranks raised it.

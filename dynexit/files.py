@@ -3,6 +3,7 @@
 import errno
 import stat
 from pathlib import Path
+from typing import Any
 
 from dynexit.errors import UserError
 
@@ -29,6 +30,20 @@ def regular(path: Path, most_bytes: int | None = None) -> Path:
 def read_text(path: Path) -> str:
     """Returns the text of a regular file of UTF-8. Raises OSError as `regular`, UnicodeDecodeError for other bytes."""
     return regular(path, MOST_TEXT_BYTES).read_text(encoding="utf-8")
+
+
+def spreadsheet_text(value: Any) -> Any:
+    """Returns the value of a CSV cell; text that a spreadsheet would run as a formula gets an apostrophe in front.
+
+    Numbers, and text that reads as one, stay as they are.
+    """
+    if not isinstance(value, str) or value[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return "'" + value
+    return value
 
 
 def check_weights_file(path: Path) -> None:

@@ -103,6 +103,28 @@ def read_json(path: Path, kind: Any = Any) -> Any:
         raise Failure(f"{path} is damaged ({_first_mistake(error)}); {move_aside(path.parent)}") from error
 
 
+def read_json_lines(path: Path, kind: Any, *, skip_cut_off: bool = False) -> list[Any]:
+    """Returns the values in a file of JSON lines, each checked against `kind`; `skip_cut_off` skips what is no JSON.
+
+    Raises Failure, naming file and line, where one is damaged; FileNotFoundError where the file is missing.
+    """
+    found, number = [], 0
+    try:
+        for line in read_text(path).splitlines():
+            number += 1
+            try:
+                found.append(_adapter(kind).validate_json(line, strict=True))
+            except ValidationError as error:
+                if not skip_cut_off or error.errors()[0]["type"] != "json_invalid":
+                    raise
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        where = f"line {number}: " if number else ""
+        raise Failure(f"{path} is damaged ({where}{_first_mistake(error)}); {move_aside(path.parent)}") from error
+    return found
+
+
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
@@ -225,19 +247,8 @@ class RunDir:
             raise Failure(f"{self.path / COSTS} is damaged ({error}); {move_aside(self.path)}") from error
 
     def read_lines(self, name: str) -> list[MetricsRow]:
-        """Returns the rows of JSON lines. Raises Failure, naming file and line, where one is damaged."""
-        rows: list[MetricsRow] = []
-        try:
-            for line in read_text(self.path / name).splitlines():
-                rows.append(_adapter(MetricsRow).validate_json(line, strict=True))
-        except FileNotFoundError:
-            raise
-        except (ValueError, OSError) as error:
-            path = self.path / name
-            raise Failure(
-                f"{path} is damaged (line {len(rows) + 1}: {_first_mistake(error)}); {move_aside(self.path)}"
-            ) from error
-        return rows
+        """Returns the rows of JSON lines; see `read_json_lines`."""
+        return read_json_lines(self.path / name, MetricsRow)
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes JSON atomically."""

@@ -1,34 +1,26 @@
 """The command line: its commands and options, and the exit status."""
 
 import argparse
-import atexit
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynexit.errors import Failure, Interrupted, UserError, unmasked_interrupts
+import dynexit
+from dynexit.errors import Failure, Interrupted, UserError, shorten, unmasked_interrupts
 from dynexit.study.stages import BENCH, INFER, STAGES
 from launch.deploy_commands import add_deploy_commands, add_model_bench
+from launch.tasks.worker import leave
 from launch.tools import add_command, add_tools
 
 _JOBS = {
     "run": "do all jobs that are missing, in order, up to the report",
     **{stage.name: stage.help for stage in (*STAGES.values(), INFER)},
 }
-_RUN_CODE = ("retry", "cut", "save", "predict")
+_RUN_CODE = ("retry", "cut", "save", "predict", "export")
 """The other commands that run code which a study or a model folder names, if it is allowed."""
-
-
-class _Version(argparse.Action):
-    """Prints the version, which is looked up only then."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        import dynexit
-
-        print(f"dynexit {dynexit.__version__}")
-        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dynexit", description="Turns a frozen image classifier into a family of early-exit networks."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {dynexit.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in _JOBS.items():
         command = _study_command(commands, name, text + ", and what it needs" * (name not in ("run", "prepare")))
@@ -47,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="in this process, as local processes, or as jobs of a SLURM cluster, submitted at once",
         )
         command.add_argument("--site", type=Path, metavar="SITE.yaml", help="the cluster's profile, for --on slurm")
+        command.add_argument("--open", action="store_true", help="open the report's page at the end")
         command.add_argument("--dry-run", action="store_true", help="print points, packs, ids and resources only")
         if name == BENCH:
             add_model_bench(command)
@@ -125,15 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        print(f"dynexit: {error}; fix it, then run the same command again", file=sys.stderr)
+        text = shorten(str(error)) if error.errno == errno.ENAMETOOLONG else error
+        print(f"dynexit: {text}; fix it, then run the same command again", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
     status = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # threads of a process group that was left may abort an interpreter
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        leave(status)
     sys.exit(status)

@@ -4,10 +4,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,10 +41,16 @@ def _run(options: argparse.Namespace) -> None:
         return
     study = load_study(options.study, options.words, allow_code=options.allow_code)
     until = "report" if options.command == "run" else options.command
+    if options.open and (until != "report" or options.on == "slurm"):
+        raise UserError("--open is for `run` and `report` with --on here or local, which make the page")
     if options.dry_run:
         print(study.dry_run(until, options.on, options.site))
     else:
         study.run(until, options.on, options.site)
+        if options.open:
+            from dynexit.report.terminal import open_page
+
+            open_page((study.directory / "report" / "report.html").resolve().as_uri())
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -55,83 +60,64 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _ui(options: argparse.Namespace) -> None:
+    from dynexit.report.tracking import default_tracking_uri, serve
+
     config = load_study(options.study, options.words).config
-    uri = config.report.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = uri or f"sqlite:///{(Path(config.runs_dir) / 'mlflow.db').resolve()}"
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    os.execv(command[0], command)
+    if serve(config.report.tracking_uri or default_tracking_uri(Path(config.runs_dir)), config.name):
+        raise Failure("MLflow's server ended; its own messages are above")
 
 
 def _status(options: argparse.Namespace) -> None:
+    from dynexit.report.terminal import show_status
     from launch.slurm.cluster import QUERY_SECONDS
+    from launch.status import whole_status
 
     study, _ = _load(options)
-    if options.json:
-        print(_status_json(study))
-        return
-    while _print_status(study, options.watch):
+    while True:
+        status = whole_status(study)
+        points = [dataclasses.asdict(one) for one in status.points]
+        if options.json:
+            names = ("study", "queue_error", "report")
+            print(json.dumps({name: getattr(status, name) for name in names} | {"points": points}, indent=1))
+            return
+        for point in points:
+            del point["speed"]
+        notes = [*_other_points(study, points)]
+        if status.queue_error:
+            notes += [f"the queue could not be asked, so it is not known what waits or runs: {status.queue_error}"]
+        show_status(points, status.report, notes, redraw=options.watch)
+        if status.is_over or not options.watch:
+            return
         time.sleep(QUERY_SECONDS)
-        print("\n" + time.strftime("%H:%M:%S"))
 
 
-def _status_json(study: LoadedStudy) -> str:
-    from launch.slurm.submissions import QueueView
-    from launch.status import report_state, study_status
-
-    jobs = QueueView(study.directory)
-    points = [dataclasses.asdict(one) for one in study_status(study, jobs)]
-    report, _ = report_state(study, jobs)
-    content = {"study": str(study.directory), "queue_error": jobs.unanswered or "", "report": report, "points": points}
-    return json.dumps(content, indent=1)
-
-
-def _hint_at_other_keys(study: LoadedStudy) -> None:
-    """Prints a hint if other points were run in the study's folder, as with overrides of its keys."""
+def _other_points(study: LoadedStudy, points: "list[dict[str, str]]") -> Iterator[str]:
+    """A hint if nothing was run in the study's folder, or other points, as with overrides of its keys."""
     folder = study.directory
-    with contextlib.suppress(UserError):  # there is no study, or one of another version
-        there = {point.id for point in load_study(folder).points}
-        if there.isdisjoint(point.id for point in study.points):
-            print(f"dynexit: {folder} was run with other keys; `dynexit status {folder}` shows its points")
-
-
-def _print_status(study: LoadedStudy, watch: bool) -> bool:
-    """Returns whether there is more to watch."""
-    from launch.slurm.submissions import QueueView
-    from launch.status import OVER, report_state, study_status, table
-
-    jobs = QueueView(study.directory)
-    if jobs.unanswered:
-        print(f"dynexit: the queue could not be asked, so it is not known what waits or runs: {jobs.unanswered}")
-    if not study.directory.is_dir():
-        print(f"dynexit: {study.directory} is not there: nothing of this study was run yet, or not with this folder")
-    states = study_status(study, jobs)
-    if all(one.state == "waiting" for one in states):
-        _hint_at_other_keys(study)
-    report, is_over = report_state(study, jobs)
-    print(table(states, report), flush=True)
-    return watch and not (is_over and all(one.state in OVER for one in states))
+    if not folder.is_dir():
+        yield f"{folder} is not there: nothing of this study was run yet, or not with this folder"
+    elif all(one["state"] == "waiting" for one in points):
+        with contextlib.suppress(UserError):  # there is no study, or one of another version
+            if {one.id for one in load_study(folder).points}.isdisjoint(point["id"] for point in points):
+                yield f"{folder} was run with other keys; `dynexit status {folder}` shows its points"
 
 
 def _logs(options: argparse.Namespace) -> None:
-    from launch.slurm.submissions import all_submitted
-    from launch.status import study_status
+    from dynexit.jobs.finished import pack_folders
+    from dynexit.run_dir import RunDir
+    from launch.slurm.submissions import newest_jobs
 
     study, points = _load(options)
-    ids = {identity for point in points for identity in point.ids.values()}
-    newest = {
-        job.stage: job
-        for job in all_submitted(study.directory)
-        if job.stage == "report" or ids & {identity for _, identity in job.work}
-    }
-    printed = [path for job in newest.values() for path in job.logs()]
-    if not any(path.stat().st_size for path in printed):  # done without a queue: the logs of packs and backbones
-        chosen = {point.id for point in points}
-        printed = [Path(one.log) for one in study_status(study) if one.log and one.id in chosen]
-    for path in dict.fromkeys(printed):
+    jobs = newest_jobs(study.directory, {identity for point in points for identity in point.ids.values()})
+    printed = [path for job in jobs for path in job.logs() if path.stat().st_size]
+    newest = max((path.stat().st_mtime for path in printed), default=0.0)
+    packs = pack_folders(study.directory)  # what ran in the launcher's own process left their logs alone
+    folders = [*(RunDir(point, "prepare").path for point in points), *(packs[p.id] for p in points if p.id in packs)]
+    own = [folder / "log.txt" for folder in dict.fromkeys(folders)]
+    printed += [path for path in own if path.is_file() and path.stat().st_mtime > newest]
+    for path in printed:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if lines:
-            print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
+        print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
     if not printed:
         raise UserError("no job of these points has printed anything")
 

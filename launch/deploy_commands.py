@@ -73,6 +73,7 @@ def bench_folder(options: argparse.Namespace) -> bool:
         what = f"{options.words[0]} is for a study" if options.words else "--out is missing"
         raise UserError(f"{what}; for a model folder: dynexit bench DIR --out FOLDER [--batch 1,8,64] [--points 0.6]")
     from dynexit.bench.model_bench import BenchRequest, bench_model
+    from dynexit.study.own_code import allowing_code
 
     asked: dict[str, Any] = {}
     if options.batch is not None:
@@ -83,7 +84,8 @@ def bench_folder(options: argparse.Namespace) -> bool:
         asked["runtimes"] = options.runtime.split(",")
     if options.device is not None:
         asked["device"] = options.device
-    print(bench_model(options.study, BenchRequest(**asked), options.out))
+    with allowing_code(options.allow_code):
+        print(bench_model(options.study, BenchRequest(**asked), options.out))
     print(f"written to {options.out}")
     return True
 
@@ -162,7 +164,9 @@ def _export(options: argparse.Namespace) -> None:
 
     from dynexit.export.folder import MOST_DIFFERENCE, SETTINGS, export_model
 
-    count, check = export_model(options.directory, options.out, options.to, verify=options.verify)
+    count, check = export_model(
+        options.directory, options.out, options.to, verify=options.verify, allow_code=options.allow_code
+    )
     points = json.loads((options.out / SETTINGS).read_text(encoding="utf-8"))["points"]
     print(f"{options.out}: {count} programs, {len(points)} operating points, router.json and router.py")
     if check is None:

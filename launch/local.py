@@ -13,11 +13,11 @@ from pathlib import Path
 from types import FrameType
 
 from dynexit.errors import Failure, Interrupted, UserError
+from dynexit.jobs.planning.missing import Job, done_together
 from dynexit.provenance import run_stage
 from dynexit.study.dist import DistSettings
 from dynexit.study.grid import Study
 from dynexit.study.own_code import allowed_code
-from launch.plan import Job, done_together
 from launch.tasks.attempts import FAILED, append_lines
 from launch.tasks.decision import Decision, RequeueLimits, settle
 from launch.tasks.folder import add_array, new_folder, work_of
@@ -126,7 +126,7 @@ def run_local(study: Study, jobs: Sequence[Job]) -> list[str]:
     limits = RequeueLimits(0, dist.max_preemptions, dist.max_retries, math.inf, num_ranks)  # there is no time limit
     waiting = [_LocalJob(job, folder / str(i), num_ranks) for i, job in enumerate(jobs)]
     running, failures = list[_LocalJob](), list[str]()
-    with _terminable(), _ending(running):
+    with _ending(running):
         while waiting or running:
             while waiting and places:
                 running.append(waiting.pop(0))
@@ -145,8 +145,8 @@ def run_local(study: Study, jobs: Sequence[Job]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM interrupts as Ctrl-C does."""
+def _ending(running: Sequence[_LocalJob]) -> Iterator[None]:
+    """Ends what runs when the block is left, also by SIGTERM: trainings save, and what takes too long is killed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}")
@@ -156,14 +156,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _ending(running: Sequence[_LocalJob]) -> Iterator[None]:
-    """Ends what runs when the block is left: trainings save, and what has not ended after a while is killed."""
-    try:
-        yield
-    finally:
         for local in running:
             local.terminate()
         deadline = time.monotonic() + _ENDING_SECONDS

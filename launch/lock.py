@@ -73,18 +73,14 @@ def _wait_for_workers(study_dir: Path) -> None:
 
 
 def work_for(launcher: int, study_dir: Path) -> None:
-    """Makes this process one that works for the process `launcher`: it gets SIGTERM when that has ended."""
-    import psutil
-
-    process = psutil.Process(launcher)
+    """Makes this process one that works for its parent `launcher`: it gets SIGTERM when that has ended."""
     workers = (study_dir / _WORKERS).open("a", encoding="utf-8")
     _locked(workers, fcntl.LOCK_SH)
 
     def watch() -> None:
         with workers:  # held until this process ends
-            with contextlib.suppress(psutil.NoSuchProcess):
-                while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    time.sleep(_POLL_SECONDS)
+            while os.getppid() == launcher:
+                time.sleep(_POLL_SECONDS)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(_ENDING_SECONDS)
             os._exit(1)

@@ -7,20 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pydantic import ValidationError
-
 from dynexit.errors import UserError
 from dynexit.jobs.finished import check_budgets, finished_jobs, report_is_done
+from dynexit.jobs.planning.checks import check_identity, check_models, folders_elsewhere
+from dynexit.jobs.planning.description import describe_plan
+from dynexit.jobs.planning.missing import Job, done_together, missing_jobs
 from dynexit.run_dir import STUDY, write_text
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import resolved_yaml
-from dynexit.study.schema import Config
 from dynexit.study.stages import INFER, STAGES, stages_until
-from dynexit.study.validation import sentences
-from launch.checks import check_models, folders_elsewhere
 from launch.local import run_here, run_local
 from launch.lock import hold
-from launch.plan import Job, check_identity, describe_plan, done_together, missing_jobs
 from launch.slurm.site import Site, load_site
 from launch.slurm.submissions import check_queue
 from launch.tasks.worker import ONE_RANK
@@ -38,7 +35,6 @@ def run_study(study: Study, until: str, on: str, site: Path | None) -> list[str]
     or its models.
     """
     stages, profile = _checked_request(study, until, on, site)
-    _check_name(study)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _run_with_ranks(study, until, on)
     check_models(study, dry_run=False, data_is_here=profile is None)
@@ -73,14 +69,6 @@ def _checked_request(study: Study, until: str, on: str, site: Path | None) -> tu
     return stages_until(until, by_time=study.is_by_time), load_site(site) if on == "slurm" else None
 
 
-def _check_name(study: Study) -> None:
-    """Raises UserError if the name, which a renamed folder gave, could not be read again."""
-    try:
-        Config(name=study.config.name)
-    except ValidationError as error:
-        raise UserError(f"{sentences(error)[0]}; rename the folder {study.directory}") from None
-
-
 def submit(study: Study, stages: Sequence[str], site: Site) -> None:
     """Submits the missing jobs of these stages, and prints a line for each array."""
     from launch.slurm.submit import submit_study
@@ -95,10 +83,16 @@ def submit(study: Study, stages: Sequence[str], site: Site) -> None:
 
 @contextlib.contextmanager
 def _hold_idle(study: Study) -> Iterator[None]:
-    """Holds a study of which no jobs are queued. Raises UserError if there are, or it is held or of other settings."""
+    """Holds a study of which no jobs are queued, without what killed writers left in it.
+
+    Raises UserError if there are jobs, or it is held or of other settings.
+    """
     with hold(study.directory):
         check_identity(study)
         check_queue(study)
+        for left in study.directory.rglob(".*.tmp"):
+            if left.is_file():
+                left.unlink()
         yield
 
 
@@ -149,7 +143,9 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
     if ranks.is_main and not did_something and until != INFER.name:
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
     if ranks.is_main and "report" in stages and until != INFER.name and report_is_done(study.points):
-        _print_result(study)
+        from dynexit.report.terminal import result
+
+        print(result(study.directory / "report"))
     if until == INFER.name and not failures:
         failures += _run_jobs([Job(INFER.name, left.points)], on, study, ranks)
     return failures
@@ -173,12 +169,3 @@ def _run_jobs(jobs: Sequence[Job], on: str, study: Study, ranks: "Ranks") -> lis
     if ranks.world_size > 1 and jobs[0].stage == "prepare" and not is_for_all:
         on = "local"  # a process without ranks: with several, batch normalisation would see another batch
     return run_here(jobs) if on == "here" else run_local(study, jobs)
-
-
-def _print_result(study: Study) -> None:
-    from dynexit.report.terminal import short_table
-    from dynexit.search.operating_points import read_csv
-
-    directory = study.directory / "report"
-    print(short_table(read_csv(directory / "operating_points.csv")))
-    print(f"report: {directory / 'report.html'}")

@@ -1,21 +1,11 @@
-"""What runs, what is done, what failed and why: read from the files that the jobs leave."""
+"""What runs, is done or failed, and why: of every point by its files and, where it was submitted, by the queue."""
 
-import collections
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
-from dynexit.contents import JobProgress
 from dynexit.errors import Failure
-from dynexit.jobs.finished import (
-    failure_reason,
-    finished_jobs,
-    last_figures,
-    pack_folders,
-    read_progress,
-    report_is_done,
-)
-from dynexit.run_dir import RunDir
+from dynexit.jobs.finished import failure_reason, pack_folders, report_is_done
+from dynexit.jobs.planning.states import point_state
 from dynexit.study.grid import Point, Study
 from launch.lock import is_held
 from launch.slurm.submissions import QueueView
@@ -35,6 +25,28 @@ class PointStatus:
     attempts: str
     node: str
     log: str
+    speed: dict[str, float] = dataclasses.field(default_factory=dict)
+    """As PointState's; not in the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyStatus:
+    """The state of a whole study. `queue_error` says why the queue could not be asked; empty if it could."""
+
+    study: str
+    queue_error: str
+    report: str
+    points: list[PointStatus]
+    is_over: bool
+    """Whether no job that waits or runs will change it."""
+
+
+def whole_status(study: Study) -> StudyStatus:
+    """Returns the state of the report and of every point; one squeue call where it was submitted to a cluster."""
+    jobs = QueueView(study.directory)
+    points, (report, is_over) = study_status(study, jobs), report_state(study, jobs)
+    is_over = is_over and all(one.state in OVER for one in points)
+    return StudyStatus(str(study.directory), jobs.unanswered, report, points, is_over)
 
 
 def study_status(study: Study, jobs: QueueView | None = None) -> list[PointStatus]:
@@ -55,31 +67,20 @@ def _damaged_or(point: Point, held: bool, folder: Path | None, jobs: QueueView) 
 
 def _point_status(point: Point, held: bool, folder: Path | None, jobs: QueueView) -> PointStatus:
     """`folder` is that of the point's pack, `held` whether a launcher works on the study here."""
-    finished = finished_jobs(point)
-    missing = next((job for job in point.stages if job not in finished), None)
-    log = folder / "log.txt" if folder is not None else RunDir(point, "prepare") / "log.txt"
-    working_in = folder if missing == "train" else RunDir(point, "prepare").path if missing == "prepare" else None
-    progress = read_progress(working_in) if working_in is not None else None
-    step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
-    figures = last_figures(point) if "train" in finished else " ".join(_figures(progress))
-    if missing is None:
-        state = "done"
-    elif finished or folder is not None:
-        state = f"{missing} {'running' if held and (missing != 'train' or folder is not None) else 'to do'}"
-    else:
-        state = "waiting (prepare running)" if held else "waiting"
+    found = point_state(point, folder, is_held=held)
+    state, step, figures, log = found.state, found.step, found.figures, found.log
     reason, attempts, node = failure_reason(point), "", ""
-    on_cluster = jobs.of(point, missing or "train")
+    on_cluster = jobs.of(point, found.missing or "train")
     if on_cluster is not None:
         attempts, node = str(on_cluster.attempts), on_cluster.node
-        if missing is not None:
+        if found.missing is not None:
             state = on_cluster.state
             reason = (None if on_cluster.is_live else reason) or on_cluster.reason
-            is_of_it = log.is_file() and (folder is not None or missing == "prepare") and not on_cluster.reason
-            log = log if is_of_it else on_cluster.log
+            log = log if found.is_logged and not on_cluster.reason else on_cluster.log
     if reason:
         state, step, figures = "failed", "", reason
-    return PointStatus(point.label, point.id, state, step, figures, attempts, node, str(log) if log.is_file() else "")
+    path = str(log) if log.is_file() else ""
+    return PointStatus(point.label, point.id, state, step, figures, attempts, node, path, found.speed)
 
 
 def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:
@@ -95,19 +96,3 @@ def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:
     if on_cluster.reason:
         return f"failed: {on_cluster.reason}", True
     return on_cluster.state, not on_cluster.is_live
-
-
-def _figures(progress: JobProgress | None) -> Iterator[str]:
-    if progress is not None:
-        yield from (f"{name} {float(value):.4g}" for name, value in progress["figures"].items())
-        yield f"{progress['images_per_second']:.0f} images/s {progress['seconds_left']:.0f} s left"
-
-
-def table(statuses: list[PointStatus], report: str) -> str:
-    """The states as a table of text, with what is said of the report and a line of counts."""
-    names = [field.name for field in dataclasses.fields(PointStatus)]
-    cells = [names, *([getattr(status, name) for name in names] for status in statuses)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    counts = collections.Counter(status.state for status in statuses)
-    return "\n".join([*lines, f"report: {report}", ", ".join(f"{count} {state}" for state, count in counts.items())])

@@ -96,7 +96,8 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "their validation splits are searched, their test splits judge",
     )
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two files written")
-    files.add_argument("--latency", type=Path, metavar="L.json", help="times per stage, the cost instead of MACs")
+    files.add_argument("--latency", type=Path, metavar="L.json", help="times, the cost instead of MACs")
+    files.add_argument("--batch-size", type=int, metavar="B", help="of the times of stage bench; default: the smallest")
     search = parser.add_argument_group("search")
     search.add_argument(
         "--accuracy-weights", metavar="LO:HI:STEP", help="weights of accuracy against cost, HI included"
@@ -153,6 +154,8 @@ def _search_records(options: argparse.Namespace) -> None:
         seed=options.seed,
         workers=options.workers,
     )
+    if options.batch_size is not None and options.latency is None:
+        raise UserError("--batch-size: needs --latency with the latency.json of stage bench, whose times it names")
     of_one = {f"--{name}": getattr(options, name) for name in ("train", "val", "macs", "latency")}
     if options.cascade:
         given = [flag for flag, path in of_one.items() if path is not None]
@@ -163,7 +166,9 @@ def _search_records(options: argparse.Namespace) -> None:
     missing = [flag for flag, path in of_one.items() if path is None and flag != "--latency"]
     if missing:
         raise UserError(f"the following arguments are required: {', '.join(missing)} (or --cascade)")
-    files = RecordFiles(options.train, options.val, options.macs, options.latency, options.exit_confidence)
+    files = RecordFiles(
+        options.train, options.val, options.macs, options.latency, options.exit_confidence, options.batch_size
+    )
     search_records(files, settings, options.out)
 
 

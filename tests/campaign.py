@@ -12,7 +12,6 @@ code, from the parsing of the command line on.
 import argparse
 import collections
 import contextlib
-import dataclasses
 import mmap
 import os
 import random
@@ -23,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 from tests.command_line import digests  # noqa: E402  the path is set above
+from tests.forked import Ended, Forked  # noqa: E402
 
 STUDY = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "report.mlflow=false")
 # of every other run: both points in one pack, or a pack of its own for each, and then heads are truncated too, as the
@@ -44,84 +43,25 @@ SLOW_SECONDS = 0.1  # of every fsync while the disk is slow
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """A run of the program that is over."""
-
-    status: int  # negative: the signal that ended it
-    text: str
-    seconds: float
-
-
-class Program:
-    """One `dynexit run` in `folder`, in a fork; `slow` is shared with it: seconds that each fsync takes longer."""
+class Program(Forked):
+    """One `dynexit run` in `folder`; `slow` is shared with it: seconds that each fsync takes longer."""
 
     def __init__(self, folder: Path, output: Path, slow: mmap.mmap, pack_size: int) -> None:
-        self._output, self._started = output, time.monotonic()
-        self.status: int | None = None
         slow[:8] = struct.pack("d", 0.0)
-        self.process = os.fork()
-        if self.process == 0:
-            _be_the_program(folder, output, slow, pack_size)
-
-    def is_over(self) -> bool:
-        if self.status is None:
-            process, status = os.waitpid(self.process, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if process else None
-        return self.status is not None
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it is over within that time."""
-        deadline = time.monotonic() + seconds
-        try:
-            while not self.is_over() and time.monotonic() < deadline:
-                time.sleep(0.002)
-        except (SystemExit, KeyboardInterrupt):
-            self.send(signal.SIGKILL)
-            os.waitpid(self.process, 0)
-            raise
-        return self.is_over()
-
-    def send(self, number: int) -> None:
-        os.kill(self.process, number)
-
-    def end(self) -> Ended:
-        """How it ended; one that hangs is killed and has status 124."""
-        hangs = not self.wait(LONGEST_SECONDS)
-        if hangs:
-            self.send(signal.SIGKILL)
-            self.wait(LONGEST_SECONDS)
-        text = self._output.read_text(encoding="utf-8", errors="replace")
-        return Ended(124 if hangs else self.status or 0, text, time.monotonic() - self._started)
+        super().__init__(folder, output, lambda: _run_study(slow, pack_size))
 
 
-def _be_the_program(folder: Path, output: Path, slow: mmap.mmap, pack_size: int) -> None:
-    """What the fork does; never returns."""
-    status = 70
+def _run_study(slow: mmap.mmap, pack_size: int) -> int:
     really = os.fsync
 
     def fsync(file: int) -> None:
         time.sleep(struct.unpack("d", slow[:8])[0])
         really(file)
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        os.chdir(folder)
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.fsync = fsync  # type: ignore[assignment]
-        from launch.__main__ import main
+    os.fsync = fsync  # type: ignore[assignment]
+    from launch.__main__ import main
 
-        status = main(
-            ["run", str(ROOT / "tests" / "tiny_study.yaml"), *STUDY, *SHORT, f"dist.members_per_pack={pack_size}"]
-        )
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    return main(["run", str(ROOT / "tests" / "tiny_study.yaml"), *STUDY, *SHORT, f"dist.members_per_pack={pack_size}"])
 
 
 class DisturbedRun:
@@ -147,7 +87,7 @@ class DisturbedRun:
             fault = self.chance.choice((self._kill, self._signal, self._truncate, self._fill, self._slow_down))
             fault(program)
         for _ in range(MOST_TRIES):
-            ended = self._begin().end()
+            ended = self._begin().end(LONGEST_SECONDS)
             if ended.status == 0 or self.complaint:
                 return
             self._remedy(ended)
@@ -189,7 +129,7 @@ class DisturbedRun:
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(1 << 16))
-            ended = program.end()
+            ended = program.end(LONGEST_SECONDS)
         finally:
             filler.unlink(missing_ok=True)  # the remedy: make room, then run again
         if ended.status != 1 or "No space left on device" not in ended.text or "Traceback" in ended.text:
@@ -204,7 +144,7 @@ class DisturbedRun:
         self._kill(program)
 
     def _after(self, program: Program, *expected: int) -> None:
-        ended = program.end()
+        ended = program.end(LONGEST_SECONDS)
         if ended.status in (0, *expected):
             return
         self._remedy(ended)
@@ -263,7 +203,7 @@ def campaign(num_faults: int, seed: int, faults_per_run: int) -> int:
         expected = {}
         for size in PACK_SIZES:
             with small_disk(96) as folder:
-                ended = Program(folder, output, mmap.mmap(-1, 8), size).end()
+                ended = Program(folder, output, mmap.mmap(-1, 8), size).end(LONGEST_SECONDS)
                 if ended.status:
                     print(f"the undisturbed run failed: {ended.text}")
                     return 1

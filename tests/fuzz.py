@@ -22,7 +22,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +31,19 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
+from tests.forked import Ended, Forked  # noqa: E402  the path is set above
+
 TINY = ROOT / "tests" / "tiny_study.yaml"
 SHORT = ("sweep.seed=[0]", "jei_dnn.ce_ic_tradeoff=[0.1, 5]", "prepare.num_epochs=1", "train.num_epochs=3",
          "train.global_batch_size=150", "jei_dnn.max_warm_up_epochs=1", "report.mlflow=false")  # fmt: skip
 STUDY = ("runs/tiny_study",)
-LONGEST_SECONDS, MOST_BYTES = 30, 2 << 30
+LONGEST_SECONDS, MOST_BYTES = 30, 2 << 30  # of processor time; four times that long on the clock is a hang
 MARK = "executed"  # a file that exists once foreign code ran
 # what a value of JSON or YAML is replaced by
 STRANGE: tuple[Any, ...] = (
     *(None, True, -1, 0, 2**63, 1e308, float("nan"), "", "x" * 5000, "../../x", [], {}, [[]], "é\0"),
 )
+NESTED = "nested"  # becomes a list in a list, 100,000 levels deep
 STRANGE_TEXT = (
     *("null", "true", "-1", "1e999", ".nan", "''", "[]", "{}", "&a [*a]", "!!python/object:os.system x", "'\\0'"),
     *("9" * 400, "[" * 3000, "2026-01-01", "0x1F", "~", "|", "*a", "x: y", "\t"),
@@ -99,11 +101,14 @@ def damage_json(path: Path, chance: random.Random) -> str:
         holder = content
         for key in place[:-1]:
             holder = holder[key]
-        if chance.random() < 0.3:
+        kind = chance.random()
+        if kind < 0.3:
             del holder[place[-1]]
+        elif kind < 0.35:
+            holder[place[-1]] = NESTED
         else:
             holder[place[-1]] = chance.choice(STRANGE)
-    lines[number] = json.dumps(content)
+    lines[number] = json.dumps(content).replace(json.dumps(NESTED), "[" * 100_000 + "]" * 100_000)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return f"{place} in line {number}"
 
@@ -209,60 +214,20 @@ def override(chance: random.Random) -> str:
     return f"{key[: chance.choice((None, None, None, -1))]}={chance.choice(STRANGE_TEXT)}".replace("\0", "")
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How one command in a fork ended."""
-
-    status: int
-    text: str
-    seconds: float
-    peak_bytes: int
-
-
 def command_in_fork(
-    folder: Path, arguments: Sequence[str], output: Path, longest_seconds: float = LONGEST_SECONDS
+    folder: Path, arguments: Sequence[str], output: Path, longest_seconds: float = 4 * LONGEST_SECONDS
 ) -> Ended:
-    """Runs one command in a fork with its output in a file; a command that hangs is killed (status 124)."""
-    begun = time.monotonic()
-    process = os.fork()
-    if process == 0:
-        _be_the_program(folder, arguments, output)
-    hangs = False
-    while True:
-        done, status, usage = os.wait4(process, os.WNOHANG)
-        if done:
-            break
-        if not hangs and time.monotonic() - begun > longest_seconds:
-            os.kill(process, signal.SIGKILL)
-            hangs = True
-        time.sleep(0.005)
-    text = output.read_text(encoding="utf-8", errors="replace")
-    code = 124 if hangs else os.waitstatus_to_exitcode(status)
-    return Ended(code, text, time.monotonic() - begun, usage.ru_maxrss * 1024)
+    """Runs one command in a fork with its output in a file."""
+    return Forked(folder, output, lambda: _run_watched(arguments)).end(longest_seconds)
 
 
-def _be_the_program(folder: Path, arguments: Sequence[str], output: Path) -> None:
-    """What the fork does; never returns."""
-    status = 70
-    try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.chdir(folder)
-        os.environ["PATH"] = ""  # no scheduler is asked
-        resource.setrlimit(resource.RLIMIT_DATA, (4 * MOST_BYTES, 4 * MOST_BYTES))  # before the machine suffers
-        sys.addaudithook(_watch)
-        from launch.__main__ import main
+def _run_watched(arguments: Sequence[str]) -> int:
+    os.environ["PATH"] = ""  # no scheduler is asked
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * MOST_BYTES, 4 * MOST_BYTES))  # before the machine suffers
+    sys.addaudithook(_watch)
+    from launch.__main__ import main
 
-        status = main([*arguments])
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    return main([*arguments])
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -284,6 +249,8 @@ def cause_of(ended: Ended, target: str) -> str:
         )
     if ended.status not in (0, 1, 2):
         return f"{target}: exit status {ended.status}"
+    if ended.processor_seconds > LONGEST_SECONDS:
+        return f"{target}: {ended.processor_seconds:.0f} s"
     if ended.peak_bytes > MOST_BYTES:
         return f"{target}: {ended.peak_bytes >> 20} MB"
     if ended.status and not re.search(r"^(dynexit|usage)", ended.text, re.MULTILINE):
@@ -384,7 +351,6 @@ def fuzz(num_trials: int, seed: int, targets: Sequence[str], show: Callable[[str
     import launch.local  # noqa: F401
 
     causes: dict[str, list[str]] = collections.defaultdict(list)
-    statuses = 0
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         template = Path(place) / "template"
@@ -392,9 +358,14 @@ def fuzz(num_trials: int, seed: int, targets: Sequence[str], show: Callable[[str
         for number in range(num_trials):
             chance = random.Random(f"{seed} {number}")
             target = targets[number % len(targets)]
-            what, cause = run_trial(template, Path(place) / "trial", target, chance)
-            statuses += 1
+            try:
+                what, cause = run_trial(template, Path(place) / "trial", target, chance)
+            except KeyboardInterrupt:
+                num_trials = number
+                break
             if cause:
+                if cause not in causes:  # a long run shows its causes as they come
+                    print(f"trial {number}: {cause}", file=sys.stderr, flush=True)
                 causes[cause].append(f"trial {number}: {what}")
     for cause, examples in sorted(causes.items(), key=lambda item: -len(item[1])):
         show(f"{len(examples):4d}  {cause}\n      {examples[0]}")
@@ -410,4 +381,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it with the result so far
     sys.exit(fuzz(options.trials, options.seed, options.target or list(TARGETS)) > 0)

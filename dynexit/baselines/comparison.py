@@ -1,4 +1,4 @@
-"""What a study's own operating points are worth against static networks and cascades, on the same test samples."""
+"""What a study's own operating points are worth against its baselines, on the same test samples."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dynexit.baselines.rows import Baseline, describe_networks
+from dynexit.baselines.rows import Baseline, describe_baseline
 from dynexit.baselines.search import BUDGETS
 from dynexit.core.statistics import Interval, accuracy_interval, mean_interval, verdict
 from dynexit.report.judged.outcomes import Outcomes
@@ -21,21 +21,22 @@ from dynexit.study.grid import Point
 
 BASELINES_CSV = "baselines.csv"
 _NONE = "none as cheap"
-_HEADING = "Against static networks and cascades"
+_HEADING = "Against baselines"
 _WHAT = (
-    "Static networks of the same family, fitted by the same recipe, with their own classifier or with heads that read "
-    "their last block as the exits read theirs; cascades run several of them in turn, with exact thresholds. For each "
-    "the point of this study that is best on validation with no more MACs there (for cascades: both within the same "
-    "share of the backbone's MACs), and the difference of the two on the same test images, with its 95 % interval, in "
-    "points. {file} has all figures."
+    "Static networks are of the same family, fitted by the same recipe, with their own classifier or with heads that "
+    "read their last block as the exits read theirs; cascades run several of them in turn, with exact thresholds; one "
+    "threshold is the same for all exits of a point. For each static network the point of this study that is best on "
+    "validation with no more MACs there; for the others both are the best within the same share of the backbone's "
+    "MACs. The difference of the two is on the same test images, with its 95 % interval, in points. {file} has all "
+    "figures."
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A baseline, the point of the study with no more MACs on validation, and by how much that one is more accurate on
-    test; both None where none is as cheap. `budget` is the share of MACs within which a cascade was chosen, None for a
-    static network.
+    test; both None where none is as cheap. `budget` is the share of MACs within which the baseline was chosen, None for
+    a static network.
     """
 
     baseline: Baseline
@@ -55,7 +56,7 @@ class Comparison:
         theirs, ours, difference = self.baseline.test, self.ours and self.ours.test, self.difference
         return {
             "source": theirs.source,
-            "networks": describe_networks(theirs),
+            "networks": describe_baseline(theirs),
             "classifier": theirs.method,
             "budget": self.budget,
             "relative_macs": theirs.relative_macs,
@@ -75,7 +76,8 @@ class Comparison:
 
 
 def compare(points: Sequence[Point], rows: Sequence[ReportRow], baselines: Iterable[Baseline]) -> list[Comparison]:
-    """Returns a comparison for each static network, and one for each budget of relative MACs with the best cascade.
+    """Returns a comparison for each static network, and for each budget of relative MACs one with the best cascade and
+    one with the best single threshold, of each head.
 
     `rows` are the study's, `points` those that they are of.
     """
@@ -86,13 +88,13 @@ def compare(points: Sequence[Point], rows: Sequence[ReportRow], baselines: Itera
         fronts[backbone] = front_of(own)
     budgets = points[0].config.search.relative_macs or BUDGETS
     chosen: list[tuple[Baseline, float | None, float]] = []
-    cascades: dict[tuple[str, str], list[Baseline]] = {}
+    groups: dict[tuple[str, str, str], list[Baseline]] = {}
     for one in baselines:
         if one.validation.source == "static":
             chosen.append((one, None, one.validation.relative_macs))
         else:
-            cascades.setdefault((one.backbone, one.validation.method), []).append(one)
-    for group in cascades.values():
+            groups.setdefault((one.validation.source, one.backbone, one.head), []).append(one)
+    for group in groups.values():
         for budget in budgets:
             within = [one for one in group if one.validation.relative_macs <= budget]
             if within:
@@ -133,7 +135,7 @@ def _page_cells(one: Comparison) -> dict[str, str]:
     their_accuracy, our_accuracy = one.accuracies or (None, None)
     within = "" if one.budget is None else f" within {one.budget:g}"
     return {
-        "compared with": f"{theirs.source}{within}: {describe_networks(theirs)}",
+        "compared with": f"{theirs.source}{within}: {describe_baseline(theirs)}",
         "classifier": theirs.method,
         "test MACs and accuracy": _at(theirs, their_accuracy),
         "ours": _at(one.ours.test, our_accuracy) if one.ours else "",

@@ -1,66 +1,57 @@
-"""Static networks and cascades as rows of the table of operating points, and whether each is right on test samples."""
+"""Baselines as rows of the table of operating points, and whether each is right on test samples."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dynexit.baselines.cascades import Network, cascade_problem
 from dynexit.baselines.search import NETWORKS, OWN, RecordedNetwork, confidence_of
+from dynexit.baselines.thresholds import problem_of, threshold_rows
 from dynexit.contents import JudgedNetworks, Networks
 from dynexit.core.tradeoff import Configuration, apply_configuration, pareto_front
 from dynexit.run_dir import RunDir
-from dynexit.search.operating_points import ReportRow
+from dynexit.search.operating_points import ONE_THRESHOLD, ReportRow
+from dynexit.search.problem import Problem
 from dynexit.study.baselines import network_name, static_points
 from dynexit.study.grid import Point
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A static network, or a cascade of several: its rows on validation and test."""
+    """What a study is compared with: a static network, a cascade of several, or a point with one threshold."""
 
-    point: Point
     head: str
-    networks: tuple[str, ...]
-    """Ids of the networks' records, in the order in which they run."""
-    exits: Configuration
-    """A threshold for every network but the last."""
     backbone: str
     """Id of the prepared backbone that it is compared with."""
     validation: ReportRow
     test: ReportRow
-
-    def correct(self) -> np.ndarray:
-        """Whether it is right on each test sample (N,)."""
-        recorded = [RecordedNetwork.of(self.point, identity) for identity in self.networks]
-        confidence = confidence_of(self.point)
-        parts = [Network.of(one.records["test"], *one.heads()[self.head], confidence) for one in recorded]
-        if len(parts) == 1:
-            return parts[0].correct_N
-        problem = cascade_problem(parts)
-        arrays = problem.confidence_PHN, problem.correct_PHN, problem.base_correct_N
-        return apply_configuration(self.exits, *arrays)[1]
+    correct: Callable[[], np.ndarray]
+    """Whether it is right on each test sample (N,)."""
 
 
 def baselines_of(points: Sequence[Point]) -> list[Baseline]:
-    """Returns the baselines of a study's points, so far as they are searched; of its cascades those that no other one
-    with the same head beats on validation.
+    """Returns the baselines of a study's recorded points, of static networks those that are searched; of cascades and
+    of single thresholds those that no other one with the same head beats on validation.
     """
     static = static_points(points)
     by_record = {point.ids["record"]: point for point in static}
+    every = [one for point in static if RunDir(point, "search").is_done() for one in _networks(point, by_record)]
+    trained = {point.id: point for point in points if point.config.baselines.one_threshold}
+    every += [one for point in trained.values() for one in _thresholds(point)]
     found: dict[Any, Baseline] = {}
-    for point in static:
-        if RunDir(point, "search").is_done():
-            for one in _baselines(point, by_record):
-                # points with other readers have the same own classifiers
-                key = (one.backbone, one.head, one.validation.configuration, one.test.accuracy, one.test.macs)
-                found.setdefault(key, one)
+    for one in every:
+        # points with other readers have the same own classifiers
+        row = one.validation
+        key = (row.source, one.backbone, one.head, row.configuration, one.test.accuracy, one.test.macs)
+        found.setdefault(key, one)
     groups: dict[Any, list[Baseline]] = {}
     for one in found.values():
-        alone = one.networks if len(one.networks) == 1 else ()
-        groups.setdefault((one.backbone, one.head, alone), []).append(one)
+        alone = one.validation.point_id if one.validation.source == "static" else ""
+        groups.setdefault((one.validation.source, one.backbone, one.head, alone), []).append(one)
     return [one for group in groups.values() for one in _front(group)]
 
 
@@ -70,12 +61,23 @@ def _front(group: Sequence[Baseline]) -> list[Baseline]:
     return [one for one, kept in zip(group, mask, strict=True) if kept]
 
 
-def _baselines(point: Point, by_record: Mapping[str, Point]) -> Iterator[Baseline]:
+def _thresholds(point: Point) -> Iterator[Baseline]:
+    for configuration, validation, test in threshold_rows(point):
+        correct = partial(_correct_with_one, point, configuration)
+        yield Baseline(validation.method, point.ids["prepare"], validation, test, correct)
+
+
+def _correct_with_one(point: Point, configuration: Configuration) -> np.ndarray:
+    return _applied(problem_of(point, "test"), configuration)
+
+
+def _networks(point: Point, by_record: Mapping[str, Point]) -> Iterator[Baseline]:
     content: Networks = RunDir(point, "search").read_json(NETWORKS, Networks)
     backbone = by_record[point.networks[-1]].ids["prepare"]
     for entry in content["static"]:
         rows = _rows(point, "static", entry, [[network_name(point), None]])
-        yield Baseline(point, entry["head"], (point.ids["record"],), Configuration(()), backbone, *rows)
+        correct = partial(_correct_in_turn, point, [point.ids["record"]], entry["head"], Configuration(()))
+        yield Baseline(entry["head"], backbone, *rows, correct)
     for entry in content["cascades"]:
         exits = Configuration.from_json(entry["exits"])
         names = [network_name(by_record[identity]) for identity in entry["networks"]]
@@ -86,7 +88,20 @@ def _baselines(point: Point, by_record: Mapping[str, Point]) -> Iterator[Baselin
             if head >= 0 and threshold < 0:
                 break  # everybody leaves here
         rows = _rows(point, "cascade", entry, cells)
-        yield Baseline(point, entry["head"], tuple(entry["networks"]), exits, backbone, *rows)
+        correct = partial(_correct_in_turn, point, entry["networks"], entry["head"], exits)
+        yield Baseline(entry["head"], backbone, *rows, correct)
+
+
+def _correct_in_turn(point: Point, networks: Sequence[str], head: str, exits: Configuration) -> np.ndarray:
+    """Of networks that run in turn, by the ids of their records; a threshold for each but the last."""
+    recorded = [RecordedNetwork.of(point, identity) for identity in networks]
+    confidence = confidence_of(point)
+    parts = [Network.of(one.records["test"], *one.heads()[head], confidence) for one in recorded]
+    return parts[0].correct_N if len(parts) == 1 else _applied(cascade_problem(parts), exits)
+
+
+def _applied(problem: Problem, configuration: Configuration) -> np.ndarray:
+    return apply_configuration(configuration, problem.confidence_PHN, problem.correct_PHN, problem.base_correct_N)[1]
 
 
 def _rows(point: Point, source: str, entry: JudgedNetworks, networks: list[Any]) -> tuple[ReportRow, ReportRow]:
@@ -114,10 +129,9 @@ def _rows(point: Point, source: str, entry: JudgedNetworks, networks: list[Any])
     return validation, test
 
 
-def describe_networks(row: ReportRow) -> str:
-    """The networks of a baseline's row in words."""
-    parts = [
-        f"{name}" if threshold is None else f"{name} above {threshold:.3g}"
-        for name, threshold in json.loads(row.configuration)
-    ]
-    return ", else ".join(parts)
+def describe_baseline(row: ReportRow) -> str:
+    """A baseline's row in words: its networks, or its threshold."""
+    cells = json.loads(row.configuration)
+    if row.source == ONE_THRESHOLD:
+        return f"all exits above {cells[0][1]:.3g}"
+    return ", else ".join(name if threshold is None else f"{name} above {threshold:.3g}" for name, threshold in cells)

@@ -53,8 +53,10 @@ def gate_features(logits_xK: "Tensor") -> "Tensor":
     sum_x, weighted_x = pairs_2xK.sum(-1)
     # softmax(2 * logits) is e² / sum of e², and its shifted logits are 2 z: no second exponential
     squares_x, weighted_squares_x = (pairs_2xK * e_xK).sum(-1)
+    largest_x = sum_x.reciprocal()
+    margin_x = largest_x.addcdiv(e_xK.scatter(-1, largest_x1, 0.0).amax(-1), sum_x, value=-1)
     entropies = _entropy(sum_x, weighted_x), _entropy(squares_x, weighted_squares_x, 2)
-    return torch.stack((sum_x.reciprocal(), entropies[0], _margin(z_xK, largest_x1, sum_x), entropies[1]), -1)
+    return torch.stack((largest_x, entropies[0], margin_x, entropies[1]), -1)
 
 
 def entropy_confidence(logits_xK: "Tensor") -> "Tensor":

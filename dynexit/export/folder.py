@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,17 @@ class ExportCheck:
 
 
 def export_model(
-    directory: str | Path, out: str | Path, to: str = "onnx", *, verify: bool = True
+    directory: str | Path, out: str | Path, to: str = "onnx", *, verify: bool = True, allow_code: Sequence[str] = ()
 ) -> tuple[int, ExportCheck | None]:
     """Writes the operating points of a model folder as programs, `to` onnx or torch, into the new folder `out`.
 
-    Returns the number of programs and, with `verify`, how they answered the model's probe. Raises UserError for a
+    Returns the number of programs and, with `verify`, how they answered the model's probe. A folder that is not
+    self-contained runs a function of a module in `allow_code`, as for `load`. Raises UserError for a
     folder that exists, is foreign or damaged, for an unknown format and a missing package, Failure for other answers:
     the folder is not written then.
     """
     check_packages(to)
-    contents = read_folder(Path(directory))
+    contents = read_folder(Path(directory), allow_code)
     if contents.description.backbone_precision == "bf16":
         raise UserError(
             f"{directory} has a backbone in bf16, and programs run in float32; save a study whose backbone.precision "

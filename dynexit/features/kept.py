@@ -16,7 +16,7 @@ from torch import Tensor
 from dynexit.data import DataSets, Split
 from dynexit.dist import Ranks
 from dynexit.errors import UserError
-from dynexit.features.store import FeatureFolder, check_room, fill, read
+from dynexit.features.store import FeatureFolder, check_room, fill, read, rows_of_stored
 from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
 from dynexit.run_dir import BACKBONE, RunDir
@@ -60,7 +60,7 @@ def rows_of(model: MultiExit, images: Tensor) -> Tensor:
 
 
 class KeptRows:
-    """Rows in place of a split's images, by view and shard; epoch e has view e modulo their number."""
+    """Rows in place of a split's images, as stored, by view and shard; epoch e has view e modulo their number."""
 
     def __init__(self, views: Sequence[Sequence[np.ndarray]]) -> None:
         self.views = views
@@ -74,11 +74,11 @@ class KeptRows:
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         shards = self.views[epoch % len(self.views)]
         rows_per_shard, width = shards[0].shape
-        rows = np.empty((len(indices), width), np.float32)
+        rows = np.empty((len(indices), width), shards[0].dtype)
         for i, index in enumerate(indices):
             shard, row = divmod(index, rows_per_shard)
             rows[i] = shards[shard][row]
-        return torch.from_numpy(rows)
+        return rows_of_stored(rows)
 
 
 def keep_features_of(point: Point, ranks: Ranks, data: DataSets, model: MultiExit) -> tuple[DataSets, MultiExit]:
@@ -137,4 +137,6 @@ def _folder(point: Point, model: MultiExit, split: Split, name: str, view: int |
         "num_rows": len(split),
         "width": sum(row_parts(model)),
     }
+    if point.config.train.kept_precision != "float32":
+        header["precision"] = point.config.train.kept_precision
     return FeatureFolder(Path(point.config.runs_dir) / FEATURES_DIR, header)

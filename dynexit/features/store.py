@@ -36,7 +36,7 @@ RowsOf = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureFolder:
-    """The features of one view of a split: `header` says of what and has `num_rows` and `width`."""
+    """The features of one view of a split: `header` has of what, `num_rows`, `width` and, for bf16, `precision`."""
 
     parent: Path
     header: Mapping[str, Any]
@@ -55,14 +55,24 @@ class FeatureFolder:
         return int(self.header["num_rows"])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that are stored."""
+        return torch.bfloat16 if "precision" in self.header else torch.float32
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.dtype.itemsize * int(self.header["width"])
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all rows."""
-        return 4 * self.num_rows * int(self.header["width"])
+        return self.row_bytes * self.num_rows
 
     @property
     def rows_per_shard(self) -> int:
         """Whole batches: a 64th of all, but at least 2,048 rows and at most 256 MiB."""
-        most = _MAX_SHARD_BYTES // (4 * int(self.header["width"]))
+        most = _MAX_SHARD_BYTES // self.row_bytes
         rows = min(max(_MIN_SHARD_ROWS, -(-self.num_rows // _NUM_SHARDS)), most)
         return max(rows // _BATCH_SIZE, 1) * _BATCH_SIZE
 
@@ -75,6 +85,12 @@ class FeatureFolder:
     def is_done(self) -> bool:
         """Whether the features are there and their files have the right sizes. Raises Failure where they do not."""
         return is_done(self.path, self.identity)
+
+
+def rows_of_stored(rows: np.ndarray) -> Tensor:
+    """Rows (B, D) float32 of rows as `read` gives them."""
+    stored = torch.from_numpy(rows)
+    return stored if rows.dtype == np.float32 else stored.view(torch.bfloat16).float()
 
 
 def shard_name(shard: range) -> str:
@@ -121,7 +137,9 @@ def fill(folder: FeatureFolder, split: Split, view: int, rows_of: RowsOf, ranks:
 
 
 def read(folder: FeatureFolder, labels: Tensor, ranks: Ranks) -> list[np.ndarray]:
-    """The rows (n, D) float32 of each shard, mapped from disk. Each rank checks the bytes of its share of the shards.
+    """The rows (n, D) of each shard, mapped from disk: float32, or the bits of bf16 as int16, which numpy lacks.
+
+    Each rank checks the bytes of its share of the shards.
 
     Raises Failure where a shard is damaged, lacks a sample, or has other labels than `labels` (N,).
     """
@@ -181,7 +199,7 @@ def _write_shards(
     loaded = iter(progress.awaited(load_batches(split, batches, view)))
     entries = {}
     for shard in shards:
-        rows = torch.empty(len(shard), int(folder.header["width"]))
+        rows = torch.empty(len(shard), int(folder.header["width"]), dtype=folder.dtype)
         index, labels = torch.empty(len(shard), dtype=torch.int64), torch.empty(len(shard), dtype=torch.int64)
         for start in range(0, len(shard), _BATCH_SIZE):
             part = slice(start, start + _BATCH_SIZE)
@@ -204,13 +222,14 @@ def _mapped(folder: FeatureFolder, shard: range, labels: Tensor) -> np.ndarray:
         index, label, rows = (tensors[name] for name in ("index", "label", "row"))
     except KeyError as error:
         raise Failure(f"{path} lacks {error}; {move_aside(folder.path)}") from None
-    if index.tolist() != list(shard) or rows.shape != (len(shard), folder.header["width"]):
+    shape = (len(shard), folder.header["width"])
+    if index.tolist() != list(shard) or rows.shape != shape or rows.dtype != folder.dtype:
         raise Failure(f"{path} does not hold each of its samples exactly once; {move_aside(folder.path)}")
     if not torch.equal(label, labels[shard.start : shard.stop]):
         raise Failure(
             f"{path} has other labels than the data set: its images have changed since; {move_aside(folder.path)}"
         )
-    mapped: np.ndarray = rows.numpy()
+    mapped: np.ndarray = (rows.view(torch.int16) if folder.dtype == torch.bfloat16 else rows).numpy()
     return mapped
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynexit.contents import Classes, Done, FailedTraining, Found, JobProgress
+from dynexit.contents import Classes, Done, FailedTraining, Found, JobProgress, MetricsRow
 from dynexit.core.latency import LatencyTable
 from dynexit.errors import Failure, UserError
 from dynexit.record.shards import Record, has_shards
@@ -30,7 +30,7 @@ from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import BENCH
 
 SPLITS = ("validation", "test")
-_REPORT_FORMAT = 2  # of the report's tables; one of another format is made again
+_REPORT_FORMAT = 3  # of the report's tables; one of another format is made again
 _MOST_CHECKED_BYTES = 64 << 20
 _MOST_FULL_CLASSES = 10
 
@@ -159,8 +159,10 @@ def failure_reason(point: Point) -> str | None:
 def missing_reason(point: Point) -> str:
     """Returns why a point is not in the report."""
     finished = finished_jobs(point)
-    missing = next((stage for stage in point.stages if stage not in finished), "report")
-    return failure_reason(point) or f"{point.label}: {missing} is not done"
+    missing = next((stage for stage in point.stages if stage not in finished), None)
+    if missing is None and not is_recorded(point):
+        return f"{point.label}: its record is missing; run `dynexit record` on the study"
+    return failure_reason(point) or f"{point.label}: {missing or 'report'} is not done"
 
 
 def check_budgets(points: Sequence[Point]) -> None:
@@ -202,7 +204,8 @@ def _searched(point: Point) -> Any:
 def report_identity(points: Sequence[Point]) -> str:
     """The id of a report: every point in it and what its search found, those that failed, and the report's settings."""
     found = [[point.ids["search"], _searched(point)] for point in (*points, *static_points(points))]
-    return digest([_REPORT_FORMAT, found, points[0].config.report.model_dump(mode="json")])
+    config = points[0].config
+    return digest([_REPORT_FORMAT, found, config.report.model_dump(mode="json"), config.baselines.one_threshold])
 
 
 def report_is_done(points: Sequence[Point]) -> bool:
@@ -218,13 +221,30 @@ def report_is_done(points: Sequence[Point]) -> bool:
     return is_done(directory, identity, check_bytes=True)
 
 
+def kept_row(point: Point, rows: Sequence[MetricsRow]) -> MetricsRow | None:
+    """Which of the point's epochs, `rows`, its weights are of; None if that is not known, as in earlier versions."""
+    if point.config.train.keep == "last" or len(rows) == 1:
+        return rows[-1] if rows else None
+    return next((row for row in reversed(rows) if row.get("improved")), None)
+
+
 def last_figures(point: Point) -> str:
-    """Accuracy and cost on validation after the last epoch, as text; the weights that are kept may be of another."""
+    """Accuracy and cost on validation after the last epoch and of the epoch whose weights are kept, as text."""
     rows = RunDir(point, "train").read_lines(METRICS)
-    if not rows or "validation_accuracy" not in rows[-1]:
+    if not rows:
         return ""
-    accuracy, macs = 100 * rows[-1]["validation_accuracy"], rows[-1]["validation_relative_macs"]
-    return f"last epoch: validation {accuracy:.2f} % at {macs:.3f} relative MACs"
+    last, kept = rows[-1], kept_row(point, rows)
+    if kept is last:
+        return f"last epoch {last['epoch']}, kept{_figures(last)}"
+    text = f"last epoch {last['epoch']}{_figures(last)}"
+    return text if kept is None else f"{text}; kept {kept['epoch']}{_figures(kept)}"
+
+
+def _figures(row: MetricsRow) -> str:
+    if "validation_accuracy" not in row or "validation_relative_macs" not in row:
+        return ""
+    macs = row["validation_relative_macs"]
+    return f": validation {100 * row['validation_accuracy']:.2f} % at {macs:.3f} relative MACs"
 
 
 def _packs(study_dir: Path) -> Iterator[tuple[Path, list[str]]]:

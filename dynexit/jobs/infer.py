@@ -2,8 +2,9 @@
 
 import csv
 import json
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dynexit.deploy.router import Answers, Router, even_parts, join
 from dynexit.deploy.stream import stream
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
+from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import class_names
 from dynexit.jobs.load import begin, load_heads
 from dynexit.models.backbones import Backbone
@@ -30,17 +32,19 @@ from dynexit.run_dir import HEADS, RunDir, atomic_write
 from dynexit.search.operating_points import BASELINES, ReportRow, read_csv
 from dynexit.search.problem import Problem
 from dynexit.study.grid import Point, digest
+from dynexit.study.outcomes import InferSettings
 
 
-def run_infer(points: Sequence[Point]) -> None:
-    """Classifies a split with the best configuration within infer.relative_macs, really leaving early.
+def run_infer(points: Sequence[Point]) -> Path:
+    """Classifies a split with the best configuration within the budgets of infer, really leaving early.
 
-    Leaves predictions.csv and summary.json in infer/<id> and prints the summary. Raises UserError where no operating
-    point is within the budget, Failure where the predictions differ from the record by more than near-ties.
+    Leaves predictions.csv and summary.json in infer/<id>, prints the summary and returns the folder. Raises UserError
+    where no operating point is within the budget, Failure where the predictions differ from the record by more than
+    near-ties.
     """
     settings = points[0].config.infer
     rows = read_csv(points[0].study_dir / "report" / "operating_points.csv")
-    chosen = choose(rows, settings.relative_macs, settings.source)
+    chosen = choose(rows, settings)
     point = next(one for one in points if chosen.chosen_by in (one.id, one.ids["search"]))
     config = point.config
     ranks, data, model, costs = begin(point)
@@ -80,25 +84,52 @@ def run_infer(points: Sequence[Point]) -> None:
             f"{summary['unexplained_differences']} samples left elsewhere than the record says without being near a "
             f"threshold; the record in {record.source} is of another machine or model: record again"
         )
+    return directory.path
 
 
-def choose(rows: Sequence[ReportRow], relative_macs: float | None, source: str) -> ReportRow:
-    """The validation row of the best operating point within the budget: highest accuracy, then fewest MACs.
+def choose(rows: Sequence[ReportRow], settings: InferSettings) -> ReportRow:
+    """The validation row of the best operating point within the budgets: highest accuracy, then fewest MACs.
 
     Raises UserError if there is none, naming the nearest attainable one.
     """
     ours = [row for row in rows if row.split == "validation" and row.source not in ("backbone", *BASELINES)]
-    candidates = [row for row in ours if source in ("any", row.source)]
+    candidates = [row for row in ours if settings.source in ("any", row.source)]
     if not candidates:
-        raise UserError(f"infer.source = {source}: the study has no such operating point")
-    within = [row for row in candidates if relative_macs is None or row.relative_macs <= relative_macs]
+        raise UserError(f"infer.source = {settings.source}: the study has no such operating point")
+    if settings.relative_macs is not None:
+        candidates = _within(candidates, "relative_macs", settings.relative_macs, lambda row: row.relative_macs)
+    if settings.latency_ms is not None:
+        batch = _measured_batch(candidates, settings.latency_batch_size)
+        candidates = _within(candidates, "latency_ms", settings.latency_ms, lambda row: _latency_ms(row, batch))
+    return min(candidates, key=lambda row: (-row.accuracy, row.macs))
+
+
+def _within(
+    rows: Sequence[ReportRow], name: str, most: float, cost_of: Callable[[ReportRow], float]
+) -> list[ReportRow]:
+    within = [row for row in rows if cost_of(row) <= most]
     if not within:
-        least = min(candidates, key=lambda row: row.relative_macs)
+        least = min(rows, key=cost_of)
         raise UserError(
-            f"infer.relative_macs = {relative_macs}: no operating point is within it; the cheapest takes "
-            f"{least.relative_macs:.4f} of the backbone's MACs (validation accuracy {least.accuracy:.4f})"
+            f"infer.{name} = {most:g}: no operating point is within it; the nearest has {cost_of(least):.4g} "
+            f"(validation accuracy {least.accuracy:.4f})"
         )
-    return min(within, key=lambda row: (-row.accuracy, row.macs))
+    return within
+
+
+def _measured_batch(rows: Sequence[ReportRow], asked: int | None) -> int:
+    measured = sorted({time.batch_size for row in rows for time in row.times})
+    if not measured:
+        raise UserError("infer.latency_ms: no time was measured; set search.latency=measured, and run the study again")
+    if asked not in (None, *measured):
+        sizes = ", ".join(map(str, measured))
+        raise UserError(f"infer.latency_batch_size = {asked}: measured are {sizes}; name one, or add it to bench")
+    return asked or measured[0]
+
+
+def _latency_ms(row: ReportRow, batch: int) -> float:
+    """The row's mean time of a batch of that size, infinite where it was not measured."""
+    return next((time.latency_ms for time in row.times if time.batch_size == batch), math.inf)
 
 
 def expected_exits(
@@ -197,7 +228,7 @@ def _write_predictions(path: Path, answers: Answers, samples: Split, class_names
     files = samples.file_names() or [""] * len(samples)
 
     def name(label: int) -> str:
-        return str(label) if class_names is None else class_names[label]
+        return str(label) if class_names is None else str(spreadsheet_text(class_names[label]))
 
     # a file's name may hold bytes that are no UTF-8
     with (

@@ -3,47 +3,48 @@
 Nothing here needs a model or a data set: records and configurations say all.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
-from dynexit.baselines.comparison import BASELINES_CSV, compare, comparison_section, write_comparisons
-from dynexit.baselines.rows import baselines_of
+from dynexit.baselines.rows import describe_baseline
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.jobs.finished import (
     check_budgets,
     class_names,
+    is_recorded,
     missing_reason,
     report_identity,
 )
-from dynexit.jobs.reporting.rows import collect_rows, entries_of_search, point_times
+from dynexit.jobs.reporting.rows import collect_rows, entries_of_search
+from dynexit.jobs.reporting.sections import downloads, sections_of
 from dynexit.jobs.reporting.tracked import track
-from dynexit.record.shards import Record
-from dynexit.report.budgets import budget_cells
+from dynexit.report.budgets import budget_answers, budget_cells
+from dynexit.report.chart.data import chart_data
+from dynexit.report.chart.groups import groups_of
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FRONT_CSV, entries_of, write_front
-from dynexit.report.judged.outcomes import Judgements, judge
-from dynexit.report.judged.provenance_section import provenance_section
+from dynexit.report.judged.outcomes import judge
 from dynexit.report.judged.words import drop_to_test, warnings
-from dynexit.report.page import Figure, Page, PageSection, describe_configuration, write_page
+from dynexit.report.page import Figure, Page, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import front_of
-from dynexit.report.times import time_sections
-from dynexit.report.uncertainty import uncertainties, write_uncertainty
-from dynexit.report.uncertainty_section import uncertainty_section
-from dynexit.run_dir import DONE, RunDir, mark_done
-from dynexit.search.operating_points import ReportRow, write_csv
+from dynexit.report.times import measured_batch_sizes
+from dynexit.run_dir import DONE, PROVENANCE, RunDir, mark_done
+from dynexit.search.operating_points import BASELINES, ReportRow, write_csv
 from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point
 
 
-def run_report(points: Sequence[Point]) -> None:
-    """Puts all finished `points` side by side: table, figures, page, MLflow. Names the points that are missing.
+def run_report(points: Sequence[Point]) -> Path:
+    """Puts all finished `points` side by side: table, figures, page, MLflow; returns the report's folder.
 
+    Names the points that are missing.
     Raises Failure where no point is finished, UserError for a budget that no point attains.
     """
-    ready = [point for point in points if RunDir(point, "search").is_done()]
+    ready = [point for point in points if RunDir(point, "search").is_done() and is_recorded(point)]
     failed = [missing_reason(point) for point in points if point not in ready]
     static = [point for point in static_points(points) if not RunDir(point, "search").is_done()]
     failed += [missing_reason(point) for point in static]
@@ -51,7 +52,8 @@ def run_report(points: Sequence[Point]) -> None:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
     check_budgets(ready)
     directory = points[0].study_dir / "report"
-    (directory / DONE).unlink(missing_ok=True)
+    for name in (DONE, PROVENANCE):
+        (directory / name).unlink(missing_ok=True)
     rows = write_report(ready, failed)
     if points[0].config.report.mlflow:
         track(ready, rows)
@@ -60,6 +62,7 @@ def run_report(points: Sequence[Point]) -> None:
         report_identity(points),
         ["operating_points.csv", FRONT_CSV, "uncertainty.csv", "pareto.png", "report.html"],
     )
+    return directory
 
 
 def write_report(
@@ -75,11 +78,49 @@ def write_report(
     directory = study_dir / "report"
     study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
-    figures = []
     costs = _costs_by_id(points)
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: entries_of_search(point, "budgets.json") for point in points}
     published = published_beside(points[0])
+    figures = _figures(directory, rows, published, costs)
+    front = front_of(rows)
+    answers = budget_answers(rows, entries)
+    axes = [None, *measured_batch_sizes(rows)]
+    groups = groups_of(rows, [*front, *answers.values()], axes)
+    drawn = [row for group in groups for point in group.points for row in (point.validation, point.test)]
+    limited = {point.test.key for point in (*front, *answers.values())}
+    judged = judge(points, [*drawn, *(row for row in rows if row.source == "backbone")], limited)
+    table = entries_of(front, rows, judged, describe)
+    write_front(directory, table)
+    labels = {point.id: point.label for point in points}
+    offered = cards(table, points[0].config.search.relative_macs, labels, study_dir)
+    page = Page(
+        settings.title or study_dir.name,
+        rows,
+        figures,
+        study_text,
+        points_table=[{**point.values, "id": point.id} for point in points],
+        notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else [])],
+        budgets=budget_cells(rows, entries, describe, judged),
+        sections=sections_of(points, rows, judged, table, offered, describe),
+        describe=describe,
+        judged=judged,
+        warnings=list(warnings(points, rows, front, judged)),
+        remarks=[drop_to_test(front, rows)],
+        cards=offered,
+        missing=failed,
+        chart=chart_data(groups, rows, axes, judged, published, describe=describe, labels=labels, study_dir=study_dir),
+        downloads=downloads(directory),
+    )
+    write_page(directory / "report.html", page)
+    return rows
+
+
+def _figures(
+    directory: Path, rows: Sequence[ReportRow], published: Sequence[PublishedPoint], costs: Mapping[str, ExitCosts]
+) -> list[Figure]:
+    """Draws the front and where samples leave along it, for light and dark pages and for papers."""
+    figures = []
     for name, draw, alt, caption in (
         ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
         (
@@ -95,65 +136,7 @@ def write_report(
         figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
     for kind in ("svg", "pdf"):
         pareto_figure(rows, directory / f"pareto.{kind}", published)
-    front = front_of(rows)
-    budgeted = [row for row in rows if row.budget]
-    pairs = [row for point in front for row in (point.validation, point.test)]
-    judged = judge(points, [*pairs, *(row for row in rows if row.source == "backbone"), *budgeted])
-    table = entries_of(front, rows, judged, describe)
-    write_front(directory, table)
-    labels = {point.id: point.label for point in points}
-    page = Page(
-        settings.title or study_dir.name,
-        rows,
-        figures,
-        study_text,
-        points_table=[{**point.values, "id": point.id} for point in points],
-        notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else []), *failed],
-        budgets=budget_cells(rows, entries, describe, judged),
-        sections=[*_times(points, rows, describe), *_comparisons(points, rows), *_last(points, rows, judged)],
-        describe=describe,
-        judged=judged,
-        warnings=list(warnings(points, rows, front, judged)),
-        remarks=[drop_to_test(front, rows)],
-        cards=cards(table, points[0].config.search.relative_macs, labels, study_dir),
-    )
-    write_page(directory / "report.html", page)
-    return rows
-
-
-def _times(
-    points: Sequence[Point], rows: Sequence[ReportRow], describe: Callable[[ReportRow], str]
-) -> list[PageSection]:
-    """Writes time.png, and gives the page's part on times; nothing if none were measured."""
-    measured = list(point_times(points).values())
-    if not measured:
-        return []
-    return time_sections(rows, measured[0].table, points[0].study_dir / "report", describe)
-
-
-def _comparisons(points: Sequence[Point], rows: Sequence[ReportRow]) -> Iterator[PageSection]:
-    """Writes baselines.csv, and gives the page's part on them; nothing without baselines."""
-    found = compare(points, rows, baselines_of(points))
-    path = points[0].study_dir / "report" / BASELINES_CSV
-    path.unlink(missing_ok=True)
-    if found:
-        write_comparisons(path, found)
-        yield comparison_section(found)
-
-
-def _last(points: Sequence[Point], rows: Sequence[ReportRow], judged: Judgements) -> list[PageSection]:
-    return [_uncertainty(points, rows, judged), *provenance_section(points)]
-
-
-def _uncertainty(points: Sequence[Point], rows: Sequence[ReportRow], judged: Judgements) -> PageSection:
-    """Writes uncertainty.csv and uncertainty.png, and gives the page's part on them."""
-    directory = points[0].study_dir / "report"
-    found = uncertainties(points, rows)
-    write_uncertainty(directory / "uncertainty.csv", found)
-    record = Record.open(RunDir(points[0], "record") / "test")
-    classes = (record.layout.topk, int(record.header["num_classes"]))
-    share = points[0].config.search.calibration_share
-    return uncertainty_section(found, share, classes, directory / "uncertainty.png", judged)
+    return figures
 
 
 _MOST_CLASSES = 20  # that the page names
@@ -212,5 +195,7 @@ def _describe(row: ReportRow, costs: Mapping[str, ExitCosts]) -> str:
         return "everything runs to the end"
     if row.source == "gates":
         return f"the gates of ce_ic_tradeoff {row.ce_ic_tradeoff:g}, seed {row.seed}"
+    if row.source in BASELINES:
+        return describe_baseline(row)
     own = costs[row.point_id]
     return describe_configuration(row.configuration, own.positions, own.head_types)

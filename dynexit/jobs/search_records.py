@@ -10,6 +10,7 @@ from typing import Any
 from dynexit.baselines.cascades import Network, cascade_problem, check_same_samples
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.cost import ExitCosts
+from dynexit.core.latency import LatencyTable
 from dynexit.core.tradeoff import Configuration, pareto_front
 from dynexit.dyce.inputs import parse_costs, read_json_file, read_problems
 from dynexit.errors import UserError
@@ -26,7 +27,8 @@ SEARCHED, JUDGED = "train", "val"
 
 @dataclass(frozen=True)
 class RecordFiles:
-    """The files of a search: two records, the MACs of their model, and maybe a latency table (see latency_costs).
+    """The files of a search: two records, the MACs of their model, and maybe times: a latency table (see
+    latency_costs), or the latency.json of stage bench with the batch size whose times count (None: the smallest).
 
     `train` is searched; `val` judges, and certifies a risk. A record is a directory of shards or DyCE's `.npz`, `macs`
     costs.json or DyCE's macs_info. `exit_confidence` is what thresholds are compared with.
@@ -37,6 +39,7 @@ class RecordFiles:
     macs: Path
     latency: Path | None = None
     exit_confidence: str = "max_probability"
+    batch_size: int | None = None
 
     def read(self) -> tuple[dict[str, Problem], ExitCosts | None]:
         """The problems of both records, and the times if there are any. Raises UserError for what does not fit."""
@@ -47,8 +50,23 @@ class RecordFiles:
         content = read_json_file(self.latency, "a table of times")
         if not isinstance(content, dict):
             raise UserError(f"{self.latency} does not hold a table of times; give stage_seconds and head_seconds")
+        gates = CONFIDENCES[self.exit_confidence].reads == "gates"
+        if "seconds_by_batch_size" in content:
+            return problems, self._measured(content, costs, gates)
         times = latency_costs(content, problems[SEARCHED].costs)
-        return problems, with_gates(times) if CONFIDENCES[self.exit_confidence].reads == "gates" else times
+        return problems, with_gates(times) if gates else times
+
+    def _measured(self, content: dict[str, Any], costs: ExitCosts, gates: bool) -> ExitCosts:
+        """The times of stage bench."""
+        try:
+            table = LatencyTable.from_json(content)
+            batch = table.batch_sizes[0] if self.batch_size is None else self.batch_size
+            return table.costs(batch, costs, gates=gates)
+        except ValueError as error:
+            raise UserError(f"{self.latency} does not fit the records: {error}") from error
+        except KeyError:
+            sizes = ", ".join(map(str, table.batch_sizes))
+            raise UserError(f"--batch-size {batch}: {self.latency} has times of batches of {sizes}; name one") from None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, shorten
 from dynexit.models.families import T2T_FAMILY, TIMM_FAMILIES, Cut, Family, State
 from dynexit.models.t2t_vit import VARIANTS as T2T_VIT
 from dynexit.models.t2t_vit import T2TViT
@@ -255,4 +255,4 @@ def _family(name: str) -> Family:
     known = [*T2T_VIT, *timm.list_models(module=list(TIMM_FAMILIES))]
     near = difflib.get_close_matches(name.split(".")[0], known, n=1)
     hint = f" (nearest name: {near[0]!r})" if near else ""
-    raise UserError(f"unknown backbone {name!r}{hint}: use a model of one of the families {titles}")
+    raise UserError(f"unknown backbone {shorten(repr(name))}{hint}: use a model of one of the families {titles}")

@@ -5,6 +5,7 @@ the front.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,17 +39,15 @@ def budget_cells(
     asked = _by_budget(entries)
     if not asked:
         return _off_the_front(rows, describe, judged)
-    found = {(row.search_id, row.budget, row.split): row for row in rows if row.budget}
+    chosen = budget_answers(rows, entries)
     base = {split: backbone_accuracy(rows, split) or 0.0 for split in ("validation", "test")}
     table = []
     for text, answers in asked.items():
         budget = json.loads(text)
-        attained = [(point, entry) for point, entry in answers if "exits" in entry]
-        if not attained:
+        if text not in chosen:
             table.append({"budget": _words(budget), "configuration": answers[0][1]["unattainable"]})
             continue
-        point, entry = min(attained, key=lambda answer: _rank(budget, answer[1]["validation"]))
-        test = found[point, text, "test"]
+        test, entry = chosen[text].test, _best(budget, answers)[1]
         table.append(
             {
                 "budget": _words(budget),
@@ -60,6 +59,24 @@ def budget_cells(
             }
         )
     return table
+
+
+def budget_answers(
+    rows: Sequence[ReportRow], entries: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, FrontPoint]:
+    """By the text of each budget that was asked for and attained the point that is best for it on validation."""
+    found = {(row.search_id, row.budget, row.split): row for row in rows if row.budget}
+    chosen = {}
+    for text, answers in _by_budget(entries).items():
+        if any("exits" in entry for _, entry in answers):
+            point, _ = _best(json.loads(text), answers)
+            chosen[text] = FrontPoint(found[point, text, "validation"], found[point, text, "test"], math.nan)
+    return chosen
+
+
+def _best(budget: Mapping[str, Any], answers: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, Mapping[str, Any]]:
+    attained = [answer for answer in answers if "exits" in answer[1]]
+    return min(attained, key=lambda answer: _rank(budget, answer[1]["validation"]))
 
 
 def budget_text(budget: Mapping[str, Any]) -> str:
@@ -100,7 +117,7 @@ def _holds(
     if "risk" in budget:
         return bool(figures["risk"] <= budget["risk"])
     if judgement is not None:
-        if "relative_macs" in budget:
+        if "relative_macs" in budget and judgement.relative_macs is not None:
             return at_most(judgement.relative_macs, budget["relative_macs"])
         if "min_accuracy" in budget:
             return at_least(judgement.accuracy, budget["min_accuracy"])
@@ -155,5 +172,7 @@ def _front_cells(
         "leave": _shares(test),
         "validation": _at(validation.relative_macs, validation.accuracy, judged.get((test.key, "validation"))),
         "test": _at(test.relative_macs, test.accuracy, judgement),
-        "holds on test": at_most(judgement.relative_macs, value) if judgement else test.relative_macs <= value,
+        "holds on test": at_most(judgement.relative_macs, value)
+        if judgement and judgement.relative_macs
+        else test.relative_macs <= value,
     }

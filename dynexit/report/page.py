@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import mimetypes
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +14,13 @@ import jinja2
 import markupsafe
 
 from dynexit.core.cost import place_name
+from dynexit.report.chart.data import json_script
+from dynexit.report.figures import THEMES
 from dynexit.report.judged.cards import Card
 from dynexit.report.judged.front import FrontEntry, entries_of, even_steps
 from dynexit.report.judged.outcomes import Judgements
-from dynexit.report.table import Hypervolume, Summary, backbone_accuracy, percent, summary
+from dynexit.report.judged.verdicts import headline, tiles
+from dynexit.report.table import Summary, backbone_accuracy, percent, summary
 from dynexit.run_dir import write_text
 from dynexit.search.operating_points import BASELINES, ReportRow, RowTime
 
@@ -32,12 +37,26 @@ class Figure:
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of the page of its own: one mapping per row of its table, as for `budgets`, and maybe a figure."""
+    """A part of the page of its own: one mapping per row of its table, as for `budgets`, and maybe a figure.
+
+    `drawings` are inline SVG, `folded` further tables by what to click on.
+    """
 
     heading: str
     remark: str
     table: Sequence[Mapping[str, Any]]
     figure: Figure | None = None
+    drawings: Sequence[markupsafe.Markup] = ()
+    folded: Sequence[tuple[str, Sequence[Mapping[str, Any]]]] = ()
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file of the report's folder, embedded in the page or linked, and what it holds."""
+
+    path: Path
+    what: str
+    embedded: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,9 @@ class Page:
     """What the page shows; all text is escaped.
 
     The first figure is on top, the others after the table of the front. `judged` holds the intervals of rows, which
-    show none without it; `warnings` and `remarks` are sentences, `cards` the budgets to choose from. `points_table`,
+    show none without it; `warnings` and `remarks` are sentences, `missing` has one for each point without results,
+    `cards` are the budgets to choose from. With `chart` (dynexit.report.chart) the script draws the front's figure, and
+    the first picture is for browsers without scripts. `points_table`,
     `budgets` and the tables of `sections` hold one mapping per row; their keys are the columns, and a missing or None
     value is an empty cell. A budget's keys are as a rule budget, configuration, validation, test and holds (True or
     False, shown as yes or no). `study_text` is the resolved study. `describe` puts a row's configuration into words, by
@@ -65,6 +86,9 @@ class Page:
     warnings: Sequence[str] = ()
     remarks: Sequence[str] = ()
     cards: Sequence[Card] = ()
+    missing: Sequence[str] = ()
+    chart: Mapping[str, Any] | None = None
+    downloads: Sequence[Download] = ()
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -72,16 +96,24 @@ def write_page(path: Path, page: Page) -> None:
     rows = page.rows
     read = summary(rows)
     entries = entries_of(read.front, rows, page.judged, page.describe or _describe_row)
-    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    script = _asset("page.js") if page.cards or page.chart else ""
+    css = _theme_css() + _asset("page.css")
     text = _template().render(
         title=page.title,
         headline=headline(entries),
+        missing=page.missing,
         warnings=page.warnings,
         remarks=page.remarks,
         cards=[_card_cells(card) for card in page.cards],
         script=markupsafe.Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        tiles=_tiles(read, entries, backbone_accuracy(rows, "validation")),
+        script_hash=_sha256(script),
+        css=markupsafe.Markup(css),
+        css_hash=_sha256(css),
+        shade=shade,
+        chart=json_script(page.chart) if page.chart else "",
+        caption=page.figures[0].caption if page.figures else "",
+        downloads=[_download_cells(one) for one in page.downloads],
+        tiles=tiles(read, entries, backbone_accuracy(rows, "validation")),
         figures=[_embedded(figure) for figure in page.figures],
         num_shown=sum(entry.validation.on_front for entry in even_steps(entries)),
         front=[_front_cells(entry) for entry in even_steps(entries)],
@@ -89,8 +121,6 @@ def write_page(path: Path, page: Page) -> None:
         time_sizes=" / ".join(str(time.batch_size) for time in _timed(read)),
         num_front=len(read.front),
         num_points=len({row.key for row in rows if row.source not in BASELINES}),
-        hypervolumes=[_area_cells(area) for area in read.hypervolumes],
-        spread=any(len(area.per_seed) > 1 for area in read.hypervolumes),
         budgets=_table(page.budgets),
         sections=[_section_cells(section) for section in page.sections],
         points=_table(page.points_table),
@@ -110,7 +140,38 @@ def _section_cells(section: PageSection) -> dict[str, Any]:
         "remark": section.remark,
         "table": _table(section.table),
         "figure": _embedded(section.figure) if section.figure else None,
+        "drawings": section.drawings,
+        "folded": [(title, _table(table)) for title, table in section.folded],
     }
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _theme_css() -> str:
+    """The colours of the methods, as in the pictures."""
+    light, dark = (
+        "".join(f"--c{index}: {colour}; " for index, colour in enumerate(THEMES[theme].methods))
+        for theme in ("light", "dark")
+    )
+    return f"\n:root {{ {light}}}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
+
+
+def shade(depth: float) -> str:
+    """The colour of an exit by its depth in [0, 1), darker with depth for prints in grey; page.js has the same."""
+    return f"hsl({75 + 200 * depth:.0f} 48% {70 - 38 * depth:.0f}%)"
+
+
+def _download_cells(one: Download) -> dict[str, Any]:
+    name, kind = one.path.name, mimetypes.guess_type(one.path.name)[0] or "text/plain"
+    encoded = base64.b64encode(one.path.read_bytes()).decode("ascii") if one.embedded else ""
+    address = f"data:{kind};base64,{encoded}" if one.embedded else urllib.parse.quote(name)
+    return {"name": name, "what": one.what, "embedded": one.embedded, "address": address}
 
 
 def _template() -> jinja2.Template:
@@ -119,57 +180,6 @@ def _template() -> jinja2.Template:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html")
-
-
-_AGAINST = {
-    "better": "better than the backbone’s",
-    "worse": "worse than the backbone’s",
-    "no difference found": "no difference found to the backbone’s",
-    "too few samples to tell": "too few samples to tell it from the backbone’s",
-}
-
-
-def headline(entries: Sequence[FrontEntry], budget: float = 0.5) -> str:
-    """One sentence: what the best point within a budget of relative MACs (on validation) keeps of the backbone."""
-    affordable = [one for one in entries if one.validation.on_front and one.validation.relative_macs <= budget]
-    whole = next((one for one in entries if one.validation.source == "backbone"), None)
-    if not affordable or whole is None:
-        return f"{sum(one.validation.on_front for one in entries)} operating points on the front."
-    best = affordable[-1]
-    text = (
-        f"With {percent(best.test.relative_macs, 0)} of the backbone’s MACs this study reaches {best.accuracy} test "
-        "accuracy"
-    )
-    if best.on_test is None or not best.verdict:
-        return f"{text}; the backbone’s is {whole.accuracy}."
-    return f"{text}: {_AGAINST[best.verdict]} {whole.accuracy}; the difference is {best.difference} points."
-
-
-def _tiles(
-    read: Summary, entries: Sequence[FrontEntry], validation_base: float | None, most_lost: float = 0.01
-) -> list[dict[str, str]]:
-    tiles = []
-    for whole in [one for one in entries if one.validation.source == "backbone"][:1]:
-        limits = whole.accuracy.partition(" (")[2]
-        label = "test accuracy of the whole backbone" + (f" ({limits}" if limits else "")
-        tiles.append({"value": percent(read.backbone_accuracy or 0.0), "label": label})
-    if read.front:
-        tiles.append({"value": f"{read.front[0].test.relative_macs:.2f}×", "label": "MACs where the front starts"})
-    close = [
-        one
-        for one in entries
-        if one.validation.on_front
-        and validation_base is not None
-        and one.validation.accuracy >= validation_base - most_lost
-    ]
-    if close:
-        change = f" (on test {close[0].difference})" if close[0].difference else ""
-        label = f"MACs for a loss within 1 point on validation{change}"
-        tiles.append({"value": f"{close[0].test.relative_macs:.2f}×", "label": label})
-    if read.gates_span:
-        low, high = read.gates_span
-        tiles.append({"value": f"{low:.2f}–{high:.2f}×", "label": "MACs spanned by the gates"})
-    return tiles
 
 
 def _front_cells(entry: FrontEntry) -> dict[str, Any]:
@@ -184,6 +194,7 @@ def _front_cells(entry: FrontEntry) -> dict[str, Any]:
         "method": row.method if row.source != "backbone" else "",
         "configuration": entry.words,
         "point": row.point_id,
+        "search": row.search_id,
         "shares": [100 * share for share in row.exit_fractions],
     }
 
@@ -194,19 +205,10 @@ def _card_cells(card: Card) -> dict[str, Any]:
         **_front_cells(card.entry),
         "budget": card.budget,
         "label": card.label,
-        "validation": f"{validation.relative_macs:.3f} of the MACs, {percent(validation.accuracy)}",
+        "validation": f"{validation.relative_macs:.3f}, {percent(validation.accuracy)}".replace(
+            " %", "\N{NO-BREAK SPACE}%"
+        ),
         "commands": card.commands,
-    }
-
-
-def _area_cells(area: Hypervolume) -> dict[str, str]:
-    low, high = min(area.per_seed), max(area.per_seed)
-    mean = sum(area.per_seed) / len(area.per_seed)
-    return {
-        "source": area.source,
-        "method": area.method,
-        "all_seeds": f"{area.all_seeds:.4f}",
-        "per_seed": f"{mean:.4f}" + (f" ({low:.4f} to {high:.4f})" if len(area.per_seed) > 1 else ""),
     }
 
 
@@ -217,11 +219,23 @@ def _describe_row(row: ReportRow) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    numeric = {column: all(_is_number(row.get(column)) for row in rows) for column in columns}
     return {
         "columns": [column.replace("_", " ") if " " not in column else column for column in columns],
-        "numeric": [all(_is_number(row.get(column)) for row in rows) for column in columns],
-        "rows": [[_cell(row.get(column)) for column in columns] for row in rows],
+        "numeric": list(numeric.values()),
+        "rows": [[_look(_cell(row.get(column)), numeric[column]) for column in columns] for row in rows],
     }
+
+
+def _look(text: str, is_number: bool) -> dict[str, str]:
+    """A cell and its CSS class: numbers are aligned, a broken budget stands out, long text has room."""
+    if is_number:
+        return {"text": text, "look": "number"}
+    if text == "no":
+        return {"text": text, "look": "no"}
+    if max(map(len, text.split()), default=0) > 22:
+        return {"text": text, "look": "long"}
+    return {"text": text, "look": "words" if len(text) > 60 else ""}
 
 
 def _is_number(value: Any) -> bool:

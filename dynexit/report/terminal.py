@@ -1,10 +1,20 @@
-"""What `dynexit run` ends with on the terminal."""
+"""What is shown on the terminal: the short table that `dynexit run` ends with, and the states of `dynexit status`."""
 
 import math
-from collections.abc import Iterable
+import os
+import sys
+import time
+import webbrowser
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from dynexit.report.table import at_tenths, percent, summary
-from dynexit.search.operating_points import ReportRow
+from dynexit.search.operating_points import ReportRow, read_csv
 
 
 def short_table(rows: Iterable[ReportRow]) -> str:
@@ -43,3 +53,52 @@ def _name(row: ReportRow) -> str:
     named = {"tradeoff": row.ce_ic_tradeoff, "weight": row.accuracy_weight, "seed": row.seed}
     settings = "".join(f", {name} {value:g}" for name, value in named.items() if value is not None)
     return f"{row.source} ({row.method}{settings})"
+
+
+def result(directory: Path) -> str:
+    """Returns the short table of a finished report in `directory`, and where its page is."""
+    return f"{short_table(read_csv(directory / 'operating_points.csv'))}\nreport: {directory / 'report.html'}"
+
+
+_COLOURS = {"done": "green", "failed": "red", "damaged": "red", "cancelled": "yellow"}
+
+
+def status_table(points: Sequence[Mapping[str, str]], report: str) -> str:
+    """Returns the states of a study's points as a table of text, with the report's state and a line of counts."""
+    cells = [list(points[0]), *(list(point.values()) for point in points)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([*lines, *_closing(points, report)])
+
+
+def show_status(points: Sequence[Mapping[str, str]], report: str, notes: Sequence[str], *, redraw: bool) -> None:
+    """Prints notes and the states of a study's points: with colour on a terminal, else as plain text.
+
+    With `redraw` the screen of a terminal is cleared first, and the time is printed.
+    """
+    console, now = Console(highlight=False), [time.strftime("%H:%M:%S")] if redraw else []
+    if not console.is_terminal:
+        print("\n".join([*now, *(f"dynexit: {note}" for note in notes), status_table(points, report)]), flush=True)
+        return
+    if redraw:
+        console.clear()
+    table = Table(box=None, pad_edge=False)
+    names = [name for name in points[0] if any(point[name] for point in points)]
+    for name in names:
+        table.add_column(name, overflow="fold", no_wrap=name in ("id", "state", "step"))
+    for point in points:
+        colour = _COLOURS.get(point["state"], "cyan" if "running" in point["state"] else "")
+        table.add_row(*(Text(point[name], style=colour if name == "state" else "") for name in names))
+    console.print(*now, *(Text(f"dynexit: {note}") for note in notes), table, *_closing(points, report), sep="\n")
+
+
+def _closing(points: Sequence[Mapping[str, str]], report: str) -> list[str]:
+    counts = Counter(point["state"] for point in points)
+    return [f"report: {report}", ", ".join(f"{count} {state}" for state, count in counts.items())]
+
+
+def open_page(link: str) -> None:
+    """Prints a link, and opens it if this machine has a screen: elsewhere a browser would take the terminal."""
+    print(link, flush=True)
+    if sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")):
+        webbrowser.open(link)

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,8 @@ import numpy as np
 from dynexit.errors import Failure
 from dynexit.run_dir import atomic_write, move_aside
 
-BASELINES = ("static", "cascade")
+ONE_THRESHOLD = "one_threshold"
+BASELINES = ("static", "cascade", ONE_THRESHOLD)
 """Sources of what a study is compared with, which is never chosen: on no front, in no budget, not saved."""
 SOURCES = ("backbone", "gates", "search", "fixed", *BASELINES)
 SPLITS = (("validation", "test"), ("train", "val"))
@@ -20,7 +21,7 @@ SPLITS = (("validation", "test"), ("train", "val"))
 
 COLUMNS = {
     "source": "backbone: the bare backbone; gates: leaving by gates; search, fixed: by thresholds; static: a static "
-    "network; cascade: several whole networks in turn",
+    "network; cascade: several whole networks in turn; one_threshold: the same threshold at every exit, not searched",
     "method": "how the exits were trained; in a table of search-records the method of the search; of static networks "
     "and cascades their classifier",
     "seed": "initialisation of exit heads and gates; empty if there is none",
@@ -33,10 +34,10 @@ COLUMNS = {
     "exit_fractions": "columns exit_0, exit_1, ...: share of the samples leaving at each exit, the backbone's own "
     "classifier last; the last columns are empty for points with fewer exits",
     "on_front": "whether no other point of the table is better in accuracy and MACs on the split that was searched; "
-    "false for static and cascade, which are not compared",
+    "false for baselines, which are not compared",
     "point_id": "id of the training, of the prepared backbone for a network with its own classifier; empty without a "
     "study",
-    "search_id": "id of the search for what it chose; empty for backbone, gates and static, and without a study",
+    "search_id": "id of the search for what it chose; empty for what it did not, and without a study",
     "configuration": "JSON, [head type or -1, threshold] per position; empty for backbone and gates of a study; of "
     "static and cascade [network, threshold or null] per network",
     "budget": "JSON of the budget or risk that was asked for; empty for an accuracy weight",
@@ -128,21 +129,25 @@ def write_csv(path: Path, rows: Iterable[ReportRow], *, sort: bool = True) -> No
     Raises ValueError for an unknown source, for splits that are not of one pair of SPLITS, and for a number that is
     not finite.
     """
-    rows = sorted(rows, key=row_order) if sort else list(rows)
+    table = cells(sorted(rows, key=row_order) if sort else list(rows))
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
+
+
+def cells(rows: Sequence[ReportRow]) -> Iterator[list[str]]:
+    """Yields the table's names and then the cells of each row. Raises ValueError as `write_csv` does."""
     num_exits = max((len(row.exit_fractions) for row in rows), default=0)
     batch_sizes = sorted({time.batch_size for row in rows for time in row.times})
     sources, splits = ({getattr(row, name) for row in rows} for name in ("source", "split"))
     if not sources <= set(SOURCES) or not any(splits <= set(pair) for pair in SPLITS):
         raise ValueError(f"sources {sources} on splits {splits}; known: {SOURCES} on one pair of {SPLITS}")
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        exit_names = (f"exit_{exit_}" for exit_ in range(num_exits))
-        writer.writerow([*_BEFORE_EXITS, *exit_names, *_AFTER_EXITS, *_time_columns(batch_sizes)])
-        for row in rows:
-            exits = [_text(fraction) for fraction in row.exit_fractions]
-            exits += [""] * (num_exits - len(exits))
-            before, after = ([_text(getattr(row, name)) for name in names] for names in (_BEFORE_EXITS, _AFTER_EXITS))
-            writer.writerow([*before, *exits, *after, *_time_cells(row, batch_sizes)])
+    exit_names = (f"exit_{exit_}" for exit_ in range(num_exits))
+    yield [*_BEFORE_EXITS, *exit_names, *_AFTER_EXITS, *_time_columns(batch_sizes)]
+    for row in rows:
+        exits = [_text(fraction) for fraction in row.exit_fractions]
+        exits += [""] * (num_exits - len(exits))
+        before, after = ([_text(getattr(row, name)) for name in names] for names in (_BEFORE_EXITS, _AFTER_EXITS))
+        yield [*before, *exits, *after, *_time_cells(row, batch_sizes)]
 
 
 def _time_columns(batch_sizes: Sequence[int]) -> list[str]:

@@ -14,10 +14,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dynexit.errors import shorten
 from dynexit.study.keys import Section
 from dynexit.study.methods import sections_of_methods
 from dynexit.study.schema import Config, method_settings
 from dynexit.study.stages import BENCH, METHOD, POINT_STAGES, STAGES
+from dynexit.study.sweep.names import method_name
 from dynexit.study.validation import all_keys, changes_results, contradictions, sentences, unknown_key
 
 SWEEPABLE = tuple(
@@ -27,6 +29,7 @@ SWEEPABLE = tuple(
 )
 _MOST_POINTS = 10**6
 _SPLIT_FORMAT = "splits by class"  # of what is held out; in every id
+_SMALL_FORMAT = ", not cropped"  # of small images in class folders, which earlier versions cropped
 _FORMAT = 1  # of what the jobs write; a change of meaning raises it and with it every id
 
 
@@ -38,7 +41,8 @@ class Point:
     swept: dict[str, Any]  # of the keys that the point's results can depend on
     ids: dict[str, str]
     sweep_keys: tuple[str, ...]  # all swept keys of the study
-    varied_exits: tuple[str, ...] = ()  # keys of `exits` in which points of the same method differ
+    label_keys: tuple[str, ...] | None = None  # those that tell the study's points apart; None for all
+    method_keys: tuple[str, ...] = ()  # those of `exits` and the like that tell points of the same method apart
     networks: tuple[str, ...] = ()
     """Of a static network the record ids of all that it is compared with, the study's backbone last; else empty."""
 
@@ -65,14 +69,7 @@ class Point:
     @property
     def method(self) -> str:
         """The method's name for tables, with what the sweep varies of it: `jei_dnn (distilled 0.02, gate)`."""
-        config = self.config
-        variants = [_variant(name, getattr(config.exits, name)) for name in self.varied_exits]
-        if config.train.distillation and "train.distillation" in self.swept:
-            variants.append(f"distilled {config.train.distillation:g}")
-        if "search.confidence" in self.swept and config.search.confidence != "max_probability":
-            variants.append(config.search.confidence)
-        named = ", ".join(filter(None, variants))
-        return config.train.method + (f" ({named})" if named else "")
+        return method_name(self)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -87,8 +84,13 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The swept values in words, as `ce_ic_tradeoff=0.5 seed=1`."""
-        return " ".join(f"{name}={value}" for name, value in self.values.items()) or "the only point"
+        """The swept values in which the study's points differ, as `ce_ic_tradeoff=0.5 seed=1`."""
+        named = [
+            f"{short}={value}"
+            for name, (short, value) in zip(self.sweep_keys, self.values.items(), strict=True)
+            if name in self.swept and (self.label_keys is None or name in self.label_keys)
+        ]
+        return " ".join(named) or "the only point"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +157,15 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, groups: Sequence[Seq
         if name not in all_keys():
             yield f"sweep.{unknown_key(str(name))}"
         elif name.partition(".")[0] not in SWEEPABLE:
-            yield f"sweep.{name}: the sections that can be swept are {', '.join(SWEEPABLE)}"
+            yield f"sweep.{shorten(name)}: the sections that can be swept are {', '.join(SWEEPABLE)}"
         elif not isinstance(values, list):
-            yield f"sweep.{name} = {values!r}: should be a list of values"
+            yield f"sweep.{name} = {shorten(repr(values))}: should be a list of values"
         elif not values:
             yield f"sweep.{name} = []: the grid is empty; give at least one value or remove the key"
         elif len(values) > 1 and not changes_results(name):
             yield f"sweep.{name}: results do not depend on this key; give one value, or make a study for each"
         elif name not in zipped and len(set(map(_hashable, values))) < len(values):
-            yield f"sweep.{name} = {values!r}: has a duplicate value"
+            yield f"sweep.{name} = {shorten(repr(values))}: has a duplicate value"
         else:
             for value in values:
                 try:
@@ -172,7 +174,8 @@ def check_sweep(sweep: dict[Any, Any], base: Config | None, groups: Sequence[Seq
                     yield from ("sweep." + text for text in sentences(error, f"{name.rpartition('.')[0]}.".lstrip(".")))
                 else:
                     if name not in zipped:
-                        yield from (f"sweep.{name} = {value!r}: {text}" for text in contradictions(changed) if base)
+                        wrong = f"sweep.{name} = {shorten(repr(value))}"
+                        yield from (f"{wrong}: {text}" for text in contradictions(changed) if base)
     for group in groups:
         if base is not None and set(group) <= set(all_keys()) and all(isinstance(sweep[name], list) for name in group):
             yield from _zip_contradictions(base, {name: sweep[name] for name in group})
@@ -201,32 +204,6 @@ def _with_value(config: Config, dotted: str, value: Any) -> Config:
         return config.model_copy(update={name: getattr(Config.model_validate({name: value}), name)})
     section = getattr(config, name)
     return config.model_copy(update={name: type(section).model_validate({**section.model_dump(), last: value})})
-
-
-def name_varied_exits(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points with `varied_exits` set."""
-    values: dict[tuple[str, str], set[Any]] = {}
-    for point in points:
-        for name, value in point.swept.items():
-            if name.startswith("exits."):
-                values.setdefault((point.config.train.method, name), set()).add(_hashable(value))
-    varied: dict[str, list[str]] = {}
-    for (method, name), found in values.items():
-        if len(found) > 1:
-            varied.setdefault(method, []).append(name.removeprefix("exits."))
-    return tuple(
-        dataclasses.replace(point, varied_exits=tuple(varied[point.config.train.method]))
-        if point.config.train.method in varied
-        else point
-        for point in points
-    )
-
-
-def _variant(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return name if value else ""
-    text = "+".join(map(str, value)) if isinstance(value, list) else str(value or "default")
-    return text if name == "head_types" else f"{name} {text}"
 
 
 def expand(base: Config, sweep: dict[str, list[Any]], groups: Sequence[Sequence[str]] = ()) -> Iterator[Point]:
@@ -293,7 +270,12 @@ def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, 
 
 def _part(name: str, config: Config) -> str:
     """What a section (or `seed`) adds to the ids that cover it."""
-    return canonical_json(getattr(config, name)) + (_SPLIT_FORMAT if name == "data" else "")
+    part = canonical_json(getattr(config, name))
+    if name != "data":
+        return part
+    data = config.data
+    is_as_before = data.test_transform and (data.transform or data.train_transform)
+    return part + _SPLIT_FORMAT + (_SMALL_FORMAT if data.is_small and data.is_folder and not is_as_before else "")
 
 
 def ids_of(config: Config) -> dict[str, str]:

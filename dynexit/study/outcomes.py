@@ -33,6 +33,11 @@ class BaselinesSettings(Section):
     cascade: bool = key(
         False, "whether cascades of two or three of them and the backbone are searched too", changes_results=False
     )
+    one_threshold: bool = key(
+        False,
+        "whether every point with all exits enabled and one threshold for them is a baseline of the search",
+        changes_results=False,
+    )
 
 
 class ReportSettings(Section):
@@ -42,13 +47,21 @@ class ReportSettings(Section):
         "rank of the score that bounds conformal sets: with its promised coverage, or as JEI-DNN's code",
     )
     published: Literal["auto", "none"] = key("auto", "auto draws what a paper's authors recorded for it beside")
-    mlflow: bool = key(True, "whether the results are written to MLflow too")
+    mlflow: bool | Literal["live"] = key(
+        True, "whether the results are written to MLflow too; live also follows the epochs of trainings"
+    )
     tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")
 
 
 class InferSettings(Section):
     relative_macs: float | None = key(
         None, "budget: most mean MACs on validation, relative to the backbone's; null has none", gt=0, le=2
+    )
+    latency_ms: float | None = key(
+        None, "budget: most mean time of a batch on the device measured; null has none", "ms", gt=0
+    )
+    latency_batch_size: int | None = key(
+        None, "batch size of latency_ms; null takes the smallest measured", "images", ge=1
     )
     source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
     split: Literal["validation", "test"] = key("test", "samples to classify")

@@ -7,13 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dynexit.errors import UserError
+from dynexit.errors import UserError, shorten
 from dynexit.files import read_text
 from dynexit.study.baselines import static_points
-from dynexit.study.grid import Study, check_sweep, expand, name_varied_exits
+from dynexit.study.grid import Study, check_sweep, expand
 from dynexit.study.schema import SECTIONS, Config
+from dynexit.study.sweep.names import name_points
 from dynexit.study.validation import contradictions, sentences
-from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml, shorten, to_yaml
+from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml, to_yaml
 
 
 class StudyError(UserError):
@@ -36,15 +37,15 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     sweep = raw.pop("sweep", None)
     sweep = {} if sweep is None else sweep
     if not isinstance(sweep, dict):
-        mistakes.append(f"sweep = {sweep!r}: should map keys to lists, as `seed: [0, 1]`")
+        mistakes.append(f"sweep = {shorten(repr(sweep))}: should map keys to lists, as `seed: [0, 1]`")
         sweep = {}
     zipped = sweep.pop("zip", None) or []
     groups = zipped if isinstance(zipped, list) else [zipped]
     names = [name for group in groups if isinstance(group, dict) for name in group]
     if not all(isinstance(group, dict) for group in groups) or len({*names, *sweep}) < len(names) + len(sweep):
         mistakes.append(
-            f"sweep.zip = {zipped!r}: should map keys that are swept nowhere else to lists of equal length, or be a "
-            "list of several such groups"
+            f"sweep.zip = {shorten(repr(zipped))}: should map keys that are swept nowhere else to lists of "
+            "equal length, or be a list of several such groups"
         )
         groups = []
     for group in groups:
@@ -59,7 +60,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     mistakes += check_sweep(sweep, base, together)
     if mistakes or base is None:
         raise StudyError(list(dict.fromkeys(mistakes)), base or _what_is_right(raw))
-    points = name_varied_exits(tuple(expand(base, sweep, together)))
+    points = name_points(tuple(expand(base, sweep, together)))
     swept = {
         name: list({repr(p.swept[name]): p.swept[name] for p in points if name in p.swept}.values()) or values
         for name, values in sweep.items()
@@ -94,18 +95,18 @@ def _lookup(raw: dict[str, Any], dotted: str) -> Any:
 def _apply_override(raw: dict[str, Any], sweep: dict[str, Any], override: str, mistakes: list[str]) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        mistakes.append(f"{override!r} should be key.path=value, as train.num_epochs=30")
+        mistakes.append(f"{shorten(repr(override))} should be key.path=value, as train.num_epochs=30")
         return
     try:
         value = json_only(parse_yaml(text, comments=False), name, mistakes)
     except ValueError as error:
         hint = "; an override has no comments" if "#" in text else ""
-        mistakes.append(f"{name}: {shorten(repr(text))} is not a YAML value: {error}{hint}")
+        mistakes.append(f"{shorten(name)}: {shorten(repr(text))} is not a YAML value: {error}{hint}")
         return
     if value is REFUSED:
         return
     if name == "sweep":
-        mistakes.append(f"sweep = {value!r}: name the key that varies, as sweep.seed=[0, 1]")
+        mistakes.append(f"sweep = {shorten(repr(value))}: name the key that varies, as sweep.seed=[0, 1]")
         return
     if name.startswith("sweep."):
         _remove(raw, name.removeprefix("sweep."))
@@ -121,7 +122,7 @@ def _apply_override(raw: dict[str, Any], sweep: dict[str, Any], override: str, m
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            mistakes.append(f"{name}: {parent} is a value and has no keys")
+            mistakes.append(f"{shorten(name)}: {shorten(parent)} is a value and has no keys")
             return
     section[last] = value
 

@@ -124,6 +124,14 @@ class TrainSettings(Section):
     )
     num_epochs: int = key(15, "epochs, the warm-up's included", "epochs", ge=1)
     global_batch_size: int = key(64, "images per step over all ranks", "images", ge=1)
+    micro_batch_size: int | None = key(
+        None,
+        "images that pass through the backbone of a rank at once; null: its share of a batch. Takes less of a GPU's "
+        "memory, and a batch means the same",
+        "images",
+        changes_results=False,
+        ge=1,
+    )
     learning_rate: float = key(
         0.01, "peak learning rate of heads and gates (dyce has its own), then a cosine after any warm-up", gt=0
     )
@@ -151,6 +159,9 @@ class TrainSettings(Section):
         "views",
         ge=0,
         omit_default=True,
+    )
+    kept_precision: Literal["float32", "bf16"] = key(
+        "float32", "numbers that kept features are stored in; bf16 takes half the room", omit_default=True
     )
     max_feature_gb: float = key(
         16.0, "most disk space of the features that one training reads", "GB", changes_results=False, gt=0

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
+from dynexit.errors import shorten
 from dynexit.study.methods import METHODS
 from dynexit.study.schema import SECTIONS, Config, method_settings
-from dynexit.study.yaml_text import shorten
 
 ALIASES = {
     "arch": "backbone.name",
@@ -61,7 +61,7 @@ def unknown_key(dotted: str) -> str:
         by_end = {name.rpartition(".")[2]: name for name in known}
         near = [by_end[end] for end in difflib.get_close_matches(last, by_end, n=1)]
     hint = f"did you mean {near[0]}?" if near else "`dynexit config STUDY.yaml` lists all keys"
-    return f"{dotted} is not a key; {hint}"
+    return f"{shorten(dotted)} is not a key; {hint}"
 
 
 def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[str], str] = unknown_key) -> list[str]:
@@ -69,7 +69,7 @@ def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[s
     found: dict[str, str] = {}
     for item in error.errors(include_url=False):
         # a union's branches (str, list[...], literal[...]) stand in the location too: they are no keys
-        location = [part for part in item["loc"] if not re.search(r"[\[(]|^(str|int|float|none)$", str(part))]
+        location = [part for part in item["loc"] if not re.search(r"[\[(]|^(str|int|float|bool|none)$", str(part))]
         dotted = prefix + ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
             found.setdefault(dotted, unknown_key(dotted))
@@ -79,7 +79,7 @@ def sentences(error: ValidationError, prefix: str = "", unknown_key: Callable[[s
         if dotted in found:
             found[dotted] += f", or {text}" if text not in found[dotted] else ""
         else:
-            found[dotted] = f"{dotted} = {shorten(repr(item['input']))}: {text}"
+            found[dotted] = f"{shorten(dotted)} = {shorten(repr(item['input']))}: {text}"
     # of a list with a wrong element, the branch that takes no list says nothing
     return [text for dotted, text in found.items() if not any(one.startswith(f"{dotted}.") for one in found)]
 
@@ -127,10 +127,22 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _contradictions_of_features(config)
     yield from _contradictions_of_prepare(config)
     yield from _contradictions_of_baselines(config)
+    yield from too_many_ranks(config, config.dist.nodes * config.dist.tasks_per_node)
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
             f"{config.prepare.num_epochs}"
+        )
+
+
+def too_many_ranks(config: Config, num_ranks: int) -> Iterator[str]:
+    """A message if some ranks would have no image of any batch."""
+    size = config.train.global_batch_size
+    if num_ranks > size:
+        yield (
+            f"train.global_batch_size = {size}: should be at least {num_ranks}, the number of ranks (dist.nodes x "
+            "dist.tasks_per_node, or those that a launcher started), which divide each batch; raise it or start fewer "
+            "ranks"
         )
 
 
@@ -147,6 +159,8 @@ def _contradictions_of_features(config: Config) -> Iterator[str]:
     train, dyce = config.train, config.dyce
     if train.features == "fresh" and train.kept_views:
         yield f"train.kept_views = {train.kept_views}: should be 0 where train.features is fresh; set it to kept"
+    if train.features == "fresh" and train.kept_precision != "float32":
+        yield f"train.kept_precision = {train.kept_precision!r}: needs train.features=kept"
     if train.features == "kept" and train.method == "dyce" and (dyce.mixup or dyce.cutmix):
         yield (
             f"train.features = 'kept': should be fresh where dyce.mixup = {dyce.mixup:g} and dyce.cutmix = "

@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from dynexit.errors import shorten
+
 REFUSED = object()  # what json_only returns for a value that it refuses
 _TAG = "tag:yaml.org,2002:"
-_LONGEST_SHOWN = 120
 _MOST_VALUES = 100_000  # of a text with every alias written out
+_MOST_LEVELS = 50  # of lists and mappings inside each other
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class _Loader(yaml.SafeLoader):
     """
 
     hash_mark = ""
+    _level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._level += 1
+        if self._level > _MOST_LEVELS:
+            place = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"it is nested deeper than {_MOST_LEVELS} levels", place)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        return node
 
     def construct_scalar(self, node: Any) -> str:
         text = str(super().construct_scalar(node))
@@ -48,7 +60,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, "a key should be text", key.start_mark)
             name = self.construct_object(key)
             if name in names:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {str(name)!r}", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {shorten(str(name))!r}", key.start_mark
+                )
             names.add(name)
         return super().construct_mapping(node, deep)
 
@@ -115,7 +129,7 @@ def parse_yaml(text: str, *, comments: bool = True) -> Any:
     except KeyError as error:  # of a value with an explicit tag, as !!bool maybe
         raise ValueError(f"a value does not fit its tag: {error}") from None
     except RecursionError:
-        raise ValueError("it is nested too deeply, or an alias (*) is inside its own anchor (&)") from None
+        raise ValueError("an alias (*) is inside its own anchor (&)") from None
 
 
 def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
@@ -134,28 +148,21 @@ def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
 def json_only(value: Any, dotted: str, mistakes: list[str]) -> Any:
     """Returns `value` without what JSON cannot hold, or REFUSED; a list with a refused element is refused whole.
 
-    Adds one mistake for each refused value, with its dotted key. Raises ValueError for a value that contains itself.
+    Adds one mistake for each refused value, with its dotted key.
     """
-    try:
-        return _json_only(value, dotted, mistakes)
-    except RecursionError:
-        raise ValueError("it is nested too deeply, or an alias (*) is inside its own anchor (&)") from None
-
-
-def _json_only(value: Any, dotted: str, mistakes: list[str]) -> Any:
     if isinstance(value, dict):
         kept = {}
         for name, item in value.items():
-            place = f"{dotted}.{name}" if dotted else str(name)
+            place = shorten(f"{dotted}.{name}" if dotted else str(name))
             if not isinstance(name, str):
-                mistakes.append(f"{place}: a key should be text; put {name} in quotes")
+                mistakes.append(f"{place}: a key should be text; put {shorten(str(name))} in quotes")
                 continue
-            found = _json_only(item, place, mistakes)
+            found = json_only(item, place, mistakes)
             if found is not REFUSED:
                 kept[name] = found
         return kept
     if isinstance(value, list):
-        items = [_json_only(item, f"{dotted}.{i}", mistakes) for i, item in enumerate(value)]
+        items = [json_only(item, f"{dotted}.{i}", mistakes) for i, item in enumerate(value)]
         return REFUSED if any(item is REFUSED for item in items) else items
     reason = ""
     if isinstance(value, _RefusedValue):
@@ -168,11 +175,6 @@ def _json_only(value: Any, dotted: str, mistakes: list[str]) -> Any:
         return value
     mistakes.append(f"{dotted} = {shorten(str(value))}: {reason}")
     return REFUSED
-
-
-def shorten(text: str) -> str:
-    """Returns the text, or its beginning and its length where it is too long for a message."""
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text):,} characters)"
 
 
 def to_yaml(value: Any) -> str:

@@ -58,10 +58,11 @@ class IndependentTask(PackTask):
         accuracy_ML, cross_entropy_ML = evaluate_exits(self, self.validation)
         objective_M = cross_entropy_ML[:, :-1].mean(-1)
         self._keep_better(objective_M, self.alive_M)
+        losses, improved = self.losses.take(), (self.improved_M & self.alive_M.cpu()).tolist()
         for i, accuracy_L in enumerate(accuracy_ML.tolist()):
             mean = finite_or_none(objective_M[i].item())
             figures = {"exit_accuracy": accuracy_L, "validation_mean_cross_entropy": mean}
-            self.rows.append({"member": i, "epoch": epoch, **figures})
+            self.rows.append({"member": i, "epoch": epoch, **figures, **losses[i], "improved": improved[i]})
         self._report_stopped()
 
 

@@ -214,14 +214,14 @@ class JeiDnnTask(PackTask):
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluates on validation; ends warm-ups, sets the positive weights, keeps the best."""
-        evaluation = self.evaluate()
+        evaluation, losses = self.evaluate(), self.losses.take()
         for group in self.groups:
             was = group.stage
             if was == WARM_UP:
                 self._end_warm_up_epoch(group, evaluation)
             else:
                 self._end_joint_epoch(group, evaluation)
-            self.rows += [self._row(epoch, was, i, group.leader, evaluation) for i in group.members]
+            self.rows += [self._row(epoch, was, i, group.leader, evaluation, losses) for i in group.members]
         self._report_stopped()
 
     def evaluate(self) -> Evaluation:
@@ -255,7 +255,8 @@ class JeiDnnTask(PackTask):
         """The leader's heads and momentum become those of every member of its group; the momentum survives."""
         group.stage = JOINT
         leader = group.leader
-        for tensors in (self.stack("heads"), self.momentum("heads")):
+        stacks = self._stacks()
+        for tensors in (stacks["heads"], stacks["momentum.heads"]):
             for value in tensors.values():
                 value[group.members] = value[leader].clone()
         self.alive_M[group.members] = self.alive_M[leader].clone()
@@ -279,9 +280,19 @@ class JeiDnnTask(PackTask):
         mask_M[members] = True
         return mask_M
 
-    def _row(self, epoch: int, stage: str, member: int, leader: int, evaluation: Evaluation) -> dict[str, Any]:
+    def _row(
+        self,
+        epoch: int,
+        stage: str,
+        member: int,
+        leader: int,
+        evaluation: Evaluation,
+        losses: Sequence[dict[str, float]],
+    ) -> dict[str, Any]:
         source = leader if stage == WARM_UP else member
-        return {"member": member, "epoch": epoch, "stage": stage, **evaluation.figures(source, stage == JOINT)}
+        row: dict[str, Any] = {"member": member, "epoch": epoch, "stage": stage, **losses[source]}
+        row |= evaluation.figures(source, stage == JOINT)
+        return row | ({"improved": bool(self.improved_M[member])} if stage == JOINT else {})
 
     # ---- state
 

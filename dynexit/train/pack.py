@@ -18,11 +18,11 @@ from dynexit.data import Batch, Split, load_batches
 from dynexit.dist import Ranks
 from dynexit.errors import Failure
 from dynexit.models.heads import Stacked, StackedHeads
-from dynexit.models.multi_exit import MultiExit
+from dynexit.models.multi_exit import MultiExit, features_in_parts
 from dynexit.progress import Progress
 from dynexit.study.schema import ExitsSettings, TrainSettings
 from dynexit.train.checkpoint import Checkpoints
-from dynexit.train.loop import fit
+from dynexit.train.loop import EpochLosses, fit
 from dynexit.train.optimizers import (
     MemberAdam,
     MemberSGD,
@@ -102,10 +102,13 @@ class PackTask:
         self.best_objective_M = torch.full((num_members,), math.inf, dtype=torch.float64)
         self.alive_M = torch.ones(num_members, dtype=torch.bool, device=ranks.device)
         self.stopped_at_M = torch.full((num_members, 3), -1, dtype=torch.int64, device=ranks.device)  # step, term, rank
+        self.losses = EpochLosses(num_members, self.terms, ranks.device)
+        self.improved_M = torch.zeros(num_members, dtype=torch.bool)  # by the epoch that was evaluated last
         self.stopped: dict[int, str] = {}
         self.rows: list[dict[str, Any]] = []
         self.step_number = 0
-        self._share_and_slope: tuple[float, Tensor] | None = None
+        self._at_once = settings.micro_batch_size
+        self._slopes: dict[float, Tensor] = {}
         self.plain_train, self.exits = pack.plain_train, pack.exits
         self.standardisations: list[Standardisation] | None = None
         """By position; heads are trained on what they make of features, and folded into the heads that are kept."""
@@ -144,7 +147,7 @@ class PackTask:
         """Yields (index (B,), what the exits read, backbone's logits (B, K), labels (B,)) of this rank's batches."""
         batches = self.plain_batches(split)
         for index_B, images, labels_B in load_batches(split, self.ranks.share(batches)):
-            features, final_BK = self.model.features(self.ranks.to_device(images))
+            features, final_BK = features_in_parts(self.model, self.ranks.to_device(images), self._at_once)
             yield index_B, features, final_BK, self.ranks.to_device(labels_B)
 
     def plain_batches(self, split: Split) -> list[range]:
@@ -187,7 +190,7 @@ class PackTask:
         raise NotImplementedError
 
     def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        features, final_BK = self.model.features(images)
+        features, final_BK = features_in_parts(self.model, images, self._at_once)
         features = [feature.to(self.dtype) for feature in features]
         if self.standardisations is not None:
             features = [own(feature) for own, feature in zip(self.standardisations, features, strict=True)]
@@ -237,13 +240,14 @@ class PackTask:
             self.alive_M = alive_m
         else:
             self.alive_M[members] = alive_m
+        self.losses.add(loss_m, alive_m, members, term)
         self.optimizers[part].step(gradients, members, self._learning_rate(part, members), alive_m, moving)
 
     def _slope(self, share: float) -> Tensor:
         """`share` as a tensor (1,) on the device, kept from step to step."""
-        if self._share_and_slope is None or self._share_and_slope[0] != share:
-            self._share_and_slope = share, torch.full((1,), share, dtype=self.dtype, device=self.ranks.device)
-        return self._share_and_slope[1]
+        if share not in self._slopes:
+            self._slopes = {share: torch.full((1,), share, dtype=self.dtype, device=self.ranks.device)}
+        return self._slopes[share]
 
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
         """The rate (m,) of the next step of a part."""
@@ -282,6 +286,7 @@ class PackTask:
         """Keeps the current weights of eligible members whose `objective_M` (on the CPU) is the lowest so far."""
         better_M = (objective_M < self.best_objective_M) & eligible_M.cpu() & self.alive_M.cpu()
         self.best_objective_M = torch.where(better_M, objective_M, self.best_objective_M)
+        self.improved_M = torch.where(eligible_M.cpu(), better_M, self.improved_M)
         for part, stack in self.current().items():
             copy_members(self.best[part], stack, better_M.to(self.ranks.device))
 
@@ -311,7 +316,7 @@ class PackTask:
         return state
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {name: getattr(self, name) for name in self._plain_tensors}
+        tensors = {name: getattr(self, name) for name in self._plain_tensors} | {"loss_sums_2MT": self.losses.sums_2MT}
         tensors |= {f"{kind}.{name}": value for kind, stack in self._stacks().items() for name, value in stack.items()}
         facts = {
             "rows": self.rows,
@@ -324,21 +329,19 @@ class PackTask:
         """The current weights of a part by parameter, (M, ...), sharing their memory."""
         return self.modules[part].by_name(self.optimizers[part].stack)
 
-    def momentum(self, part: str) -> Stack:
-        """What the optimizer keeps of every parameter of a part, (M, ...), sharing its memory."""
-        states = {prefix: self.modules[part].by_name(blocks) for prefix, blocks in self.optimizers[part].states.items()}
-        return {prefix + name: value for prefix, stack in states.items() for name, value in stack.items()}
-
     def _stacks(self) -> dict[str, Stack]:
         stacks: dict[str, Stack] = {}
         for part, module in self.modules.items():
-            best = module.by_name(self.best[part])
-            stacks |= {part: self.stack(part), f"momentum.{part}": self.momentum(part), f"best.{part}": best}
+            stacks |= {part: self.stack(part), f"best.{part}": module.by_name(self.best[part])}
+            states = {prefix: module.by_name(blocks) for prefix, blocks in self.optimizers[part].states.items()}
+            momentum = {prefix + name: value for prefix, stack in states.items() for name, value in stack.items()}
+            stacks[f"momentum.{part}"] = momentum
         return stacks
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         for name in self._plain_tensors:
             setattr(self, name, tensors[name].to(getattr(self, name).device))
+        self.losses.sums_2MT.copy_(tensors.get("loss_sums_2MT", self.losses.sums_2MT))
         for kind, stack in self._stacks().items():
             for name, value in stack.items():
                 value.copy_(tensors[f"{kind}.{name}"])

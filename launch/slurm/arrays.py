@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import is_recorded, is_searched, report_is_done, unfinished_packs
+from dynexit.jobs.finished import is_recorded, report_is_done, unfinished_packs
+from dynexit.jobs.planning.missing import Job, make_packs, missing_jobs
 from dynexit.study.grid import Point, Study
-from dynexit.study.stages import BENCH, POINT_STAGES, STAGES
-from launch.plan import Job, make_packs, missing_jobs
+from dynexit.study.stages import BENCH, POINT_STAGES, inputs_of
 from launch.slurm.cluster import Limits
 from launch.tasks.attempts import Work
 from launch.tasks.folder import work_of
@@ -53,45 +53,39 @@ def plan_arrays(study: Study, stages: Sequence[str], limits: Limits, live: Live,
         for part in _split(tasks, limits.array_size):
             jobs = [job for packs in part for pack in packs for job in pack]
             own = {(job.stage, p.ids[job.stage]) for job in jobs if job.stage in POINT_STAGES for p in job.points}
-            needs = [(STAGES[job.stage].needs, job) for job in jobs]
-            needed = {(stage, p.ids[stage]) for stage, job in needs if stage is not None for p in _read_by(job, study)}
-            # the search of a static network reads the records of all of them
-            searched = [p for job in jobs if job.stage == "search" for p in job.points]
-            needed |= {("record", identity) for p in searched for identity in p.networks}
-            needed |= {(BENCH, p.ids[BENCH]) for p in searched if p.is_by_time}
+            # a report reads the results of static networks too, and the search of one the records of all of them
+            reads = [
+                (job.stage, p) for job in jobs for p in (study.all_points if job.stage == "report" else job.points)
+            ]
+            needed = {(one, p.ids[one]) for stage, p in reads for one in inputs_of(stage, by_time=p.is_by_time)}
+            needed |= {("record", identity) for stage, p in reads if stage == "search" for identity in p.networks}
             after = {who[one] for one in own | (needed - own) if one in who}
             tuples = tuple(map(tuple, part))
             arrays.append(Array(jobs[0].stage, tuples, tuple(sorted(after, key=lambda one: (str(one) == one, one)))))
             who.update(dict.fromkeys(own, len(arrays) - 1))
 
-    prepare, bench = (
-        [job for job in missing_jobs(study, stage) if (stage, job.points[0].ids[stage]) not in live]
-        if stage in stages
-        else []
-        for stage in ("prepare", BENCH)
-    )
+    def alone(stage: str) -> list[Sequence[Pack]]:
+        """A task for each of the stage's jobs."""
+        jobs = missing_jobs(study, stage) if stage in stages else []
+        return [[(job,)] for job in jobs if (stage, job.points[0].ids[stage]) not in live]
+
+    prepare, bench = alone("prepare"), alone(BENCH)
     packs = _trainings(study, "record" in stages, live) if "train" in stages else []
     packs += _recordings(study, packs, live) if "record" in stages else []
     searches = [_job("search", study.points, pack) for pack in packs] if "search" in stages else []
     searches = [job for job in searches if job.points]  # those of static networks wait for all of these
-    alone = _searches(study, searches, live) if "search" in stages else []
+    others = _searches(study, searches, live) if "search" in stages else []
     has_report = stages[-1] == "report"
-    counts = _num_tasks(
-        limits, len(prepare) + len(bench) + has_report, len(packs), 1 + ("search" in stages), len(alone)
-    )
-    add([[(job,)] for job in prepare])
-    add([[(job,)] for job in bench])
+    fixed = len(prepare) + len(bench) + has_report
+    counts = _num_tasks(limits, fixed, len(packs), 1 + ("search" in stages), len(others))
+    add(prepare)
+    add(bench)
     add(_group(packs, counts[0]))
     add(_group([(job,) for job in searches], min(counts[0], len(searches))))
-    add(_group(alone, counts[1]))
+    add(_group(others, counts[1]))
     if has_report and (arrays or not report_is_done(study.points)):
         add([[(Job("report", study.points),)]])
     return arrays
-
-
-def _read_by(job: Job, study: Study) -> tuple[Point, ...]:
-    """The points whose results a job reads: a report's are those of static networks too."""
-    return study.all_points if job.stage == "report" else job.points
 
 
 def _trainings(study: Study, records: bool, live: Live) -> list[Pack]:
@@ -119,11 +113,9 @@ def _recordings(study: Study, trainings: Sequence[Pack], live: Live) -> list[Pac
 def _searches(study: Study, others: Sequence[Job], live: Live) -> list[Pack]:
     """(search,) of the points that only have to be searched."""
     covered = {point.ids["search"] for job in others for point in job.points}
-    left = [
-        point
-        for point in study.all_points
-        if point.ids["search"] not in covered and ("search", point.ids["search"]) not in live and not is_searched(point)
-    ]
+    covered |= {identity for stage, identity in live if stage == "search"}
+    jobs = missing_jobs(study.only([point.ids["search"] not in covered for point in study.all_points]), "search")
+    left = [point for job in jobs for point in job.points]
     return [(Job("search", tuple(part)),) for part in _split(left, study.config.dist.members_per_pack)]
 
 

@@ -1,6 +1,6 @@
 """The shell script around the ranks of a SLURM job, and the program by which it asks whether to requeue.
 
-    python -m launch.slurm.requeue FOLDER/JOB RESTART NODES STATUS SECONDS LIMITS
+    python -m launch.slurm.requeue FOLDER/JOB RESTART NODES STATUS SECONDS LIMITS SCRIPT
 
 prints what the script is to do: `requeue` or `end`, the exit status, and the nodes to avoid.
 """
@@ -8,9 +8,12 @@ prints what the script is to do: `requeue` or `end`, the exit status, and the no
 import dataclasses
 import json
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+from dynexit.errors import Failure
 from launch.tasks.decision import RequeueLimits, settle
 
 
@@ -34,7 +37,7 @@ def script_after(python: str, limits: RequeueLimits) -> list[str]:
     Their only own decision is for a batch host without the interpreter.
     """
     text = shlex.quote(json.dumps(dataclasses.asdict(limits)))
-    arguments = f'"$job" "$restart" "$node" "$status" "$SECONDS" {text}'
+    arguments = f'"$job" "$restart" "$node" "$status" "$SECONDS" {text} "$0"'
     return [
         "status=$?",
         f"answer=$({python} -m launch.slurm.requeue {arguments} | tail -n 1)",
@@ -43,24 +46,29 @@ def script_after(python: str, limits: RequeueLimits) -> list[str]:
         f'  [ "$restart" -lt {limits.max_retries} ] && action=requeue',
         """  printf '{"reason": "crashed", "status": %d, "node": "%s"}\\n' "$status" "$node" >> "$job.jsonl\"""",
         "fi",
-        'if [ "$action" = requeue ]; then',
+        "for try in {1..12}; do  # a minute: the controller may be restarted",
+        '  [ "$action" = requeue ] && [ ! -e "$job.cancelled" ] || break',
         "  trap '' TERM  # a requeue ends this script, and only then ExcNodeList can be set",
-        '  [ -z "$avoid" ] || sbatch --test-only --exclude="$avoid" "$0" >/dev/null 2>&1 || avoid=',
-        "  for try in $(seq 12); do  # the controller may be restarted",
-        '    [ -e "$job.cancelled" ] && break',
-        '    if scontrol requeue "$this"; then',
-        '      [ -z "$avoid" ] || scontrol update JobId="$this" ExcNodeList="$avoid"',
-        '      exit "$code"',
-        "    fi",
-        "    sleep 5",
-        "  done",
-        "fi",
+        '  scontrol requeue "$this" && break',
+        "  sleep 5",
+        "done",
+        '[ -z "$avoid" ] || scontrol update JobId="$this" ExcNodeList="$avoid"',
         'exit "$code"',
     ]
 
 
+def _can_run_elsewhere(avoid: str, script: str) -> bool:
+    """Whether other nodes can run the script. False in a container without sbatch."""
+    command = ["sbatch", "--test-only", f"--exclude={avoid}", script]
+    return bool(shutil.which("sbatch")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    limits = RequeueLimits(**json.loads(arguments[5]))
-    job, restart, node = Path(arguments[0]), int(arguments[1]), arguments[2]
-    print(settle(job, restart, node, int(arguments[3]), float(arguments[4]), limits))
+    job, restart, node, status, seconds, limits, script = sys.argv[1:]
+    try:
+        found = settle(Path(job), int(restart), node, int(status), float(seconds), RequeueLimits(**json.loads(limits)))
+    except Failure as damage:  # the script decides alone
+        sys.exit(str(damage))
+    if not (found.requeue and found.avoid and _can_run_elsewhere(found.avoid, script)):
+        found = dataclasses.replace(found, avoid="")
+    print(found)

@@ -10,15 +10,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import PrivateAttr, ValidationError
 
-from dynexit.errors import UserError
-from dynexit.files import regular
+from dynexit.errors import UserError, shorten
+from dynexit.files import MOST_TEXT_BYTES, regular
 from dynexit.study.dist import DistSettings
 from dynexit.study.keys import Section, key
 from dynexit.study.schema import Config
 from dynexit.study.validation import sentences
+from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml
 
 
 class _Request(Section):
@@ -112,20 +112,22 @@ def load_site(path: Path | None) -> Site:
     if path is None:
         return Site()
     try:
-        content = regular(path).read_bytes()
-        raw = yaml.safe_load(content.decode())
+        content = regular(path, MOST_TEXT_BYTES).read_bytes()
+        mistakes: list[str] = []
+        raw = json_only(parse_yaml(content.decode()), "", mistakes)
     except FileNotFoundError:
         raise UserError(f"there is no site profile {path}; slurm/sites/example.yaml is one to start from") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"the site profile {path} could not be read: {' '.join(str(error).split())}") from None
-    raw = {} if raw is None else raw
+    except (OSError, ValueError) as error:
+        raise UserError(f"the site profile {path} could not be read: {error}") from None
+    raw = {} if raw is None or raw is REFUSED else raw
     if not isinstance(raw, dict):
         raise UserError(f"the site profile {path} should hold keys, as `partition: gpu`, not {type(raw).__name__}")
     try:
         site = Site.model_validate(raw)
     except ValidationError as error:
-        mistakes = sentences(error, unknown_key=_unknown_key)
-        raise UserError("\n".join(f"{path}: {text}" for text in mistakes)) from None
+        mistakes += sentences(error, unknown_key=_unknown_key)
+    if mistakes:
+        raise UserError("\n".join(f"{path}: {text}" for text in mistakes))
     site._source = {"path": str(path.absolute()), "sha256": hashlib.sha256(content).hexdigest()}
     return site
 
@@ -153,7 +155,7 @@ def _unknown_key(name: str) -> str:
     """Returns that there is no such key, and which one may be meant."""
     near = [SBATCH_NAMES[name]] if name in SBATCH_NAMES else get_close_matches(name, Site.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(Site.model_fields)}"
-    return f"{name} is not a key; {hint}"
+    return f"{shorten(name)} is not a key; {hint}"
 
 
 # how sbatch and other launchers call it
@@ -169,20 +171,13 @@ _OWN_OPTIONS = re.compile(
 
 def site_contradictions(site: Site, config: Config) -> list[str]:
     """What in a profile and a study does not fit together, as sentences."""
-    found = []
-    if config.dist.device == "cuda" and not site.gpus_per_node:
+    found, ranks, gpus = [], config.dist.tasks_per_node, site.gpus_per_node
+    if config.dist.device == "cuda" and not gpus:
         found.append("dist.device = 'cuda': the site profile asks for no GPUs; set its gpus_per_node")
-    if site.gpus_per_node and config.dist.tasks_per_node > site.gpus_per_node:
+    if config.dist.device != "cpu" and gpus and ranks != gpus:
         found.append(
-            f"dist.tasks_per_node = {config.dist.tasks_per_node}: should be at most the site profile's gpus_per_node, "
-            f"{site.gpus_per_node}"
-        )
-    if config.dist.device != "cpu" and config.dist.tasks_per_node < site.gpus_per_node:
-        found.append(
-            f"dist.tasks_per_node = {config.dist.tasks_per_node}: would leave GPUs of each node unused, as the site "
-            f"profile has gpus_per_node = {site.gpus_per_node} and a rank uses one; set "
-            f"dist.tasks_per_node={site.gpus_per_node} in the study, or "
-            f"gpus_per_node: {config.dist.tasks_per_node} in the profile"
+            f"dist.tasks_per_node = {ranks}: should be the site profile's gpus_per_node, {gpus}, as a rank uses one; "
+            f"set dist.tasks_per_node={gpus} in the study, or gpus_per_node: {ranks} in the profile"
         )
     options = sorted(name.lstrip("-").replace("_", "-") for name in site.sbatch)
     own = ", ".join(filter(_OWN_OPTIONS.fullmatch, options))

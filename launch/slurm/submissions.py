@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dynexit.contents import LaunchedJobs
 from dynexit.errors import Failure, UserError
 from dynexit.run_dir import folders_in_place, read_json
 from dynexit.study.grid import Point, Study
@@ -52,18 +53,27 @@ class Submitted:
         return sorted(found, key=lambda path: (path.suffix != ".out", len(path.name), path.name))
 
 
-def all_submitted(study_dir: Path) -> list[Submitted]:
-    """Everything that was ever submitted for the study, oldest first."""
+def newest_jobs(study_dir: Path, ids: set[str]) -> list[Submitted]:
+    """The last job of each stage that did any of the work `ids`, or a report, on a cluster or as local processes."""
+    jobs = [*all_submitted(study_dir, "submitted"), *all_submitted(study_dir)]
+    jobs.sort(key=lambda job: (job.folder / JOBS).stat().st_mtime)
+    return list(
+        {job.stage: job for job in jobs if job.stage == "report" or ids & {one for _, one in job.work}}.values()
+    )
+
+
+def all_submitted(study_dir: Path, kind: str = "slurm") -> list[Submitted]:
+    """Everything that was ever submitted for the study, oldest first; with `kind` submitted, what ran --on local."""
     return [
         Submitted(job_id, array["stage"], tuple(packs), path.parent)
-        for path in _lists(study_dir)
-        for array in read_json(path)["arrays"]
+        for path in _lists(study_dir, kind)
+        for array in read_json(path, LaunchedJobs)["arrays"]
         for job_id, packs in array["tasks"].items()
     ]
 
 
-def _lists(study_dir: Path) -> list[Path]:
-    lists = [folder / JOBS for folder in folders_in_place(study_dir / "slurm")]
+def _lists(study_dir: Path, kind: str = "slurm") -> list[Path]:
+    lists = [folder / JOBS for folder in folders_in_place(study_dir / kind)]
     return [path for path in lists if path.is_file()]
 
 
@@ -72,7 +82,7 @@ def last_site(study_dir: Path) -> Mapping[str, str] | None:
     lists = _lists(study_dir)
     if not lists:
         raise UserError(f"{study_dir} was never submitted; `dynexit run STUDY.yaml --on slurm` does that")
-    site: Mapping[str, str] | None = read_json(lists[-1])["site"]
+    site: Mapping[str, str] | None = read_json(lists[-1], LaunchedJobs)["site"]
     return site
 
 
@@ -90,16 +100,6 @@ def cancel(jobs: Sequence[Submitted]) -> None:
     for job in jobs:
         (job.folder / f"{job.job_id}.cancelled").touch()
     cluster.cancel_jobs([job.job_id for job in jobs])
-
-
-def take_back(folder: Path) -> str:
-    """Cancels what a submission's list has, and says what became of it; '' if it has nothing."""
-    jobs = [job for job in all_submitted(folder.parents[1]) if job.folder == folder]
-    try:
-        cancel(jobs)
-    except Failure as failure:
-        return f"; what was submitted before it stays in the queue ({failure})"
-    return "; what was submitted before it is cancelled" if jobs else ""
 
 
 def check_queue(study: Study) -> None:

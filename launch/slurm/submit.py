@@ -8,14 +8,14 @@ from pathlib import Path
 import submitit
 
 from dynexit.errors import Failure, UserError
+from dynexit.jobs.planning.missing import done_together
 from dynexit.study.grid import Study
 from dynexit.study.own_code import allowed_code, check_allowed
-from launch.plan import done_together
 from launch.slurm import cluster
 from launch.slurm.arrays import TRAINING, Array, plan_arrays, resolve
 from launch.slurm.requeue import script_after, script_before
 from launch.slurm.site import Site, site_contradictions
-from launch.slurm.submissions import Submitted, live_jobs, take_back
+from launch.slurm.submissions import Submitted, all_submitted, cancel, live_jobs
 from launch.tasks.decision import RequeueLimits
 from launch.tasks.folder import add_array, new_folder
 
@@ -59,7 +59,9 @@ def submit_study(study: Study, stages: Sequence[str], site: Site) -> list[str]:
         try:
             job_ids.append(cluster.ask(["sbatch", "--parsable", str(script)]).strip().partition(";")[0])
         except Failure as failure:
-            raise Failure(f"sbatch refused {describe_array(array)}: {failure}{take_back(folder)}") from None
+            cancel([job for job in all_submitted(study.directory) if job.folder == folder])
+            before = "; what was submitted before it is cancelled" * bool(job_ids)
+            raise Failure(f"sbatch refused {describe_array(array)}: {failure}{before}") from None
         add_array(folder, array.stage, {f"{job_ids[-1]}_{task}": work for task, work in enumerate(array.work())})
         lines.append(f"{describe_array(array)}: job {job_ids[-1]}" + (f" after {after}" if after else ""))
     reports = [job.job_id for job in queued if job.stage == "report"]

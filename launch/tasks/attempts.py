@@ -1,4 +1,4 @@
-"""The attempts at a task: one file of JSON lines. Needs nothing but Python: a batch host reads it.
+"""The attempts at a task: one file of JSON lines. Importing this needs nothing but Python: ranks set handlers first.
 
 Only the launcher, or the batch host of a SLURM job, appends: a line when an attempt starts, and a line for every way in
 which a pack, or the attempt, ended. The ranks leave a reason file each, written whole, which is read when they have
@@ -60,14 +60,20 @@ class Attempts:
 
 
 def read_attempts(job: Path) -> Attempts:
-    """The attempts at a job; none if there is no file. A line that a full disk cut off is left out."""
-    lines: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError):
-        for text in job.with_name(f"{job.name}.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
+    """The attempts at a job; none if there is no file. A line that a full disk cut off is left out.
+
+    Raises Failure, naming file and line, for another line that is not an attempt's.
+    """
+    from dynexit.contents import AttemptEnd, AttemptStart
+    from dynexit.run_dir import read_json_lines
+
+    try:
+        lines = read_json_lines(job.with_name(f"{job.name}.jsonl"), AttemptStart | AttemptEnd, skip_cut_off=True)
+    except FileNotFoundError:
+        return Attempts()
     starts = tuple((line["start"], line["restart"], line["node"]) for line in lines if "start" in line)
-    ends = tuple(End(**line) for line in lines if "reason" in line)
+    names = [field.name for field in dataclasses.fields(End)]
+    ends = tuple(End(**{name: line[name] for name in names if name in line}) for line in lines if "reason" in line)
     return Attempts(starts, ends, bool(lines) and "reason" in lines[-1])
 
 
@@ -78,9 +84,12 @@ def append_lines(job: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def read_work(job: Path) -> list[Work] | None:
-    """The packs of a job by the list in its folder; None if it is not there yet."""
+    """The packs of a job by the list in its folder; None if it is not there yet. Raises Failure if it is damaged."""
+    from dynexit.contents import LaunchedJobs
+    from dynexit.run_dir import read_json
+
     try:
-        arrays = json.loads((job.parent / JOBS).read_text(encoding="utf-8"))["arrays"]
+        arrays = read_json(job.parent / JOBS, LaunchedJobs)["arrays"]
     except FileNotFoundError:
         return None
     return next((array["tasks"][job.name] for array in arrays if job.name in array["tasks"]), None)
@@ -110,7 +119,7 @@ class RankReason:
 
     def write(self) -> None:
         """Writes the file whole. A full disk is no error here: without the file the end counts as a crash."""
-        from dynexit.run_dir import write_json  # only ranks write
+        from dynexit.run_dir import write_json
 
         with contextlib.suppress(Failure):
             write_json(self.path, {name: value for name, value in vars(self).items() if name != "path"})
@@ -122,10 +131,16 @@ def reason_path(job: Path, rank: int) -> Path:
 
 
 def read_reason(job: Path, rank: int, restart: int) -> RankReason | None:
-    """The reason that a rank of the job's attempt `restart` left, or None."""
+    """The reason that a rank of the job's attempt `restart` left, or None. Raises Failure if it is damaged."""
+    from dynexit.contents import RankWord
+    from dynexit.run_dir import read_json
+
     path = reason_path(job, rank)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: RankWord = read_json(path, RankWord)
     except FileNotFoundError:
         return None
-    return RankReason(path, **content) if content["restart"] == restart else None
+    if content["restart"] != restart:
+        return None
+    finished = [{**end} for end in content["finished"]]
+    return RankReason(path, restart, content["pack"], finished, content["word"], content["error"])

@@ -5,10 +5,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dynexit.run_dir import STUDY, read_json, write_json, write_text
+from dynexit.contents import LaunchedJobs
+from dynexit.errors import Failure
+from dynexit.jobs.planning.missing import Job
+from dynexit.run_dir import STUDY, move_aside, read_json, write_json, write_text
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import load_study, resolved_yaml
-from launch.plan import Job
+from dynexit.study.stages import INFER, STAGES
 from launch.tasks.attempts import JOBS, Work
 
 
@@ -23,7 +26,7 @@ def new_folder(study: Study, kind: str, site: Mapping[str, str] | None = None) -
 
 def add_array(folder: Path, stage: str, tasks: Mapping[str, list[Work]]) -> None:
     """Adds an array to the list: by job id the packs of each of its tasks."""
-    content: dict[str, Any] = read_json(folder / JOBS)
+    content: dict[str, Any] = read_json(folder / JOBS, LaunchedJobs)
     content["arrays"].append({"stage": stage, "tasks": tasks})
     write_json(folder / JOBS, content)
 
@@ -34,13 +37,19 @@ def work_of(pack: Iterable[Job]) -> Work:
 
 
 def read_jobs(folder: Path, packs: Iterable[Work]) -> list[tuple[Job, ...]]:
-    """The jobs of every pack, for the points of the folder's study."""
+    """The jobs of every pack, for the points of the folder's study.
+
+    Raises Failure if the folder's list has work that its study has not.
+    """
     points = load_study(folder / STUDY).all_points
     found: list[tuple[Job, ...]] = []
     by_id: dict[str, dict[str, Point]] = {}
     for pack in packs:
-        for stage in pack.keys() - by_id.keys():
-            by_id[stage] = {_identity(stage, point): point for point in points}
+        for stage, ids in pack.items():
+            if stage not in by_id:
+                by_id[stage] = {_identity(stage, point): point for point in points if stage in (*STAGES, INFER.name)}
+            for one in set(ids) - by_id[stage].keys():
+                raise Failure(f"{folder / JOBS} is damaged (its study has no {stage} {one}); {move_aside(folder)}")
         found.append(tuple(Job(stage, tuple(by_id[stage][one] for one in ids)) for stage, ids in pack.items()))
     return found
 

@@ -9,7 +9,6 @@ mistake, 75 when a signal stopped it.
 
 import atexit
 import contextlib
-import dataclasses
 import errno
 import os
 import signal
@@ -29,7 +28,7 @@ from launch.tasks.attempts import COMPLETED, FAILED, RankReason
 
 if TYPE_CHECKING:
     from dynexit.dist import Ranks
-    from launch.plan import Job
+    from dynexit.jobs.planning.missing import Job
 
 _WATCH_SECONDS = 5
 _LIST_SECONDS = 60  # within which the launcher lists a job that sbatch took
@@ -44,7 +43,7 @@ class _FailedAlone(Exception):  # noqa: N818  its text is the rank's error messa
 
 def run_packs(job: Path, reason: RankReason, packs: "list[tuple[Job, ...]]") -> int:
     """Does the packs that are left, and returns the exit status: 0 only if all have completed, now or before."""
-    ranks = _start_ranks(packs[0][0])
+    ranks = _start_ranks(packs[0][0], job)
     ends = attempts.read_attempts(job).ends
     max_retries = packs[0][0].points[0].config.dist.max_retries
     completed = {end.pack for end in ends if end.reason == COMPLETED}
@@ -74,6 +73,8 @@ def do_pack(jobs: "tuple[Job, ...]", ranks: "Ranks") -> list[Exception]:
 
     Raises what another try may repair, and _FailedAlone if one of several ranks failed.
     """
+    from dynexit.jobs.planning.missing import split_by_input
+
     found: list[Exception] = []
     for job in jobs:
         ready, damaged, missing = ranks.broadcast(split_by_input(job) if ranks.is_main else (job, [], []))
@@ -103,33 +104,6 @@ def _run(job: "Job", ranks: "Ranks") -> list[Exception]:
         return [error]
 
 
-def split_by_input(job: "Job") -> "tuple[Job, list[str], list[str]]":
-    """Splits off the points whose input is not complete: the job for the rest, error messages for damaged and missing.
-
-    Files decide, not the state of another job in the queue.
-    """
-    from dynexit.run_dir import RunDir
-    from dynexit.study.stages import BENCH, POINT_STAGES, STAGES
-
-    needed = STAGES[job.stage].needs if job.stage in POINT_STAGES else None  # a report shows what there is
-    if needed is None:
-        return job, [], []
-    ready, damaged, missing = [], [], []
-    for point in job.points:
-        try:
-            undone = needed
-            if RunDir(point, undone).is_done():
-                by_time = job.stage == "search" and point.is_by_time
-                undone = BENCH if by_time and not RunDir(point, BENCH).is_done() else ""
-            if undone:
-                missing.append(f"{job.stage} {point.label}: its {undone} is not done")
-            else:
-                ready.append(point)
-        except Failure as failure:
-            damaged.append(str(failure))
-    return dataclasses.replace(job, points=tuple(ready)), list(dict.fromkeys(damaged)), missing
-
-
 def _announce_ranks(restart: int) -> None:
     """Sets the variables of torch.distributed from those of SLURM."""
     if int(os.environ["SLURM_NTASKS"]) > 1:
@@ -140,13 +114,14 @@ def _announce_ranks(restart: int) -> None:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
-def _start_ranks(job: "Job") -> Any:
+def _start_ranks(first: "Job", job: Path) -> Any:
     """Joins the job's ranks, if it has several; one alone needs no torch, as for a search."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ONE_RANK
-    from dynexit.dist import start_ranks
+    from dynexit.dist import record_flights, start_ranks
 
-    dist = job.points[0].config.dist
+    record_flights(job.with_name(f"{job.name}_nccl_trace_"))
+    dist = first.points[0].config.dist
     return start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
 
 
@@ -164,10 +139,18 @@ def _watch(job: Path, restart: int) -> None:
     """Ends this process if SLURM, which took its node for dead, has started the job again: two must not write."""
     while True:
         time.sleep(_WATCH_SECONDS)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Failure):
             if attempts.read_attempts(job).restart > restart:
                 print("SLURM has started this job again elsewhere; this process ends", file=sys.stderr, flush=True)
                 os._exit(1)
+
+
+def leave(status: int) -> None:
+    """Ends this process: threads of a process group that was left may abort an interpreter that ends by itself."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(job: Path, restart: int, launcher: int | None = None) -> int:
@@ -211,7 +194,4 @@ if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[2:] if word.isdecimal()]
     with allowing_code(word for word in sys.argv[2:] if not word.isdecimal()):
         exit_status = main(Path(sys.argv[1]), *numbers)
-    atexit._run_exitfuncs()  # threads of a process group that was left may abort an interpreter
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_status)
+    leave(exit_status)

@@ -16,10 +16,10 @@ import torch
 
 from dynexit.data import load_batches, load_data
 from dynexit.jobs.load import load_model, ranks_of
+from dynexit.jobs.planning.missing import missing_jobs
 from dynexit.models.multi_exit import MultiExit
 from dynexit.study.read import load_study
 from dynexit.study.stages import stage_of
-from launch.plan import missing_jobs
 
 POINTS = ("seed=[0, 1]", "jei_dnn.ce_ic_tradeoff=[0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 5]", "train.method=jei_dnn")
 QUIET = ("dist.num_threads=1", "dist.log_seconds=1000", "dist.checkpoint_seconds=1000", "exits.head_types=[linear]")

@@ -141,6 +141,21 @@ def test_epochs_go_through_the_augmented_views_in_turn(tmp_path: Path) -> None:
     assert set(before) < set(after)
 
 
+def test_features_in_bf16_are_the_rounded_ones_in_half_the_room(tmp_path: Path) -> None:
+    data, _ = keep(tmp_path)
+    rounded, _ = keep(tmp_path, kept_precision="bf16")  # in folders of its own
+    batch = [[5, 140, 17]]
+    ((_, rows, _),), ((_, half, _),) = load_batches(data.train, batch), load_batches(rounded.train, batch)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, rows.bfloat16().float())
+    assert not torch.equal(half, rows)
+    sizes = {}
+    for file in (tmp_path / FEATURES_DIR).glob("*/*.safetensors"):
+        row = load_file(file)["row"]
+        sizes.setdefault(row.dtype, []).append(row.nbytes)
+    assert sum(sizes[torch.bfloat16]) * 2 == sum(sizes[torch.float32])
+
+
 def test_plain_views_serve_methods_and_sets_without_augmentation(tmp_path: Path) -> None:
     keep(tmp_path / "set", kept_views=2)
     keep(tmp_path / "probe", tiny_data(augmented=True), method="probe", kept_views=2)

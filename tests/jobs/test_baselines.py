@@ -15,6 +15,7 @@ from dynexit.core.statistics import mean_interval, verdict
 from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.errors import Failure
 from dynexit.jobs.finished import report_is_done
+from dynexit.jobs.planning.missing import missing_jobs
 from dynexit.jobs.save import run_save
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir
@@ -23,7 +24,6 @@ from dynexit.search.problem import Problem
 from dynexit.study.baselines import network_name
 from dynexit.study.grid import Point, Study
 from dynexit.study.read import load_study
-from launch.plan import missing_jobs
 from tests.command_line import TINY, do_all_jobs, run_stage
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,12 @@ SMALL, LARGE = "{channels: [4, 5, 6, 7]}", "{channels: [8, 10, 12, 14]}"  # the 
 def tiny(folder: Path, *overrides: str, static: str = f"[{SMALL}, {LARGE}]") -> Study:
     quick = ("report.mlflow=false", "dist.checkpoint_seconds=1000", "train.method=probe", "probe.max_iterations=5")
     own = ("seed=0", "sweep.jei_dnn.ce_ic_tradeoff=[1]", "prepare.num_epochs=2", "exits.reader=average_max_std")
-    more = ("baselines.cascade=true", "search.relative_macs=[0.7, 0.9]", "data.num_evaluation_views=2")
+    more = (
+        "baselines.cascade=true",
+        "baselines.one_threshold=true",
+        "search.relative_macs=[0.7, 0.9]",
+        "data.num_evaluation_views=2",
+    )
     return load_study(TINY, [f"runs_dir={folder}", *quick, *own, *more, f"baselines.static={static}", *overrides])
 
 
@@ -104,17 +109,44 @@ def test_cascades_run_networks_in_order_of_their_macs(finished: tuple[Study, lis
         assert one.correct().tolist() == right
 
 
+def test_one_threshold_is_the_same_at_every_exit(finished: tuple[Study, list[ReportRow]]) -> None:
+    study, rows = finished
+    baselines = [one for one in baselines_of(study.points) if one.test.source == "one_threshold"]
+    assert baselines
+    assert sum(row.source == "one_threshold" for row in rows) == 2 * len(baselines)
+    for one in baselines:
+        ((point,),) = [[p for p in study.points if p.id == one.test.point_id]]
+        exits = json.loads(one.test.configuration)
+        assert (one.test.method, {head for head, _ in exits}) == ("probe, linear", {0})
+        ((_, threshold), *others) = exits
+        assert {each for _, each in others} == {threshold}
+        for row in (one.validation, one.test):
+            record, costs = record_of(point, row.split)
+            right, paid = record.correct_RN[-1].copy(), np.full(record.num_samples, costs.full_macs)
+            heads = np.cumsum([macs for (macs,) in costs.head_macs])
+            paid += heads[-1]
+            for place in reversed(range(len(costs.positions))):
+                leaves = record.probability()[place] > np.float32(threshold)
+                right[leaves] = record.correct_RN[place][leaves]
+                paid[leaves] = costs.backbone_macs[place] + heads[place]
+            assert (row.accuracy, row.macs) == (np.mean(right), pytest.approx(np.mean(paid)))
+        assert one.correct().tolist() == right.tolist()
+    best = [(-one.validation.macs, one.validation.accuracy) for one in baselines]
+    assert sorted(best) == sorted(best, key=lambda each: -each[1])  # none is beaten by another
+
+
 def test_the_study_chooses_no_baseline(finished: tuple[Study, list[ReportRow]], tmp_path: Path) -> None:
     study, rows = finished
     assert {row.source for row in rows if row.on_front} <= {"backbone", "search", "fixed"}
     saved = run_save(study.points, tmp_path / "saved")
     assert {point.source for point in saved} <= {"backbone", "search", "fixed"}
-    plain = tiny(study.directory.parent, "baselines.cascade=false", static="[]")
+    plain = tiny(study.directory.parent, "baselines.cascade=false", "baselines.one_threshold=false", static="[]")
     run_stage("report", plain.points)
     ours = [row for row in rows if row.source not in BASELINES]
     assert read_csv(study.directory / "report" / "operating_points.csv") == ours
     assert not (study.directory / "report" / "baselines.csv").exists()
     assert not report_is_done(study.points)
+    assert not report_is_done(tiny(study.directory.parent, "baselines.cascade=false", static="[]").points)
     run_stage("report", study.points)
     assert report_is_done(study.points)
     assert read_csv(study.directory / "report" / "operating_points.csv") == rows
@@ -152,7 +184,7 @@ def test_the_comparison_is_paired_and_chosen_on_validation(finished: tuple[Study
             paired = mean_interval(ours_N.astype(int) - one.correct(), np.arange(len(ours_N)) % 160)
             assert (paired.low, paired.high, verdict(paired)) == (low, high, line["verdict"])
     page = (study.directory / "report" / "report.html").read_text(encoding="utf-8")
-    assert "Against static networks and cascades" in page
+    assert "Against baselines" in page
     assert "cascade within 0.9" in page.replace("\N{NO-BREAK SPACE}", " ")
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dynexit.jobs.planning.missing import missing_jobs
 from dynexit.study.read import load_study
 from dynexit.train.independent import IndependentTask
-from launch.plan import missing_jobs
 from tests.command_line import TINY, digests, run_stage
 from tests.train.tiny import KilledError
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from dynexit.errors import Failure
 from dynexit.jobs.finished import failure_reason, finished_jobs
+from dynexit.jobs.planning.missing import make_packs, missing_jobs
 from dynexit.run_dir import RunDir, is_done, mark_done
 from dynexit.study.read import load_study
 from dynexit.train.jei_dnn import JeiDnnTask
-from launch.plan import make_packs, missing_jobs
 from launch.status import study_status
 from tests.command_line import TINY, digests, run_stage
 
@@ -123,3 +123,7 @@ def test_metrics_tell_of_every_epoch(tmp_path: Path) -> None:
     assert [row["stage"] for row in rows] == ["warm-up"] * 2 + ["joint"] * 3
     assert all(0 <= accuracy <= 1 for row in rows for accuracy in row["exit_accuracy"])
     assert sum(rows[-1]["exit_fractions"]) == pytest.approx(1)
+    losses = [{name: value for name, value in row.items() if name.startswith("train_")} for row in rows]
+    assert [set(one) for one in losses] == [{"train_warm_up_loss"}] * 2 + [{"train_gate_loss", "train_head_loss"}] * 3
+    assert 0 < losses[1]["train_warm_up_loss"] < losses[0]["train_warm_up_loss"] < 50  # summed over exits
+    assert [row.get("improved") for row in rows][:3] == [None, None, True]

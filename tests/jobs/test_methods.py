@@ -10,12 +10,12 @@ from dynexit.data import load_data
 from dynexit.dist import start_ranks
 from dynexit.jobs.infer import run_infer
 from dynexit.jobs.load import load_heads, load_model
+from dynexit.jobs.planning.missing import make_packs
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
-from launch.plan import make_packs
 from tests.command_line import TINY, do_all_jobs, run_stage
 
 pytestmark = pytest.mark.slow

@@ -153,6 +153,7 @@ def test_a_saved_folder_needs_no_code(finished: Study, tmp_path: Path) -> None:
         [sys.executable, "-c", code], check=True, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, stdout=-1
     )
     assert done.stdout.decode().split(maxsplit=1)[1].strip() == "('blocks.0', 'blocks.1')"
+    assert dynexit.export_model(tmp_path / "saved", tmp_path / "onnx")[1].num_other == 0
     model = dynexit.load(tmp_path / "saved")
     assert model.optimize().backbone.places == model.backbone.places
     stages = tmp_path / "saved" / "stages.json"
@@ -180,6 +181,14 @@ def test_a_folder_that_is_not_self_contained_says_so(tmp_path: Path) -> None:
         f"then add --allow-code {module} to the command (in Python: allow_code=['{module}'])"
     )
     assert dynexit.load(tmp_path / "saved", allow_code=[module]).verify() < 1e-6
+    for words in (
+        ["export", "saved", "--to", "torch", "--out", "programs", "--verify"],
+        ["bench", "saved", "--batch=1", "--out=times"],
+    ):
+        assert "is not allowed" in dynexit_command(tmp_path, *words, status=2).stderr
+        dynexit_command(tmp_path, *words, "--allow-code", module)
+    assert (tmp_path / "programs" / "router.json").is_file()
+    assert (tmp_path / "times" / "bench.csv").is_file()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dynexit.jobs.reporting.tracked import best_epoch
+from dynexit.contents import MetricsRow
+from dynexit.jobs.finished import kept_row, last_figures
 from dynexit.provenance import commit, cpu_name, instruction_set
+from dynexit.run_dir import RunDir, sha256_file
+from dynexit.study.read import load_study
 from tests.command_line import TINY, dynexit
 
 
@@ -18,30 +21,52 @@ def test_machine_and_code_are_named() -> None:
     assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", commit())
 
 
-def test_best_epoch_has_the_kept_figures() -> None:
-    lines = [
-        {"epoch": i, "validation_accuracy": a, "validation_relative_macs": m}
-        for i, (a, m) in enumerate([(0.5, 0.3), (0.9, 0.4), (0.9, 0.4), (0.8, 0.2)])
-    ]
-    kept = {"validation_accuracy": 0.9, "validation_relative_macs": 0.4, "test_accuracy": 0.7}
-    assert best_epoch(lines, kept) == {"best_epoch": 1.0}  # type: ignore[arg-type]
-    assert best_epoch(lines, kept | {"validation_accuracy": 0.91}) == {}  # type: ignore[arg-type]
-    assert best_epoch([{"epoch": 0}], kept) == {}
-    assert best_epoch(lines, {}) == {}  # type: ignore[arg-type]
+def test_the_kept_epoch_is_the_last_that_improved(tmp_path: Path) -> None:
+    rows: list[MetricsRow] = [{"epoch": i, "improved": one} for i, one in enumerate([True, False, True, False])]
+    (best,) = load_study(TINY, [f"runs_dir={tmp_path}", "jei_dnn.ce_ic_tradeoff=1"]).points[:1]
+    (last,) = load_study(TINY, [f"runs_dir={tmp_path}", "jei_dnn.ce_ic_tradeoff=1", "train.keep=last"]).points[:1]
+    assert kept_row(best, rows) == rows[2]
+    assert kept_row(last, rows) == rows[3]
+    assert kept_row(best, [{"epoch": 0}, {"epoch": 1}]) is None  # of earlier versions
+    assert kept_row(best, [{"epoch": 0}]) == {"epoch": 0}
+    assert kept_row(best, []) is None
+    RunDir(best, "train").write_lines("metrics.jsonl", [])
+    assert last_figures(best) == ""
+    figures = {"validation_accuracy": 0.9, "validation_relative_macs": 0.4}
+    RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[0], **figures}, {**rows[1], **figures}])
+    shown = "validation 90.00 % at 0.400 relative MACs"
+    assert last_figures(best) == f"last epoch 1: {shown}; kept 0: {shown}"
+    RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[0], **figures}])
+    assert last_figures(best) == f"last epoch 0, kept: {shown}"
+    RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[1]}, {**rows[1]}])
+    assert last_figures(best) == "last epoch 1"
 
 
 @pytest.mark.slow
 def test_each_job_leaves_its_provenance(tmp_path: Path) -> None:
-    dynexit(
-        tmp_path, "run", TINY, "seed=[0]", "jei_dnn.ce_ic_tradeoff=[1]", "report.mlflow=false", "train.num_epochs=3"
-    )
+    overrides = ("seed=[0]", "jei_dnn.ce_ic_tradeoff=[1]", "report.mlflow=false", "train.num_epochs=3")
+    dynexit(tmp_path, "run", TINY, *overrides)
+    assert "vs backbone" not in dynexit(tmp_path, "infer", TINY, *overrides).stdout  # the report's table
     study = tmp_path / "runs" / "tiny_study"
-    for stage in ("prepare", "train", "record", "search"):
-        (path,) = study.glob(f"{stage}/*/provenance.json")
+    for stage in ("prepare", "train", "record", "search", "infer", "report"):
+        (path,) = study.glob(f"{stage}/*/provenance.json" if stage != "report" else "report/provenance.json")
         found = json.loads(path.read_text())
+        assert found["digests"].pop("study.yaml") == sha256_file(study / "study.yaml")
+        files = {name: sha256_file(path.parent / name) for name in found["digests"]}
+        assert found["digests"] == files != {}
         assert (found["stage"], found["num_points"], found["gpu"]) == (stage, 1, "")
         assert 0 < found["seconds"] < 600
         assert found["command"]
+        assert found["peak_memory_bytes"] > 10 << 20
+        loads = stage in ("prepare", "train", "record")
+        assert ("images_per_second_per_rank" in found) == ("share_waiting_for_data" in found) == loads
     page = (study / "report" / "report.html").read_text()
     assert "<h2>Provenance</h2>" in page
     assert f"torch {found['packages']['torch']}" in page
+    assert "<th>waiting for data</th>" in page
+    (trained,) = study.glob("train/*/provenance.json")
+    measured = json.loads(trained.read_text())
+    (point,) = json.loads(dynexit(tmp_path, "status", TINY, *overrides, "--json").stdout)["points"]
+    names = ("images_per_second_per_rank", "share_waiting_for_data", "peak_memory_bytes")
+    assert point["speed"] == {name: measured[name] for name in names}
+    assert "speed" not in dynexit(tmp_path, "status", TINY, *overrides).stdout

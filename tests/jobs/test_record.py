@@ -9,10 +9,10 @@ import pytest
 
 from dynexit.errors import Failure
 from dynexit.jobs.finished import is_recorded
+from dynexit.jobs.planning.missing import missing_jobs
 from dynexit.run_dir import folders_in_place
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
-from launch.plan import missing_jobs
 from tests.command_line import TINY, run_stage
 from tests.reference.fake_outputs import contents
 from tests.train.ranks import run_ranks

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dynexit.core.cost import ExitCosts
+from dynexit.core.latency import BatchTimes, LatencyTable
 from dynexit.core.tradeoff import Configuration
 from dynexit.dyce.inputs import parse_costs
 from dynexit.errors import UserError
@@ -130,6 +131,28 @@ def test_time_is_searched_where_a_latency_table_is_given(files, problems, tmp_pa
         search(**files, latency=latency, relative_macs=[0.5])
     with pytest.raises(UserError, match=r"relative_latency is 0\.5, but time is known only from a latency table"):
         search(**files, relative_latency=[0.5])
+
+
+def test_times_of_stage_bench_are_a_latency_table(files, problems, tmp_path):
+    stages, heads = [0.9, 0.05, 0.04, 0.01], [[0.001, 0.002]] * 3
+
+    def times(factor: float, stages: list, heads: list) -> BatchTimes:
+        rows = tuple(tuple(factor * one for one in row) for row in (stages, *heads))
+        return BatchTimes(factor, rows[0], rows[1:], *[(0.0,) * len(heads)] * 2)
+
+    costs = problems["train"].costs
+    table = LatencyTable(costs.positions, costs.head_types, {n: times(n, stages, heads) for n in (1, 4)})
+    measured = write_json(tmp_path / "latency.json", table.to_json())
+    plain = write_json(tmp_path / "times.json", {"stage_seconds": stages, "head_seconds": heads})
+    asked = {"accuracy_weights": [0.3], "relative_latency": [0.95]}
+    expected = search(**files, latency=plain, **asked)
+    for batch_size in (None, 4):  # the same for an image
+        assert search(**files, latency=measured, batch_size=batch_size, **asked) == expected
+    with pytest.raises(UserError, match=r"--batch-size 3: .*latency.json has times of batches of 1, 4; name one"):
+        search(**files, latency=measured, batch_size=3, **asked)
+    other = LatencyTable((0,), ("linear",), {1: times(1, [1.0, 1.0], [[1.0]])}).to_json()
+    with pytest.raises(UserError, match=r"other.json does not fit the records: it has positions \[0\] with linear"):
+        search(**files, latency=write_json(tmp_path / "other.json", other), **asked)
 
 
 @pytest.mark.parametrize("method", ["onepass", "circular", "samethres"])

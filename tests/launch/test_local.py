@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dynexit.errors import Failure
+from dynexit.jobs.planning.missing import Job
 from dynexit.study.read import load_study
-from launch.plan import Job
 from launch.tasks.attempts import CRASHED, read_attempts, read_work
 from launch.tasks.folder import add_array, new_folder, read_jobs, work_of
 from tests.command_line import TINY, dynexit, start
@@ -31,6 +32,9 @@ def test_jobs_are_read_as_they_were_listed(tmp_path: Path) -> None:
     assert new_folder(study, "slurm").name == "0002"
     assert read_jobs(folder, work) == packs
     assert [point.label for point in read_jobs(folder, work)[1][0].points] == [point.label for point in study.points]
+    for foreign in ({"train": ["0123456789ab"]}, {"cook": [study.points[0].id]}):
+        with pytest.raises(Failure, match=rf"jobs\.json is damaged \(its study has no {next(iter(foreign))} "):
+            read_jobs(folder, [foreign])
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import unfinished_packs
+from dynexit.jobs.planning.checks import check_identity
 from dynexit.study.read import load_study
-from launch.plan import check_identity
 from launch.status import study_status
 from tests.command_line import ROOT, TINY, dynexit
 

@@ -1,12 +1,16 @@
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from dynexit.errors import UserError
+from dynexit.jobs.aggregate import study_folders
 from dynexit.jobs.infer import choose
 from dynexit.report.budgets import budget_cells
 from dynexit.report.table import at_tenths, backbone_accuracy, front_of, mark_front, summary, within_budgets
-from dynexit.search.operating_points import BASELINES
+from dynexit.search.operating_points import BASELINES, RowTime
+from dynexit.study.outcomes import InferSettings
 from tests.report.synthetic_rows import row, synthetic_rows
 
 ROWS = synthetic_rows(tradeoffs=(0.1, 1.0, 5.0), accuracy_weights=(0.5, 0.7, 0.8, 0.9, 0.95))
@@ -76,6 +80,17 @@ def test_summary_by_hand():
     assert (search.method, search.all_seeds) == ("jei_dnn", pytest.approx(0.96 * 0.5))
 
 
+def test_lines_of_files_outside_the_folder_are_not_shown(tmp_path):
+    (tmp_path / "secret").write_text("password: 12345\n")
+    study = tmp_path / "runs" / "study"
+    study.mkdir(parents=True)
+    (study / "study.yaml").symlink_to(tmp_path / "secret")
+    for given in (tmp_path / "runs", study):
+        with pytest.raises(UserError, match=rf"study\.yaml is a link to a file outside {given}; remove it or copy"):
+            study_folders([given])
+    assert study_folders([tmp_path]) == [study]
+
+
 def test_baselines_are_never_chosen():
     better = [
         one
@@ -88,7 +103,29 @@ def test_baselines_are_never_chosen():
     assert summary([*ROWS, *better]) == summary(ROWS)
     assert budget_cells([*ROWS, *better], {}, str) == budget_cells(ROWS, {}, str)
     for budget in (None, 0.3):
-        assert choose([*better, *ROWS], budget, "any") == choose(ROWS, budget, "any")
+        settings = InferSettings(relative_macs=budget)
+        assert choose([*better, *ROWS], settings) == choose(ROWS, settings)
+
+
+def test_infer_keeps_within_a_budget_of_time():
+    times = {one.key: (RowTime(1, 2 * one.relative_macs, 0.5), RowTime(8, 9.0, 0.9)) for one in ROWS}
+    timed = [replace(one, times=times[one.key]) for one in ROWS]
+    own = [one for one in timed if one.split == "validation" and one.source != "backbone"]
+    for most in (0.5, 1.0, 1.5):
+        found = choose(timed, InferSettings(latency_ms=most))
+        assert found.accuracy == max(one.accuracy for one in own if one.times[0].latency_ms <= most)
+    assert choose(timed, InferSettings(latency_ms=9.0, latency_batch_size=8)).accuracy == max(o.accuracy for o in own)
+    for rows, settings, message in (
+        (ROWS, {}, "infer.latency_ms: no time was measured; set search.latency=measured, and run the study again"),
+        (
+            timed,
+            {"latency_batch_size": 3},
+            "infer.latency_batch_size = 3: measured are 1, 8; name one, or add it to bench",
+        ),
+        (timed, {}, "infer.latency_ms = 0.001: no operating point is within it; the nearest has "),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            choose(rows, InferSettings(latency_ms=0.001, **settings))
 
 
 def test_a_study_without_backbone_or_test_rows_has_a_summary():

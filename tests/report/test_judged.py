@@ -1,7 +1,6 @@
 """Words for intervals, the front's tables and the cards of budgets, on made-up rows."""
 
 import csv
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,9 @@ from dynexit.core.statistics import Interval
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FrontEntry, entries_of, even_steps, write_front
 from dynexit.report.judged.outcomes import Judgement
+from dynexit.report.judged.verdicts import headline
 from dynexit.report.judged.words import at_least, at_most, difference_text, drop_to_test, share_text
-from dynexit.report.page import Page, headline, write_page
+from dynexit.report.page import Page, write_page
 from dynexit.report.table import front_of
 from dynexit.search.operating_points import ReportRow
 from tests.report.synthetic_rows import synthetic_rows
@@ -136,21 +136,3 @@ def test_page_shows_cards_warnings_and_intervals(tmp_path: Path) -> None:
     assert html.count("<script>") == 1
     assert "script-src 'sha256-" in html
     assert share_text(JUDGEMENTS[found[0].test.key, "test"].accuracy) in html
-
-
-@pytest.mark.browser
-def test_script_adds_copy_buttons_and_the_page_prints(tmp_path: Path, chromium: str) -> None:
-    made = cards(entries(), (0.3, 0.45), {}, Path("runs/x"))
-    write_page(tmp_path / "report.html", Page("x", ROWS, judged=JUDGEMENTS, cards=made))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--enable-logging=stderr", "--window-size=390,2000", f"--user-data-dir={tmp_path}/profile"]
-    flags += ["--host-resolver-rules=MAP * ~NOTFOUND"]
-    for more in (["--dump-dom"], [f"--print-to-pdf={tmp_path}/page.pdf"]):
-        command = [chromium, *flags, *more, f"file://{tmp_path}/report.html"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "CONSOLE" not in done.stderr
-        if more == ["--dump-dom"]:
-            assert done.stdout.count(">copy</button>") == sum(len(card.commands) for card in made)
-            assert done.stdout.count("<option") == len(made) + 1
-    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")

@@ -71,7 +71,8 @@ def test_members_of_one_seed_share_the_warm_up(tmp_path: Path) -> None:
             task.train_step(split.__getitems__(batch), 1.0)
         task.end_epoch(epoch)
     assert [group.stage for group in task.groups] == ["joint", "joint"]
-    for tensors in (task.stack("heads"), task.momentum("heads")):
+    momenta = task.heads.by_name(task.optimizers["heads"].states[""])
+    for tensors in (task.stack("heads"), momenta):
         for value in tensors.values():
             assert torch.equal(value[0], value[1])
             assert torch.equal(value[2], value[3])

@@ -5,12 +5,25 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from dynexit.report.judged.front import FrontEntry
 from dynexit.report.table import percent
+from dynexit.search.operating_points import ReportRow
 
 _SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 _DROPS = (0.0, 0.005, 0.01, 0.02)
+SAVE, PREDICT, INFER = "save it as a model folder", "classify images with it", "measure it on the test split"
+
+
+class HasRows(Protocol):
+    """An operating point on both splits."""
+
+    @property
+    def validation(self) -> ReportRow: ...
+
+    @property
+    def test(self) -> ReportRow: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ def cards(
         found.setdefault(id(entry), ([], entry))[0].append(words)
     chosen = sorted(found.values(), key=lambda item: item[1].validation.relative_macs)
     return [
-        Card(", ".join(words), labels.get(entry.test.point_id, ""), entry, _commands(entry, front, study_dir))
+        Card(", ".join(words), labels.get(entry.test.point_id, ""), entry, commands(entry, front, study_dir))
         for words, entry in chosen
     ]
 
@@ -54,27 +67,42 @@ def _by_drop(front: Sequence[FrontEntry], base: float | None) -> Iterator[tuple[
     for drop in _DROPS if base is not None else ():
         kept = [one for one in front if base is not None and one.validation.accuracy >= base - drop]
         if kept:
-            yield f"at most {100 * drop:g} points lost" if drop else "no accuracy lost", kept[0]
+            yield (
+                f"at most {100 * drop:g} point{'s' if drop != 0.01 else ''} lost" if drop else "no accuracy lost",
+                kept[0],
+            )
 
 
-def _commands(entry: FrontEntry, front: Sequence[FrontEntry], study_dir: Path) -> dict[str, str]:
-    share, folder = _share(entry, front), shlex.quote(str(study_dir))
+def commands(chosen: HasRows, front: Sequence[HasRows], study_dir: Path) -> dict[str, str]:
+    """The commands that save, run and measure a point of the front by relative MACs, by what they do."""
+    share = budget_text_of(chosen.validation.relative_macs, [one.validation.relative_macs for one in front])
     share_option = f"--relative-macs {share}"
-    saved = shlex.quote(f"{study_dir.name}-{share}")
+    study, folder = shlex.quote(str(study_dir)), shlex.quote(f"{study_dir.name}-{share}")
     return {
-        "save it as a model folder": f"dynexit save {folder} {saved} --point {entry.test.point_id} {share_option}",
-        "classify images with it": f"dynexit predict {saved} IMAGE_OR_FOLDER {share_option}",
-        "measure it on the test split": f"dynexit infer {folder} infer.relative_macs={share}",
+        SAVE: f"dynexit save {study} {folder} --point {chosen.test.point_id} {share_option}",
+        PREDICT: f"dynexit predict {folder} IMAGE_OR_FOLDER {share_option}",
+        INFER: f"dynexit infer {study} infer.relative_macs={share}",
     }
 
 
-def _share(entry: FrontEntry, front: Sequence[FrontEntry]) -> str:
-    """The shortest share of the MACs within which the point is the best, rounded up."""
-    cost = entry.validation.relative_macs
-    dearer = [one.validation.relative_macs for one in front if one.validation.relative_macs > cost]
+def commands_by_time(chosen: HasRows, front: Sequence[HasRows], batch_size: int, study_dir: Path) -> dict[str, str]:
+    """The same for the front by the time of a batch; `dynexit infer` chooses by MACs alone."""
+    milliseconds = [one.validation.time(batch_size).latency_ms for one in front]
+    limit = budget_text_of(chosen.validation.time(batch_size).latency_ms, milliseconds)
+    study, folder = shlex.quote(str(study_dir)), shlex.quote(f"{study_dir.name}-{limit}ms")
+    option = f"--latency-ms {limit} --batch-size {batch_size}"
+    return {
+        SAVE: f"dynexit save {study} {folder} --point {chosen.test.point_id} {option}",
+        PREDICT: f"dynexit predict {folder} IMAGE_OR_FOLDER --point macs-{chosen.validation.relative_macs:.3f}",
+    }
+
+
+def budget_text_of(cost: float, costs: Sequence[float]) -> str:
+    """The shortest number within which the point of this cost is the dearest of `costs`, rounded up."""
+    dearer = min((one for one in costs if one > cost), default=math.inf)
     for decimals in range(2, 16):
         scale = 10**decimals
-        share = math.ceil(cost * scale) / scale
-        if cost <= share < min(dearer, default=math.inf):
-            return f"{share:.{decimals}f}"
+        budget = math.ceil(cost * scale) / scale
+        if cost <= budget < dearer:
+            return f"{budget:.{decimals}f}"
     return repr(cost)

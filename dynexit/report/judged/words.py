@@ -30,6 +30,18 @@ def difference_text(difference: Interval) -> str:
     return (f"{100 * difference.value:+.2f} " + _joined(f"({low}, {high})")).replace("-", "−")
 
 
+def percent_range(shares: Sequence[float]) -> str:
+    """The mean of accuracies with the least and the greatest, as `98.20 % (98.00 to 98.40)`; one alone."""
+    low, high = (f"{100 * limit:.2f}" for limit in (min(shares), max(shares)))
+    spread = " " + _joined(f"({low} to {high})") if len(shares) > 1 else ""
+    return _joined(f"{100 * sum(shares) / len(shares):.2f} %") + spread
+
+
+def points_range(low: float, high: float, count: int) -> str:
+    """The spread of differences over `count` seeds, as `; seeds −0.17 to +0.50`; nothing for one."""
+    return f"; seeds {100 * low:+.2f} to {100 * high:+.2f}".replace("-", "−") if count > 1 else ""
+
+
 def _joined(text: str) -> str:
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 

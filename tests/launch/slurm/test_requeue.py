@@ -25,7 +25,7 @@ def run_script(
 ) -> tuple[int, str]:
     """Exit status of a job's script whose ranks ended with `status`, and what scontrol was asked for."""
     arrays = [{"stage": "train", "tasks": {"7_2": [{}] * num_packs}}]
-    (folder / "jobs.json").write_text(json.dumps({"arrays": arrays}))
+    (folder / "jobs.json").write_text(json.dumps({"site": None, "arrays": arrays}))
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
     for name, text in (

@@ -30,6 +30,10 @@ def write(folder: Path, text: str) -> Path:
         ("time_minutes: 0", "time_minutes = 0: should be greater than or equal to 1"),
         ("- partition", "should hold keys, as `partition: gpu`, not list"),
         ("a: [", "could not be read"),
+        ("sbatch: " + "[" * 60, "could not be read: it is nested deeper than 50 levels (line 1, column 58)"),
+        ("a: &a [1, 2]\n" + "b: [" + "*a, " * 40_000 + "]", "could not be read: it holds more than 100,000 values"),
+        ("sbatch: {begin: 2026-01-01}", "sbatch.begin = 2026-01-01: is a date in YAML; put it in quotes if it is text"),
+        ("x" * 1000 + ": 1", "xxx... (1,000 characters) is not a key; the keys are partition"),
         ("stages: {train: {cpus: 4}}", "stages.train = 'train': should be 'search' or 'report'"),
         ("stages: {search: {gpus: 4}}", "stages.search.gpus is not a key"),
     ],
@@ -71,10 +75,12 @@ def test_what_follows_from_profile_and_study() -> None:
     assert (Site().minutes(dist), Site(time_minutes=4).minutes(dist)) == (90, 4)
     assert (Site().delay_seconds(dist), Site(time_minutes=1).delay_seconds(dist)) == (120, 15)
     assert (Site().cpus(dist), Site(cpus_per_task=7).cpus(dist)) == (5, 7)
-    lines = Site(modules=["a b"], setup=["true"], scratch_dir="/s/$USER", network_interface="ib0").shell_lines(dist)
+    lines = Site(
+        modules=["a b"], setup=["export NCCL_DEBUG=WARN"], scratch_dir="/s/$USER", network_interface="ib0"
+    ).shell_lines(dist)
     assert lines == [
         "module load 'a b'",
-        "true",
+        "export NCCL_DEBUG=WARN",
         'export TMPDIR="/s/$USER"',
         'mkdir -p "$TMPDIR"',
         "export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0",
@@ -85,14 +91,17 @@ def test_what_follows_from_profile_and_study() -> None:
 def test_contradictions_with_the_study() -> None:
     cuda = Config(dist=DistSettings(device="cuda", tasks_per_node=4))
     assert "asks for no GPUs" in site_contradictions(Site(), cuda)[0]
-    assert "dist.tasks_per_node = 4: should be at most" in site_contradictions(Site(gpus_per_node=2), cuda)[0]
+    assert site_contradictions(Site(gpus_per_node=2), cuda) == [
+        "dist.tasks_per_node = 4: should be the site profile's gpus_per_node, 2, as a rank uses one; set "
+        "dist.tasks_per_node=2 in the study, or gpus_per_node: 4 in the profile"
+    ]
     assert site_contradictions(Site(gpus_per_node=4), cuda) == []
 
 
 def test_gpus_that_no_rank_would_use_are_refused() -> None:
     assert site_contradictions(Site(gpus_per_node=8), Config()) == [
-        "dist.tasks_per_node = 1: would leave GPUs of each node unused, as the site profile has gpus_per_node = 8 and "
-        "a rank uses one; set dist.tasks_per_node=8 in the study, or gpus_per_node: 1 in the profile"
+        "dist.tasks_per_node = 1: should be the site profile's gpus_per_node, 8, as a rank uses one; set "
+        "dist.tasks_per_node=8 in the study, or gpus_per_node: 1 in the profile"
     ]
     assert site_contradictions(Site(gpus_per_node=8), Config(dist=DistSettings(tasks_per_node=8))) == []
     assert site_contradictions(Site(gpus_per_node=1), Config()) == []

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from dynexit.errors import Failure
 from dynexit.run_dir import write_json
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
+from dynexit.study.stages import stages_until
+from launch.__main__ import main
 from launch.slurm import cluster
 from launch.slurm.cluster import QueuedJob
-from launch.slurm.submissions import QueueView, Submitted, all_submitted, take_back
+from launch.slurm.site import Site
+from launch.slurm.submissions import QueueView, Submitted, all_submitted
+from launch.slurm.submit import submit_study
 from launch.status import report_state, study_status
 from launch.tasks.attempts import COMPLETED, CRASHED, FAILED, End, Work, append_lines
 from launch.tasks.folder import add_array, new_folder
@@ -168,14 +173,75 @@ def test_an_attempt_that_noted_no_end_is_told_by_its_state(study: Study, queue: 
     assert {one.state for one in study_status(study)} == {"cancelled"}
 
 
-def test_a_refused_submission_is_taken_back(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_submission_is_taken_back(study: Study, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled: list[str] = []
+    ids = iter(["7", "8"])
+
+    def ask(command: Sequence[str]) -> str:
+        if command[0] == "sbatch" and "search" in command[-1]:
+            raise Failure("`sbatch` failed: no such partition")
+        return next(ids) if command[0] == "sbatch" else ""
+
+    monkeypatch.setattr(cluster, "ask", ask)
     monkeypatch.setattr(cluster, "cancel_jobs", cancelled.extend)
     submit(study, "prepare", {"6_0": [{"prepare": ["p"]}]})
-    folder = new_folder(study, "slurm")
-    assert take_back(folder) == ""
-    add_array(folder, "prepare", {"7_0": [{"prepare": ["p"]}]})
-    add_array(folder, "train", {"8_0": [{"train": ["a"]}], "8_1": [{"train": ["b"]}]})
-    assert take_back(folder) == "; what was submitted before it is cancelled"
-    assert cancelled == ["7_0", "8_0", "8_1"]
+    refusal = "sbatch refused search: 1 task: `sbatch` failed: no such partition; what was submitted before it is "
+    with pytest.raises(Failure, match=f"{refusal}cancelled"):
+        submit_study(study, stages_until("report"), Site())
+    assert cancelled == ["7_0", "8_0"]
     assert [job.job_id for job in all_submitted(study.directory) if job.is_cancelled] == cancelled
+
+
+def test_own_code_is_allowed_again_by_each_command(
+    tmp_path: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = iter(range(7, 99))
+    monkeypatch.setattr(cluster, "ask", lambda command: str(next(ids)) if command[0] == "sbatch" else "")
+    monkeypatch.chdir(tmp_path)
+    module = "tests.models.cut.own"
+    backbone = f"backbone={{module: '{module}:Residual', arguments: {{in_channels: 1, num_classes: 10}}}}"
+    run = ["run", str(TINY), backbone, "name=own", "--on", "slurm"]
+    retry = ["retry", "runs/own"]
+
+    def scripts() -> list[str]:
+        return [path.read_text() for path in sorted(Path("runs/own/slurm").glob("*/*.sh"))]
+
+    for command in (run, retry):
+        before = scripts()
+        assert main(command) == 2
+        assert f"add --allow-code {module} to the command" in capsys.readouterr().err
+        assert scripts() == before
+        assert main([*command, "--allow-code", module]) == 0
+        new = scripts()[len(before) :]
+        assert len(new) == 4
+        assert all(f'-m launch.tasks.worker "$job" "$restart" {module}\n' in text for text in new)
+
+
+@pytest.mark.parametrize(
+    ("content", "mistake"),
+    [
+        ({"site": None}, "arrays: Field required"),
+        ({"site": 3, "arrays": []}, "site: Input should be an object"),
+        ({"site": None, "arrays": [{"stage": "train", "tasks": {"../x": []}}]}, "String should match pattern"),
+        ({"site": None, "arrays": [{"stage": "train", "tasks": {"7": [{"train": "all"}]}}]}, "should be a valid array"),
+    ],
+)
+def test_a_damaged_list_of_jobs_is_named(study: Study, queue: Queue, content: object, mistake: str) -> None:
+    folder = new_folder(study, "slurm")
+    write_json(folder / "jobs.json", content)
+    with pytest.raises(Failure) as caught:
+        all_submitted(study.directory)
+    assert str(caught.value).startswith(f"{folder}/jobs.json is damaged (")
+    assert mistake in str(caught.value)
+    assert f"`mv {folder} {folder}.damaged`" in str(caught.value)
+
+
+def test_damaged_attempts_are_those_of_their_points(study: Study, queue: Queue) -> None:
+    first, *others = (point.id for point in study.points)
+    folder = submit(prepared(study), "train", {"7_0": [{"train": [first]}], "7_1": [{"train": others}]})
+    note(folder / "7_0.jsonl", "dev1", ends=[End(FAILED, 0, 1, "no space")])
+    (folder / "7_1.jsonl").write_text('{"start": "now", "restart": 0, "node": "dev1"}\n{"start": "no\n{"pack": 1}\n')
+    whole, *damaged = study_status(study)
+    assert whole.figures == "no space"
+    assert {one.state for one in damaged} == {"damaged"}
+    assert damaged[0].figures.startswith(f"{folder}/7_1.jsonl is damaged (line 3: ")

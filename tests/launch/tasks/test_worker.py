@@ -17,9 +17,9 @@ import torch
 
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError, received_signals
+from dynexit.jobs.planning.missing import Job, split_by_input
 from dynexit.run_dir import mark_done, write_text
 from dynexit.study.grid import Point
-from launch.plan import Job
 from launch.tasks import worker
 from launch.tasks.attempts import (
     COMPLETED,
@@ -32,7 +32,8 @@ from launch.tasks.attempts import (
     append_lines,
     read_reason,
 )
-from launch.tasks.worker import listed_work, main, split_by_input
+from launch.tasks.decision import RequeueLimits, attempt_ends, decide
+from launch.tasks.worker import listed_work, main
 from tests.command_line import ENVIRONMENT, ROOT
 
 STAGES = ("prepare", "train", "record", "search")
@@ -42,10 +43,8 @@ Train = Callable[[Sequence[Point]], None]
 def job_of(stage: str, letters: str, folder: Path) -> Job:
     ids = [{one: f"{letter}-{one}" for one in STAGES} | {"prepare": "p"} for letter in letters]
     config = SimpleNamespace(dist=SimpleNamespace(max_retries=1))
-    points = [
-        SimpleNamespace(id=one["train"], ids=one, study_dir=folder, label=f"point {one['train']}", config=config)
-        for one in ids
-    ]
+    common = {"study_dir": folder, "config": config, "is_by_time": False}
+    points = [SimpleNamespace(id=one["train"], ids=one, label=f"point {one['train']}", **common) for one in ids]
     return Job(stage, tuple(cast(Point, point) for point in points))
 
 
@@ -75,7 +74,7 @@ def run(folder: Path, *packs: tuple[Job, ...]) -> tuple[int, RankReason]:
     """The exit status of a rank with these packs, and what it leaves."""
     work = [{job.stage: [point.id for point in job.points] for job in pack} for pack in packs]
     arrays = [{"stage": "train", "tasks": {"7_2": work}}]
-    (folder / "jobs.json").write_text(json.dumps({"arrays": arrays}))
+    (folder / "jobs.json").write_text(json.dumps({"site": None, "arrays": arrays}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launch.tasks.folder.read_jobs", lambda read, found: list(packs) if found == work else [])
         status = main(folder / "7_2", 0)
@@ -155,6 +154,25 @@ def test_a_crash_ends_the_program_in_its_pack(rank: Path, monkeypatch: pytest.Mo
     assert status == 1  # 1 crashed too often
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_lack_of_memory_is_a_failure(rank: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
+    def train(points: Sequence[Point]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    set_training(monkeypatch, train)
+    monkeypatch.setattr(worker, "_start_ranks", lambda first, job: Ranks(0, num_ranks, torch.device("cpu")))
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
+    finish(job_of("prepare", "a", rank))
+    status, reason = run(rank, (job_of("train", "ab", rank),))
+    expected = (
+        "out of memory with 2 points in one pack (CUDA out of memory.); set dist.members_per_pack below 2, or "
+        "train.global_batch_size lower"
+    )
+    (end,) = attempt_ends({0: reason}, status, 10, RequeueLimits(1, 1, 1, 1e9, num_ranks))
+    assert (status, end.reason, end.pack, end.error) == (1, FAILED, 0, expected)
+    assert not decide([end], 1, RequeueLimits(1, 1, 1, 1e9)).requeue
+
+
 @pytest.mark.parametrize(
     ("number", "retries"),
     [
@@ -191,7 +209,7 @@ def test_a_failure_of_one_rank_alone_ends_the_job(rank: Path, monkeypatch: pytes
         raise Failure("no room here")
 
     set_training(monkeypatch, train)
-    monkeypatch.setattr(worker, "_start_ranks", lambda job: Ranks(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(worker, "_start_ranks", lambda first, job: Ranks(0, 2, torch.device("cpu")))
     monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
     status, reason = run(rank, *train_packs(rank, "ab"))
     assert (status, reason.word, reason.pack, reason.error) == (1, FAILED, 0, "no room here")
@@ -238,7 +256,7 @@ def test_missing_input_is_a_failure(rank: Path) -> None:
 
 def test_a_job_that_is_not_listed_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_LIST_SECONDS", 0)
-    for arrays in ("", '{"arrays": [{"stage": "train", "tasks": {"7_1": [{}]}}]}'):
+    for arrays in ("", '{"site": null, "arrays": [{"stage": "train", "tasks": {"7_1": [{}]}}]}'):
         if arrays:
             (tmp_path / "jobs.json").write_text(arrays)
         with pytest.raises(UserError, match=r"jobs\.json does not list job 7_2; submit the study again"):

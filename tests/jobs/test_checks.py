@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from dynexit.errors import UserError
+from dynexit.jobs.planning.checks import check_models
 from dynexit.study.read import load_study
-from launch.checks import check_models
 from tests.command_line import TINY, start
 
 NOT_FITTING = (

@@ -1,16 +1,22 @@
-"""What can be known to be wrong with a study before anything starts: missing files, and models that do not fit it."""
+"""What can be known to be wrong with a study before anything starts: files, models, another's folder."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dynexit.errors import UserError
 from dynexit.files import check_weights_file
+from dynexit.jobs.planning.missing import missing_jobs
+from dynexit.run_dir import read_json, write_json
 from dynexit.study.baselines import network_name
 from dynexit.study.data.names import check_files
-from dynexit.study.grid import Study
+from dynexit.study.grid import Study, fixed_values
 from dynexit.study.schema import Config
-from launch.plan import missing_jobs
+from dynexit.study.stages import POINT_STAGES
+from dynexit.study.validation import sentences
 
 
 def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> None:
@@ -61,18 +67,13 @@ def _untrained_kinds(study: Study) -> list[tuple[Config, bool, str]]:
     for a static network its key.
     """
     kinds: dict[str, tuple[Config, bool, str]] = {}
-    keys: dict[tuple[Any, ...], str] = {}  # points share the sections that they do not differ in
     for stage in ("train", "prepare"):
-        for point in (point for job in missing_jobs(study, stage) for point in job.points):
+        for point in (job.points[0] for job in missing_jobs(study, stage)):  # those of a pack have one kind of model
             config = point.config
-            sections = (config.data, config.backbone, config.exits)
-            rest = (config.record.topk, config.prepare.num_epochs > 0)
-            same = (*map(id, sections), *rest)
-            if same not in keys:
-                keys[same] = repr((sections, rest))
             is_another = point.networks and point.ids["record"] != point.networks[-1]
             name = f"baselines.static {network_name(point)}: " if is_another else ""
-            kinds[keys[same]] = (config, stage == "prepare", name)  # later stages read the prepared backbone
+            sections = (config.data, config.backbone, config.exits, config.record.topk, config.prepare.num_epochs > 0)
+            kinds[repr(sections)] = (config, stage == "prepare", name)  # later stages read the prepared backbone
     return list(kinds.values())
 
 
@@ -85,3 +86,30 @@ def folders_elsewhere(study: Study) -> list[str]:
         for folder in folders
         if not Path(folder).expanduser().is_dir()
     ]
+
+
+def check_identity(study: Study) -> None:
+    """Raises UserError if the study's run directory has results for another backbone; else notes this one there.
+
+    Raises it too for a name, which a renamed folder gave, that could not be read again. With another fixed key of data,
+    backbone or prepare nothing in the folder can be used again, which is a mistake more often than not. Other keys are
+    covered by the points' ids.
+    """
+    try:
+        Config(name=study.config.name)
+    except ValidationError as error:
+        raise UserError(f"{sentences(error)[0]}; rename the folder {study.directory}") from None
+    path = study.directory / "study.json"
+    values = fixed_values(study)
+    before = values
+    if any((study.directory / name).exists() for name in (*POINT_STAGES, "submitted")):
+        with contextlib.suppress(FileNotFoundError):
+            before = read_json(path, dict[str, Any])
+    for name, value in values.items():
+        if name in before and before[name] != value:
+            raise UserError(
+                f"{study.directory} was made by another configuration: {name} was {before[name]!r} there and is "
+                f"{value!r} now; choose another folder with name=NAME, sweep the key, or move {study.directory} aside"
+            )
+    if before is values or before != values:
+        write_json(path, values)

@@ -1,21 +1,19 @@
 """Study -> points -> packs -> jobs: what is missing, and what can be done together."""
 
-import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynexit.errors import UserError
-from dynexit.jobs.finished import is_recorded, is_searched, report_is_done, unfinished_packs
-from dynexit.run_dir import RunDir, read_json, write_json
+from dynexit.errors import Failure
+from dynexit.jobs.finished import is_recorded, is_searched, unfinished_packs
+from dynexit.run_dir import RunDir
 from dynexit.study.dist import DistSettings
-from dynexit.study.grid import Point, Study, canonical_json, digest, fixed_values
+from dynexit.study.grid import Point, Study, canonical_json, digest
 from dynexit.study.methods import METHODS
 from dynexit.study.schema import method_settings
-from dynexit.study.stages import BENCH, POINT_STAGES, stage_of
+from dynexit.study.stages import BENCH, POINT_STAGES, inputs_of, stage_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,51 +110,20 @@ def _pack_key(point: Point) -> str:
     return digest([point.ids["prepare"], settings, *(canonical_json(section) for section in sections)])
 
 
-def check_identity(study: Study) -> None:
-    """Raises UserError if the study's run directory has results for another backbone; else notes this one there.
+def split_by_input(job: Job) -> tuple[Job, list[str], list[str]]:
+    """Splits off the points whose input is not complete: the job for the rest, error messages for damaged and missing.
 
-    With another fixed key of data, backbone or prepare nothing in the folder can be used again, which is a mistake more
-    often than not. Other keys are covered by the points' ids.
+    Files decide, not the state of another job in the queue.
     """
-    path = study.directory / "study.json"
-    values = fixed_values(study)
-    before = values
-    if any((study.directory / name).exists() for name in (*POINT_STAGES, "submitted")):
-        with contextlib.suppress(FileNotFoundError):
-            before = read_json(path, dict[str, Any])
-    for name, value in values.items():
-        if name in before and before[name] != value:
-            raise UserError(
-                f"{study.directory} was made by another configuration: {name} was {before[name]!r} there and is "
-                f"{value!r} now; choose another folder with name=NAME, sweep the key, or move {study.directory} aside"
-            )
-    if before is values or before != values:
-        write_json(path, values)
-
-
-def describe_plan(study: Study, stages: Sequence[str], where: str) -> str:
-    """Points, packs, ids and resources of what would be done, as text."""
-    dist = study.config.dist
-    lines = [f"study {study.config.name}: {len(study.points)} points in {study.directory}"]
-    lines += [f"  point {point.id}  {point.label}" for point in study.points]
-    lines += [f"  baseline {point.id}  {point.label}" for point in study.static]
-    left = study
-    for stage in stages:
-        if stage == "report":
-            lines.append("report: " + ("done" if report_is_done(study.points) else "1 job"))
-            continue
-        jobs = missing_jobs(left, stage)
-        lines.append(f"{stage}: {len(jobs)} jobs" if jobs else f"{stage}: done")
-        lines += [f"  {_job_line(job)}" for job in jobs]
-    threads = dist.num_threads or os.cpu_count()
-    lines.append(
-        f"resources: --on {where}, device {dist.device}, {threads} threads a process, {dist.num_workers} loading "
-        f"processes, at most {dist.members_per_pack} points a pack"
-    )
-    return "\n".join(lines)
-
-
-def _job_line(job: Job) -> str:
-    ids = list(dict.fromkeys(point.ids[job.stage] for point in job.points))
-    shown = " ".join(ids[:4]) + (f" ... {ids[-1]}" if len(ids) > 5 else "" if len(ids) < 5 else f" {ids[4]}")
-    return f"{job.name}: {shown}"
+    if job.stage not in POINT_STAGES:  # a report shows what there is
+        return job, [], []
+    ready, damaged, missing = [], [], []
+    for point in job.points:
+        try:
+            inputs = inputs_of(job.stage, by_time=point.is_by_time)
+            undone = [one for one in inputs if not RunDir(point, one).is_done()]
+            missing += [f"{job.stage} {point.label}: its {one} is not done" for one in undone[:1]]
+            ready += [] if undone else [point]
+        except Failure as failure:
+            damaged.append(str(failure))
+    return dataclasses.replace(job, points=tuple(ready)), list(dict.fromkeys(damaged)), missing

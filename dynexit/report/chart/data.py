@@ -1,0 +1,147 @@
+"""The JSON that the page's script draws its figure from and fills its cards with."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import markupsafe
+
+from dynexit.report.chart.groups import Costs, LegendGroup, has_cost
+from dynexit.report.judged.cards import commands, commands_by_time
+from dynexit.report.judged.outcomes import Judgement, Judgements
+from dynexit.report.judged.words import difference_text, share_text
+from dynexit.report.published import PublishedPoint
+from dynexit.report.table import FrontPoint, front_of, percent, relative_cost
+from dynexit.search.operating_points import ReportRow
+
+_SPLITS = ("validation", "test")
+_DIGITS = 5
+
+
+def chart_data(
+    groups: Sequence[LegendGroup],
+    rows: Sequence[ReportRow],
+    costs: Costs,
+    judged: Judgements,
+    published: Sequence[PublishedPoint],
+    *,
+    describe: Callable[[ReportRow], str],
+    labels: Mapping[str, str],
+    study_dir: Path,
+) -> dict[str, Any]:
+    """Returns the figure's points, curves and legend, and what buys them, as numbers and texts for JSON.
+
+    A point has for each split its costs (in the order of `costs`, None where unknown), accuracy and limits. `offers`
+    are by cost the points of the study's front in order of cost on validation, with the commands that save and run
+    them; `risks` the certified ones.
+    """
+    colours = {method: index for index, method in enumerate(sorted({g.method for g in groups if g.source == "search"}))}
+    numbers: dict[Any, int] = {}
+    points: list[dict[str, Any]] = []
+    series: list[dict[str, Any]] = []
+    for group in groups:
+        number = len(series)
+        for point in group.points:
+            numbers.setdefault(point.validation.key, len(points))
+            points.append(_point(point, number, costs, judged, describe, labels))
+        curves = {
+            f"{index}{split}": [
+                [round(value, _DIGITS) for value in step] for step in group.curves.get((cost, split), ())
+            ]
+            for index, cost in enumerate(costs)
+            for split in _SPLITS
+        }
+        series.append(
+            {"name": _name(group), "kind": group.source, "colour": colours.get(group.method, -1)}
+            | ({"curves": curves} if group.curves else {})
+        )
+    for method in sorted({point.method for point in published}, key=lambda name: (name != "jei_dnn", name)):
+        line = sorted((one.relative_macs, one.accuracy) for one in published if one.method == method)
+        series.append({"name": f"published: {method}", "kind": "published", "colour": -1, "line": line})
+    whole = {split: [r.accuracy for r in rows if r.source == "backbone" and r.split == split] for split in _SPLITS}
+    return {
+        "costs": [_cost(rows, cost) for cost in costs],
+        "backbone": whole,
+        "series": series,
+        "points": points,
+        "offers": [_offers(rows, cost, numbers, study_dir) for cost in costs],
+        "risks": _risks(points),
+    }
+
+
+def json_script(data: Any) -> markupsafe.Markup:
+    """JSON for a script element, which no text in it can end."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return markupsafe.Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _name(group: LegendGroup) -> str:
+    words = {"fixed": "MSDNet’s thresholds", "static": "static networks", "cascade": "cascades"}
+    return f"{words.get(group.source, group.source.replace('_', ' '))}, {group.method}"
+
+
+def _cost(rows: Sequence[ReportRow], cost: int | None) -> dict[str, Any]:
+    if cost is None:
+        return {"name": "MACs", "axis": "relative MACs (bare backbone = 1)", "milliseconds": None}
+    whole = [time.latency_ms / time.relative_time for row in rows for time in row.times if time.batch_size == cost]
+    return {
+        "name": f"time, batch {cost}",
+        "axis": f"time of a batch of {cost} over the plain backbone’s ({whole[0]:.3g} ms)",
+        "milliseconds": whole[0],
+    }
+
+
+def _point(
+    point: FrontPoint,
+    number: int,
+    costs: Costs,
+    judged: Judgements,
+    describe: Callable[[ReportRow], str],
+    labels: Mapping[str, str],
+) -> dict[str, Any]:
+    row = point.test
+    judgement = judged.get((row.key, "test"))
+    cells = {
+        "series": number,
+        "seed": row.seed,
+        "label": labels.get(row.point_id, row.method),
+        "id": row.point_id,
+        "search": row.search_id,
+        "words": describe(row),
+        "shares": [round(share, 4) for share in row.exit_fractions],
+        "difference": difference_text(judgement.difference) if judgement else "",
+        "verdict": judgement.verdict if judgement else "",
+        "risk": json.loads(row.budget).get("risk") if row.budget else None,
+    }
+    return cells | {
+        side.split: _figures(side, costs, judged.get((side.key, side.split))) for side in (point.validation, row)
+    }
+
+
+def _figures(row: ReportRow, costs: Costs, judgement: Judgement | None) -> dict[str, Any]:
+    times = {time.batch_size: time for time in row.times}
+    known = [row.relative_macs if cost is None else cost in times and times[cost].relative_time for cost in costs]
+    return {
+        "costs": [round(float(value), _DIGITS) if value is not False else None for value in known],
+        "accuracy": round(row.accuracy, _DIGITS),
+        "text": share_text(judgement.accuracy) if judgement else percent(row.accuracy),
+    }
+
+
+def _offers(
+    rows: Sequence[ReportRow], cost: int | None, numbers: Mapping[Any, int], study_dir: Path
+) -> list[dict[str, Any]]:
+    """The front by a cost without the backbone, in order of cost."""
+    front = [one for one in front_of(has_cost(rows, cost), cost) if one.validation.source != "backbone"]
+    found = []
+    for one in front:
+        if one.validation.key in numbers:
+            given = commands(one, front, study_dir) if cost is None else commands_by_time(one, front, cost, study_dir)
+            place = {"point": numbers[one.validation.key], "cost": relative_cost(one.validation, cost)}
+            found.append(place | {"accuracy": one.validation.accuracy, "commands": given})
+    return found
+
+
+def _risks(points: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [index for index, point in enumerate(points) if point["risk"] is not None]

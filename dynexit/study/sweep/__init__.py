@@ -1,0 +1,1 @@
+"""The sweep of a study. Imports no torch."""

@@ -1,0 +1,113 @@
+"""The data of the page's figure against loops over the rows."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynexit.report.chart.data import chart_data, json_script
+from dynexit.report.chart.groups import groups_of, spread, steps
+from dynexit.report.published import PublishedPoint
+from dynexit.report.table import front_of
+from dynexit.search.operating_points import ReportRow, RowTime
+from tests.report.synthetic_rows import row, synthetic_rows
+
+
+def timed(rows: list[ReportRow]) -> list[ReportRow]:
+    """The same with a time that rises with MACs, but slower."""
+    return [
+        replace(one, times=(RowTime(8, 4 * (0.3 + 0.7 * one.relative_macs), 0.3 + 0.7 * one.relative_macs),))
+        for one in rows
+    ]
+
+
+ROWS = timed(synthetic_rows(tradeoffs=(0.1, 1.0), methods=("jei_dnn", "probe"), seeds=(0, 1)))
+COSTS = (None, 8)
+
+
+def data(
+    rows: list[ReportRow] = ROWS, published: tuple[PublishedPoint, ...] = (), costs: tuple[int | None, ...] = COSTS
+) -> dict:
+    front = front_of(rows)
+    groups = groups_of(rows, front, costs)
+    labels = {one.point_id: f"label of {one.point_id}" for one in rows}
+    return chart_data(
+        groups, rows, costs, {}, published, describe=lambda one: one.source, labels=labels, study_dir=Path("runs/x")
+    )
+
+
+def cost(one: ReportRow, index: int) -> float:
+    return one.relative_macs if index == 0 else one.times[0].relative_time
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_curves_are_what_each_budget_buys(index: int, split: str) -> None:
+    search = [one for one in ROWS if one.source == "search" and one.method == "probe"]
+    tests = {one.key: one for one in search if one.split == "test"}
+    seeds = [[one for one in search if one.seed == seed and one.split == "validation"] for seed in (0, 1)]
+    fronts = [front_of([one for one in search if one.seed == seed], COSTS[index]) for seed in (0, 1)]
+    found = steps(fronts, COSTS[index], split)
+    assert found[0].budget == max(min(cost(one, index) for one in own) for own in seeds)
+    for step, following in zip(found, [*found[1:], None], strict=True):
+        for budget in (step.budget, step.budget if following is None else (step.budget + following.budget) / 2):
+            bought = []
+            for own in seeds:
+                within = [one for one in own if cost(one, index) <= budget + 1e-12]
+                best = max(within, key=lambda one: (one.accuracy, -cost(one, index)))
+                bought.append((best if split == "validation" else tests[best.key]).accuracy)
+            wanted = (np.mean(bought), min(bought), max(bought))
+            assert (step.mean, step.least, step.greatest) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_offers_are_the_front_in_order_of_cost() -> None:
+    found = data()
+    for index in (0, 1):
+        front = [one for one in front_of(ROWS, COSTS[index]) if one.validation.source != "backbone"]
+        offers = found["offers"][index]
+        assert [offer["cost"] for offer in offers] == [cost(one.validation, index) for one in front]
+        for offer, one in zip(offers, front, strict=True):
+            point = found["points"][offer["point"]]
+            assert (point["id"], point["search"]) == (one.test.point_id, one.test.search_id)
+            assert point["test"]["accuracy"] == round(one.test.accuracy, 5)
+            words = shlex.split(offer["commands"]["save it as a model folder"])
+            limit = float(words[words.index("--relative-macs" if index == 0 else "--latency-ms") + 1])
+            unit = 1 if index == 0 else 4
+            within = [other for other in front if unit * cost(other.validation, index) <= limit]
+            assert within[-1] is one
+
+
+def test_every_group_has_its_points_and_colour() -> None:
+    found = data(published=(PublishedPoint("old", 0.9, 0.4), PublishedPoint("old", 0.8, 0.2)))
+    names = [one["name"] for one in found["series"]]
+    assert names == ["search, jei_dnn", "search, probe", "gates, jei_dnn", "published: old"]
+    assert [one["colour"] for one in found["series"]] == [0, 1, 0, -1]
+    assert found["series"][-1]["line"] == [(0.2, 0.8), (0.4, 0.9)]
+    both = {(number, seed) for number in (0, 1, 2) for seed in (0, 1)}
+    assert {(point["series"], point["seed"]) for point in found["points"]} == both
+
+
+def test_many_points_are_thinned_evenly() -> None:
+    points = front_of(row(n / 1000, n / 1000, split) for n in range(1000) for split in ("validation", "test"))
+    kept = spread(points, 100)
+    assert len(kept) == 100
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert max(np.diff([one.validation.relative_macs for one in kept])) < 0.0115
+
+
+def test_nothing_in_json_ends_its_script() -> None:
+    sly = {"a": "</script><script>alert('&')<!--", "b": [1.5, None]}
+    text = str(json_script(sly))
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == sly
+
+
+def test_rows_without_test_or_any_give_an_empty_figure() -> None:
+    validation = [one for one in ROWS if one.split == "validation"]
+    for rows, costs in ((validation, COSTS), ([], (None,))):
+        found = data(rows, costs=costs)
+        assert found["points"] == []
+        assert all(offers == [] for offers in found["offers"])
