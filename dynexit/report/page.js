@@ -91,13 +91,12 @@ function setUpBudget() {
     });
   }
   if (data.risks.length) {
-    const risks = data.risks.map((index) => data.points[index].risk);
-    const cost = (index) => data.points[index].validation.costs[0];
+    const risk = (one) => data.points[one.point].risk, cost = (one) => data.points[one.point].validation.costs[0];
+    const risks = data.risks.map(risk);
     kinds.push({
       name: "certified risk", low: Math.min(...risks), high: Math.max(...risks), step: 0.001, start: Math.max(...risks),
       words: (value) => `risk certified to be at most ${value.toFixed(3)}`,
-      pick: (value) => data.risks.filter((index) => data.points[index].risk <= value + 1e-9)
-        .sort((a, b) => cost(a) - cost(b)).map((point) => ({ point }))[0],
+      pick: (value) => data.risks.filter((one) => risk(one) <= value + 1e-9).sort((a, b) => cost(a) - cost(b))[0],
     });
   }
   if (!kinds.length) return;

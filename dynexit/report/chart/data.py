@@ -7,13 +7,13 @@ from typing import Any
 
 import markupsafe
 
-from dynexit.report.chart.groups import Costs, LegendGroup, has_cost
-from dynexit.report.judged.cards import commands, commands_by_time
+from dynexit.report.chart.groups import Costs, Fronts, LegendGroup, base_accuracy, reachable
+from dynexit.report.judged.cards import SAVE, commands, commands_by_time, save_command
 from dynexit.report.judged.outcomes import Judgement, Judgements
 from dynexit.report.judged.words import difference_text, share_text
 from dynexit.report.published import PublishedPoint
-from dynexit.report.table import FrontPoint, front_of, percent, relative_cost
-from dynexit.search.operating_points import ReportRow
+from dynexit.report.table import FrontPoint, percent, relative_cost
+from dynexit.search.operating_points import ReportRow, RowKey
 
 _SPLITS = ("validation", "test")
 _DIGITS = 5
@@ -22,7 +22,7 @@ _DIGITS = 5
 def chart_data(
     groups: Sequence[LegendGroup],
     rows: Sequence[ReportRow],
-    costs: Costs,
+    fronts: Fronts,
     judged: Judgements,
     published: Sequence[PublishedPoint],
     *,
@@ -32,12 +32,13 @@ def chart_data(
 ) -> dict[str, Any]:
     """Returns the figure's points, curves and legend, and what buys them, as numbers and texts for JSON.
 
-    A point has for each split its costs (in the order of `costs`, None where unknown), accuracy and limits. `offers`
+    A point has for each split its costs (in the order of `fronts`, None where unknown), accuracy and limits. `offers`
     are by cost the points of the study's front in order of cost on validation, with the commands that save and run
     them; `risks` the certified ones.
     """
+    costs, base = list(fronts), base_accuracy(rows)
     colours = {method: index for index, method in enumerate(sorted({g.method for g in groups if g.source == "search"}))}
-    numbers: dict[Any, int] = {}
+    numbers: dict[RowKey, int] = {}
     points: list[dict[str, Any]] = []
     series: list[dict[str, Any]] = []
     for group in groups:
@@ -65,8 +66,8 @@ def chart_data(
         "backbone": whole,
         "series": series,
         "points": points,
-        "offers": [_offers(rows, cost, numbers, study_dir) for cost in costs],
-        "risks": _risks(points),
+        "offers": [_offers(fronts[cost], cost, base, numbers, study_dir) for cost in costs],
+        "risks": _risks(points, study_dir),
     }
 
 
@@ -130,18 +131,20 @@ def _figures(row: ReportRow, costs: Costs, judgement: Judgement | None) -> dict[
 
 
 def _offers(
-    rows: Sequence[ReportRow], cost: int | None, numbers: Mapping[Any, int], study_dir: Path
+    front: Sequence[FrontPoint], cost: int | None, base: float, numbers: Mapping[RowKey, int], study_dir: Path
 ) -> list[dict[str, Any]]:
-    """The front by a cost without the backbone, in order of cost."""
-    front = [one for one in front_of(has_cost(rows, cost), cost) if one.validation.source != "backbone"]
     found = []
-    for one in front:
-        if one.validation.key in numbers:
-            given = commands(one, front, study_dir) if cost is None else commands_by_time(one, front, cost, study_dir)
-            place = {"point": numbers[one.validation.key], "cost": relative_cost(one.validation, cost)}
-            found.append(place | {"accuracy": one.validation.accuracy, "commands": given})
+    for one in reachable(front, cost, base):
+        given = commands(one, front, study_dir) if cost is None else commands_by_time(one, front, cost, study_dir)
+        place = {"point": numbers[one.validation.key], "cost": relative_cost(one.validation, cost)}
+        found.append(place | {"accuracy": one.validation.accuracy, "commands": given})
     return found
 
 
-def _risks(points: Sequence[Mapping[str, Any]]) -> list[int]:
-    return [index for index, point in enumerate(points) if point["risk"] is not None]
+def _risks(points: Sequence[Mapping[str, Any]], study_dir: Path) -> list[dict[str, Any]]:
+    """The certified points; a folder of all points of their search holds them."""
+    return [
+        {"point": index, "commands": {SAVE: save_command(study_dir, point["search"])}}
+        for index, point in enumerate(points)
+        if point["risk"] is not None
+    ]
