@@ -17,6 +17,8 @@ from dynexit.search.operating_points import ReportRow, RowKey
 
 _SPLITS = ("validation", "test")
 _DIGITS = 5
+_DASHES = ("", "7 3", "2 3", "8 3 2 3", "12 4", "4 2")  # of SVG
+_PLUS = 7  # the last of the script's markers
 
 
 def chart_data(
@@ -53,13 +55,17 @@ def chart_data(
             for index, cost in enumerate(costs)
             for split in _SPLITS
         }
+        variant = sum(one["kind"] == group.source for one in series)
         series.append(
-            {"name": _name(group), "kind": group.source, "colour": colours.get(group.method, -1)}
+            {"name": _name(group), "kind": group.source, **_look(group.source, colours.get(group.method, -1), variant)}
             | ({"curves": curves} if group.curves else {})
         )
-    for method in sorted({point.method for point in published}, key=lambda name: (name != "jei_dnn", name)):
+    methods = sorted({point.method for point in published}, key=lambda name: (name != "jei_dnn", name))
+    for variant, method in enumerate(methods):
         line = sorted((one.relative_macs, one.accuracy) for one in published if one.method == method)
-        series.append({"name": f"published: {method}", "kind": "published", "colour": -1, "line": line})
+        series.append(
+            {"name": f"published: {method}", "kind": "published", **_look("published", -1, variant), "line": line}
+        )
     whole = {split: [r.accuracy for r in rows if r.source == "backbone" and r.split == split] for split in _SPLITS}
     return {
         "costs": [_cost(rows, cost) for cost in costs],
@@ -75,6 +81,19 @@ def json_script(data: Any) -> markupsafe.Markup:
     """JSON for a script element, which no text in it can end."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return markupsafe.Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _look(source: str, colour: int, variant: int) -> dict[str, Any]:
+    """Its colour (-1 for none of a method), its marker, and the dashes of its line (None without one).
+
+    Every method has another dash and marker, so that prints in grey tell them apart; baselines differ by `variant`.
+    """
+    if source in ("search", "gates", "fixed"):
+        dash = _DASHES[colour % len(_DASHES)] if source == "search" else None
+        return {"colour": colour, "shape": _PLUS if source == "fixed" else max(colour, 0) % _PLUS, "dash": dash}
+    if source == "static":
+        return {"colour": -1, "shape": variant % _PLUS, "dash": None}
+    return {"colour": -1, "shape": 0, "dash": _DASHES[(variant + (source == "cascade")) % len(_DASHES)]}
 
 
 def _name(group: LegendGroup) -> str:
