@@ -10,11 +10,11 @@ STAMP := $(VENV)/.made-from-$(shell cat $(REQUIREMENTS) | cksum | tr ' ' '-')
 demo: $(STAMP)
 	$(VENV)/bin/dynexit run configs/digits.yaml
 
-# every method on Fashion-MNIST; seeds that were done before are not done again
+# every method on Fashion-MNIST, a job on each core; seeds that were done before are not done again
 SEEDS ?= 1
 fashion: $(STAMP)
 	seeds="[$$(seq -s, 0 $$(($(SEEDS) - 1)))]" && \
-	    $(VENV)/bin/dynexit run configs/fashion_mnist_methods.yaml "data.seed=$$seeds" "seed=$$seeds"
+	    $(VENV)/bin/dynexit run configs/fashion_mnist_methods.yaml --on local "data.seed=$$seeds" "seed=$$seeds"
 
 test: check
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"

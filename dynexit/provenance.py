@@ -1,10 +1,13 @@
 """Where results come from: each job leaves the code, packages, machine, command and time of its work in its folder."""
 
+import contextlib
 import datetime
 import functools
+import getpass
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -13,8 +16,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynexit.contents import Provenance
-from dynexit.run_dir import PROVENANCE, RunDir, read_json
+from dynexit.contents import Done, Provenance
+from dynexit.memory import naming_memory, peak_memory_bytes
+from dynexit.progress import finished_loads, job_speed
+from dynexit.run_dir import DONE, PROVENANCE, STUDY, RunDir, read_json, sha256_file, write_json
 from dynexit.study.grid import Point
 from dynexit.study.stages import stage_of
 
@@ -23,22 +28,33 @@ _INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")  # the widest first
 
 
 def run_stage(stage: str, points: Sequence[Point]) -> None:
-    """Does the stage's job for `points`, and leaves provenance.json in the folder of each that it finished."""
+    """Does the stage's job for `points`, and leaves provenance.json in the folder of each that it finished.
+
+    A stage without a folder per point returns the one that it made. Raises Failure where memory does not suffice.
+    """
     started, before = datetime.datetime.now(datetime.UTC), time.monotonic()
-    stage_of(stage).runner()(points)
+    finished_loads.clear()
+    one = stage_of(stage)
+    in_pack = len(points) if one.ranks == "all" else 1
+    with naming_memory(in_pack, one.batch_key) if one.batch_key else contextlib.nullcontext():
+        made = one.runner()(points)
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return
     seconds = time.monotonic() - before
-    folders = {point.ids[stage]: RunDir(point, stage) for point in points if stage in point.ids}
-    finished = [folder for folder in folders.values() if folder.is_marked]
+    folders = {point.ids[stage]: RunDir(point, stage).path for point in points if stage in point.ids}
+    finished = [folder for folder in [*folders.values(), made] if folder is not None and (folder / DONE).exists()]
+    common = _provenance(stage, started, seconds, len(points) if made else len(finished))
+    study = {STUDY: sha256_file(path)} if (path := points[0].study_dir / STUDY).is_file() else {}
     for folder in finished:
-        folder.write_json(PROVENANCE, _provenance(stage, started, seconds, len(finished)))
+        files = read_json(folder / DONE, Done)["files"]
+        digests = study | {name: promised["sha256"] for name, promised in files.items()}
+        write_json(folder / PROVENANCE, {**common, "digests": digests})
 
 
-def read_provenance(point: Point, stage: str) -> Provenance | None:
-    """What the job left; None for work of earlier versions. Raises Failure where it is damaged."""
+def read_provenance(folder: Path) -> Provenance | None:
+    """What the job of a run folder left; None for work of earlier versions. Raises Failure where it is damaged."""
     try:
-        found: Provenance = read_json(RunDir(point, stage) / PROVENANCE, Provenance)
+        found: Provenance = read_json(folder / PROVENANCE, Provenance)
     except FileNotFoundError:
         return None
     return found
@@ -59,11 +75,15 @@ def _provenance(stage: str, started: datetime.datetime, seconds: float, num_poin
         "cpu": cpu_name(),
         "instruction_set": instruction_set(),
         "gpu": gpus,
+        "driver": _driver() if gpus else "",
+        "user": _user(),
         "num_ranks": world_size,
         "started": started.isoformat(timespec="seconds"),
         "seconds": seconds,
         "gpu_hours": seconds * world_size / 3600 if gpus else 0.0,
         "num_points": num_points,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **job_speed(),  # type: ignore[typeddict-item]
     }
 
 
@@ -73,6 +93,21 @@ def _gpus() -> str:
     if torch is None or not torch.cuda.is_initialized():
         return ""
     return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text())
+        return found.group(1) if found else ""
+    return ""
+
+
+def _user() -> str:
+    """Who runs this; empty for a user without a name, as in some containers."""
+    with contextlib.suppress(KeyError, OSError):
+        return getpass.getuser()
+    return ""
 
 
 @functools.cache

@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="in this process, as local processes, or as jobs of a SLURM cluster, submitted at once",
         )
         command.add_argument("--site", type=Path, metavar="SITE.yaml", help="the cluster's profile, for --on slurm")
+        command.add_argument("--open", action="store_true", help="open the report's page at the end")
         command.add_argument("--dry-run", action="store_true", help="print points, packs, ids and resources only")
         if name == BENCH:
             add_model_bench(command)

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,10 +41,16 @@ def _run(options: argparse.Namespace) -> None:
         return
     study = load_study(options.study, options.words, allow_code=options.allow_code)
     until = "report" if options.command == "run" else options.command
+    if options.open and (until != "report" or options.on == "slurm"):
+        raise UserError("--open is for `run` and `report` with --on here or local, which make the page")
     if options.dry_run:
         print(study.dry_run(until, options.on, options.site))
     else:
         study.run(until, options.on, options.site)
+        if options.open:
+            from dynexit.report.terminal import open_page
+
+            open_page((study.directory / "report" / "report.html").resolve().as_uri())
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -55,17 +60,11 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _ui(options: argparse.Namespace) -> None:
+    from dynexit.report.tracking import default_tracking_uri, serve
+
     config = load_study(options.study, options.words).config
-    uri = config.report.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = uri or f"sqlite:///{(Path(config.runs_dir) / 'mlflow.db').resolve()}"
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    print(
-        "dynexit: MLflow's page has no login; every user of this machine can open it and change what it shows",
-        file=sys.stderr,
-        flush=True,
-    )
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    os.execv(command[0], command)
+    if serve(config.report.tracking_uri or default_tracking_uri(Path(config.runs_dir)), config.name):
+        raise Failure("MLflow's server ended; its own messages are above")
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -81,6 +80,8 @@ def _status(options: argparse.Namespace) -> None:
             names = ("study", "queue_error", "report")
             print(json.dumps({name: getattr(status, name) for name in names} | {"points": points}, indent=1))
             return
+        for point in points:
+            del point["speed"]
         notes = [*_other_points(study, points)]
         if status.queue_error:
             notes += [f"the queue could not be asked, so it is not known what waits or runs: {status.queue_error}"]
@@ -102,24 +103,21 @@ def _other_points(study: LoadedStudy, points: "list[dict[str, str]]") -> Iterato
 
 
 def _logs(options: argparse.Namespace) -> None:
-    from launch.slurm.submissions import all_submitted
-    from launch.status import study_status
+    from dynexit.jobs.finished import pack_folders
+    from dynexit.run_dir import RunDir
+    from launch.slurm.submissions import newest_jobs
 
     study, points = _load(options)
-    ids = {identity for point in points for identity in point.ids.values()}
-    newest = {
-        job.stage: job
-        for job in all_submitted(study.directory)
-        if job.stage == "report" or ids & {identity for _, identity in job.work}
-    }
-    printed = [path for job in newest.values() for path in job.logs()]
-    if not any(path.stat().st_size for path in printed):  # done without a queue: the logs of packs and backbones
-        chosen = {point.id for point in points}
-        printed = [Path(one.log) for one in study_status(study) if one.log and one.id in chosen]
-    for path in dict.fromkeys(printed):
+    jobs = newest_jobs(study.directory, {identity for point in points for identity in point.ids.values()})
+    printed = [path for job in jobs for path in job.logs() if path.stat().st_size]
+    newest = max((path.stat().st_mtime for path in printed), default=0.0)
+    packs = pack_folders(study.directory)  # what ran in the launcher's own process left their logs alone
+    folders = [*(RunDir(point, "prepare").path for point in points), *(packs[p.id] for p in points if p.id in packs)]
+    own = [folder / "log.txt" for folder in dict.fromkeys(folders)]
+    printed += [path for path in own if path.is_file() and path.stat().st_mtime > newest]
+    for path in printed:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if lines:
-            print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
+        print("\n".join([f"==> {path}", *lines[-_LOG_LINES:], ""]))
     if not printed:
         raise UserError("no job of these points has printed anything")
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynexit.jobs.planning.missing import missing_jobs
-from dynexit.study.grid import Point, Study
-from dynexit.study.stages import stage_of
+from dynexit.provenance import run_stage as run_stage
+from dynexit.study.grid import Study
 
 ROOT = Path(__file__).parent.parent
 TINY = Path(__file__).parent / "tiny_study.yaml"
@@ -72,11 +72,6 @@ def do_all_jobs(study: Study) -> None:
         for job in missing_jobs(study, stage):
             run_stage(stage, job.points)
     run_stage("report", study.points)
-
-
-def run_stage(stage: str, points: Sequence[Point]) -> None:
-    """Calls the function of a stage's job in this process."""
-    stage_of(stage).runner()(points)
 
 
 def digests(study_dir: Path) -> dict[str, str]:

@@ -72,9 +72,10 @@ def mean_interval(values_N: np.ndarray, origin_N: np.ndarray | None = None, seed
     if not np.any(values_N):
         limit = math.log(1 / (1 - LEVEL)) / len(count_G)
         return Interval(0.0, -limit, limit)
-    cluster_C2, num_C = np.unique(np.stack([sum_G, count_G], 1), axis=0, return_counts=True)
+    # pairs as complex numbers sort as rows do, and far faster
+    cluster_C, num_C = np.unique(sum_G + 1j * count_G, return_counts=True)
     draws_RC = np.random.default_rng(seed).multinomial(len(count_G), num_C / len(count_G), size=NUM_RESAMPLES)
-    sum_R, count_R = (draws_RC @ cluster_C2).T
+    sum_R, count_R = draws_RC @ cluster_C.real, draws_RC @ cluster_C.imag
     low, high = np.quantile(sum_R / count_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, float(low), float(high))
 
@@ -98,5 +99,8 @@ def _clusters(values_N: np.ndarray, origin_N: np.ndarray | None) -> tuple[np.nda
         raise ValueError("no samples: an interval needs at least one")
     if origin_N is None:
         return values_N, np.ones(len(values_N))
-    _, place_N = np.unique(origin_N, return_inverse=True)
-    return np.bincount(place_N, weights=values_N), np.bincount(place_N).astype(np.float64)
+    place_N = np.asarray(origin_N)
+    if place_N.dtype.kind not in "iu" or place_N.min() < 0 or place_N.max() > 4 * len(place_N):
+        _, place_N = np.unique(origin_N, return_inverse=True)
+    count_G = np.bincount(place_N)
+    return np.bincount(place_N, weights=values_N)[count_G > 0], count_G[count_G > 0].astype(np.float64)

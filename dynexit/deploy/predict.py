@@ -14,6 +14,7 @@ from dynexit.data.images import Transform
 from dynexit.data.pixels import EXTENSIONS, decode
 from dynexit.data.transforms import GREY, test_transform
 from dynexit.errors import UserError
+from dynexit.files import spreadsheet_text
 from dynexit.study.data.names import OWN
 from dynexit.study.schema import DataSettings
 
@@ -45,7 +46,8 @@ class Predictions:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "class", "confidence", "exit", "macs"])
         for row in self.rows:
-            writer.writerow([row.file, row.class_name, f"{row.confidence:.6f}", row.exit_index, row.macs])
+            name = spreadsheet_text(row.class_name)
+            writer.writerow([row.file, name, f"{row.confidence:.6f}", row.exit_index, row.macs])
 
 
 def image_transform(data: DataSettings, num_channels: int) -> Transform:

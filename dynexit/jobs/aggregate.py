@@ -3,19 +3,19 @@
 import csv
 import dataclasses
 import io
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dynexit.errors import Failure, UserError
-from dynexit.jobs.finished import failure_reason, finished_jobs
+from dynexit.files import spreadsheet_text
+from dynexit.jobs.finished import failure_reason, finished_jobs, report_is_done
 from dynexit.jobs.reporting.rows import collect_rows
 from dynexit.report.figures import pareto_figure
 from dynexit.report.judged.areas import hypervolume_section
 from dynexit.report.page import Figure, Page, write_page
 from dynexit.report.table import backbone_accuracy, front_of, percent, within_budgets
 from dynexit.run_dir import STUDY, RunDir, write_text
-from dynexit.search.operating_points import BASELINES, ReportRow, write_csv
+from dynexit.search.operating_points import BASELINES, ReportRow, cells, read_csv
 from dynexit.study.grid import Point
 from dynexit.study.read import load_study
 
@@ -52,17 +52,22 @@ class Aggregate:
 
         `on_front` is within the study. Columns that a study does not have are empty.
         """
-        rows = [row for study, found in self.studies.items() for row in _cells(study, found)]
-        for one in self.missing:
-            rows.append(
-                {"study": one.study, "state": one.state, "point": one.label, "point_id": one.point_id}
-                | {"reason": one.reason}
-            )
-        names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+        tables = [(study, cells(found)) for study, found in self.studies.items()]
+        headers = [next(table) for _, table in tables]
+        longest = max(headers, key=len, default=[])
+        names = dict.fromkeys(["study", *longest, *(name for header in headers for name in header), "state"])
+        if self.missing:
+            names |= dict.fromkeys(("point", "point_id", "reason"))
         text = io.StringIO()
         writer = csv.DictWriter(text, list(names), lineterminator="\n", restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        for (study, table), header in zip(tables, headers, strict=True):
+            label = spreadsheet_text(study)
+            rows = (zip(header, map(spreadsheet_text, row), strict=True) for row in table)
+            writer.writerows({"study": label, **dict(row), "state": "done"} for row in rows)
+        for one in self.missing:
+            row = {"study": one.study, "state": one.state, "point": one.label, "point_id": one.point_id}
+            writer.writerow({name: spreadsheet_text(value) for name, value in {**row, "reason": one.reason}.items()})
         return text.getvalue()
 
     def short(self) -> str:
@@ -136,13 +141,26 @@ def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> Aggreg
             say(f"{folder}: damaged, since {fault}")
             found.missing.append(Missing(str(folder), "", "", "damaged", str(fault)))
             continue
-        ready = [point for point in points if _is_ready(point, folder, found)]
+        ready, rows = list(points), _reported(points)
+        if not rows:
+            ready = [point for point in points if _is_ready(point, folder, found)]
+            rows = _rows(ready, folder, found)
         say(f"{folder}: {len(ready)} of {len(points)} points are finished")
-        rows = _rows(ready, folder, found)
         if rows:
             found.studies[str(folder)] = rows
             found.num_points[str(folder)] = len(ready)
     return found
+
+
+def _reported(points: Sequence[Point]) -> list[ReportRow]:
+    """The rows of the study's report if it is whole and has all points as they are now; else none."""
+    try:
+        if not report_is_done(points):
+            return []
+        rows = read_csv(points[0].study_dir / "report" / _TABLE)
+    except (Failure, OSError):
+        return []
+    return rows if {row.search_id for row in rows} >= {point.ids["search"] for point in points} else []
 
 
 def _is_ready(point: Point, folder: Path, found: Aggregate) -> bool:
@@ -175,13 +193,6 @@ def _rows(ready: Sequence[Point], folder: Path, found: Aggregate) -> list[Report
         _rows([point], folder, found)
         whole += [point] if len(found.missing) == before else []
     return collect_rows(whole) if whole else []
-
-
-def _cells(study: str, rows: Sequence[ReportRow]) -> list[dict[str, str]]:
-    with tempfile.TemporaryDirectory() as scratch:
-        write_csv(Path(scratch) / _TABLE, rows)
-        with (Path(scratch) / _TABLE).open(encoding="utf-8", newline="") as file:
-            return [{"study": study, **row, "state": "done"} for row in csv.DictReader(file)]
 
 
 def _labelled(row: ReportRow, label: str) -> ReportRow:

@@ -23,6 +23,7 @@ from dynexit.deploy.router import Answers, Router, even_parts, join
 from dynexit.deploy.stream import stream
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
+from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import class_names
 from dynexit.jobs.load import begin, load_heads
 from dynexit.models.backbones import Backbone
@@ -34,11 +35,12 @@ from dynexit.study.grid import Point, digest
 from dynexit.study.outcomes import InferSettings
 
 
-def run_infer(points: Sequence[Point]) -> None:
+def run_infer(points: Sequence[Point]) -> Path:
     """Classifies a split with the best configuration within the budgets of infer, really leaving early.
 
-    Leaves predictions.csv and summary.json in infer/<id> and prints the summary. Raises UserError where no operating
-    point is within the budget, Failure where the predictions differ from the record by more than near-ties.
+    Leaves predictions.csv and summary.json in infer/<id>, prints the summary and returns the folder. Raises UserError
+    where no operating point is within the budget, Failure where the predictions differ from the record by more than
+    near-ties.
     """
     settings = points[0].config.infer
     rows = read_csv(points[0].study_dir / "report" / "operating_points.csv")
@@ -82,6 +84,7 @@ def run_infer(points: Sequence[Point]) -> None:
             f"{summary['unexplained_differences']} samples left elsewhere than the record says without being near a "
             f"threshold; the record in {record.source} is of another machine or model: record again"
         )
+    return directory.path
 
 
 def choose(rows: Sequence[ReportRow], settings: InferSettings) -> ReportRow:
@@ -225,7 +228,7 @@ def _write_predictions(path: Path, answers: Answers, samples: Split, class_names
     files = samples.file_names() or [""] * len(samples)
 
     def name(label: int) -> str:
-        return str(label) if class_names is None else class_names[label]
+        return str(label) if class_names is None else str(spreadsheet_text(class_names[label]))
 
     # a file's name may hold bytes that are no UTF-8
     with (

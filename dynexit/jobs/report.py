@@ -5,6 +5,7 @@ Nothing here needs a model or a data set: records and configurations say all.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from dynexit.baselines.rows import describe_baseline
 from dynexit.core.cost import ExitCosts
@@ -12,6 +13,7 @@ from dynexit.errors import Failure
 from dynexit.jobs.finished import (
     check_budgets,
     class_names,
+    is_recorded,
     missing_reason,
     report_identity,
 )
@@ -30,18 +32,19 @@ from dynexit.report.page import Figure, Page, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
 from dynexit.report.table import front_of
 from dynexit.report.times import measured_batch_sizes
-from dynexit.run_dir import DONE, RunDir, mark_done
+from dynexit.run_dir import DONE, PROVENANCE, RunDir, mark_done
 from dynexit.search.operating_points import BASELINES, ReportRow, write_csv
 from dynexit.study.baselines import static_points
 from dynexit.study.grid import Point
 
 
-def run_report(points: Sequence[Point]) -> None:
-    """Puts all finished `points` side by side: table, figures, page, MLflow. Names the points that are missing.
+def run_report(points: Sequence[Point]) -> Path:
+    """Puts all finished `points` side by side: table, figures, page, MLflow; returns the report's folder.
 
+    Names the points that are missing.
     Raises Failure where no point is finished, UserError for a budget that no point attains.
     """
-    ready = [point for point in points if RunDir(point, "search").is_done()]
+    ready = [point for point in points if RunDir(point, "search").is_done() and is_recorded(point)]
     failed = [missing_reason(point) for point in points if point not in ready]
     static = [point for point in static_points(points) if not RunDir(point, "search").is_done()]
     failed += [missing_reason(point) for point in static]
@@ -49,7 +52,8 @@ def run_report(points: Sequence[Point]) -> None:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
     check_budgets(ready)
     directory = points[0].study_dir / "report"
-    (directory / DONE).unlink(missing_ok=True)
+    for name in (DONE, PROVENANCE):
+        (directory / name).unlink(missing_ok=True)
     rows = write_report(ready, failed)
     if points[0].config.report.mlflow:
         track(ready, rows)
@@ -58,6 +62,7 @@ def run_report(points: Sequence[Point]) -> None:
         report_identity(points),
         ["operating_points.csv", FRONT_CSV, "uncertainty.csv", "pareto.png", "report.html"],
     )
+    return directory
 
 
 def write_report(
@@ -73,26 +78,11 @@ def write_report(
     directory = study_dir / "report"
     study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
-    figures = []
     costs = _costs_by_id(points)
     describe = partial(_describe, costs=costs)
     entries = {point.ids["search"]: entries_of_search(point, "budgets.json") for point in points}
     published = published_beside(points[0])
-    for name, draw, alt, caption in (
-        ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
-        (
-            "exit_shares",
-            partial(exit_share_figure, places_of=lambda row: costs[row.point_id].positions),
-            "Share leaving at each exit",
-            _SHARES_CAPTION,
-        ),
-    ):
-        paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
-        for theme, path in paths.items():
-            draw(rows, path, theme=theme)
-        figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
-    for kind in ("svg", "pdf"):
-        pareto_figure(rows, directory / f"pareto.{kind}", published)
+    figures = _figures(directory, rows, published, costs)
     front = front_of(rows)
     answers = budget_answers(rows, entries)
     axes = [None, *measured_batch_sizes(rows)]
@@ -124,6 +114,29 @@ def write_report(
     )
     write_page(directory / "report.html", page)
     return rows
+
+
+def _figures(
+    directory: Path, rows: Sequence[ReportRow], published: Sequence[PublishedPoint], costs: Mapping[str, ExitCosts]
+) -> list[Figure]:
+    """Draws the front and where samples leave along it, for light and dark pages and for papers."""
+    figures = []
+    for name, draw, alt, caption in (
+        ("pareto", partial(pareto_figure, published=published), "Accuracy against relative MACs", _PARETO_CAPTION),
+        (
+            "exit_shares",
+            partial(exit_share_figure, places_of=lambda row: costs[row.point_id].positions),
+            "Share leaving at each exit",
+            _SHARES_CAPTION,
+        ),
+    ):
+        paths = {theme: directory / f"{name}{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
+        for theme, path in paths.items():
+            draw(rows, path, theme=theme)
+        figures.append(Figure(paths["light"], alt, caption, paths["dark"]))
+    for kind in ("svg", "pdf"):
+        pareto_figure(rows, directory / f"pareto.{kind}", published)
+    return figures
 
 
 _MOST_CLASSES = 20  # that the page names

@@ -33,7 +33,7 @@ from dynexit.jobs.recorded import RecordedTraining
 from dynexit.models.backbones import Backbone
 from dynexit.models.cut.backbone import OwnBackbone
 from dynexit.models.cut.own import stages_of
-from dynexit.provenance import commit
+from dynexit.provenance import commit, read_provenance
 from dynexit.report.table import FrontPoint, front_of
 from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
@@ -305,4 +305,14 @@ def _provenance(point: Point, trained: Mapping[str, Point]) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit(),
         "timm": timm.__version__,
+        "jobs": [*filter(None, map(_job, [RunDir(point, "prepare"), *(RunDir(p, "train") for p in trained.values())]))],
     }
+
+
+_PERSONAL = ("host", "user", "slurm_job", "command")
+
+
+def _job(directory: RunDir) -> dict[str, Any]:
+    """What made the folder's files, and when. Names of people, computers and paths are left out."""
+    found: Mapping[str, Any] = read_provenance(directory.path) or {}
+    return {name: value for name, value in found.items() if name not in _PERSONAL}

@@ -28,7 +28,6 @@ const data = byId("data") && JSON.parse(byId("data").textContent);
 const percent = (share, digits = 2) => `${(100 * share).toFixed(digits)} %`;
 
 /* Cards */
-
 function costText(figures) {
   return data.costs.map((cost, index) => {
     const value = figures.costs[index];
@@ -68,7 +67,6 @@ function fillCard(card, title, point, commands = {}) {
 const shade = (depth) => `hsl(${75 + 200 * depth} 48% ${70 - 38 * depth}%)`;
 
 /* Choose your budget */
-
 function setUpBudget() {
   const kinds = [];
   data.offers.forEach((offers, index) => {
@@ -98,10 +96,8 @@ function setUpBudget() {
     kinds.push({
       name: "certified risk", low: Math.min(...risks), high: Math.max(...risks), step: 0.001, start: Math.max(...risks),
       words: (value) => `risk certified to be at most ${value.toFixed(3)}`,
-      pick: (value) => {
-        const within = data.risks.filter((index) => data.points[index].risk <= value + 1e-9).sort((a, b) => cost(a) - cost(b));
-        return within.length ? { point: within[0], commands: {} } : undefined;
-      },
+      pick: (value) => data.risks.filter((index) => data.points[index].risk <= value + 1e-9)
+        .sort((a, b) => cost(a) - cost(b)).map((point) => ({ point }))[0],
     });
   }
   if (!kinds.length) return;
@@ -113,18 +109,16 @@ function setUpBudget() {
     const kind = kinds[choice.value];
     const value = Number(range.value);
     const found = kind.pick(value);
-    if (found) fillCard(byId("chosen"), kind.words(value), data.points[found.point], found.commands);
-    else {
-      byId("chosen").replaceChildren();
-      make(byId("chosen"), "p", {}, `No point of the front: ${kind.words(value)}. Take the whole backbone, or allow more.`);
-      byId("chosen").hidden = false;
-    }
+    const card = byId("chosen");
+    card.hidden = false;
+    if (found) return fillCard(card, kind.words(value), data.points[found.point], found.commands);
+    card.replaceChildren();
+    make(card, "p", {}, `No point of the front: ${kind.words(value)}. Take the whole backbone, or allow more.`);
   };
   choice.addEventListener("change", () => {
-    const kind = kinds[choice.value];
-    const low = Math.ceil(kind.low / kind.step - 1e-6) * kind.step;
-    Object.assign(range, { min: low, max: Math.max(low, Math.ceil(kind.high / kind.step) * kind.step), step: kind.step });
-    range.value = kind.start;
+    const { low, high, step, start } = kinds[choice.value], first = Math.ceil(low / step - 1e-6) * step;
+    Object.assign(range, { min: first, max: Math.max(first, Math.ceil(high / step) * step), step });
+    range.value = start;
     show();
   });
   range.addEventListener("input", show);
@@ -134,8 +128,9 @@ function setUpBudget() {
 }
 
 /* The figure */
-
 const DASHES = ["", "7 3", "2 3", "8 3 2 3", "12 4", "4 2"];
+const tone = (colour) => (colour < 0 ? "c-1" : `c${colour % 8}`);
+const dashes = (colour) => (colour < 0 ? "" : DASHES[colour % 6]);
 const SHAPES = [
   "M-1 0A1 1 0 1 0 1 0A1 1 0 1 0-1 0Z", "M-.9-.9H.9V.9H-.9Z", "M0-1.25L1.25 0L0 1.25L-1.25 0Z", "M0-1.2L1.15.9H-1.15Z",
   "M0 1.2L1.15-.9H-1.15Z", "M-1.2 0L.9-1.15V1.15Z", "M1.2 0L-.9-1.15V1.15Z", "M-.4-1.2H.4V-.4H1.2V.4H.4V1.2H-.4V.4H-1.2V-.4H-.4Z",
@@ -152,16 +147,14 @@ function setUpFigure() {
   const cost = (point) => point[state.split].costs[state.cost];
   const accuracy = (point) => point[state.split].accuracy;
   const shown = () => data.points.filter((point) => isOn(point) && cost(point) !== null);
-  const linesOf = (series) => series.line && state.cost === 0 ? series.line : [];
+  const linesOf = (series) => (series.line && state.cost === 0 ? series.line : []);
 
   function wholeBox() {
     const lines = data.series.filter((_, index) => !state.off.has(index)).flatMap(linesOf);
     const xs = [...shown().map(cost), ...lines.map((place) => place[0])];
     const ys = [...shown().map(accuracy), ...lines.map((place) => place[1]), ...data.backbone[state.split]];
-    if (!xs.length) xs.push(0.5);
-    if (!ys.length) ys.push(0, 1);
-    const low = Math.min(...ys), high = Math.max(...ys), more = 0.04 * (high - low) || 0.01;
-    return { x: [0.9 * Math.min(...xs), Math.max(1.02, 1.02 * Math.max(...xs))], y: [low - more, Math.min(1.002, high + more)] };
+    const low = Math.min(...ys, 1), high = Math.max(...ys, 0), more = 0.04 * (high - low) || 0.01;
+    return { x: [0.9 * Math.min(...xs, 1), Math.max(1.02, 1.02 * Math.max(...xs))], y: [low - more, Math.min(1.002, high + more)] };
   }
 
   const scale = ([from, to], start, end) => {
@@ -217,8 +210,8 @@ function setUpFigure() {
     if (steps.length) {
       const back = steps.map((step, index) => [step, index]).reverse()
         .map(([step, index]) => `L${x(index + 1 < steps.length ? steps[index + 1][0] : step[0])} ${y(step[2])}L${x(step[0])} ${y(step[2])}`).join("");
-      make(inner, "path", { class: `band c${series.colour}`, d: `${stairs(3)}${back}Z` });
-      make(inner, "path", { class: `curve c${series.colour}`, d: stairs(1), "stroke-dasharray": DASHES[series.colour % 6] });
+      make(inner, "path", { class: `band ${tone(series.colour)}`, d: `${stairs(3)}${back}Z` });
+      make(inner, "path", { class: `curve ${tone(series.colour)}`, d: stairs(1), "stroke-dasharray": dashes(series.colour) });
     }
     const line = linesOf(series);
     if (line.length) make(inner, "path", { class: "curve thin", d: `M${line.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}` });
@@ -227,9 +220,9 @@ function setUpFigure() {
 
   function drawPoint(inner, point, index) {
     const { kind, colour } = data.series[point.series];
-    const size = { gates: 5, static: 5, search: 3.2, fixed: 2.6, cascade: 2.6 }[kind];
-    const shape = kind === "fixed" ? 7 : Math.max(0, seeds.indexOf(point.seed)) % 7;
-    make(inner, "path", { class: `dot ${kind} c${colour}`, d: SHAPES[shape], "data-point": index, "vector-effect": "non-scaling-stroke",
+    const size = { gates: 5, static: 5, search: 3.2 }[kind] || 2.6;
+    const shape = kind === "fixed" ? 7 : (seeds.length > 1 ? seeds.indexOf(point.seed) : Math.max(0, colour)) % 7;
+    make(inner, "path", { class: `dot ${kind} ${tone(colour)}`, d: SHAPES[shape], "data-point": index, "vector-effect": "non-scaling-stroke",
       transform: `translate(${x(cost(point))} ${y(accuracy(point))}) scale(${size})` });
   }
 
@@ -239,14 +232,13 @@ function setUpFigure() {
       if (!point || !isOn(point) || cost(point) === null) continue;
       make(svg, "circle", { class: "ring", cx: x(cost(point)), cy: y(accuracy(point)), r: 9 });
     }
-    tip.hidden = !state.near;
-    if (!state.near) return;
     const point = state.near;
+    tip.hidden = !point;
+    if (!point) return;
     tip.replaceChildren();
     make(tip, "strong", {}, `${point[state.split].text} on ${state.split}`);
     make(tip, "div", {}, costText(point[state.split]));
     make(tip, "div", {}, `${data.series[point.series].name}; ${point.label}`);
-    make(tip, "div", {}, "click for its configuration and id");
     const left = x(cost(point)) / width * svg.clientWidth, top = y(accuracy(point)) / height * svg.clientHeight;
     tip.style.left = `${Math.min(Math.max(0, left - 90), svg.clientWidth - tip.offsetWidth)}px`;
     tip.style.top = `${top > tip.offsetHeight + 16 ? top - tip.offsetHeight - 14 : top + 16}px`;
@@ -255,11 +247,8 @@ function setUpFigure() {
   function pin(point) {
     state.pin = point;
     pinned.hidden = !point;
-    if (point) {
-      const index = data.points.indexOf(point);
-      const offer = data.offers.flat().find((one) => one.point === index);
-      fillCard(pinned, "The pinned point", point, offer ? offer.commands : {});
-    }
+    const offer = data.offers.flat().find((one) => data.points[one.point] === point);
+    if (point) fillCard(pinned, "The pinned point", point, offer ? offer.commands : {});
     mark();
   }
 
@@ -269,12 +258,8 @@ function setUpFigure() {
   };
 
   function nearest([px, py]) {
-    let best = null, least = 24;
-    for (const point of shown()) {
-      const far = Math.hypot(x(cost(point)) - px, y(accuracy(point)) - py);
-      if (far < least) [best, least] = [point, far];
-    }
-    return best;
+    const far = (point) => Math.hypot(x(cost(point)) - px, y(accuracy(point)) - py);
+    return shown().filter((point) => far(point) < 24).sort((a, b) => far(a) - far(b))[0] || null;
   }
 
   svg.addEventListener("pointermove", (event) => {
@@ -299,11 +284,11 @@ function setUpFigure() {
     draw();
   });
   svg.addEventListener("click", (event) => { const near = nearest(place(event)); if (near) pin(near); });
-  svg.addEventListener("dblclick", () => { state.box = null; draw(); });
+  svg.addEventListener("dblclick", () => show(null));
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (event.key === "Enter" && state.near) pin(state.near);
-    if (event.key === "Escape") { state.near = null; pin(null); }
+    if (event.key === "Escape") pin(null);
     if (!step) return;
     event.preventDefault();
     const order = shown().sort((a, b) => cost(a) - cost(b));
@@ -312,19 +297,22 @@ function setUpFigure() {
     mark();
   });
 
+  const show = (box) => { state.box = box; draw(); };
   function zoom(factor) {
     const box = state.box || wholeBox();
     const grow = ([a, b]) => [(a + b) / 2 - factor * (b - a) / 2, (a + b) / 2 + factor * (b - a) / 2];
-    state.box = { x: grow(box.x), y: grow(box.y) };
-    draw();
+    show({ x: grow(box.x), y: grow(box.y) });
   }
 
-  function toggle(parent, set, value, text, classes, dash = "") {
-    const button = make(parent, "button", { type: "button", "aria-pressed": "true", class: "key" });
+  function toggle(parent, set, value, text, classes, dash = "", colour = 0) {
+    const button = make(parent, "button", { type: "button", "aria-pressed": String(!set.has(value)), class: "key" });
     const swatch = make(button, "svg", { viewBox: "0 0 24 10", width: 24, height: 10 });
     if (typeof classes === "number") make(swatch, "path", { class: "dot seed", d: SHAPES[classes % 7], transform: "translate(12 5) scale(3.6)", "vector-effect": "non-scaling-stroke" });
     else if (/search|published/.test(classes)) make(swatch, "path", { class: `curve ${classes}`, d: "M0 5H24", "stroke-dasharray": dash });
-    else make(swatch, "path", { class: `dot ${classes}`, d: SHAPES[classes.startsWith("fixed") ? 7 : 0], transform: "translate(12 5) scale(3.6)", "vector-effect": "non-scaling-stroke" });
+    if (typeof classes !== "number" && !classes.startsWith("published") && (seeds.length < 2 || !classes.startsWith("search"))) {
+      const shape = classes.startsWith("fixed") ? 7 : seeds.length > 1 ? 0 : Math.max(0, colour) % 7;
+      make(swatch, "path", { class: `dot ${classes}`, d: SHAPES[shape], transform: "translate(12 5) scale(3.6)", "vector-effect": "non-scaling-stroke" });
+    }
     button.append(text);
     button.addEventListener("click", () => {
       if (!set.delete(value)) set.add(value);
@@ -333,6 +321,8 @@ function setUpFigure() {
     });
   }
 
+  const isCrowded = data.series.filter((series) => series.kind === "search").length > 2;
+  data.series.forEach((series, index) => { if (isCrowded && series.kind === "fixed") state.off.add(index); });
   const controls = byId("figure-controls"), legend = byId("legend");
   const splits = make(make(controls, "label", {}, "figures of "), "select", { id: "split" });
   for (const split of ["test", "validation"]) make(splits, "option", { value: split }, split);
@@ -340,12 +330,12 @@ function setUpFigure() {
   if (data.costs.length > 1) {
     const costs = make(make(controls, "label", {}, "against "), "select", { id: "cost" });
     data.costs.forEach((one, index) => make(costs, "option", { value: index }, one.name));
-    costs.addEventListener("change", () => { state.cost = Number(costs.value); state.box = null; draw(); });
+    costs.addEventListener("change", () => { state.cost = Number(costs.value); show(null); });
   }
-  for (const [text, act] of [["zoom in", () => zoom(0.6)], ["zoom out", () => zoom(1 / 0.6)], ["show all", () => { state.box = null; draw(); }]]) {
+  for (const [text, act] of [["zoom in", () => zoom(0.6)], ["zoom out", () => zoom(1 / 0.6)], ["show all", () => show(null)]]) {
     make(controls, "button", { type: "button" }, text).addEventListener("click", act);
   }
-  data.series.forEach((series, index) => toggle(legend, state.off, index, series.name, `${series.kind} c${series.colour}${series.kind === "published" ? " thin" : ""}`, DASHES[series.colour % 6]));
+  data.series.forEach((series, index) => toggle(legend, state.off, index, series.name, `${series.kind} ${tone(series.colour)}${series.kind === "published" ? " thin" : ""}`, dashes(series.colour), series.colour));
   if (seeds.length > 1) seeds.forEach((seed, index) => toggle(legend, state.offSeeds, seed, seed === null ? "no seed" : `seed ${seed}`, index));
   make(legend, "span", { class: "key" }, data.backbone.test.length ? `dashed line: backbone ${percent(data.backbone.test.reduce((a, b) => a + b) / data.backbone.test.length)}` : "");
   byId("interactive").hidden = false;

@@ -1,7 +1,10 @@
 """What is shown on the terminal: the short table that `dynexit run` ends with, and the states of `dynexit status`."""
 
 import math
+import os
+import sys
 import time
+import webbrowser
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -92,3 +95,10 @@ def show_status(points: Sequence[Mapping[str, str]], report: str, notes: Sequenc
 def _closing(points: Sequence[Mapping[str, str]], report: str) -> list[str]:
     counts = Counter(point["state"] for point in points)
     return [f"report: {report}", ", ".join(f"{count} {state}" for state, count in counts.items())]
+
+
+def open_page(link: str) -> None:
+    """Prints a link, and opens it if this machine has a screen: elsewhere a browser would take the terminal."""
+    print(link, flush=True)
+    if sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")):
+        webbrowser.open(link)

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,21 +129,25 @@ def write_csv(path: Path, rows: Iterable[ReportRow], *, sort: bool = True) -> No
     Raises ValueError for an unknown source, for splits that are not of one pair of SPLITS, and for a number that is
     not finite.
     """
-    rows = sorted(rows, key=row_order) if sort else list(rows)
+    table = cells(sorted(rows, key=row_order) if sort else list(rows))
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
+
+
+def cells(rows: Sequence[ReportRow]) -> Iterator[list[str]]:
+    """Yields the table's names and then the cells of each row. Raises ValueError as `write_csv` does."""
     num_exits = max((len(row.exit_fractions) for row in rows), default=0)
     batch_sizes = sorted({time.batch_size for row in rows for time in row.times})
     sources, splits = ({getattr(row, name) for row in rows} for name in ("source", "split"))
     if not sources <= set(SOURCES) or not any(splits <= set(pair) for pair in SPLITS):
         raise ValueError(f"sources {sources} on splits {splits}; known: {SOURCES} on one pair of {SPLITS}")
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        exit_names = (f"exit_{exit_}" for exit_ in range(num_exits))
-        writer.writerow([*_BEFORE_EXITS, *exit_names, *_AFTER_EXITS, *_time_columns(batch_sizes)])
-        for row in rows:
-            exits = [_text(fraction) for fraction in row.exit_fractions]
-            exits += [""] * (num_exits - len(exits))
-            before, after = ([_text(getattr(row, name)) for name in names] for names in (_BEFORE_EXITS, _AFTER_EXITS))
-            writer.writerow([*before, *exits, *after, *_time_cells(row, batch_sizes)])
+    exit_names = (f"exit_{exit_}" for exit_ in range(num_exits))
+    yield [*_BEFORE_EXITS, *exit_names, *_AFTER_EXITS, *_time_columns(batch_sizes)]
+    for row in rows:
+        exits = [_text(fraction) for fraction in row.exit_fractions]
+        exits += [""] * (num_exits - len(exits))
+        before, after = ([_text(getattr(row, name)) for name in names] for names in (_BEFORE_EXITS, _AFTER_EXITS))
+        yield [*before, *exits, *after, *_time_cells(row, batch_sizes)]
 
 
 def _time_columns(batch_sizes: Sequence[int]) -> list[str]:

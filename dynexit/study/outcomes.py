@@ -47,7 +47,9 @@ class ReportSettings(Section):
         "rank of the score that bounds conformal sets: with its promised coverage, or as JEI-DNN's code",
     )
     published: Literal["auto", "none"] = key("auto", "auto draws what a paper's authors recorded for it beside")
-    mlflow: bool = key(True, "whether the results are written to MLflow too")
+    mlflow: bool | Literal["live"] = key(
+        True, "whether the results are written to MLflow too; live also follows the epochs of trainings"
+    )
     tracking_uri: str | None = key(None, "MLflow's store; null takes MLFLOW_TRACKING_URI, else sqlite in runs_dir")
 
 

@@ -53,18 +53,27 @@ class Submitted:
         return sorted(found, key=lambda path: (path.suffix != ".out", len(path.name), path.name))
 
 
-def all_submitted(study_dir: Path) -> list[Submitted]:
-    """Everything that was ever submitted for the study, oldest first."""
+def newest_jobs(study_dir: Path, ids: set[str]) -> list[Submitted]:
+    """The last job of each stage that did any of the work `ids`, or a report, on a cluster or as local processes."""
+    jobs = [*all_submitted(study_dir, "submitted"), *all_submitted(study_dir)]
+    jobs.sort(key=lambda job: (job.folder / JOBS).stat().st_mtime)
+    return list(
+        {job.stage: job for job in jobs if job.stage == "report" or ids & {one for _, one in job.work}}.values()
+    )
+
+
+def all_submitted(study_dir: Path, kind: str = "slurm") -> list[Submitted]:
+    """Everything that was ever submitted for the study, oldest first; with `kind` submitted, what ran --on local."""
     return [
         Submitted(job_id, array["stage"], tuple(packs), path.parent)
-        for path in _lists(study_dir)
+        for path in _lists(study_dir, kind)
         for array in read_json(path, LaunchedJobs)["arrays"]
         for job_id, packs in array["tasks"].items()
     ]
 
 
-def _lists(study_dir: Path) -> list[Path]:
-    lists = [folder / JOBS for folder in folders_in_place(study_dir / "slurm")]
+def _lists(study_dir: Path, kind: str = "slurm") -> list[Path]:
+    lists = [folder / JOBS for folder in folders_in_place(study_dir / kind)]
     return [path for path in lists if path.is_file()]
 
 

@@ -186,7 +186,12 @@ def test_refuses_weights_that_the_record_is_not_of(
 def test_nothing_names_this_machine(study: Study, folder: Path) -> None:
     for path in folder.iterdir():
         assert str(study.directory.parent).encode() not in path.read_bytes()
-    assert json.loads((folder / "exits.json").read_text())["provenance"]["study"] == "tiny_study"
+    provenance = json.loads((folder / "exits.json").read_text())["provenance"]
+    assert provenance["study"] == "tiny_study"
+    prepared, *trained = provenance["jobs"]
+    assert prepared["digests"]["backbone.safetensors"] == provenance["backbone_sha256"]
+    assert [one["digests"]["heads.safetensors"] for one in trained] == list(provenance["heads_sha256"].values())
+    assert "host" not in prepared
 
 
 def test_the_commands_save_and_predict(study: Study, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from dynexit.contents import MetricsRow
 from dynexit.jobs.finished import kept_row, last_figures
 from dynexit.provenance import commit, cpu_name, instruction_set
-from dynexit.run_dir import RunDir
+from dynexit.run_dir import RunDir, sha256_file
 from dynexit.study.read import load_study
 from tests.command_line import TINY, dynexit
 
@@ -36,20 +36,37 @@ def test_the_kept_epoch_is_the_last_that_improved(tmp_path: Path) -> None:
     RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[0], **figures}, {**rows[1], **figures}])
     shown = "validation 90.00 % at 0.400 relative MACs"
     assert last_figures(best) == f"last epoch 1: {shown}; kept 0: {shown}"
+    RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[0], **figures}])
+    assert last_figures(best) == f"last epoch 0, kept: {shown}"
+    RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[1]}, {**rows[1]}])
+    assert last_figures(best) == "last epoch 1"
 
 
 @pytest.mark.slow
 def test_each_job_leaves_its_provenance(tmp_path: Path) -> None:
-    dynexit(
-        tmp_path, "run", TINY, "seed=[0]", "jei_dnn.ce_ic_tradeoff=[1]", "report.mlflow=false", "train.num_epochs=3"
-    )
+    overrides = ("seed=[0]", "jei_dnn.ce_ic_tradeoff=[1]", "report.mlflow=false", "train.num_epochs=3")
+    dynexit(tmp_path, "run", TINY, *overrides)
+    assert "vs backbone" not in dynexit(tmp_path, "infer", TINY, *overrides).stdout  # the report's table
     study = tmp_path / "runs" / "tiny_study"
-    for stage in ("prepare", "train", "record", "search"):
-        (path,) = study.glob(f"{stage}/*/provenance.json")
+    for stage in ("prepare", "train", "record", "search", "infer", "report"):
+        (path,) = study.glob(f"{stage}/*/provenance.json" if stage != "report" else "report/provenance.json")
         found = json.loads(path.read_text())
+        assert found["digests"].pop("study.yaml") == sha256_file(study / "study.yaml")
+        files = {name: sha256_file(path.parent / name) for name in found["digests"]}
+        assert found["digests"] == files != {}
         assert (found["stage"], found["num_points"], found["gpu"]) == (stage, 1, "")
         assert 0 < found["seconds"] < 600
         assert found["command"]
+        assert found["peak_memory_bytes"] > 10 << 20
+        loads = stage in ("prepare", "train", "record")
+        assert ("images_per_second_per_rank" in found) == ("share_waiting_for_data" in found) == loads
     page = (study / "report" / "report.html").read_text()
     assert "<h2>Provenance</h2>" in page
     assert f"torch {found['packages']['torch']}" in page
+    assert "<th>waiting for data</th>" in page
+    (trained,) = study.glob("train/*/provenance.json")
+    measured = json.loads(trained.read_text())
+    (point,) = json.loads(dynexit(tmp_path, "status", TINY, *overrides, "--json").stdout)["points"]
+    names = ("images_per_second_per_rank", "share_waiting_for_data", "peak_memory_bytes")
+    assert point["speed"] == {name: measured[name] for name in names}
+    assert "speed" not in dynexit(tmp_path, "status", TINY, *overrides).stdout

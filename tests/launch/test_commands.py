@@ -1,15 +1,21 @@
 """The commands that follow a study take its YAML file or the folder in which it was run."""
 
-import sys
+import itertools
+import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
 
+from dynexit.report.tracking import default_tracking_uri, log_study
 from dynexit.run_dir import RunDir
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study, resolved_yaml
 from launch.__main__ import main
-from tests.command_line import TINY
+from launch.tasks.folder import add_array, new_folder
+from tests.command_line import TINY, start
 
 
 @pytest.fixture
@@ -64,12 +70,48 @@ def test_other_commands_take_the_run_folder(
     assert capsys.readouterr().out == "no jobs of this study are queued\n"
     assert main(["retry", folder]) == 2
     assert capsys.readouterr().err.startswith("dynexit: runs/tiny_study was never submitted")
-    started: list[list[str]] = []
-    monkeypatch.setattr("os.execv", lambda path, command: started.append([path, *command]))
-    main(["ui", folder])
-    assert "MLflow's page has no login" in capsys.readouterr().err
-    store = f"sqlite:///{Path('runs/mlflow.db').resolve()}"
-    assert started == [[sys.executable, sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]]
+
+
+def test_logs_of_local_jobs_and_of_the_launchers_own(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest job of a stage that did the point's work; then the log of its pack, if that is newer."""
+    one, other, *_ = study.points
+    for ids, text in (([one.id, other.id], "first"), ([one.id], "again"), ([other.id], "of another")):
+        folder = new_folder(study, "submitted")
+        add_array(folder, "train", {"0": [{"train": ids}]})
+        (folder / "0_0_log.out").write_text(f"{text}\n", encoding="utf-8")
+        (folder / "0_0_log.err").touch()
+    log = study.directory / "submitted" / "0002" / "0_0_log.out"
+    assert main(["logs", "runs/tiny_study", one.id]) == 0
+    assert capsys.readouterr().out == f"==> {log}\nagain\n\n"
+    pack = study.directory / "pack" / "0123abcd"
+    pack.mkdir(parents=True)
+    (pack / "members.json").write_text(json.dumps([one.id]), encoding="utf-8")
+    (pack / "log.txt").write_text("resumed here\n", encoding="utf-8")
+    os.utime(log, (1, 1))
+    assert main(["logs", "runs/tiny_study", one.id]) == 0
+    assert capsys.readouterr().out == f"==> {log}\nagain\n\n==> {pack / 'log.txt'}\nresumed here\n\n"
+
+
+def test_the_page_is_opened_only_where_it_is_made(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["train", str(TINY)], ["run", str(TINY), "--on", "slurm"]):
+        assert main([*words, "--open"]) == 2
+        assert "--open is for `run` and `report`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # mlflow's own
+def test_ui_prints_the_page_of_the_experiment(study: Study, tmp_path: Path) -> None:
+    log_study(default_tracking_uri(study.directory.parent), {"id": "a", "name": "tiny_study"}, [], study.directory)
+    process = start(tmp_path, "ui", "runs/tiny_study")
+    assert process.stdout is not None
+    printed = list(itertools.islice(process.stdout, 2))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+    assert printed[0] == "MLflow's page has no login: all users of this machine can read and change what it shows\n"
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/#/experiments/1\n", printed[1])
 
 
 def test_a_run_folder_keeps_its_name(study: Study, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,9 @@ from dynexit.core.statistics import Interval
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FrontEntry, entries_of, even_steps, write_front
 from dynexit.report.judged.outcomes import Judgement
+from dynexit.report.judged.verdicts import headline
 from dynexit.report.judged.words import at_least, at_most, difference_text, drop_to_test, share_text
-from dynexit.report.page import Page, headline, write_page
+from dynexit.report.page import Page, write_page
 from dynexit.report.table import front_of
 from dynexit.search.operating_points import ReportRow
 from tests.report.synthetic_rows import synthetic_rows

@@ -8,6 +8,7 @@ from dynexit.report.chart.data import chart_data
 from dynexit.report.chart.groups import groups_of
 from dynexit.report.figures import pareto_figure
 from dynexit.report.judged.cards import cards
+from dynexit.report.judged.curves import Training, curves_section
 from dynexit.report.judged.front import entries_of
 from dynexit.report.page import Figure, Page, PageSection, write_page
 from dynexit.report.table import front_of
@@ -35,9 +36,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_page(
         folder / "report.html",
         Page(
-            "x", ROWS, [Figure(pictures["light"], "alt", "caption", pictures["dark"])], chart=chart,
+            40 * "w", ROWS, [Figure(pictures["light"], "alt", "caption", pictures["dark"])], chart=chart,
             cards=cards(entries_of(front, ROWS, {}, lambda row: SLY), (0.3, 0.45), labels, Path("runs/my study")),
-            sections=[PageSection("Wide", "", [{f"column {n}": f"some text {n}" for n in range(9)}])],
+            sections=[
+                PageSection("Wide", "", [{f"column {n}": f"some text {n}" for n in range(9)}], folded=[(40 * "w", [])]),
+                *curves_section([Training(80 * "w", [{"epoch": n, "exit_accuracy": [0.5, 0.6]} for n in (0, 1)], 1)]),
+            ],
         ),
     )  # fmt: skip
     return folder / "report.html"

@@ -2,8 +2,10 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ def empty_database(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mlflow")
     report_dir = folder / "report"
     report_dir.mkdir()
-    log_study(default_tracking_uri(folder), "template", "t", [], report_dir)
+    log_study(default_tracking_uri(folder), {"id": "t", "name": "template"}, [], report_dir)
     return folder / "mlflow.db"
 
 
@@ -47,7 +49,8 @@ def point(index, **changes) -> TrackedPoint:
 
 
 def report(runs_dir, points, study_id="s1", **more):
-    log_study(default_tracking_uri(runs_dir), "digits", study_id, points, runs_dir / "report", **more)
+    study = {"id": study_id, "name": "digits", **more}
+    log_study(default_tracking_uri(runs_dir), study, points, runs_dir / "report")
     return read(runs_dir)
 
 
@@ -133,10 +136,11 @@ def test_another_study_of_the_name_has_its_own_runs(runs_dir):
     assert found == [("s1", ""), ("s1", "p0"), ("s2", ""), ("s2", "p0")]
 
 
-def test_a_torn_report_is_mended(runs_dir, monkeypatch):
+def test_a_torn_report_to_a_server_is_repeated(runs_dir, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     real, calls = MlflowClient.log_batch, []
+    monkeypatch.setattr(tracking, "_insert", lambda *_: False)  # as servers have it
 
     def dies(*arguments, **options):
         calls.append(1)
@@ -160,6 +164,7 @@ def test_large_points_are_written_whole_in_few_batches(runs_dir, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     real, sizes = MlflowClient.log_batch, []
+    monkeypatch.setattr(tracking, "_insert", lambda *_: False)  # as servers have it
 
     def counted(self, run_id, metrics=(), params=(), tags=(), **options):
         sizes.append((len(metrics), len(params)))
@@ -173,6 +178,50 @@ def test_large_points_are_written_whole_in_few_batches(runs_dir, monkeypatch):
     assert len(runs["p0"].data.params["key.0"]) == 6000
     assert histories["p0", "loss"] == [(step, step / 7) for step in range(1700)]
     assert sizes == [(0, 0), (800, 100), (800, 100), (101, 50)]
+
+
+def test_an_sqlite_store_gets_what_a_server_gets(runs_dir, monkeypatch):
+    found = []
+    monkeypatch.setattr(tracking, "_insert", lambda *_: False)
+    for name in ("server", "sqlite"):
+        history = {"loss": [(2, 0.5), (0, 1.5), (1, 9.0)], "a/b c": [(0, -1.0)]}
+        runs, values = report(runs_dir, [point(0, id=name, history=history, tags={"x": "y"})])
+        data = runs[name].data
+        tags = {key: value for key, value in data.tags.items() if not key.startswith(("dynexit", "mlflow"))}
+        found.append((data.metrics, data.params, tags, runs[name].info.status, sorted(values[name, "loss"])))
+        monkeypatch.undo()
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert found[0] == found[1]
+    assert found[1][0]["loss"] == 0.5  # of the last step
+
+
+@pytest.mark.slow
+def test_reporting_to_a_server_is_repeatable(runs_dir, monkeypatch, tmp_path):
+    """A real server, which MLFLOW_TRACKING_URI names."""
+    port = tracking._free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{runs_dir}/mlflow.db",
+        "--artifacts-destination",
+        str(tmp_path / "a"),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as server:
+        try:
+            while not tracking._answers(port):
+                time.sleep(0.2)
+                assert server.poll() is None
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            first = report(runs_dir, [point(0), point(1)])
+            second = report(runs_dir, [point(0), point(1)])
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+    assert ids(second[0]) == ids(first[0])
+    assert second[1] == first[1]
+    assert set(second[0]) == {None, "p0", "p1"}
+    assert second[0]["p1"].data.metrics["test_accuracy"] == 0.91
 
 
 def test_an_experiment_deleted_in_the_page_comes_back(runs_dir):
@@ -233,7 +282,7 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def _log_one(folder: Path, study_id: str) -> None:
-    log_study(default_tracking_uri(folder), "digits", study_id, [{"id": study_id}], folder / "report")
+    log_study(default_tracking_uri(folder), {"id": study_id, "name": "digits"}, [{"id": study_id}], folder / "report")
 
 
 def test_processes_that_start_on_a_fresh_database_all_succeed(tmp_path, empty_database, monkeypatch):

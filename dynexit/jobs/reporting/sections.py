@@ -10,14 +10,15 @@ from dynexit.jobs.reporting.rows import point_times
 from dynexit.record.shards import Record
 from dynexit.report.judged.areas import area_intervals, hypervolume_section
 from dynexit.report.judged.cards import Card
+from dynexit.report.judged.classes import CLASSES_CSV, classes_section
+from dynexit.report.judged.curves import Training, curves_section
+from dynexit.report.judged.exits import exits_section
 from dynexit.report.judged.front import FRONT_CSV, FRONT_MD, FRONT_TEX, FrontEntry
 from dynexit.report.judged.methods import compare_methods, methods_section
 from dynexit.report.judged.outcomes import Judgements
 from dynexit.report.judged.provenance_section import provenance_section
-from dynexit.report.page import Download, PageSection, within_half
-from dynexit.report.sections.classes import CLASSES_CSV, classes_section
-from dynexit.report.sections.curves import Training, curves_section
-from dynexit.report.sections.exits import exits_section
+from dynexit.report.judged.verdicts import within_half
+from dynexit.report.page import Download, PageSection
 from dynexit.report.times import time_sections
 from dynexit.report.uncertainty import uncertainties, write_uncertainty
 from dynexit.report.uncertainty_section import uncertainty_section

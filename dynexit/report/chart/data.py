@@ -7,7 +7,7 @@ from typing import Any
 
 import markupsafe
 
-from dynexit.report.chart.groups import Costs, Group, has_cost
+from dynexit.report.chart.groups import Costs, LegendGroup, has_cost
 from dynexit.report.judged.cards import commands, commands_by_time
 from dynexit.report.judged.outcomes import Judgement, Judgements
 from dynexit.report.judged.words import difference_text, share_text
@@ -20,7 +20,7 @@ _DIGITS = 5
 
 
 def chart_data(
-    groups: Sequence[Group],
+    groups: Sequence[LegendGroup],
     rows: Sequence[ReportRow],
     costs: Costs,
     judged: Judgements,
@@ -76,7 +76,7 @@ def json_script(data: Any) -> markupsafe.Markup:
     return markupsafe.Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _name(group: Group) -> str:
+def _name(group: LegendGroup) -> str:
     words = {"fixed": "MSDNet’s thresholds", "static": "static networks", "cascade": "cascades"}
     return f"{words.get(group.source, group.source.replace('_', ' '))}, {group.method}"
 

@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class LegendGroup:
     """An entry of the legend. `curves` are by cost and split; only searches have them."""
 
     source: str
@@ -36,7 +36,7 @@ class Group:
     curves: Mapping[tuple[int | None, str], Sequence[Step]]
 
 
-def groups_of(rows: Sequence[ReportRow], front: Sequence[FrontPoint], costs: Costs) -> list[Group]:
+def groups_of(rows: Sequence[ReportRow], front: Sequence[FrontPoint], costs: Costs) -> list[LegendGroup]:
     """Returns the groups: searches, gates and fixed thresholds by method, then static networks and cascades.
 
     Of searches and fixed thresholds the points are those that are best on validation within hundredths of a cost, seed
@@ -56,7 +56,7 @@ def groups_of(rows: Sequence[ReportRow], front: Sequence[FrontPoint], costs: Cos
             points = [point for seed in by_seed(own) for point in spread(_best(seed, costs), most)]
         points = _unique([*points, *(one for one in front if (one.test.source, one.test.method) == (source, method))])
         curves = {} if source != "search" else _curves(own, costs)
-        found.append(Group(source, method, points, curves))
+        found.append(LegendGroup(source, method, points, curves))
     return found
 
 

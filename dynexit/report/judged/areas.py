@@ -46,29 +46,30 @@ def area_intervals(points: Sequence[Point], rows: Sequence[ReportRow]) -> Limits
         values = (correct_N, macs_N / outcomes.costs.full_macs, np.ones(len(correct_N)))
         sums_3G = np.stack([np.bincount(outcomes.origin_N, weights=one, minlength=len(count_G)) for one in values])
         sums[row.key] = outcomes.point.config.data.model_dump_json(), sums_3G
-    found = {}
+    by_images: dict[str, dict[tuple[str, str], np.ndarray]] = {}
     for place, front in fronts.items():
         images = {sums[row.key][0] for row in front}
         if len(images) == 1:
-            found[place] = _interval(np.stack([sums[row.key][1] for row in front]))
-    return found
+            by_images.setdefault(images.pop(), {})[place] = np.stack([sums[row.key][1] for row in front])
+    return {place: limits for own in by_images.values() for place, limits in intervals_of(own).items()}
 
 
-def _interval(sums_K3G: np.ndarray) -> tuple[float, float]:
-    """The interval of the area of K points from the sums of correct answers, relative MACs and samples by original."""
-    num_originals = sums_K3G.shape[-1]
+def intervals_of(sums: Mapping[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], tuple[float, float]]:
+    """The intervals of areas from the sums (K, 3, G) of correct answers, relative MACs and samples of each original."""
+    num_originals = next(iter(sums.values())).shape[-1]
     random = np.random.default_rng(0)
-    areas: list[float] = []
-    while len(areas) < NUM_RESAMPLES:
+    areas: dict[tuple[str, str], list[float]] = {place: [] for place in sums}
+    for _ in range(NUM_RESAMPLES // _CHUNK):
         drawn_RG = random.integers(0, num_originals, (_CHUNK, num_originals))
         counts_RG = np.stack([np.bincount(drawn_G, minlength=num_originals) for drawn_G in drawn_RG]).astype(float)
-        correct_RK, macs_RK, count_RK = (counts_RG @ sums_K3G[:, which].T for which in range(3))
-        areas += [
-            float(hypervolume(accuracy_K, cost_K))
-            for accuracy_K, cost_K in zip(correct_RK / count_RK, macs_RK / count_RK, strict=True)
-        ]
-    low, high = np.quantile(areas, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+        for place, sums_K3G in sums.items():
+            correct_RK, macs_RK, count_RK = (counts_RG @ sums_K3G[:, which].T for which in range(3))
+            areas[place] += [
+                float(hypervolume(accuracy_K, cost_K))
+                for accuracy_K, cost_K in zip(correct_RK / count_RK, macs_RK / count_RK, strict=True)
+            ]
+    limits = {place: np.quantile(own, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) for place, own in areas.items()}
+    return {place: (float(low), float(high)) for place, (low, high) in limits.items()}
 
 
 def hypervolume_section(rows: Sequence[ReportRow], limits: Limits | None = None) -> list[PageSection]:

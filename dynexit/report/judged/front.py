@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dynexit.core.statistics import Interval
+from dynexit.files import spreadsheet_text
 from dynexit.report.judged.outcomes import Judgement, Judgements
 from dynexit.report.judged.words import difference_text, share_text
 from dynexit.report.table import FrontPoint, percent, within_budgets
@@ -89,7 +90,7 @@ def write_front(directory: Path, entries: Sequence[FrontEntry]) -> None:
     ):
         writer = csv.DictWriter(file, list(table[0]) if table else ["source"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows({name: spreadsheet_text(value) for name, value in row.items()} for row in table)
     shown = [_paper_cells(one) for one in even_steps(entries)]
     write_text(directory / FRONT_MD, _markdown(shown))
     write_text(directory / FRONT_TEX, _tex(shown))

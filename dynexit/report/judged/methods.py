@@ -44,7 +44,7 @@ class MethodAtBudget:
 
 
 @dataclass(frozen=True)
-class _Answers:
+class _TestAnswers:
     """Of one point on test: what names its images, whether it and its backbone are right, and the originals."""
 
     images: str
@@ -73,22 +73,22 @@ def compare_methods(
             if len(bought) == len(own):
                 chosen.setdefault(budget, {})[method] = tuple(bought)
     tests = [point.test for by_method in chosen.values() for bought in by_method.values() for point in bought]
-    answers: dict[RowKey, _Answers] = {}
+    answers: dict[RowKey, _TestAnswers] = {}
     for row, outcomes in with_outcomes(points, tests):
         images = outcomes.point.config.data.model_dump_json()
-        answers[row.key] = _Answers(images, outcomes.of(row)[0], outcomes.correct_RN[-1], outcomes.origin_N)
+        answers[row.key] = _TestAnswers(images, outcomes.of(row)[0], outcomes.correct_RN[-1], outcomes.origin_N)
     return [one for budget, by_method in chosen.items() for one in _at_budget(budget, by_method, answers)]
 
 
 def _at_budget(
-    budget: float, by_method: Mapping[str, tuple[FrontPoint, ...]], answers: Mapping[RowKey, _Answers]
+    budget: float, by_method: Mapping[str, tuple[FrontPoint, ...]], answers: Mapping[RowKey, _TestAnswers]
 ) -> Iterator[MethodAtBudget]:
     best = max(by_method, key=lambda method: fmean(point.validation.accuracy for point in by_method[method]))
     theirs = [answers[point.test.key] for point in by_method[best]]
     for method, bought in by_method.items():
         ours = [answers[point.test.key] for point in bought]
         gains = [_gain(one.correct_N, one.base_N) for one in ours]
-        base = _paired(ours, [_Answers(one.images, one.base_N, one.base_N, one.origin_N) for one in ours])
+        base = _paired(ours, [_TestAnswers(one.images, one.base_N, one.base_N, one.origin_N) for one in ours])
         assert base is not None
         seeds = {point.test.seed: answers[point.test.key] for point in by_method[best]}
         pairs = [(answers[point.test.key], seeds.get(point.test.seed)) for point in bought]
@@ -108,7 +108,7 @@ def _gain(correct_N: np.ndarray, other_N: np.ndarray) -> float:
     return float(correct_N.mean() - other_N.mean())
 
 
-def _paired(ours: Sequence[_Answers], theirs: Sequence[_Answers]) -> Interval | None:
+def _paired(ours: Sequence[_TestAnswers], theirs: Sequence[_TestAnswers]) -> Interval | None:
     """The difference of the means over seeds, image by image; None if no images are shared."""
     values: list[np.ndarray] = []
     origins: list[np.ndarray] = []

@@ -1,17 +1,20 @@
 """The page's part on where the results come from."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynexit.contents import Provenance
 from dynexit.provenance import read_provenance
 from dynexit.report.page import PageSection
+from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point
 
 _WHAT = (
     "What did each stage, where and how long; provenance.json in each job's folder has more. Points that one job did "
-    "together share its time. The time is that of the attempt which finished the job. Another instruction set or "
-    "package version gives other last bits."
+    "together share its time. The time is that of the attempt which finished the job. Images/s are of a rank, in the "
+    "median of the jobs; waiting for data and memory (of the GPU where there is one) are the largest of them. Another "
+    "instruction set or package version gives other last bits."
 )
 
 
@@ -20,7 +23,7 @@ def provenances(points: Sequence[Point]) -> dict[str, list[Provenance]]:
     found: dict[str, dict[tuple[Any, ...], Provenance]] = {}
     for point in points:
         for stage in point.stages:
-            one = read_provenance(point, stage)
+            one = read_provenance(RunDir(point, stage).path)
             if one is not None:
                 found.setdefault(stage, {}).setdefault((one["host"], one["started"], one["seconds"]), one)
     return {stage: list(jobs.values()) for stage, jobs in found.items()}
@@ -40,12 +43,27 @@ def _cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
         "jobs": len(jobs),
         "hours": f"{sum(job['seconds'] for job in jobs) / 3600:.4f}",
         **({"GPU-hours": f"{gpu_hours:.4f}"} if gpu_hours else {}),
+        **_speed(jobs),
         "from": min(job["started"] for job in jobs),
-        "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {job['gpu']}".strip() for job in jobs),
+        "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {_gpu(job)}".strip() for job in jobs),
         "commit": _each(job["commit"][:12] + job["commit"][40:] for job in jobs),
         "packages": _each(", ".join(f"{name} {version}" for name, version in of.items()) for of in versions),
         "command": _each(job["command"] for job in jobs),
     }
+
+
+def _speed(jobs: Sequence[Provenance]) -> dict[str, str]:
+    cells = {}
+    if rates := [job["images_per_second_per_rank"] for job in jobs if "images_per_second_per_rank" in job]:
+        cells["images/s"] = f"{statistics.median(rates):.0f}"
+        cells["waiting for data"] = f"{100 * max(job.get('share_waiting_for_data', 0.0) for job in jobs):.0f} %"
+    if peak := max(job.get("peak_memory_bytes", 0) for job in jobs):
+        cells["peak memory"] = f"{peak / 2**20:.0f} MiB"
+    return cells
+
+
+def _gpu(job: Provenance) -> str:
+    return f"{job['gpu']}, driver {job['driver']}" if job.get("driver") else job["gpu"]
 
 
 def _each(texts: Any) -> str:

@@ -13,17 +13,19 @@ _METHOD = "train.method"
 
 def name_points(points: Sequence["Point"]) -> tuple["Point", ...]:
     """Returns the points with `label_keys` and `method_keys` set."""
-    labels = telling_keys(points, dict.fromkeys([_METHOD, *(name for point in points for name in point.swept)]))
     by_method: dict[str, list[Point]] = {}
     for point in points:
         by_method.setdefault(point.config.train.method, []).append(point)
-    methods = {
-        method: telling_keys(group, dict.fromkeys(name for point in group for name in filter(_in_method, point.swept)))
-        for method, group in by_method.items()
-    }
+    keys = {}
+    for method, group in by_method.items():
+        swept = dict.fromkeys(name for point in group for name in point.swept)
+        methods = telling_keys(group, filter(_in_method, swept))
+        labels = telling_keys(group, dict.fromkeys((*methods, *swept)))
+        keys[method] = (_METHOD, *labels) if len(by_method) > 1 else labels, methods
     return tuple(
-        dataclasses.replace(point, label_keys=labels, method_keys=methods[point.config.train.method])
+        dataclasses.replace(point, label_keys=labels, method_keys=methods)
         for point in points
+        for labels, methods in [keys[point.config.train.method]]
     )
 
 

@@ -30,7 +30,7 @@ _WHAT = (
 
 
 @dataclass(frozen=True)
-class Answers:
+class ClassAnswers:
     """Of N samples: the class, whether the point and its backbone are right, the MACs over the backbone's, and the
     original."""
 
@@ -47,7 +47,7 @@ def classes_section(
     """The section on the test row `row`, worst loss first, 20 classes at most; writes classes.csv."""
     outcomes = Outcomes(point, "test")
     correct_N, macs_N = outcomes.of(row)
-    answers = Answers(
+    answers = ClassAnswers(
         np.asarray(outcomes.record.label)[outcomes.kept_N],
         correct_N,
         outcomes.correct_RN[-1],
@@ -62,7 +62,7 @@ def classes_section(
     return PageSection("Classes", remark, [_cells(one, answers) for one in table[:_MOST_ROWS]])
 
 
-def class_table(answers: Answers, names: Sequence[str] | None) -> list[dict[str, Any]]:
+def class_table(answers: ClassAnswers, names: Sequence[str] | None) -> list[dict[str, Any]]:
     """The rows of classes.csv: every class that has images, by label."""
     num_classes = int(answers.label_N.max()) + 1
     weights = (np.ones(len(answers.label_N)), answers.correct_N, answers.base_N, answers.relative_macs_N)
@@ -82,7 +82,7 @@ def class_table(answers: Answers, names: Sequence[str] | None) -> list[dict[str,
     ]
 
 
-def _cells(one: dict[str, Any], answers: Answers) -> dict[str, Any]:
+def _cells(one: dict[str, Any], answers: ClassAnswers) -> dict[str, Any]:
     mask_N = answers.label_N == one["class"]
     correct_N, origin_N = answers.correct_N[mask_N], answers.origin_N[mask_N]
     difference = mean_interval(correct_N.astype(np.int64) - answers.base_N[mask_N], origin_N)

@@ -10,7 +10,7 @@ import numpy as np
 from dynexit.contents import MetricsRow
 from dynexit.report.page import PageSection, shade
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 250, 52, 14, 26, 40
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 235, 52, 14, 10, 40
 _MOST = 8
 _WHAT = (
     "Accuracy on validation by epoch: a thin line for each exit, darker with depth, and where gates are trained a "
@@ -60,7 +60,7 @@ def _drawing(one: Training) -> markupsafe.Markup:
     def y(value: float) -> float:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (value - low) / (high - low)
 
-    parts = [markupsafe.Markup('<text class="axis" x="{}" y="16">{}</text>').format(_LEFT, one.label)]
+    parts: list[markupsafe.Markup] = []
     for value in _ticks(low, high):
         parts.append(_line("grid", _LEFT, y(value), _WIDTH - _RIGHT, y(value)))
         parts.append(_text("tick", _LEFT - 8, y(value) + 4, f"{100 * value:.4g} %", "end"))
@@ -75,9 +75,9 @@ def _drawing(one: Training) -> markupsafe.Markup:
     if one.kept_epoch is not None:
         parts.append(_line("kept", x(one.kept_epoch), _TOP, x(one.kept_epoch), _HEIGHT - _BOTTOM))
         parts.append(_text("note", x(one.kept_epoch) + 4, _TOP + 8, f"kept: {one.kept_epoch}", "start"))
-    return markupsafe.Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="accuracy by epoch">{}</svg>').format(
-        _WIDTH, _HEIGHT, markupsafe.Markup("").join(parts)
-    )
+    drawn = markupsafe.Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="accuracy by epoch">{}</svg>')
+    label = markupsafe.Markup('<p class="label">{}</p>').format(one.label)
+    return label + drawn.format(_WIDTH, _HEIGHT, markupsafe.Markup("").join(parts))
 
 
 def _ticks(low: float, high: float) -> list[float]:
