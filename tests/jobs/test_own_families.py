@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import dynexit
 from dynexit.study.grid import Study
@@ -63,4 +65,7 @@ def test_a_study_of_the_family_resumes_and_leaves_early(
     assert "resuming" in capsys.readouterr().out
     found = digests(interrupted.directory)
     assert len(found) >= 2
+    (backbone,) = (load_file(path) for path in interrupted.directory.glob("prepare/*/backbone.safetensors"))
+    if family == "tied weights":
+        assert torch.equal(backbone["model.blocks.0.conv.weight"], backbone["model.blocks.2.conv.weight"])
     assert found == {name: digest for name, digest in digests(whole.directory).items() if name in found}
