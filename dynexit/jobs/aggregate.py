@@ -62,12 +62,12 @@ class Aggregate:
         writer = csv.DictWriter(text, list(names), lineterminator="\n", restval="")
         writer.writeheader()
         for (study, table), header in zip(tables, headers, strict=True):
-            own = {"study": spreadsheet_text(study), "state": "done"}
-            writer.writerows(own | dict(zip(header, row, strict=True)) for row in table)
+            label = spreadsheet_text(study)
+            rows = (zip(header, map(spreadsheet_text, row), strict=True) for row in table)
+            writer.writerows({"study": label, **dict(row), "state": "done"} for row in rows)
         for one in self.missing:
             row = {"study": one.study, "state": one.state, "point": one.label, "point_id": one.point_id}
-            row["reason"] = one.reason
-            writer.writerow({name: spreadsheet_text(value) for name, value in row.items()})
+            writer.writerow({name: spreadsheet_text(value) for name, value in {**row, "reason": one.reason}.items()})
         return text.getvalue()
 
     def short(self) -> str:

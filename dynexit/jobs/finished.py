@@ -231,16 +231,20 @@ def kept_row(point: Point, rows: Sequence[MetricsRow]) -> MetricsRow | None:
 def last_figures(point: Point) -> str:
     """Accuracy and cost on validation after the last epoch and of the epoch whose weights are kept, as text."""
     rows = RunDir(point, "train").read_lines(METRICS)
-    shown = [("last epoch", rows[-1] if rows else None), ("kept", kept_row(point, rows))]
-    return "; ".join(f"{name}{_figures(row)}" for name, row in shown if row is not None)
+    if not rows:
+        return ""
+    last, kept = rows[-1], kept_row(point, rows)
+    if kept is last:
+        return f"last epoch {last['epoch']}, kept{_figures(last)}"
+    text = f"last epoch {last['epoch']}{_figures(last)}"
+    return text if kept is None else f"{text}; kept {kept['epoch']}{_figures(kept)}"
 
 
 def _figures(row: MetricsRow) -> str:
-    text = f" {row['epoch']}"
-    if "validation_accuracy" in row and "validation_relative_macs" in row:
-        macs = row["validation_relative_macs"]
-        text += f": validation {100 * row['validation_accuracy']:.2f} % at {macs:.3f} relative MACs"
-    return text
+    if "validation_accuracy" not in row or "validation_relative_macs" not in row:
+        return ""
+    macs = row["validation_relative_macs"]
+    return f": validation {100 * row['validation_accuracy']:.2f} % at {macs:.3f} relative MACs"
 
 
 def _packs(study_dir: Path) -> Iterator[tuple[Path, list[str]]]:

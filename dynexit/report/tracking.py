@@ -159,9 +159,9 @@ def _write_run(client: Any, experiment_id: str, run: Any, point: TrackedPoint, t
     run_id = str(run.info.run_id)
     for path in point.get("artifacts", ()):
         client.log_artifact(run_id, str(path))
-    if run.info.status != "FINISHED":
-        client.set_terminated(run_id, end_time=_milliseconds(point)[1])
-    _write_values(client, run, point, params, {**tags, CONTENT_TAG: content})
+    is_over = run.info.status == "FINISHED"
+    ended = None if is_over else _milliseconds(point)[1] or int(1000 * time.time())
+    _write_values(client, run, point, params, {**tags, CONTENT_TAG: content}, ended)
     return run_id
 
 
@@ -177,9 +177,17 @@ def _milliseconds(point: TrackedPoint) -> tuple[int | None, int | None]:
 
 
 def _write_values(
-    client: Any, run: Any, point: TrackedPoint, params: Mapping[str, str], tags: Mapping[str, str]
+    client: Any,
+    run: Any,
+    point: TrackedPoint,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    ended: int | None = None,
 ) -> None:
-    """Writes the params and metrics that the run does not hold yet, in few large batches, and last of all the tags."""
+    """Writes the params and metrics that the run does not hold yet, in few large batches, and last of all the tags.
+
+    `ended` is the time in ms at which the run ended, if that is not known to MLflow yet.
+    """
     from mlflow.entities import Metric, Param, RunTag
 
     run_id, now = run.info.run_id, int(1000 * time.time())
@@ -193,15 +201,24 @@ def _write_values(
     }
     metrics = [Metric(key, value, now, step) for key, step, value in values if (key, step, value) not in held]
     fresh = [Param(key, value) for key, value in params.items() if key not in run.data.params]
-    if (path := _sqlite_path(client.tracking_uri)) is not None and _insert(path, run_id, metrics, fresh, tags):
+    if (path := _sqlite_path(client.tracking_uri)) is not None and _insert(path, run_id, metrics, fresh, tags, ended):
         return
+    if ended is not None:
+        client.set_terminated(run_id, end_time=ended)
     while len(fresh) > _MOST_PARAMS or len(metrics) > _MOST_METRICS:
         client.log_batch(run_id, metrics=metrics[:_MOST_METRICS], params=fresh[:_MOST_PARAMS])
         metrics, fresh = metrics[_MOST_METRICS:], fresh[_MOST_PARAMS:]
     client.log_batch(run_id, metrics, fresh, [RunTag(key, value) for key, value in tags.items()])
 
 
-def _insert(path: Path, run_id: str, metrics: Sequence[Any], params: Sequence[Any], tags: Mapping[str, str]) -> bool:
+def _insert(
+    path: Path,
+    run_id: str,
+    metrics: Sequence[Any],
+    params: Sequence[Any],
+    tags: Mapping[str, str],
+    ended: int | None,
+) -> bool:
     """Puts values into MLflow's tables, ten times as fast as MLflow does. False, with nothing done, if that fails.
 
     The latest value of a metric is that of the last step; of one step, of the last time; of one time, the greatest.
@@ -211,6 +228,10 @@ def _insert(path: Path, run_id: str, metrics: Sequence[Any], params: Sequence[An
         with contextlib.closing(sqlite3.connect(path, timeout=60)) as database, database:
             database.executemany(_INSERT, rows)
             database.execute(_LATEST, (run_id,))
+            if ended is not None:
+                database.execute(
+                    "UPDATE runs SET status = 'FINISHED', end_time = ? WHERE run_uuid = ?", (ended, run_id)
+                )
             for table, values in (("params", ((one.key, one.value) for one in params)), ("tags", tags.items())):
                 command = f"INSERT OR REPLACE INTO {table} (key, value, run_uuid) VALUES (?, ?, ?)"
                 database.executemany(command, [(key, value, run_id) for key, value in values])
@@ -220,6 +241,7 @@ def _insert(path: Path, run_id: str, metrics: Sequence[Any], params: Sequence[An
 
 
 _INSERT = "INSERT OR IGNORE INTO metrics (key, value, timestamp, run_uuid, step, is_nan) VALUES (?, ?, ?, ?, ?, 0)"
+_FINISH = "UPDATE runs SET status = 'FINISHED', end_time = ? WHERE run_uuid = ?"
 _LATEST = """
     INSERT OR REPLACE INTO latest_metrics (key, value, timestamp, step, is_nan, run_uuid)
     SELECT key, value, timestamp, step, is_nan, run_uuid FROM (
@@ -274,9 +296,13 @@ class LiveRuns:
 def serve(tracking_uri: str, experiment: str) -> int:
     """Runs MLflow's pages on a store until it is interrupted, and opens that of the experiment; the exit status.
 
-    Pages of a server that runs already are only opened.
+    Pages of a server that runs already are only opened. Raises Failure for a store that does not answer.
     """
-    found = _client(tracking_uri).get_experiment_by_name(experiment)
+    try:
+        found = _client(tracking_uri).get_experiment_by_name(experiment)
+    except Exception as error:  # whatever mlflow, its database or its server raise
+        place = _without_password(tracking_uri)
+        raise Failure(f"MLflow at {place} does not answer: {first_line(error)}; check the address") from error
     place = "" if found is None else f"/#/experiments/{found.experiment_id}"
     if found is None:
         print(f"MLflow at {_without_password(tracking_uri)} has no results of {experiment} yet")

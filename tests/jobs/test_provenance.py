@@ -36,6 +36,10 @@ def test_the_kept_epoch_is_the_last_that_improved(tmp_path: Path) -> None:
     RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[0], **figures}, {**rows[1], **figures}])
     shown = "validation 90.00 % at 0.400 relative MACs"
     assert last_figures(best) == f"last epoch 1: {shown}; kept 0: {shown}"
+    RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[0], **figures}])
+    assert last_figures(best) == f"last epoch 0, kept: {shown}"
+    RunDir(best, "train").write_lines("metrics.jsonl", [{**rows[1]}, {**rows[1]}])
+    assert last_figures(best) == "last epoch 1"
 
 
 @pytest.mark.slow
