@@ -136,7 +136,7 @@ class Session:
                 self.task.restore(tensors, facts["task"])
                 self.epoch, self.position = index(facts["epoch"]), index(facts["position"])
                 return True
-            except OutOfMemoryError:
+            except torch.OutOfMemoryError:
                 raise
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of another content
                 fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
