@@ -8,6 +8,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from dynexit.data import Batch, Split, epoch_batches, load_batches
 from dynexit.dist import Ranks
-from dynexit.errors import Interrupted, received_signals, request_stop
+from dynexit.errors import Failure, Interrupted, received_signals, request_stop
 from dynexit.progress import Progress
+from dynexit.run_dir import move_aside
 from dynexit.train.checkpoint import Checkpoints
 
 
@@ -114,13 +116,35 @@ class Session:
         with ranks.failing_together():
             if ranks.is_main:
                 checkpoints.begin()
+        self.resumed = self._restore()
+
+    def _restore(self) -> bool:
+        """Restores the newest checkpoint that the task takes; returns whether there is one.
+
+        Raises Failure if there are whole checkpoints, and the task takes none: it may have taken parts of them.
+        """
         # a network folder may show the ranks different files for a while
-        tensors, facts = (checkpoints.latest(progress.say) if ranks.is_main else None) or ({}, None)
-        facts = ranks.broadcast(facts)
-        self.resumed = facts is not None
-        if facts is not None:
-            task.restore(ranks.broadcast_tensors(tensors), facts["task"])
-            self.epoch, self.position = facts["epoch"], facts["position"]
+        found = self.checkpoints.whole(self.progress.say) if self.ranks.is_main else iter(())
+        fault = ""
+        while True:
+            tensors, facts = next(found, ({}, None))
+            facts = self.ranks.broadcast(facts)
+            if facts is None:
+                break
+            tensors = self.ranks.broadcast_tensors(tensors)
+            try:
+                self.task.restore(tensors, facts["task"])
+                self.epoch, self.position = index(facts["epoch"]), index(facts["position"])
+                return True
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of another content
+                fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                self.progress.say(f"a whole checkpoint does not fit ({fault}); falling back to the one before")
+        if fault:
+            directory = self.checkpoints.directory
+            raise Failure(f"no checkpoint in {directory} fits the job ({fault}); {move_aside(directory)}")
+        return False
 
     def save_if_asked(self, where: str, epoch: int, position: int, *, one_step_late: bool = False) -> None:
         """Saves if a checkpoint is due or a signal came; then raises Interrupted for the signal.
