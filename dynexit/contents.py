@@ -53,13 +53,17 @@ class JobProgress(TypedDict):
     figures: dict[str, NumberText]
     images_per_second: Number
     seconds_left: Number
+    images_per_second_per_rank: NotRequired[Number]
+    share_waiting_for_data: NotRequired[Fraction]
+    peak_memory_bytes: NotRequired[Count]
 
 
 @_open
 class Provenance(TypedDict):
     """provenance.json: what did a job, where and when. `seconds` are those of the attempt that finished it.
 
-    `digests` are the SHA-256 of study.yaml and of the files that it made. Earlier versions left the last three out.
+    `digests` are the SHA-256 of study.yaml and of the files that it made. Speed and memory are those of rank 0, of jobs
+    that load images. Earlier versions left out what is NotRequired.
     """
 
     stage: str
@@ -81,6 +85,9 @@ class Provenance(TypedDict):
     user: NotRequired[str]
     driver: NotRequired[str]
     digests: NotRequired[dict[str, str]]
+    images_per_second_per_rank: NotRequired[Number]
+    share_waiting_for_data: NotRequired[Fraction]
+    peak_memory_bytes: NotRequired[Count]
 
 
 @_open

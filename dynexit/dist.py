@@ -28,6 +28,11 @@ T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 1800.0  # torch's own default
 _LONGEST_WAIT = datetime.timedelta(days=7)
+_FLIGHT_RECORDER = {  # of NCCL's collectives, by each name that torch reads
+    ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
+    ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+}
+_DUMP_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +170,7 @@ class Gpus:
     usable: bool  # by torch
     file: str  # the device file of one that this process may open, or ''
     driver: str  # the version of the loaded driver, or ''
+    uuids: tuple[str, ...] = ()  # of the GPUs that this process sees; empty if they were not asked for
 
 
 def find_gpus(root: Path = Path("/"), visible: str | None = None) -> Gpus:
@@ -222,7 +228,8 @@ def start_ranks(
     `device` is auto, cpu or cuda; auto takes a GPU if there is one. All ranks have one device type before the group
     starts. In `Ranks.all_reduce` and `Ranks.any` a rank raises that waits for the others for longer than
     `timeout_seconds`; the first call of a process sets it. `probe` returns this machine's GPUs (default: `find_gpus`).
-    Raises UserError, on all ranks, as choose_device, and where some ranks would use a GPU and others the CPU.
+    Raises UserError, on all ranks, as choose_device, and where some ranks would use a GPU and others the CPU, or two of
+    them the same GPU.
     """
     from accelerate import PartialState
 
@@ -242,20 +249,26 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    problem = chosen = ""
+    problem = chosen = own = ""
+    uuids: Sequence[str] = ()
     try:
         chosen = choose_device(device, gpus)
+        uuids = gpus.uuids or (_uuids() if chosen == "cuda" else ())
+        own = uuids[_local_rank() % len(uuids)] if uuids else ""
     except UserError as error:
         problem = str(error)
-    store.set(f"device/{rank}", json.dumps([chosen, problem, f"rank {rank} on {socket.gethostname()}"]))
+    store.set(
+        f"device/{rank}", json.dumps([chosen, problem, f"rank {rank} on {socket.gethostname()}", own, len(uuids)])
+    )
     found = [json.loads(store.get(f"device/{other}")) for other in range(world_size)]
-    problems = [f"{where}: {text}" for _, text, where in found if text]
-    if not problems and len({kind for kind, _, _ in found}) > 1:
-        with_gpu, without = (next(where for k, _, where in found if k == kind) for kind in ("cuda", "cpu"))
+    problems = [f"{where}: {text}" for _, text, where, *_ in found if text]
+    if not problems and len({kind for kind, *_ in found}) > 1:
+        with_gpu, without = (next(where for k, _, where, *_ in found if k == kind) for kind in ("cuda", "cpu"))
         problems = [
             f"dist.device = {device!r}: {with_gpu} has a GPU and {without} has none; ask for nodes of one kind, or set "
             "dist.device=cpu"
         ]
+    problems = problems or _sharing([(where, own, num_seen) for _, _, where, own, num_seen in found])
     if problems:
         store.set(f"device/read/{rank}", "")
         if rank == 0:  # the store ends with this process
@@ -263,6 +276,7 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
         shared = UserError(problems[0])
         shared.on_all_ranks = True
         raise shared
+    record_flights()
     torch.distributed.init_process_group(
         "nccl" if chosen == "cuda" else "gloo",
         store=torch.distributed.distributed_c10d.PrefixStore("ranks", store),
@@ -274,9 +288,42 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
     return chosen
 
 
+def record_flights(dump_prefix: Path | None = None) -> None:
+    """Has NCCL's process groups keep their last collectives, and dump them on a time-out. The user's variables stay.
+
+    `dump_prefix` begins the name of each rank's file; torch takes a folder of its cache if it is None.
+    """
+    values = _FLIGHT_RECORDER | ({_DUMP_FILE: f"{dump_prefix}"} if dump_prefix is not None else {})
+    for names, value in values.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
+
+
 def own_gpu() -> torch.device:
     """This rank's GPU among those that it sees: of one, as SLURM may bind them, the first whatever the rank."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", _local_rank() % torch.cuda.device_count())
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _uuids() -> tuple[str, ...]:
+    return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
+
+
+def _sharing(found: Iterable[tuple[str, str, int]]) -> list[str]:
+    """A message if two ranks would use one GPU; of each rank: its name, its GPU's UUID or '', how many GPUs it sees."""
+    users: dict[str, str] = {}
+    for where, gpu, num_seen in found:
+        if gpu in users:
+            return [
+                f"{users[gpu]} and {where} would share a GPU: the node shows {num_seen} to a rank, fewer than it has "
+                "ranks; ask for nodes with as many GPUs as the others, or start at most one rank per GPU "
+                "(dist.tasks_per_node, torchrun --nproc-per-node)"
+            ]
+        users |= {gpu: where} if gpu else {}
+    return []
 
 
 _side_groups: list[Any] = []

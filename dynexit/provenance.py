@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynexit.contents import Done, Provenance
+from dynexit.memory import naming_memory, peak_memory_bytes
+from dynexit.progress import finished_loads, job_speed
 from dynexit.run_dir import DONE, PROVENANCE, STUDY, RunDir, read_json, sha256_file, write_json
 from dynexit.study.grid import Point
 from dynexit.study.stages import stage_of
@@ -28,10 +30,14 @@ _INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")  # the widest first
 def run_stage(stage: str, points: Sequence[Point]) -> None:
     """Does the stage's job for `points`, and leaves provenance.json in the folder of each that it finished.
 
-    A stage without a folder per point returns the one that it made.
+    A stage without a folder per point returns the one that it made. Raises Failure where memory does not suffice.
     """
     started, before = datetime.datetime.now(datetime.UTC), time.monotonic()
-    made = stage_of(stage).runner()(points)
+    finished_loads.clear()
+    one = stage_of(stage)
+    in_pack = len(points) if one.ranks == "all" else 1
+    with naming_memory(in_pack, one.batch_key) if one.batch_key else contextlib.nullcontext():
+        made = one.runner()(points)
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return
     seconds = time.monotonic() - before
@@ -76,6 +82,8 @@ def _provenance(stage: str, started: datetime.datetime, seconds: float, num_poin
         "seconds": seconds,
         "gpu_hours": seconds * world_size / 3600 if gpus else 0.0,
         "num_points": num_points,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **job_speed(),  # type: ignore[typeddict-item]
     }
 
 

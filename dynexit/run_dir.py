@@ -274,11 +274,22 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
 
     with atomic_write(path) as temporary:
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            save_file(_apart(tensors), temporary)
         except SafetensorError as error:  # a full disk is an error of its own there, with the number in its text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number.group(1)) if number else errno.EIO, str(error)) from error
         return sha256_file(temporary)
+
+
+def _apart(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """The tensors on the CPU, no two in the same memory, as tied weights are: safetensors refuses these."""
+    found, places = {}, set()
+    for name, tensor in tensors.items():
+        found[name] = tensor.detach().cpu().contiguous()
+        place = found[name].untyped_storage().data_ptr()
+        found[name] = found[name].clone() if place in places else found[name]
+        places.add(place)
+    return found
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

@@ -80,6 +80,8 @@ def _status(options: argparse.Namespace) -> None:
             names = ("study", "queue_error", "report")
             print(json.dumps({name: getattr(status, name) for name in names} | {"points": points}, indent=1))
             return
+        for point in points:
+            del point["speed"]
         notes = [*_other_points(study, points)]
         if status.queue_error:
             notes += [f"the queue could not be asked, so it is not known what waits or runs: {status.queue_error}"]

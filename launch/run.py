@@ -83,10 +83,16 @@ def submit(study: Study, stages: Sequence[str], site: Site) -> None:
 
 @contextlib.contextmanager
 def _hold_idle(study: Study) -> Iterator[None]:
-    """Holds a study of which no jobs are queued. Raises UserError if there are, or it is held or of other settings."""
+    """Holds a study of which no jobs are queued, without what killed writers left in it.
+
+    Raises UserError if there are jobs, or it is held or of other settings.
+    """
     with hold(study.directory):
         check_identity(study)
         check_queue(study)
+        for left in study.directory.rglob(".*.tmp"):
+            if left.is_file():
+                left.unlink()
         yield
 
 

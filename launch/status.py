@@ -25,6 +25,8 @@ class PointStatus:
     attempts: str
     node: str
     log: str
+    speed: dict[str, float] = dataclasses.field(default_factory=dict)
+    """As PointState's; not in the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,8 @@ def _point_status(point: Point, held: bool, folder: Path | None, jobs: QueueView
             log = log if found.is_logged and not on_cluster.reason else on_cluster.log
     if reason:
         state, step, figures = "failed", "", reason
-    return PointStatus(point.label, point.id, state, step, figures, attempts, node, str(log) if log.is_file() else "")
+    path = str(log) if log.is_file() else ""
+    return PointStatus(point.label, point.id, state, step, figures, attempts, node, path, found.speed)
 
 
 def report_state(study: Study, jobs: QueueView) -> tuple[str, bool]:

@@ -17,6 +17,7 @@ class Ended:
     status: int  # negative: the signal that ended it; 124: it hung and was killed; 70: an error that was not handled
     text: str
     seconds: float
+    processor_seconds: float
     peak_bytes: int
 
 
@@ -24,7 +25,8 @@ class Forked:
     """`run`, which returns an exit status, in a fork in `folder` with its output in a file."""
 
     def __init__(self, folder: Path, output: Path, run: Callable[[], int]) -> None:
-        self._output, self._started, self._peak_bytes = output, time.monotonic(), 0
+        self._output, self._started = output, time.monotonic()
+        self._processor_seconds, self._peak_bytes = 0.0, 0
         self.status: int | None = None
         self.process = os.fork()
         if self.process == 0:
@@ -34,7 +36,8 @@ class Forked:
         if self.status is None:
             process, status, usage = os.wait4(self.process, os.WNOHANG)
             if process:
-                self.status, self._peak_bytes = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+                self.status = os.waitstatus_to_exitcode(status)
+                self._processor_seconds, self._peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
         return self.status is not None
 
     def wait(self, seconds: float) -> bool:
@@ -59,7 +62,8 @@ class Forked:
             self.send(signal.SIGKILL)
             self.wait(longest_seconds)
         text = self._output.read_text(encoding="utf-8", errors="replace")
-        return Ended(124 if hangs else self.status or 0, text, time.monotonic() - self._started, self._peak_bytes)
+        status, seconds = 124 if hangs else self.status or 0, time.monotonic() - self._started
+        return Ended(status, text, seconds, self._processor_seconds, self._peak_bytes)
 
 
 def _run(folder: Path, output: Path, run: Callable[[], int]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from dynexit.dist import Ranks, own_gpu
 from dynexit.errors import Failure
-from dynexit.jobs.load import naming_memory
+from dynexit.memory import naming_memory
 
 TENSORS = {
     "weight": torch.randn(3, 5).T,
@@ -92,15 +92,15 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, local_rank: int, 
 
 
 def test_a_lack_of_memory_names_what_to_lower() -> None:
-    with pytest.raises(Failure) as caught, naming_memory([None] * 28, "train.global_batch_size"):  # type: ignore[list-item]
+    with pytest.raises(Failure) as caught, naming_memory(28, "train.global_batch_size"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     assert str(caught.value) == (
         "out of memory with 28 points in one pack (CUDA out of memory. Tried to allocate 2.00 GiB.); set "
         "dist.members_per_pack below 28, or train.global_batch_size lower"
     )
     assert not caught.value.is_transient
-    alone = naming_memory([None], "record.batch_size")  # type: ignore[list-item]
-    with pytest.raises(Failure, match=r"with 1 points in one pack .*; set record.batch_size lower"), alone:
+    alone = naming_memory(1, "record.batch_size")
+    with pytest.raises(Failure, match=r"^out of memory \(.*\); set record.batch_size lower"), alone:
         torch.empty(2**60)
-    with pytest.raises(RuntimeError, match="shape"), naming_memory([None], "record.batch_size"):  # type: ignore[list-item]
+    with pytest.raises(RuntimeError, match="shape"), naming_memory(1, "record.batch_size"):
         torch.ones(2) @ torch.ones(3, 3)

@@ -61,7 +61,10 @@ def test_a_run_leaves_table_picture_page_and_mlflow(finished: Path) -> None:
 
 def test_a_second_run_does_nothing(finished: Path) -> None:
     before = digests(finished / "runs" / "tiny_study")
+    litter = finished / "runs" / "tiny_study" / "pack" / ".progress.json.0a1b2c3d.tmp"  # of a killed writer
+    litter.touch()
     result = dynexit(finished, "run", TINY)
+    assert not litter.exists()
     assert "nothing to do, all 6 points are done" in result.stdout
     assert digests(finished / "runs" / "tiny_study") == before
 

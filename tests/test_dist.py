@@ -1,13 +1,16 @@
 """Ranks, as processes over gloo: one device type for all or an error message, and waiting without a short time-out."""
 
 import json
+import os
+import socket
 import sys
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dynexit.dist import Gpus, choose_device, find_gpus
+from dynexit.dist import Gpus, _sharing, choose_device, find_gpus, record_flights
 from dynexit.errors import UserError
 from tests.train.ranks import run_ranks
 
@@ -71,10 +74,27 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch
         choose_device("cuda", NONE)
 
 
+def test_the_flight_recorder_is_on_unless_the_user_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"HOME": "/"})
+    record_flights(Path("/jobs/7_2_nccl_trace_"))
+    record_flights()  # where the process group starts, which is later
+    assert os.environ == {
+        "HOME": "/",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": "/jobs/7_2_nccl_trace_",
+    }
+    own = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    own |= {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/own/trace_"}
+    monkeypatch.setattr(os, "environ", dict(own))
+    record_flights(Path("/jobs/7_2_nccl_trace_"))
+    assert os.environ == own
+
+
 def written(folder: Path, device: str, *gpus: Gpus) -> list[str]:
     """What each rank of tests/one_waiting_rank.py wrote."""
     command = [sys.executable, "-m", "tests.one_waiting_rank", str(folder), device]
-    have = json.dumps([[one.usable, one.file, one.driver] for one in gpus])
+    have = json.dumps([astuple(one) for one in gpus])
     run_ranks(len(gpus), command, timeout=60, GPUS=have)
     return [(folder / f"rank{rank}.txt").read_text() for rank in range(len(gpus))]
 
@@ -94,6 +114,24 @@ def test_all_ranks_refuse_two_device_types(tmp_path: Path) -> None:
     assert first.startswith("True dist.device = 'auto': rank 0 on ")
     assert " has a GPU and rank 1 on " in first
     assert first.endswith(" has none; ask for nodes of one kind, or set dist.device=cpu")
+
+
+@pytest.mark.slow
+def test_all_ranks_refuse_to_share_a_gpu(tmp_path: Path) -> None:
+    pair = replace(USABLE, uuids=("a", "b"))
+    found = written(tmp_path, "auto", pair, pair, pair)  # local rank 2 would take the first of two
+    assert found[0] == found[1] == found[2]
+    host = socket.gethostname()
+    assert found[0] == (
+        f"True rank 0 on {host} and rank 2 on {host} would share a GPU: the node shows 2 to a rank, fewer than it has "
+        "ranks; ask for nodes with as many GPUs as the others, or start at most one rank per GPU "
+        "(dist.tasks_per_node, torchrun --nproc-per-node)"
+    )
+
+
+def test_ranks_with_a_gpu_of_their_own_share_none() -> None:
+    assert _sharing([("rank 0 on a", "x", 1), ("rank 1 on a", "y", 1), ("rank 2 on b", "z", 4)]) == []
+    assert _sharing([("rank 0 on a", "", 0), ("rank 1 on a", "", 0)]) == []  # on CPUs
 
 
 @pytest.mark.slow

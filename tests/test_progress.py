@@ -4,10 +4,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dynexit import progress as progress_module
-from dynexit.progress import Progress
+from dynexit.memory import peak_memory_bytes
+from dynexit.progress import Progress, finished_loads, job_speed
 
 
 class Clock:
@@ -42,3 +44,40 @@ def test_a_notable_wait_for_data_is_shown(
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert lines[-1] == f"train: step 4/4 loss 0.5000 10 images/s 0 s left{shown}"
     assert json.loads((tmp_path / "progress.json").read_text())["share_waiting_for_data"] == pytest.approx(loading)
+
+
+def test_a_job_ends_with_its_speed_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(progress_module, "time", clock)
+    monkeypatch.setattr(progress_module, "peak_memory_bytes", lambda: 3 << 20)
+    finished_loads.clear()
+    assert job_speed() == {}
+
+    def batches(seconds: float) -> Iterator[int]:
+        for i in range(4):
+            clock.now += seconds
+            yield i
+
+    for name, num_ranks, loading in (("train", 2, 0.25), ("record test", 1, 0.75)):
+        progress = Progress(name, tmp_path, 1e9, num_ranks=num_ranks)
+        progress.start(4)
+        for _ in progress.awaited(batches(loading)):
+            clock.now += 1 - loading
+            progress.advance(10, {})
+        progress.finish()
+    Progress("search", tmp_path, 1e9).finish()  # loads no images
+    said = "% of the time waiting for data, at most 3 MiB of memory"
+    assert [line.strip() for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        f"train: 40 images in 4.0 s: 10 images/s (5 a rank), 25 {said}",
+        f"record test: 40 images in 4.0 s: 10 images/s, 75 {said}",
+    ]
+    assert job_speed() == {"images_per_second_per_rank": 7.5, "share_waiting_for_data": 0.5}
+    finished_loads.clear()
+
+
+def test_peak_memory_rises_with_what_is_allocated() -> None:
+    before = peak_memory_bytes()
+    missing = before - psutil.Process().memory_info().rss
+    kept = bytearray(missing + (64 << 20))
+    assert before + (32 << 20) <= peak_memory_bytes() <= before + (96 << 20)
+    del kept

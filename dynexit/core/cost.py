@@ -26,8 +26,9 @@ def place_name(position: int) -> str:
 class ExitCosts:
     """MACs of a backbone cut into blocks and of everything that can be attached to it; all counts are per sample.
 
-    Raises ValueError where lengths disagree, a count is not an integer from 0 to MOST_MACS, a position is neither that
-    nor STEM, positions do not increase, or backbone_macs decrease or exceed full_macs.
+    Raises ValueError where lengths disagree, head types are missing or duplicated, a count is not an integer from 0 to
+    MOST_MACS, a position is neither that nor STEM, positions do not increase, or backbone_macs decrease or exceed
+    full_macs.
     """
 
     full_macs: int
@@ -50,6 +51,8 @@ class ExitCosts:
 
     def __post_init__(self) -> None:
         num_positions, num_types = len(self.positions), len(self.head_types)
+        if len(set(self.head_types)) < max(num_types, 1):
+            raise ValueError(f"head types are distinct names, at least one, got {list(self.head_types)}")
         for name in ("backbone_macs", "head_macs", "gate_macs", *(["reader_macs"] if self.reader_macs else [])):
             if len(getattr(self, name)) != num_positions:
                 raise ValueError(

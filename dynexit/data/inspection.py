@@ -2,12 +2,11 @@
 
 import collections
 import functools
-import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +24,10 @@ from dynexit.data.pixels import (
 from dynexit.data.sources.checked import PIXELS, ROTATED, UNSTATED_DEPTH, CheckedFiles
 from dynexit.errors import UserError
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _NUM_THREADS = 16
-_CHUNK = 500  # images that a thread takes at once
+_CHUNK = 500  # files that a thread takes at once
 _MOST_LISTED = 20  # classes that are listed one by one
 _DAMAGED = "do not decode"
 _OUT_OF_RANGE = "have numbers that are no intensities (floats outside [0, 1], or negative integers)"
@@ -45,19 +46,17 @@ def inspect_images(sources: Sequence[FileSource], *, pixels: bool) -> list[str]:
     """
     faults, rotated, unstated = [], 0, 0
     for source in sources:
-        checked, num_images = CheckedFiles(source.folder), len(source.labels)
-        chunks = [range(i, min(i + _CHUNK, num_images)) for i in range(0, num_images, _CHUNK)]
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            inspect = functools.partial(_inspect_rows, source, checked, pixels)
-            found = list(itertools.chain.from_iterable(pool.map(inspect, chunks)))
+        checked = CheckedFiles(source.folder)
+        paths = [source.path(row) for row in range(len(source.labels))]
+        found = _in_threads(functools.partial(_inspect, checked, pixels), paths)
         checked.save()
         rotated += sum(bool(one.seen & ROTATED) for one in found)
         unstated += sum(bool(one.seen & UNSTATED_DEPTH) for one in found)
         for fault in (_DAMAGED, _OUT_OF_RANGE):
-            paths = [one.path for one in found if one.fault == fault]
-            if paths:
+            faulty = [one.path for one in found if one.fault == fault]
+            if faulty:
                 faults.append(
-                    f"{len(paths)} of {len(found)} images in {source.folder} {fault}: {some(paths)}; replace them or "
+                    f"{len(faulty)} of {len(found)} images in {source.folder} {fault}: {some(faulty)}; replace them or "
                     "remove them"
                 )
     if faults:
@@ -73,13 +72,17 @@ def inspect_images(sources: Sequence[FileSource], *, pixels: bool) -> list[str]:
     return remarks
 
 
-def _inspect_rows(source: FileSource, checked: CheckedFiles, pixels: bool, rows: Sequence[int]) -> list[_Finding]:
-    return [_inspect(source.path(row), checked, pixels) for row in rows]
+def _in_threads(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Returns the function of every item, in order."""
+    chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        parts = pool.map(lambda chunk: [function(item) for item in chunk], chunks)
+        return list(itertools.chain.from_iterable(parts))
 
 
-def _inspect(path: Path, checked: CheckedFiles, pixels: bool) -> _Finding:
+def _inspect(checked: CheckedFiles, pixels: bool, path: Path) -> _Finding:
     try:
-        key = checked.key(path)
+        key, _ = checked.state(path)
         seen = checked.get(key, pixels=pixels)
         if seen is None:
             with open_image(path) as image:
@@ -97,25 +100,30 @@ def _inspect(path: Path, checked: CheckedFiles, pixels: bool) -> _Finding:
 def copies_remark(splits: Mapping[str, tuple[FileSource, Tensor]]) -> Iterator[str]:
     """Yields a line on byte-equal images in two splits, given as (source, rows); nothing if there are none.
 
-    Only files whose size is in several splits are read.
+    Only files whose size is in several splits are read, and these once; see `CheckedFiles`.
     """
-    by_size: dict[int, list[tuple[str, FileSource, int]]] = collections.defaultdict(list)
-    for split, (source, rows) in splits.items():
-        for row in rows.tolist():
-            by_size[source.path(row).stat().st_size].append((split, source, row))
-    copies: dict[tuple[str, ...], list[str]] = {}
-    for files in by_size.values():
-        if len({split for split, _, _ in files}) < 2:
-            continue
-        by_digest: dict[bytes, list[tuple[str, str]]] = collections.defaultdict(list)
-        for split, source, row in files:
-            path = source.path(row)
-            with path.open("rb") as file:
-                by_digest[hashlib.file_digest(file, "sha256").digest()].append((split, str(path)))
-        for same in by_digest.values():
-            where = tuple(split for split in splits if split in {split for split, _ in same})
-            if len(where) > 1:
-                copies.setdefault(where, []).append(" = ".join(dict(same)[split] for split in where))
+    caches = {source.folder: CheckedFiles(source.folder) for source, _ in splits.values()}
+    files = [
+        (split, source.path(row), caches[source.folder])
+        for split, (source, rows) in splits.items()
+        for row in rows.tolist()
+    ]
+    states = _in_threads(lambda file: file[2].state(file[1]), files)
+    splits_of: dict[int, set[str]] = collections.defaultdict(set)
+    for (split, _, cache), (key, size) in zip(files, states, strict=True):
+        splits_of[size].add(split)
+        cache.get(key, pixels=False)  # stays remembered
+    read = [i for i, (_, size) in enumerate(states) if len(splits_of[size]) > 1]
+    digests = _in_threads(lambda i: files[i][2].digest(states[i][0], files[i][1]), read)
+    for cache in caches.values():
+        cache.save()
+    same: dict[bytes, dict[str, Path]] = collections.defaultdict(dict)
+    for i, digest in zip(read, digests, strict=True):
+        same[digest][files[i][0]] = files[i][1]
+    copies: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
+    for paths in same.values():
+        if len(paths) > 1:
+            copies[tuple(paths)].append(" = ".join(map(str, paths.values())))
     for where, pairs in copies.items():
         yield (
             f"warning: {len(pairs)} images are byte-equal in {' and '.join(where)}, the first {pairs[0]}; results on "

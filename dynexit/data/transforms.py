@@ -19,7 +19,6 @@ from dynexit.errors import UserError
 from dynexit.study.data.names import OWN, TORCHVISION_SETS
 from dynexit.study.schema import DataSettings
 
-_LARGEST_SMALL = 64  # pixels: a crop to 87.5 % of so few would lose too much
 CROP_PADDING = 1 / 8  # of the image size: 28 of 224 pixels, and 4 of 32
 
 # mean and standard deviation of red, green and blue, of the full intensity
@@ -59,6 +58,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "timm": Recipe("timm", "imagenet", True, {"interpolation": "random"}),
     }
 )
+SMALL = Recipe("pad_crop", "imagenet")
 _SET_BY_OTHER_KEYS = {
     *("input_size", "is_training", "no_aug", "mean", "std", "normalize", "use_prefetcher", "separate"),
     *("tf_preprocessing", "naflex", "max_seq_len", "patchify", "patchify_channels_last", "patchify_flatten"),
@@ -74,8 +74,11 @@ def recipe_of(data: DataSettings) -> Recipe:
     if known is not None and known.kind == "symbols":
         return Recipe("none", "imagenet")
     if known is not None or data.name.startswith(OWN) or data.labels is not None:
-        is_small = data.image_size <= _LARGEST_SMALL or (known is not None and known.kind == "small")
-        return Recipe("pad_crop", "imagenet") if is_small else RECIPES["timm"]
+        is_small = data.is_small or (known is not None and known.kind == "small")
+        return SMALL if is_small else RECIPES["timm"]
+    if data.is_folder and data.is_small:
+        asks_for_timms = data.transform == "timm" or data.train_transform
+        return dataclasses.replace(RECIPES["timm"], is_cropped=False) if asks_for_timms else SMALL
     return RECIPES["timm" if "/" in data.name else data.name]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import glob
 import inspect
 import json
 import shutil
@@ -20,7 +21,7 @@ from dynexit.files import read_text
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.cut.backbone import OwnBackbone
 from dynexit.models.cut.own import OwnModule, read_stages, stages_of
-from dynexit.run_dir import load_tensors, save_tensors, sha256_file
+from dynexit.run_dir import load_tensors, read_json, save_tensors, sha256_file
 from dynexit.study.own_code import allowing_code, check_allowed
 
 CONFIG, BACKBONE, EXITS, HEADS, PROBE, CARD = (
@@ -111,7 +112,7 @@ def _read_own(
         channels, height, width = input_size
         size = (channels, height, width)
         if STAGES in description.files:
-            stages = json.loads((directory / STAGES).read_text(encoding="utf-8"))
+            stages = read_json(directory / STAGES)
             tensors = load_tensors(directory / STAGE_TENSORS)
             name = str(config["architecture"])
             return read_stages(stages, tensors, state, name=name, num_classes=num_classes, input_size=size)
@@ -177,6 +178,8 @@ def new_folder(directory: Path) -> Iterator[Path]:
         raise UserError(f"{directory} exists; give the name of a new folder, or move it aside")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
+        for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
         try:
             yield temporary
@@ -224,7 +227,7 @@ def read_folder(directory: Path, allow_code: Sequence[str] = ()) -> Contents:
         raise UserError(f"{directory / EXITS} promises no {', '.join(sorted(missing))}; copy the folder again")
     for name in (*_PROMISED, *(name for name in (STAGES, STAGE_TENSORS) if name in description.files)):
         _check(directory / name, description.files[name])
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(directory / CONFIG)
     state = load_tensors(directory / BACKBONE)
     with torch.device("cpu"), allowing_code(allow_code):
         if "own_module" in config:

@@ -166,6 +166,9 @@ def read_npz(path: Path | str, head_types: Sequence[str] | None = None, num_posi
             raise UserError(f"{path}: {name} must hold whole numbers from 0 up, its smallest is {arrays[name].min()}")
         if (arrays[name] > _MOST_CLASSES).any():
             raise UserError(f"{path}: {name} holds {arrays[name].max()}; the largest class is {_MOST_CLASSES}")
+    for name in ("confs", *STATISTICS[1:], "gate"):
+        if name in arrays and arrays[name].dtype.kind != "f":
+            raise UserError(f"{path}: {name} must hold floating-point numbers, not {arrays[name].dtype}")
     content: dict[str, np.ndarray] = {
         "index": np.arange(label.size),
         "label": label.reshape(-1).astype(np.int32),
@@ -258,14 +261,18 @@ def _layout_of(
             f"{path} has {rows - 1} exits and the backbone, which {len(head_types)} head types "
             f"({', '.join(head_types)}) at every position cannot make; give the head types that were recorded"
         )
-    return Layout(
-        exits=tuple((position, head_type) for position in range(positions) for head_type in head_types),
-        topk=topk,
-        num_gates=0,
-        num_samples=num_samples,
-        batch_size=_BATCH_SIZE,
-        statistics=tuple(name for name in STATISTICS if name == STATISTICS[0] or name in content),
-    ), {"checkpoint_sha256": None, "source": path.name, "meta_info": meta}
+    try:
+        layout = Layout(
+            exits=tuple((position, head_type) for position in range(positions) for head_type in head_types),
+            topk=topk,
+            num_gates=0,
+            num_samples=num_samples,
+            batch_size=_BATCH_SIZE,
+            statistics=tuple(name for name in STATISTICS if name == STATISTICS[0] or name in content),
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return layout, {"checkpoint_sha256": None, "source": path.name, "meta_info": meta}
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], Any]:
@@ -275,7 +282,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], Any]:
     try:
         with regular(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             known = [name for name in _ARRAYS if name in file.files]
-            _check_sizes(path, known)
+            _check_sizes(path, [*known, *(["meta_info"] if "meta_info" in file.files else [])])
             arrays = {name: file[name] for name in known}
             meta = _read_meta(path, file) if "meta_info" in file.files else None
             names = [name for name in file.files if name != "meta_info"]
@@ -306,7 +313,7 @@ def _check_sizes(path: Path, names: Sequence[str]) -> None:
 def _read_meta(path: Path, file: Any) -> Any:
     try:
         return json.loads(str(file["meta_info"]))
-    except ValueError:
+    except (ValueError, RecursionError):
         warnings.warn(f"{path}: meta_info is pickled or not JSON and was skipped", stacklevel=4)
         return None
 

@@ -1,15 +1,12 @@
 """Models put together from configurations and run directories."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from dynexit.core.cost import ExitCosts
 from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
 from dynexit.deploy.assembly import HeadStack, attach_exits, costs_of, exit_positions
 from dynexit.dist import Ranks, start_ranks
-from dynexit.errors import Failure, UserError
+from dynexit.errors import UserError
 from dynexit.jobs.finished import class_names
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.cut.own import OwnModule
@@ -90,21 +87,6 @@ def begin(point: Point) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
         model, costs = load_model(point, ranks)
         _check_classes(class_names(point), data)
     return ranks, data, model, costs
-
-
-@contextlib.contextmanager
-def naming_memory(points: Sequence[Point], batch_key: str) -> Iterator[None]:
-    """Turns a lack of memory into a Failure that names what to lower; another try would meet it again."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
-            raise
-        pack = f"dist.members_per_pack below {len(points)}, or " if len(points) > 1 else ""
-        raise Failure(
-            f"out of memory with {len(points)} points in one pack ({reason}); set {pack}{batch_key} lower"
-        ) from error
 
 
 def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:

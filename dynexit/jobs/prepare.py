@@ -77,7 +77,9 @@ def run_prepare(points: Sequence[Point]) -> None:
     task = TransferTask(backbone, settings, steps_per_epoch, config.data.seed, data.validation, ranks, stage)
     ranks.check_same("weights at the start", backbone.state_dict())
     checkpoints = Checkpoints(directory.path, config.dist.checkpoint_seconds)
-    progress = Progress("prepare", directory.path, config.dist.log_seconds, quiet=not ranks.is_main)
+    progress = Progress(
+        "prepare", directory.path, config.dist.log_seconds, quiet=not ranks.is_main, num_ranks=ranks.world_size
+    )
     for remark in (*data.remarks, *_remarks(config, ranks)):
         progress.say(remark)
     fit(

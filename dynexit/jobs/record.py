@@ -12,7 +12,8 @@ from dynexit.data import DataSets, Split, load_batches
 from dynexit.dist import Ranks
 from dynexit.errors import end_if_stopped
 from dynexit.jobs.finished import class_names, default_topk, is_recorded, recorded_splits
-from dynexit.jobs.load import begin, load_heads, naming_memory, ranks_of
+from dynexit.jobs.load import begin, load_heads, ranks_of
+from dynexit.memory import naming_memory
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 from dynexit.progress import Progress
@@ -22,6 +23,7 @@ from dynexit.record.recorder import Recorder
 from dynexit.run_dir import BACKBONE, COSTS, HEADS, RunDir
 from dynexit.study.grid import Point, digest
 from dynexit.study.methods import METHODS
+from dynexit.study.stages import stage_of
 
 
 def run_record(points: Sequence[Point]) -> None:
@@ -43,7 +45,12 @@ def run_record(points: Sequence[Point]) -> None:
         for split, plan in plans.items():
             directory, log_seconds = plan.directories[0].parent, points[0].config.dist.log_seconds
             progress = Progress(f"record {split}", directory, log_seconds, quiet=not ranks.is_main)
-            with naming_memory(points, "record.batch_size"):
+            if 0 < (idle := plan.shares.count(())) < ranks.world_size:
+                progress.say(
+                    f"{idle} of {ranks.world_size} ranks have nothing to record: fewer batches are missing than there "
+                    "are ranks; a smaller record.batch_size gives each some"
+                )
+            with naming_memory(len(points), stage_of("record").batch_key):
                 shards[split] = _record(plan, data.split(split), ranks, model, members, progress)
     of_all_ranks = ranks.gather(shards)
     with ranks.failing_together():

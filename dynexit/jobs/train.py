@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from dynexit.core.cost import ExitCosts
-from dynexit.errors import Failure
+from dynexit.errors import Failure, UserError
 from dynexit.features import keep_features_of
 from dynexit.jobs.finished import set_aside_stale
-from dynexit.jobs.load import begin, naming_memory, ranks_of
+from dynexit.jobs.load import begin, ranks_of
 from dynexit.progress import Progress
 from dynexit.run_dir import BEGUN, CONFIG, COSTS, FAILED, HEADS, MEMBERS, METRICS, RunDir
 from dynexit.study.grid import Point, digest
 from dynexit.study.methods import METHODS
 from dynexit.study.schema import method_settings
+from dynexit.study.validation import too_many_ranks
 from dynexit.train.checkpoint import Checkpoints
 from dynexit.train.pack import Member, Pack, PackTask
 
@@ -31,6 +32,9 @@ def run_train(points: Sequence[Point]) -> None:
         return
     config = points[0].config
     ranks, data, model, costs = begin(points[0])
+    with ranks.failing_together():
+        for mistake in too_many_ranks(config, ranks.world_size):
+            raise UserError(mistake)
     if config.train.features == "kept":
         data, model = keep_features_of(points[0], ranks, data, model)
     members = [Member(p.config.seed, p.label, method_settings(p.config)) for p in points]
@@ -52,10 +56,16 @@ def run_train(points: Sequence[Point]) -> None:
     with ranks.failing_together():
         if ranks.is_main:
             pack.write_json(MEMBERS, [point.id for point in points])
-    progress = Progress(f"train {len(points)} points", pack.path, config.dist.log_seconds, quiet=not ranks.is_main)
+    progress = Progress(
+        f"train {len(points)} points",
+        pack.path,
+        config.dist.log_seconds,
+        quiet=not ranks.is_main,
+        num_ranks=ranks.world_size,
+    )
     ranks.check_same("weights at the start", {**model.state_dict(), **task.heads.state_dict(prefix="heads.")})
     is_live = config.report.mlflow == "live" and ranks.is_main
-    with naming_memory(points, "train.global_batch_size"), _live(points, task) if is_live else nullcontext():
+    with _live(points, task) if is_live else nullcontext():
         task.train(data.train, checkpoints, progress)
     with ranks.failing_together():
         if ranks.is_main:

@@ -187,7 +187,9 @@ def _optional(name: str, model: Any, state: Mapping[str, Tensor]) -> bool:
 def _misfits(state: Mapping[str, Tensor], model: Any) -> tuple[list[str], list[str], list[str], list[str]]:
     """(missing names, names the model does not know, names of other shapes, and of other types, with both)."""
     own = model.state_dict()
-    missing = [name for name in own if name not in state and not _optional(name, model, state)]
+    given = {own[name].data_ptr() for name in state if name in own} - {0}  # files may have tied weights once
+    missing = [name for name in own if name not in state and own[name].data_ptr() not in given]
+    missing = [name for name in missing if not _optional(name, model, state)]
     unknown = [name for name in state if name not in own]
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"

@@ -140,5 +140,5 @@ def _array_offsets(path: Path) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int
             name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
             for name, entry in header.items()
         }, 8 + header_bytes
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Failure(f"{path} is damaged (not a safetensors file: {error}); {move_aside(path.parent)}") from error

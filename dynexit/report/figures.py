@@ -20,12 +20,14 @@ from matplotlib.ticker import FuncFormatter
 
 from dynexit.core.cost import place_name
 from dynexit.report.published import PublishedPoint
-from dynexit.report.table import by_seed, front_of, within_budgets
+from dynexit.report.table import budget_curves, by_seed, front_of, within_budgets
 from dynexit.run_dir import atomic_write
 from dynexit.search.operating_points import BASELINES, ONE_THRESHOLD, ReportRow
 
 DOTS_PER_INCH = 160
 MARKERS = "osD^vPX<>*"
+_MOST_INSIDE = 6  # entries of a legend
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)), (0, (3, 1.5)))
 _MOST_MARKED = 20  # a longer published curve is a line without markers
 # The finest budgets of relative MACs a picture tells apart; closer points of a front differ by noise, not by cost.
 HUNDREDTHS = [hundredth / 100 for hundredth in range(1, 151)]
@@ -46,11 +48,11 @@ class _Theme:
 THEMES = {
     "light": _Theme(
         "#ffffff", "#1c2128", "#5f6875", "#e6e8ec",
-        ("#d9480f", "#1971c2", "#2b8a3e", "#9c36b5", "#a37500", "#c2255c"), (0.0, 0.85),
+        ("#d9480f", "#1971c2", "#2b8a3e", "#9c36b5", "#a37500", "#c2255c", "#0c8599", "#7a5230"), (0.0, 0.85),
     ),
     "dark": _Theme(
         "#15181d", "#e6e8ec", "#9aa3af", "#2a2f37",
-        ("#ff8a4c", "#5fb0ff", "#5fce7b", "#d591ec", "#e0b83a", "#ff7fa8"), (0.2, 0.9),
+        ("#ff8a4c", "#5fb0ff", "#5fce7b", "#d591ec", "#e0b83a", "#ff7fa8", "#3bc9db", "#c9a27a"), (0.2, 0.9),
     ),
 }  # fmt: skip
 
@@ -90,8 +92,22 @@ def pareto_figure(
         axes.set_xlim(left=0.9 * min((*costs, *(point.relative_macs for point in published or ()))))
     axes.yaxis.set_major_formatter(PERCENT)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="lower right", frameon=False, labelcolor=look.ink, borderaxespad=1.2)
+        _place_legend(figure, axes, look)
     save_figure(figure, path)
+
+
+def _place_legend(figure: Figure, axes: Axes, look: _Theme) -> None:
+    """In the empty corner if it is short, else below the axes of a taller figure."""
+    labels = axes.get_legend_handles_labels()[1]
+    if len(labels) <= _MOST_INSIDE:
+        axes.legend(loc="lower right", frameon=False, labelcolor=look.ink, borderaxespad=1.2)
+        return
+    columns = max(1, int(figure.get_figwidth() / (0.9 + 0.075 * max(map(len, labels)))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, frameon=False, labelcolor=look.ink, fontsize=9,
+        handlelength=3,
+    )  # fmt: skip
 
 
 def draw_backbone(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
@@ -132,30 +148,17 @@ def _draw_fixed(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
 
 
 def _draw_budget_curves(axes: Axes, rows: list[ReportRow], colours: dict[str, str]) -> None:
-    for method, colour in colours.items():
+    for index, (method, colour) in enumerate(colours.items()):
         seeds = by_seed(row for row in rows if row.source == "search" and row.method == method)
         budgets, accuracy_SB = budget_curves(seeds)
         if not len(budgets):
             continue
         label = f"search, {method}" + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
-        axes.plot(budgets, accuracy_SB.mean(0), color=colour, linewidth=2, zorder=3, label=label)
+        axes.plot(
+            budgets, accuracy_SB.mean(0), color=colour, linestyle=_DASHES[index % len(_DASHES)], linewidth=2, zorder=3,
+            label=label,
+        )  # fmt: skip
         axes.fill_between(budgets, accuracy_SB.min(0), accuracy_SB.max(0), color=colour, alpha=0.15, linewidth=0)
-
-
-def budget_curves(groups: Sequence[Sequence[ReportRow]]) -> tuple[np.ndarray, np.ndarray]:
-    """Budgets of relative MACs (B,) and the test accuracy (S, B) that each of S groups of rows reaches within them.
-
-    Within a budget a group takes the point of its front that is best on validation; the budgets begin where every group
-    has one and end at 1 or where the dearest point is.
-    """
-    fronts = [front for front in map(front_of, groups) if front]
-    if not fronts:
-        return np.zeros(0), np.zeros((0, 0))
-    costs = [np.array([point.validation.relative_macs for point in front]) for front in fronts]
-    budgets = np.linspace(max(cost[0] for cost in costs), max(1.0, *(cost[-1] for cost in costs)), 400)
-    accuracies = [np.array([point.test.accuracy for point in front]) for front in fronts]
-    taken = [np.searchsorted(cost, budgets, side="right") - 1 for cost in costs]
-    return budgets, np.stack([accuracy[index] for accuracy, index in zip(accuracies, taken, strict=True)])
 
 
 def _draw_gates(figure: Figure, axes: Axes, rows: list[ReportRow], colours: dict[str, str], look: _Theme) -> None:

@@ -162,3 +162,19 @@ def _area(rows: Iterable[ReportRow]) -> float:
     if not tests:
         return 0.0
     return float(hypervolume(np.array([row.accuracy for row in tests]), np.array([row.relative_macs for row in tests])))
+
+
+def budget_curves(groups: Sequence[Sequence[ReportRow]]) -> tuple[np.ndarray, np.ndarray]:
+    """Budgets of relative MACs (B,) and the test accuracy (S, B) that each of S groups of rows reaches within them.
+
+    Within a budget a group takes the point of its front that is best on validation; the budgets begin where every group
+    has one and end at 1 or where the dearest point is.
+    """
+    fronts = [front for front in map(front_of, groups) if front]
+    if not fronts:
+        return np.zeros(0), np.zeros((0, 0))
+    costs = [np.array([point.validation.relative_macs for point in front]) for front in fronts]
+    budgets = np.linspace(max(cost[0] for cost in costs), max(1.0, *(cost[-1] for cost in costs)), 400)
+    accuracies = [np.array([point.test.accuracy for point in front]) for front in fronts]
+    taken = [np.searchsorted(cost, budgets, side="right") - 1 for cost in costs]
+    return budgets, np.stack([accuracy[index] for accuracy, index in zip(accuracies, taken, strict=True)])

@@ -29,6 +29,7 @@ SWEEPABLE = tuple(
 )
 _MOST_POINTS = 10**6
 _SPLIT_FORMAT = "splits by class"  # of what is held out; in every id
+_SMALL_FORMAT = ", not cropped"  # of small images in class folders, which earlier versions cropped
 _FORMAT = 1  # of what the jobs write; a change of meaning raises it and with it every id
 
 
@@ -269,7 +270,12 @@ def _section(name: str, base: Config, setting: dict[str, Any], cache: dict[str, 
 
 def _part(name: str, config: Config) -> str:
     """What a section (or `seed`) adds to the ids that cover it."""
-    return canonical_json(getattr(config, name)) + (_SPLIT_FORMAT if name == "data" else "")
+    part = canonical_json(getattr(config, name))
+    if name != "data":
+        return part
+    data = config.data
+    is_as_before = data.test_transform and (data.transform or data.train_transform)
+    return part + _SPLIT_FORMAT + (_SMALL_FORMAT if data.is_small and data.is_folder and not is_as_before else "")
 
 
 def ids_of(config: Config) -> dict[str, str]:

@@ -31,6 +31,8 @@ class Stage:
     ranks: Literal["all", "one", "study"]
     """Who does it: all ranks together, one process, or as the study's `dist` section says."""
     help: str
+    batch_key: str = ""
+    """The key that decides how many images take memory at once; empty where none do."""
 
     def runner(self) -> Callable[..., Any]:
         """Returns the job's function. Imports what it needs."""
@@ -43,7 +45,13 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage(
-            "prepare", "dynexit.jobs.prepare:run_prepare", None, _PREPARE, "study", "fit the backbone to the data set"
+            "prepare",
+            "dynexit.jobs.prepare:run_prepare",
+            None,
+            _PREPARE,
+            "study",
+            "fit the backbone to the data set",
+            "prepare.micro_batch_size",
         ),
         Stage(
             "train",
@@ -52,6 +60,7 @@ STAGES = {
             _TRAIN,
             "all",
             "train exit heads and gates of every point",
+            "train.micro_batch_size",
         ),
         Stage(
             "record",
@@ -60,6 +69,7 @@ STAGES = {
             _RECORD,
             "all",
             "record what every exit says of validation and test",
+            "record.batch_size",
         ),
         Stage(
             BENCH,
@@ -68,6 +78,7 @@ STAGES = {
             (*_PREPARE, "exits", BENCH),
             "one",
             "measure what every stage, head and gate takes on the device",
+            "bench.batch_sizes",
         ),
         Stage(
             "search",
@@ -96,6 +107,7 @@ INFER = Stage(
     (),
     "one",
     "classify with the best configuration within infer.relative_macs",
+    "infer.batch_size",
 )
 """Asked for by its own command only."""
 

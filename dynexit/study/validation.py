@@ -127,10 +127,22 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _contradictions_of_features(config)
     yield from _contradictions_of_prepare(config)
     yield from _contradictions_of_baselines(config)
+    yield from too_many_ranks(config, config.dist.nodes * config.dist.tasks_per_node)
     if config.prepare.num_epochs and config.prepare.num_warm_up_epochs > config.prepare.num_epochs:
         yield (
             f"prepare.num_warm_up_epochs = {config.prepare.num_warm_up_epochs}: should be at most prepare.num_epochs, "
             f"{config.prepare.num_epochs}"
+        )
+
+
+def too_many_ranks(config: Config, num_ranks: int) -> Iterator[str]:
+    """A message if some ranks would have no image of any batch."""
+    size = config.train.global_batch_size
+    if num_ranks > size:
+        yield (
+            f"train.global_batch_size = {size}: should be at least {num_ranks}, the number of ranks (dist.nodes x "
+            "dist.tasks_per_node, or those that a launcher started), which divide each batch; raise it or start fewer "
+            "ranks"
         )
 
 

@@ -8,7 +8,7 @@ import hashlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ class Checkpoints:
         """The JSON files, newest first."""
         return sorted(self.directory.glob("checkpoint-*.json"), reverse=True)
 
-    def latest(self, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """(tensors, facts) of the newest checkpoint that is whole, or None; says which damaged ones it passed over."""
+    def whole(self, say: Callable[[str], None]) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+        """Yields (tensors, facts) of the whole checkpoints, newest first; says which damaged ones it passed over."""
         for path in self._complete():
             weights = path.with_suffix(".safetensors")
             try:
@@ -85,10 +85,11 @@ class Checkpoints:
                 data = regular(weights).read_bytes()
                 if hashlib.sha256(data).hexdigest() != described["sha256"]:
                     raise Failure("its SHA-256 is not the one that was written")
-                return load(data), described["facts"]
+                found = load(data), described["facts"]
             except (Failure, OSError, SafetensorError) as error:
                 say(f"checkpoint {weights} is damaged ({error}); falling back to the one before")
-        return None
+                continue
+            yield found
 
     def clear(self) -> None:
         """Removes every checkpoint; the job is complete."""

@@ -7,15 +7,18 @@ position in the run is two numbers, and a run that was killed and resumed goes t
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import index
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from dynexit.data import Batch, Split, epoch_batches, load_batches
 from dynexit.dist import Ranks
-from dynexit.errors import Interrupted, received_signals, request_stop
+from dynexit.errors import Failure, Interrupted, received_signals, request_stop
 from dynexit.progress import Progress
+from dynexit.run_dir import move_aside
 from dynexit.train.checkpoint import Checkpoints
 
 
@@ -26,7 +29,7 @@ class Task(Protocol):
         """Whatever comes before the first batch of a run that does not resume."""
 
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
-        """One update from this rank's part of a batch, `share` of the whole one; returns losses to show."""
+        """One update from this rank's part of a batch, `share` of the whole one; returns losses to show, () or (m,)."""
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluation and whatever else belongs between epochs."""
@@ -36,6 +39,32 @@ class Task(Protocol):
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Puts back what `state` gave."""
+
+
+class EpochLosses:
+    """The losses of an epoch's batches, by member and term, kept on the device until the epoch ends."""
+
+    def __init__(self, num_members: int, terms: Sequence[str], device: torch.device) -> None:
+        self.terms = terms
+        self.sums_2MT = torch.zeros((2, num_members, len(terms)), dtype=torch.float64, device=device)
+        """Sums of the batches' mean losses, and numbers of batches."""
+
+    def add(self, loss_m: Tensor, alive_m: Tensor, members: Tensor | None, term: int) -> None:
+        """Counts a batch of one term for the chosen members (all of them if None) that are alive."""
+        sums_M, counts_M = self.sums_2MT[..., term]
+        chosen = slice(None) if members is None else members
+        sums_M[chosen] += torch.where(alive_m, loss_m, 0)
+        counts_M[chosen] += alive_m
+
+    def take(self) -> list[dict[str, float]]:
+        """Of every member the mean losses by term, as train_head_loss. Begins the next epoch."""
+        sums_MT, counts_MT = self.sums_2MT.tolist()
+        self.sums_2MT.zero_()
+        names = ["train_" + term.replace(" ", "_").replace("-", "_") for term in self.terms]
+        return [
+            {name: total / count for name, total, count in zip(names, sums_T, counts_T, strict=True) if count}
+            for sums_T, counts_T in zip(sums_MT, counts_MT, strict=True)
+        ]
 
 
 def fit(
@@ -87,13 +116,35 @@ class Session:
         with ranks.failing_together():
             if ranks.is_main:
                 checkpoints.begin()
+        self.resumed = self._restore()
+
+    def _restore(self) -> bool:
+        """Restores the newest checkpoint that the task takes; returns whether there is one.
+
+        Raises Failure if there are whole checkpoints, and the task takes none: it may have taken parts of them.
+        """
         # a network folder may show the ranks different files for a while
-        tensors, facts = (checkpoints.latest(progress.say) if ranks.is_main else None) or ({}, None)
-        facts = ranks.broadcast(facts)
-        self.resumed = facts is not None
-        if facts is not None:
-            task.restore(ranks.broadcast_tensors(tensors), facts["task"])
-            self.epoch, self.position = facts["epoch"], facts["position"]
+        found = self.checkpoints.whole(self.progress.say) if self.ranks.is_main else iter(())
+        fault = ""
+        while True:
+            tensors, facts = next(found, ({}, None))
+            facts = self.ranks.broadcast(facts)
+            if facts is None:
+                break
+            tensors = self.ranks.broadcast_tensors(tensors)
+            try:
+                self.task.restore(tensors, facts["task"])
+                self.epoch, self.position = index(facts["epoch"]), index(facts["position"])
+                return True
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of another content
+                fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                self.progress.say(f"a whole checkpoint does not fit ({fault}); falling back to the one before")
+        if fault:
+            directory = self.checkpoints.directory
+            raise Failure(f"no checkpoint in {directory} fits the job ({fault}); {move_aside(directory)}")
+        return False
 
     def save_if_asked(self, where: str, epoch: int, position: int, *, one_step_late: bool = False) -> None:
         """Saves if a checkpoint is due or a signal came; then raises Interrupted for the signal.

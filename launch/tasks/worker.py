@@ -43,7 +43,7 @@ class _FailedAlone(Exception):  # noqa: N818  its text is the rank's error messa
 
 def run_packs(job: Path, reason: RankReason, packs: "list[tuple[Job, ...]]") -> int:
     """Does the packs that are left, and returns the exit status: 0 only if all have completed, now or before."""
-    ranks = _start_ranks(packs[0][0])
+    ranks = _start_ranks(packs[0][0], job)
     ends = attempts.read_attempts(job).ends
     max_retries = packs[0][0].points[0].config.dist.max_retries
     completed = {end.pack for end in ends if end.reason == COMPLETED}
@@ -114,13 +114,14 @@ def _announce_ranks(restart: int) -> None:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
-def _start_ranks(job: "Job") -> Any:
+def _start_ranks(first: "Job", job: Path) -> Any:
     """Joins the job's ranks, if it has several; one alone needs no torch, as for a search."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ONE_RANK
-    from dynexit.dist import start_ranks
+    from dynexit.dist import record_flights, start_ranks
 
-    dist = job.points[0].config.dist
+    record_flights(job.with_name(f"{job.name}_nccl_trace_"))
+    dist = first.points[0].config.dist
     return start_ranks(dist.device, dist.num_threads, dist.timeout_seconds)
 
 

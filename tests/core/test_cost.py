@@ -64,6 +64,9 @@ def test_readers_are_paid_up_to_the_last_enabled_exit() -> None:
     [
         ({"backbone_macs": [100, 400]}, "backbone_macs has 2 entries, but there are 3 positions"),
         ({"head_macs": [[1, 10], [2], [3, 30]]}, "head_macs has a row of 1 entries, but there are 2 head types"),
+        ({"head_types": [], "head_macs": [[], [], []]}, "head types are distinct names, at least one, got []"),
+        ({"head_types": ["a", "a"]}, "head types are distinct names, at least one, got ['a', 'a']"),
+        ({"full_macs": 10**15 + 1}, f"positions and MACs are integers from 0 to 1e+15, got {10**15 + 1}"),
         ({"gate_macs": [4, -5, 6]}, "positions and MACs are integers from 0 to 1e+15, got -5"),
         ({"full_macs": 1e3}, "positions and MACs are integers from 0 to 1e+15, got 1000.0"),
         ({"full_macs": True}, "positions and MACs are integers from 0 to 1e+15, got True"),

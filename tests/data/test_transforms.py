@@ -118,6 +118,19 @@ def test_timm_s_arguments_reach_timm() -> None:
     )
 
 
+def test_small_images_in_folders_keep_their_borders() -> None:
+    small = DataSettings(name="image_folder", image_size=32, normalisation="none")
+    assert close(transforms.test_transform(small)(IMAGE), normalised(PIXELS, "none"))
+    assert "padding=4" in str(train_transform(small)[0]).replace("padding=[4, 4, 4, 4]", "padding=4")
+    for keys in ({"transform": "timm"}, {"train_transform": {"hflip": 0}}):
+        asked = small.model_copy(update=keys)
+        assert "RandomResizedCrop" in str(train_transform(asked)[0])
+        assert close(transforms.test_transform(asked)(IMAGE), normalised(PIXELS, "none"))
+    for large in (small.model_copy(update={"image_size": 65}), DataSettings(name="imagenet")):
+        assert "CenterCrop" in str(transforms.test_transform(large))
+    assert "CenterCrop" in str(transforms.test_transform(small.model_copy(update={"test_transform": {"crop_pct": 1}})))
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [

@@ -23,6 +23,7 @@ FILES = {"README.md", "config.json", "exits.json", "exits.safetensors", "model.s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "model"
+    (path.parent / ".model.0a1b.tmp").mkdir()  # of a save that was killed
     save_random(path, trainings=("aa", "bb"))
     return path
 

@@ -196,6 +196,11 @@ def confs(value: float) -> np.ndarray:
         ({"label": np.full((53, 1), -3, np.int16)}, ": label must hold whole numbers from 0 up, its smallest is -3"),
         ({"preds": np.full((5, 53, 2), -1, np.int16)}, ": preds must hold whole numbers from 0 up, its smallest is -1"),
         ({"preds": np.full((5, 53, 2), 0.5)}, ": preds must hold whole numbers from 0 up, not float64"),
+        ({"confs": confs(0.5).astype(complex)}, ": confs must hold floating-point numbers, not complex128"),
+        ({"confs": confs(0.5).astype("U8")}, ": confs must hold floating-point numbers, not <U8"),
+        ({"entropy": np.ones((5, 53), bool)}, ": entropy must hold floating-point numbers, not bool"),
+        ({"gate": np.zeros((2, 53), [("a", "f4")])}, ": gate must hold floating-point numbers, not [('a', '<f4')]"),
+        ({"preds": np.full((5, 53, 2), 2**63, np.uint64)}, f": preds holds {2**63}; the largest class is 2147483647"),
         ({"label": np.full((53, 1), "3")}, ": label must hold whole numbers from 0 up, not <U1"),
         ({"preds": np.array([{}])}, " cannot be read as a .npz file without pickles (Object arrays cannot be loaded"),
     ],
@@ -285,4 +290,27 @@ def test_a_compression_bomb_is_refused_before_it_is_read(tmp_path):
     with zipfile.ZipFile(path, "a") as archive, archive.open("confs.npy", "w") as member:
         np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (2**45,)})
     with pytest.raises(UserError, match=r"its arrays need 140737\.5 GB, [0-9.]+ GB of memory are free"):
+        read_npz(path)
+    dyce_file(path)
+    with zipfile.ZipFile(path, "a") as archive, archive.open("meta_info.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<U9", "fortran_order": False, "shape": (2**45,)})
+    with pytest.raises(UserError, match=r"its arrays need 1266637\.4 GB"):
+        read_npz(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [(6, 1, "is encrypted, password required"), (8, 99, "That compression method is not supported")],
+)
+def test_encrypted_or_unknown_compression_is_one_error(tmp_path, place, value, reason):
+    path = tmp_path / "r.npz"
+    dyce_file(path)
+    content = bytearray(path.read_bytes())
+    for signature, shift in ((b"PK\3\4", 0), (b"PK\1\2", 2)):  # of every member's own and central header
+        at = content.find(signature)
+        while at >= 0:
+            content[at + place + shift] = value
+            at = content.find(signature, at + 4)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"r\.npz cannot be read as a \.npz file without pickles \(.*{reason}"):
         read_npz(path)

@@ -57,6 +57,16 @@ def test_each_job_leaves_its_provenance(tmp_path: Path) -> None:
         assert (found["stage"], found["num_points"], found["gpu"]) == (stage, 1, "")
         assert 0 < found["seconds"] < 600
         assert found["command"]
+        assert found["peak_memory_bytes"] > 10 << 20
+        loads = stage in ("prepare", "train", "record")
+        assert ("images_per_second_per_rank" in found) == ("share_waiting_for_data" in found) == loads
     page = (study / "report" / "report.html").read_text()
     assert "<h2>Provenance</h2>" in page
     assert f"torch {found['packages']['torch']}" in page
+    assert "<th>waiting for data</th>" in page
+    (trained,) = study.glob("train/*/provenance.json")
+    measured = json.loads(trained.read_text())
+    (point,) = json.loads(dynexit(tmp_path, "status", TINY, *overrides, "--json").stdout)["points"]
+    names = ("images_per_second_per_rank", "share_waiting_for_data", "peak_memory_bytes")
+    assert point["speed"] == {name: measured[name] for name in names}
+    assert "speed" not in dynexit(tmp_path, "status", TINY, *overrides).stdout

@@ -13,6 +13,7 @@ from torch import Tensor
 from dynexit.errors import UserError
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.weights import load_weights
+from tests.models.cut.own import tied
 
 T2T = {"embed_dim": 24, "depth": 2, "num_heads": 2, "token_dim": 8}
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -334,3 +335,10 @@ def test_no_prefix_is_removed_that_some_names_lack(tmp_path: Path, state: dict[s
     path = save(tmp_path / "mixed.pth", {**renamed(state, "model."), "criterion.weight": torch.ones(7)})
     with pytest.raises(UserError, match=r"are unknown to it \(first: model\.cls_token"):
         t2t(path)
+
+
+def test_tied_weights_may_be_in_a_file_once(tmp_path: Path) -> None:
+    source, filled = tied(), tied()
+    once = {name: t for name, t in source.state_dict().items() if name != "blocks.2.conv.weight"}
+    load_weights(filled, save(tmp_path / "w.pth", once), "tied")
+    assert same(filled, source.state_dict())

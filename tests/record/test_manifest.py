@@ -36,6 +36,8 @@ def test_rows_are_position_major_with_the_backbone_last() -> None:
     [
         ({"topk": 0}, "topk is 0, must be at least 1"),
         ({"num_samples": 0}, "num_samples is 0, must be at least 1"),
+        ({"num_samples": 2**31}, "num_samples is 2147483648, must be at most 2147483647"),
+        ({"exits": EXITS * 2501}, "the number of exits is 10004, must be at most 10000"),
         ({"batch_size": -1}, "batch_size is -1, must be at least 1"),
         ({"num_gates": -1}, "num_gates is -1, must be at least 0"),
         ({"exits": EXITS[:3]}, "not every head type at every position, positions increasing"),

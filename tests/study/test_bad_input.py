@@ -124,3 +124,13 @@ def test_status_of_a_study_that_was_never_run(study: str, capsys: pytest.Capture
     there = "dynexit: runs/study is not there: nothing of this study was run yet, or not with this folder"
     assert capsys.readouterr().out.splitlines()[0] == there
     assert not Path("runs").exists()
+
+
+def test_more_ranks_than_images_in_a_batch_are_refused(study: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = ("dist.nodes=2", "dist.tasks_per_node=4")
+    assert refused(capsys, "run", study, *ranks, "train.global_batch_size=7") == (
+        "dynexit: train.global_batch_size = 7: should be at least 8, the number of ranks (dist.nodes x "
+        "dist.tasks_per_node, or those that a launcher started), which divide each batch; raise it or start fewer "
+        "ranks\n"
+    )
+    assert main(["run", study, "--dry-run", *ranks, "train.global_batch_size=8"]) == 0

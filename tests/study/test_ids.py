@@ -28,3 +28,16 @@ def test_kept_features_have_ids_of_their_own() -> None:
     assert train_id() == train_id(features="fresh", kept_views=0, kept_precision="float32", max_feature_gb=3.0)
     kept = train_id(features="kept", kept_precision="bf16")
     assert len({train_id(), train_id(features="kept"), train_id(features="kept", kept_views=1), kept}) == 4
+
+
+def test_ids_change_where_small_images_are_no_longer_cropped() -> None:
+    def prepare_id(**data: object) -> str:
+        return point(name="image_folder", **data).ids["prepare"]
+
+    before = {
+        "1de3cde7d8e9": {"image_size": 65},
+        "d106c89036e7": {"test_transform": {"crop_pct": 1.0}, "transform": "none"},
+        "6fa77644d7b6": {"labels": "a.csv"},
+    }
+    assert [prepare_id(**data) for data in before.values()] == [*before]
+    assert prepare_id(image_size=64) != "f6a00dc54a0f"

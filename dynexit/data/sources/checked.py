@@ -1,13 +1,17 @@
 """Which files of a folder were checked before, so that opening it again reads only files that changed."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import tempfile
 from pathlib import Path
 
 ROTATED, UNSTATED_DEPTH, PIXELS = 1, 2, 4  # bits of a record: what was seen, and whether the pixels were decoded
-_KEY_BYTES = 16
+_KEY_BYTES = _DIGEST_BYTES = 16
+_ENTRY_BYTES = _KEY_BYTES + 1 + _DIGEST_BYTES
+_NO_DIGEST = bytes(_DIGEST_BYTES)
+_blake2b = functools.partial(hashlib.blake2b, digest_size=_KEY_BYTES)
 
 
 class CheckedFiles:
@@ -17,38 +21,48 @@ class CheckedFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=_KEY_BYTES).hexdigest()
+        name = _blake2b(os.fsencode(folder.resolve())).hexdigest()
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        self.path = Path(cache) / "dynexit" / "checked" / digest
-        self._before: dict[bytes, int] = {}
-        self._now: dict[bytes, int] = {}
+        self.path = Path(cache) / "dynexit" / "checked" / f"{name}-2"
+        self._before: dict[bytes, tuple[int, bytes]] = {}  # by key what was seen, and the digest of the content
+        self._now: dict[bytes, tuple[int, bytes]] = {}
         with contextlib.suppress(OSError):
             content = self.path.read_bytes()
-            for i in range(0, len(content) - _KEY_BYTES, _KEY_BYTES + 1):
-                self._before[content[i : i + _KEY_BYTES]] = content[i + _KEY_BYTES]
+            for i in range(0, len(content) - _ENTRY_BYTES + 1, _ENTRY_BYTES):
+                entry = content[i : i + _ENTRY_BYTES]
+                self._before[entry[:_KEY_BYTES]] = entry[_KEY_BYTES], entry[_KEY_BYTES + 1 :]
 
-    def key(self, path: Path) -> bytes:
-        """Returns a digest of the file's path, size and time. Raises OSError if it is missing."""
+    def state(self, path: Path) -> tuple[bytes, int]:
+        """Returns a key, a digest of the file's path, size and time, and its size. Raises OSError if it is missing."""
         status = path.stat()
         text = os.fsencode(path) + f"\0{status.st_size} {status.st_mtime_ns}".encode()
-        return hashlib.blake2b(text, digest_size=_KEY_BYTES).digest()
+        return _blake2b(text).digest(), status.st_size
 
     def get(self, key: bytes, *, pixels: bool) -> int | None:
         """Returns what is remembered of a sound file; None if it was not checked, or without `pixels`."""
-        found = self._before.get(key)
-        if found is None or (pixels and not found & PIXELS):
+        seen, digest = self._before.get(key, (None, _NO_DIGEST))
+        if seen is None or (pixels and not seen & PIXELS):
             return None
-        self._now[key] = found
-        return found
+        self._now[key] = seen, digest
+        return seen
 
     def add(self, key: bytes, record: int) -> None:
-        self._now[key] = record
+        self._now[key] = record, self._before.get(key, (0, _NO_DIGEST))[1]
+
+    def digest(self, key: bytes, path: Path) -> bytes:
+        """Returns a digest of the content of a file that was checked, which is read if that was not done before."""
+        seen, found = self._before.get(key, (0, _NO_DIGEST))
+        if found == _NO_DIGEST:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, _blake2b).digest()
+        self._now[key] = seen, found
+        return found
 
     def save(self) -> None:
         """Writes what is known of the files that were asked for or added."""
         if self._now == self._before:
             return
-        content = b"".join(key + bytes([record]) for key, record in self._now.items())
+        content = b"".join(key + bytes([seen]) + digest for key, (seen, digest) in self._now.items())
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:

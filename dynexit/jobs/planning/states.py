@@ -1,13 +1,17 @@
 """How far each point is, read from the files that its jobs leave."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dynexit.contents import JobProgress
 from dynexit.jobs.finished import finished_jobs, last_figures, read_progress
+from dynexit.provenance import read_provenance
 from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point
+
+_SPEED = ("images_per_second_per_rank", "share_waiting_for_data", "peak_memory_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,8 @@ class PointState:
     log: Path
     is_logged: bool
     """Whether `log` is that of the stage that is missing."""
+    speed: dict[str, float]
+    """Images a second of a rank, share of the time waiting for data, peak memory: of what runs, or of the training."""
 
 
 def point_state(point: Point, pack: Path | None, *, is_held: bool) -> PointState:
@@ -39,7 +45,12 @@ def point_state(point: Point, pack: Path | None, *, is_held: bool) -> PointState
         state = f"{missing} {'running' if is_held and (missing != 'train' or pack is not None) else 'to do'}"
     else:
         state = "waiting (prepare running)" if is_held else "waiting"
-    return PointState(missing, state, step, figures, log, log.is_file() and (pack is not None or missing == "prepare"))
+    measured: Mapping[str, Any] = (
+        progress or (read_provenance(RunDir(point, "train").path) if "train" in finished else None) or {}
+    )
+    speed = {name: measured[name] for name in _SPEED if name in measured}
+    is_logged = log.is_file() and (pack is not None or missing == "prepare")
+    return PointState(missing, state, step, figures, log, is_logged, speed)
 
 
 def _figures(progress: JobProgress | None) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The page's part on where the results come from."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from dynexit.study.grid import Point
 
 _WHAT = (
     "What did each stage, where and how long; provenance.json in each job's folder has more. Points that one job did "
-    "together share its time. The time is that of the attempt which finished the job. Another instruction set or "
-    "package version gives other last bits."
+    "together share its time. The time is that of the attempt which finished the job. Images/s are of a rank, in the "
+    "median of the jobs; waiting for data and memory (of the GPU where there is one) are the largest of them. Another "
+    "instruction set or package version gives other last bits."
 )
 
 
@@ -41,12 +43,23 @@ def _cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
         "jobs": len(jobs),
         "hours": f"{sum(job['seconds'] for job in jobs) / 3600:.4f}",
         **({"GPU-hours": f"{gpu_hours:.4f}"} if gpu_hours else {}),
+        **_speed(jobs),
         "from": min(job["started"] for job in jobs),
         "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {_gpu(job)}".strip() for job in jobs),
         "commit": _each(job["commit"][:12] + job["commit"][40:] for job in jobs),
         "packages": _each(", ".join(f"{name} {version}" for name, version in of.items()) for of in versions),
         "command": _each(job["command"] for job in jobs),
     }
+
+
+def _speed(jobs: Sequence[Provenance]) -> dict[str, str]:
+    cells = {}
+    if rates := [job["images_per_second_per_rank"] for job in jobs if "images_per_second_per_rank" in job]:
+        cells["images/s"] = f"{statistics.median(rates):.0f}"
+        cells["waiting for data"] = f"{100 * max(job.get('share_waiting_for_data', 0.0) for job in jobs):.0f} %"
+    if peak := max(job.get("peak_memory_bytes", 0) for job in jobs):
+        cells["peak memory"] = f"{peak / 2**20:.0f} MiB"
+    return cells
 
 
 def _gpu(job: Provenance) -> str:

@@ -2,8 +2,10 @@
 
 from typing import Any, Literal
 
-from dynexit.study.data.names import DATA_SETS, TORCHVISION_SETS
+from dynexit.study.data.names import DATA_SETS, OWN, TORCHVISION_SETS
 from dynexit.study.keys import DataSetName, MeanAndStd, Section, key
+
+_LARGEST_SMALL = 64  # pixels a side
 
 
 class DataSettings(Section):
@@ -83,3 +85,14 @@ class DataSettings(Section):
         changes_results=False,
     )
     noise: float = key(0.1, "standard deviation of the noise added to a view (digits)", "of the full intensity", ge=0)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the images have at most 64 pixels a side: a crop to 87.5 % of so few would lose too much."""
+        return self.image_size <= _LARGEST_SMALL
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the images are those of class folders, or timm's: of no data set with transforms of its own."""
+        is_timms = "/" in self.name and not self.name.startswith(OWN)
+        return (self.name == "image_folder" and self.labels is None) or is_timms

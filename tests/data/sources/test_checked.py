@@ -1,5 +1,6 @@
 """Images that were checked before are not read again until they change."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -41,6 +42,31 @@ def test_only_changed_files_are_read_again(tmp_path: Path, monkeypatch: pytest.M
             opened_by("pixels")
 
 
+def test_files_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folders(tmp_path, {"": {"cat": 8, "dog": 8}})
+    originals = sorted((tmp_path / "cat").iterdir())
+    for path in originals:
+        path.with_name(f"copy{path.name}").write_bytes(path.read_bytes())
+    read: list[object] = []
+    file_digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file) or file_digest(file, kind))
+
+    def opened() -> tuple[list[str], int]:
+        read.clear()
+        data = load_data(folder(tmp_path, num_validation=6, num_test=6))
+        return [line for line in data.remarks if "byte-equal" in line], len(read)
+
+    copies, num_read = opened()
+    assert copies
+    assert num_read
+    assert opened() == (copies, 0)
+    for path in originals:
+        os.utime(path, ns=(0, 0))
+    again, num_again = opened()
+    assert again == copies
+    assert 0 < num_again <= len(originals)
+
+
 @pytest.mark.parametrize("damage", [b"", b"short", b"x" * 1000])
 def test_a_damaged_cache_costs_time_alone(damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -49,6 +75,6 @@ def test_a_damaged_cache_costs_time_alone(damage: bytes, tmp_path: Path, monkeyp
     (kept,) = (tmp_path / "cache" / "dynexit" / "checked").iterdir()
     kept.write_bytes(damage)
     assert load_data(folder(tmp_path / "pets")).remarks == before
-    assert kept.stat().st_size == 12 * 17
+    assert kept.stat().st_size == 12 * 33
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     assert load_data(folder(tmp_path / "pets")).remarks == before

@@ -75,10 +75,12 @@ def test_what_follows_from_profile_and_study() -> None:
     assert (Site().minutes(dist), Site(time_minutes=4).minutes(dist)) == (90, 4)
     assert (Site().delay_seconds(dist), Site(time_minutes=1).delay_seconds(dist)) == (120, 15)
     assert (Site().cpus(dist), Site(cpus_per_task=7).cpus(dist)) == (5, 7)
-    lines = Site(modules=["a b"], setup=["true"], scratch_dir="/s/$USER", network_interface="ib0").shell_lines(dist)
+    lines = Site(
+        modules=["a b"], setup=["export NCCL_DEBUG=WARN"], scratch_dir="/s/$USER", network_interface="ib0"
+    ).shell_lines(dist)
     assert lines == [
         "module load 'a b'",
-        "true",
+        "export NCCL_DEBUG=WARN",
         'export TMPDIR="/s/$USER"',
         'mkdir -p "$TMPDIR"',
         "export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0",

@@ -11,6 +11,7 @@ from dynexit.run_dir import write_json
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
 from dynexit.study.stages import stages_until
+from launch.__main__ import main
 from launch.slurm import cluster
 from launch.slurm.cluster import QueuedJob
 from launch.slurm.site import Site
@@ -189,6 +190,31 @@ def test_a_refused_submission_is_taken_back(study: Study, queue: Queue, monkeypa
         submit_study(study, stages_until("report"), Site())
     assert cancelled == ["7_0", "8_0"]
     assert [job.job_id for job in all_submitted(study.directory) if job.is_cancelled] == cancelled
+
+
+def test_own_code_is_allowed_again_by_each_command(
+    tmp_path: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = iter(range(7, 99))
+    monkeypatch.setattr(cluster, "ask", lambda command: str(next(ids)) if command[0] == "sbatch" else "")
+    monkeypatch.chdir(tmp_path)
+    module = "tests.models.cut.own"
+    backbone = f"backbone={{module: '{module}:Residual', arguments: {{in_channels: 1, num_classes: 10}}}}"
+    run = ["run", str(TINY), backbone, "name=own", "--on", "slurm"]
+    retry = ["retry", "runs/own"]
+
+    def scripts() -> list[str]:
+        return [path.read_text() for path in sorted(Path("runs/own/slurm").glob("*/*.sh"))]
+
+    for command in (run, retry):
+        before = scripts()
+        assert main(command) == 2
+        assert f"add --allow-code {module} to the command" in capsys.readouterr().err
+        assert scripts() == before
+        assert main([*command, "--allow-code", module]) == 0
+        new = scripts()[len(before) :]
+        assert len(new) == 4
+        assert all(f'-m launch.tasks.worker "$job" "$restart" {module}\n' in text for text in new)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from launch.tasks.attempts import (
     append_lines,
     read_reason,
 )
+from launch.tasks.decision import RequeueLimits, attempt_ends, decide
 from launch.tasks.worker import listed_work, main
 from tests.command_line import ENVIRONMENT, ROOT
 
@@ -153,6 +154,25 @@ def test_a_crash_ends_the_program_in_its_pack(rank: Path, monkeypatch: pytest.Mo
     assert status == 1  # 1 crashed too often
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_lack_of_memory_is_a_failure(rank: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
+    def train(points: Sequence[Point]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    set_training(monkeypatch, train)
+    monkeypatch.setattr(worker, "_start_ranks", lambda first, job: Ranks(0, num_ranks, torch.device("cpu")))
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
+    finish(job_of("prepare", "a", rank))
+    status, reason = run(rank, (job_of("train", "ab", rank),))
+    expected = (
+        "out of memory with 2 points in one pack (CUDA out of memory.); set dist.members_per_pack below 2, or "
+        "train.global_batch_size lower"
+    )
+    (end,) = attempt_ends({0: reason}, status, 10, RequeueLimits(1, 1, 1, 1e9, num_ranks))
+    assert (status, end.reason, end.pack, end.error) == (1, FAILED, 0, expected)
+    assert not decide([end], 1, RequeueLimits(1, 1, 1, 1e9)).requeue
+
+
 @pytest.mark.parametrize(
     ("number", "retries"),
     [
@@ -189,7 +209,7 @@ def test_a_failure_of_one_rank_alone_ends_the_job(rank: Path, monkeypatch: pytes
         raise Failure("no room here")
 
     set_training(monkeypatch, train)
-    monkeypatch.setattr(worker, "_start_ranks", lambda job: Ranks(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(worker, "_start_ranks", lambda first, job: Ranks(0, 2, torch.device("cpu")))
     monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
     status, reason = run(rank, *train_packs(rank, "ab"))
     assert (status, reason.word, reason.pack, reason.error) == (1, FAILED, 0, "no room here")

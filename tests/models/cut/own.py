@@ -44,6 +44,13 @@ class Residual(nn.Module):
         return self.head(self.dropout(x.mean((2, 3))))
 
 
+def tied() -> nn.Module:
+    """A block's weights are also another's."""
+    model = Residual()
+    model.blocks[2].conv.weight, model.blocks[2].norm = model.blocks[0].conv.weight, model.blocks[0].norm
+    return model
+
+
 def sequential() -> nn.Module:
     """Layers in a row, of which none repeats as a block."""
     return nn.Sequential(
@@ -90,6 +97,7 @@ def hugging_face_convnext() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "Sequential": sequential,
     "Residual": Residual,
+    "tied weights": tied,
     "ResNet": resnet,
     "DenseNet": lambda: torchvision.models.DenseNet(4, (2, 2), 8, num_classes=NUM_CLASSES),
     "MobileNetV3": mobilenet,

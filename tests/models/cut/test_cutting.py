@@ -22,6 +22,7 @@ from tests.models.cut.own import MODELS, NUM_CLASSES, Residual, built, cut, imag
 AUTO = {
     "Sequential": ("3", "5"),
     "Residual": ("blocks.0", "blocks.1"),
+    "tied weights": ("blocks.0", "blocks.1"),
     "ResNet": ("layer1.0", "layer2.0", "layer3.0"),
     "DenseNet": ("features.denseblock1",),
     "MobileNetV3": ("features.1", "features.2", "features.3"),
