@@ -141,10 +141,9 @@ def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> Aggreg
             say(f"{folder}: damaged, since {fault}")
             found.missing.append(Missing(str(folder), "", "", "damaged", str(fault)))
             continue
-        ready, rows = list(points), _reported(points)
-        if not rows:
-            ready = [point for point in points if _is_ready(point, folder, found)]
-            rows = _rows(ready, folder, found)
+        ready = [point for point in points if _is_ready(point, folder, found)]
+        rows = _reported(points) if len(ready) == len(points) else []
+        rows = rows or _rows(ready, folder, found)
         say(f"{folder}: {len(ready)} of {len(points)} points are finished")
         if rows:
             found.studies[str(folder)] = rows

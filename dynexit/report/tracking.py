@@ -229,9 +229,7 @@ def _insert(
             database.executemany(_INSERT, rows)
             database.execute(_LATEST, (run_id,))
             if ended is not None:
-                database.execute(
-                    "UPDATE runs SET status = 'FINISHED', end_time = ? WHERE run_uuid = ?", (ended, run_id)
-                )
+                database.execute(_FINISH, (ended, run_id))
             for table, values in (("params", ((one.key, one.value) for one in params)), ("tags", tags.items())):
                 command = f"INSERT OR REPLACE INTO {table} (key, value, run_uuid) VALUES (?, ?, ?)"
                 database.executemany(command, [(key, value, run_id) for key, value in values])

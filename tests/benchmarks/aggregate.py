@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dynexit.jobs.aggregate import aggregate
 from dynexit.jobs.finished import report_identity
-from dynexit.run_dir import mark_done, write_json, write_text
+from dynexit.run_dir import RunDir, mark_done, write_json, write_text
 from dynexit.search.operating_points import ReportRow, write_csv
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study, resolved_yaml
@@ -25,7 +25,8 @@ def make(study: Study, num_rows: int) -> None:
     write_text(study.directory / "study.yaml", resolved_yaml(study, with_meanings=False))
     rows = []
     for number, point in enumerate(study.points):
-        write_json(study.directory / "search" / point.ids["search"] / "DONE", {"id": point.ids["search"], "files": {}})
+        for stage in ("train", "record", "search"):
+            write_json(RunDir(point, stage) / "DONE", {"id": point.ids[stage], "files": {}})
         for i in range(num_rows):
             one = ReportRow(
                 source="search",

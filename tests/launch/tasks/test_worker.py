@@ -166,7 +166,7 @@ def test_a_lack_of_memory_is_a_failure(rank: Path, monkeypatch: pytest.MonkeyPat
     status, reason = run(rank, (job_of("train", "ab", rank),))
     expected = (
         "out of memory with 2 points in one pack (CUDA out of memory.); set dist.members_per_pack below 2, or "
-        "train.global_batch_size lower"
+        "train.micro_batch_size lower"
     )
     (end,) = attempt_ends({0: reason}, status, 10, RequeueLimits(1, 1, 1, 1e9, num_ranks))
     assert (status, end.reason, end.pack, end.error) == (1, FAILED, 0, expected)
