@@ -84,7 +84,10 @@ class Progress:
             yield batch
 
     def advance(self, num_images: int, figures: Mapping[str, Any]) -> None:
-        """One step done on `num_images` images; `figures` are read (and so computed) only when something is said."""
+        """One step done on `num_images` images; `figures` are read only when something is said.
+
+        A tensor of several values is shown as the mean of those that are not NaN.
+        """
         self.step += 1
         self._num_images += num_images
         if self._bar is not None:
@@ -97,7 +100,9 @@ class Progress:
         self._last_said = now
         seconds = max(now - self._started, 1e-9)
         speed = self._load(now).speed()
-        values = {name: float(value) for name, value in figures.items()}
+        values = {
+            name: float(value.nanmean() if getattr(value, "ndim", 0) else value) for name, value in figures.items()
+        }
         rate = self._num_images / seconds
         left = seconds / max(self.step - self._first_step, 1) * (self.num_steps - self.step)
         shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())

@@ -46,12 +46,17 @@ def gate_features(logits_xK: "Tensor") -> "Tensor":
     import torch
 
     z_xK, largest_x1 = _shifted(logits_xK.detach())
-    e_xK = z_xK.exp()
-    ez_xK = e_xK * z_xK
-    sum_x = e_xK.sum(-1)
+    # of (1, e) times (e, e z) the sums over K, in few kernels, and in the memory layout of z
+    pairs_2xK = z_xK.new_empty_strided((2, *z_xK.shape), (z_xK.numel(), *z_xK.stride()))
+    e_xK = torch.exp(z_xK, out=pairs_2xK[0])
+    torch.mul(e_xK, z_xK, out=pairs_2xK[1])
+    sum_x, weighted_x = pairs_2xK.sum(-1)
     # softmax(2 * logits) is e² / sum of e², and its shifted logits are 2 z: no second exponential
-    power_x = _entropy((e_xK * e_xK).sum(-1), 2 * (e_xK * ez_xK).sum(-1))
-    return torch.stack((1 / sum_x, _entropy(sum_x, ez_xK.sum(-1)), _margin(z_xK, largest_x1, sum_x), power_x), -1)
+    squares_x, weighted_squares_x = (pairs_2xK * e_xK).sum(-1)
+    largest_x = sum_x.reciprocal()
+    margin_x = largest_x.addcdiv(e_xK.scatter(-1, largest_x1, 0.0).amax(-1), sum_x, value=-1)
+    entropies = _entropy(sum_x, weighted_x), _entropy(squares_x, weighted_squares_x, 2)
+    return torch.stack((largest_x, entropies[0], margin_x, entropies[1]), -1)
 
 
 def entropy_confidence(logits_xK: "Tensor") -> "Tensor":
@@ -93,9 +98,9 @@ def _shifted(logits_xK: "Tensor") -> "tuple[Tensor, Tensor]":
     return logits_xK - max_x1, index_x1
 
 
-def _entropy(sum_x: "Tensor", weighted_x: "Tensor") -> "Tensor":
-    """Entropy from the sum of e and the sum of e * z: both terms are 0 or more, so nothing cancels."""
-    return sum_x.log() - weighted_x / sum_x
+def _entropy(sum_x: "Tensor", weighted_x: "Tensor", factor: int = 1) -> "Tensor":
+    """Entropy from the sum of e and the sum of e * z over `factor`: both terms are 0 or more, so nothing cancels."""
+    return sum_x.log().addcdiv(weighted_x, sum_x, value=-factor)
 
 
 def _margin(z_xK: "Tensor", largest_x1: "Tensor", sum_x: "Tensor") -> "Tensor":

@@ -5,6 +5,7 @@ Shapes: x any leading axes, G gates or intermediate exits, B batch. Exit index G
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def exit_probabilities(gates_xGB: Tensor) -> Tensor:
@@ -13,8 +14,7 @@ def exit_probabilities(gates_xGB: Tensor) -> Tensor:
     gates_xGB are sigmoid outputs in [0, 1]. What is missing to a sum of 1 is the probability of reaching the last exit.
     Source: JEI-DNN (arXiv 2310.09163), direct form of the exit distribution.
     """
-    before_xGB = torch.zeros_like(gates_xGB)
-    before_xGB[..., 1:, :] = gates_xGB[..., :-1, :].cumsum(-2)
+    before_xGB = functional.pad(gates_xGB[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
     return torch.minimum(gates_xGB, 1 - before_xGB).clamp_min(0)
 
 

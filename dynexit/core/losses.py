@@ -5,8 +5,11 @@ G = L-1 gates, B batch, K classes. Every loss has the dtype of its logits. Sourc
 (arXiv 2310.09163).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dynexit.core.confidence import max_probability
@@ -20,12 +23,35 @@ _MIN_POSITIVES = 0.1
 _MAX_POSITIVE_WEIGHT = 5.0
 
 
-def cross_entropies(logits_xLBK: Tensor, labels_B: Tensor) -> Tensor:
-    """Cross-entropy in nats of every exit on every sample, (..., L, B)."""
+def cross_entropies(logits_xLBK: Tensor, labels_B: Tensor, *, twice: bool = False) -> Tensor:
+    """Cross-entropy in nats of every exit on every sample, (..., L, B); differentiable once, or with `twice` twice."""
     index_xLB1 = labels_B[:, None].expand((*logits_xLBK.shape[:-1], 1))
-    # spelled out, because torch's log_softmax is several times slower on CPU for a handful of classes
+    if not twice:
+        entropies_xLB: Tensor = _CrossEntropies.apply(logits_xLBK, index_xLB1)
+        return entropies_xLB
     shifted_xLBK = logits_xLBK - logits_xLBK.detach().amax(-1, keepdim=True)
     return shifted_xLBK.exp().sum(-1).log() - shifted_xLBK.gather(-1, index_xLB1).squeeze(-1)
+
+
+class _CrossEntropies(torch.autograd.Function):
+    """The same with half the kernels in its backward pass, and the gradient in the memory layout of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_xLBK: Tensor, index_xLB1: Tensor) -> Tensor:
+        # spelled out, because torch's log_softmax is several times slower on CPU for a handful of classes
+        shifted_xLBK = logits_xLBK - logits_xLBK.amax(-1, keepdim=True)
+        at_label_xLB = shifted_xLBK.gather(-1, index_xLB1).squeeze(-1)
+        exponentials_xLBK = shifted_xLBK.exp_()
+        sum_xLB = exponentials_xLBK.sum(-1)
+        ctx.save_for_backward(exponentials_xLBK, sum_xLB, index_xLB1)
+        return sum_xLB.log() - at_label_xLB
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_xLB: Tensor) -> tuple[Tensor, None]:
+        exponentials_xLBK, sum_xLB, index_xLB1 = ctx.saved_tensors
+        gradient_xLBK = exponentials_xLBK * (slope_xLB / sum_xLB)[..., None]
+        return gradient_xLBK.scatter_add_(-1, index_xLB1, -slope_xLB[..., None]), None
 
 
 def soft_cross_entropies(logits_xLBK: Tensor, target_xBK: Tensor) -> Tensor:
@@ -41,7 +67,9 @@ def divergences(logits_xLBK: Tensor, temperature: float = 3.0) -> Tensor:
     Knowledge in a Neural Network (arXiv 1503.02531), section 2.
     """
     logits_xLBK = logits_xLBK / temperature
-    teacher_x1BK = logits_xLBK[..., -1:, :, :].detach().log_softmax(-1).exp()
+    last_x1BK = logits_xLBK[..., -1:, :, :].detach()
+    teacher_x1BK = (last_x1BK - last_x1BK.amax(-1, keepdim=True)).exp()
+    teacher_x1BK = teacher_x1BK / teacher_x1BK.sum(-1, keepdim=True)
     ce_xLB = soft_cross_entropies(logits_xLBK, teacher_x1BK)
     return temperature**2 * (ce_xLB[..., :-1, :] - ce_xLB[..., -1:, :].detach())
 
@@ -75,6 +103,7 @@ def head_loss(logits_MLBK: Tensor, labels_B: Tensor, gates_MGB: Tensor, kind: st
     paper: the same value, but the gradient of CE_il is P_il rho_i / (B G), with P of exit_probabilities and
         rho_i = sum_l CE_il / sum_l P_il CE_il held constant. Where that denominator is 0 the exits weigh alike.
     single: mean cross-entropy of the exit each sample takes, the last one included.
+    Of the other kinds the last exit is no part, and its logits may be left out.
     Raises ValueError on another kind.
     """
     if kind not in HEAD_LOSSES:
@@ -82,7 +111,9 @@ def head_loss(logits_MLBK: Tensor, labels_B: Tensor, gates_MGB: Tensor, kind: st
     if kind == "single":
         taken_MB = exit_index_from_gates(gates_MGB.detach(), single=True)
         return cross_entropies(logits_MLBK, labels_B).gather(-2, taken_MB[..., None, :]).squeeze(-2).mean(-1)
-    ce_MGB = cross_entropies(logits_MLBK[..., :-1, :, :], labels_B)
+    ce_MGB = cross_entropies(logits_MLBK, labels_B)
+    if ce_MGB.shape[-2] > gates_MGB.shape[-2]:  # later than of the logits, whose gradient would be padded
+        ce_MGB = ce_MGB[..., :-1, :]
     if kind == "paper":
         ce_MGB = ce_MGB * _paper_weights(ce_MGB.detach(), gates_MGB.detach())
     return ce_MGB.mean((-2, -1))
@@ -146,4 +177,4 @@ def _paper_weights(ce_MGB: Tensor, gates_MGB: Tensor) -> Tensor:
     p_MGB = p_MGB / p_MGB.amax(-2, keepdim=True)
     expected_M1B = (p_MGB * ce_MGB).sum(-2, keepdim=True)
     weights_MGB = p_MGB * (ce_MGB.sum(-2, keepdim=True) / expected_M1B)
-    return torch.where((expected_M1B > 0) & weights_MGB.isfinite(), weights_MGB, 1)
+    return weights_MGB.nan_to_num(1.0, 1.0, 1.0)  # where the expected cross-entropy is 0

@@ -22,7 +22,7 @@ from dynexit.jobs.reporting.sections import downloads, sections_of
 from dynexit.jobs.reporting.tracked import track
 from dynexit.report.budgets import budget_answers, budget_cells
 from dynexit.report.chart.data import chart_data
-from dynexit.report.chart.groups import groups_of
+from dynexit.report.chart.groups import fronts_of, groups_of
 from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FRONT_CSV, entries_of, write_front
@@ -74,9 +74,8 @@ def write_report(
     `points` are recorded and searched; `failed` has an error message for each missing point.
     """
     rows = collect_rows(points)
-    settings, study_dir = points[0].config.report, points[0].study_dir
+    study_dir = points[0].study_dir
     directory = study_dir / "report"
-    study_text = (study_dir / "study.yaml").read_text(encoding="utf-8")
     write_csv(directory / "operating_points.csv", rows)
     costs = _costs_by_id(points)
     describe = partial(_describe, costs=costs)
@@ -85,9 +84,10 @@ def write_report(
     figures = _figures(directory, rows, published, costs)
     front = front_of(rows)
     answers = budget_answers(rows, entries)
-    axes = [None, *measured_batch_sizes(rows)]
-    groups = groups_of(rows, [*front, *answers.values()], axes)
+    fronts = fronts_of(rows, [None, *measured_batch_sizes(rows)])
+    groups = groups_of(rows, fronts, list(answers.values()))
     drawn = [row for group in groups for point in group.points for row in (point.validation, point.test)]
+    drawn += [row for point in front for row in (point.validation, point.test)]
     limited = {point.test.key for point in (*front, *answers.values())}
     judged = judge(points, [*drawn, *(row for row in rows if row.source == "backbone")], limited)
     table = entries_of(front, rows, judged, describe)
@@ -95,10 +95,10 @@ def write_report(
     labels = {point.id: point.label for point in points}
     offered = cards(table, points[0].config.search.relative_macs, labels, study_dir)
     page = Page(
-        settings.title or study_dir.name,
+        points[0].config.report.title or study_dir.name,
         rows,
         figures,
-        study_text,
+        (study_dir / "study.yaml").read_text(encoding="utf-8"),
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else [])],
         budgets=budget_cells(rows, entries, describe, judged),
@@ -109,7 +109,9 @@ def write_report(
         remarks=[drop_to_test(front, rows)],
         cards=offered,
         missing=failed,
-        chart=chart_data(groups, rows, axes, judged, published, describe=describe, labels=labels, study_dir=study_dir),
+        chart=chart_data(
+            groups, rows, fronts, judged, published, describe=describe, labels=labels, study_dir=study_dir
+        ),
         downloads=downloads(directory),
     )
     write_page(directory / "report.html", page)

@@ -39,6 +39,15 @@ def check_positions(backbone: Backbone, positions: Sequence[int]) -> None:
         )
 
 
+def features_in_parts(model: "MultiExit", images: Tensor, size: int | None) -> tuple[list[Tensor], Tensor]:
+    """`MultiExit.features` of the images, of which at most `size` (None: all) pass through the backbone at once."""
+    if size is None or len(images) <= size:
+        return model.features(images)
+    parts = [model.features(part) for part in images.split(size)]  # type: ignore[no-untyped-call]
+    features = [torch.cat(of_one) for of_one in zip(*(found for found, _ in parts), strict=True)]
+    return features, torch.cat([final_BK for _, final_BK in parts])
+
+
 class MultiExit(nn.Module):
     """A backbone, frozen (eval mode and no autograd, always), with exits after the blocks in `positions`.
 

@@ -91,13 +91,12 @@ function setUpBudget() {
     });
   }
   if (data.risks.length) {
-    const risks = data.risks.map((index) => data.points[index].risk);
-    const cost = (index) => data.points[index].validation.costs[0];
+    const risk = (one) => data.points[one.point].risk, cost = (one) => data.points[one.point].validation.costs[0];
+    const risks = data.risks.map(risk);
     kinds.push({
       name: "certified risk", low: Math.min(...risks), high: Math.max(...risks), step: 0.001, start: Math.max(...risks),
       words: (value) => `risk certified to be at most ${value.toFixed(3)}`,
-      pick: (value) => data.risks.filter((index) => data.points[index].risk <= value + 1e-9)
-        .sort((a, b) => cost(a) - cost(b)).map((point) => ({ point }))[0],
+      pick: (value) => data.risks.filter((one) => risk(one) <= value + 1e-9).sort((a, b) => cost(a) - cost(b))[0],
     });
   }
   if (!kinds.length) return;
@@ -128,9 +127,6 @@ function setUpBudget() {
 }
 
 /* The figure */
-const DASHES = ["", "7 3", "2 3", "8 3 2 3", "12 4", "4 2"];
-const tone = (colour) => (colour < 0 ? "c-1" : `c${colour % 8}`);
-const dashes = (colour) => (colour < 0 ? "" : DASHES[colour % 6]);
 const SHAPES = [
   "M-1 0A1 1 0 1 0 1 0A1 1 0 1 0-1 0Z", "M-.9-.9H.9V.9H-.9Z", "M0-1.25L1.25 0L0 1.25L-1.25 0Z", "M0-1.2L1.15.9H-1.15Z",
   "M0 1.2L1.15-.9H-1.15Z", "M-1.2 0L.9-1.15V1.15Z", "M1.2 0L-.9-1.15V1.15Z", "M-.4-1.2H.4V-.4H1.2V.4H.4V1.2H-.4V.4H-1.2V-.4H-.4Z",
@@ -138,7 +134,7 @@ const SHAPES = [
 
 function setUpFigure() {
   const svg = byId("figure"), tip = byId("tip"), pinned = byId("pinned");
-  const seeds = [...new Set(data.points.map((point) => point.seed))].sort((a, b) => (a ?? -1) - (b ?? -1));
+  const seeds = [...new Set(data.points.map((point) => point.seed))].filter((seed) => seed !== null).sort((a, b) => a - b);
   const state = { split: "test", cost: 0, box: null, off: new Set(), offSeeds: new Set(), near: null, pin: null };
   const edge = { left: 58, right: 14, top: 12, bottom: 48 };
   let width = 0, height = 0, x, y, drag = null;
@@ -147,6 +143,8 @@ function setUpFigure() {
   const cost = (point) => point[state.split].costs[state.cost];
   const accuracy = (point) => point[state.split].accuracy;
   const shown = () => data.points.filter((point) => isOn(point) && cost(point) !== null);
+  const isBySeed = (series) => seeds.length > 1 && (series.kind === "search" || series.kind === "gates");
+  const look = (series) => `${series.kind} ${series.colour < 0 ? "c-1" : `c${series.colour % 8}`}`;
   const linesOf = (series) => (series.line && state.cost === 0 ? series.line : []);
 
   function wholeBox() {
@@ -210,19 +208,20 @@ function setUpFigure() {
     if (steps.length) {
       const back = steps.map((step, index) => [step, index]).reverse()
         .map(([step, index]) => `L${x(index + 1 < steps.length ? steps[index + 1][0] : step[0])} ${y(step[2])}L${x(step[0])} ${y(step[2])}`).join("");
-      make(inner, "path", { class: `band ${tone(series.colour)}`, d: `${stairs(3)}${back}Z` });
-      make(inner, "path", { class: `curve ${tone(series.colour)}`, d: stairs(1), "stroke-dasharray": dashes(series.colour) });
+      make(inner, "path", { class: `band ${look(series)}`, d: `${stairs(3)}${back}Z` });
+      make(inner, "path", { class: `curve ${look(series)}`, d: stairs(1), "stroke-dasharray": series.dash });
     }
-    const line = linesOf(series);
-    if (line.length) make(inner, "path", { class: "curve thin", d: `M${line.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}` });
-    for (const [a, b] of line.length <= 20 ? line : []) make(inner, "path", { class: "cross", d: `M${x(a) - 3} ${y(b) - 3}l6 6m0-6l-6 6` });
+    const isLine = series.dash !== null && !series.curves;
+    const own = isLine ? shown().filter((point) => data.series[point.series] === series).map((point) => [cost(point), accuracy(point)]) : [];
+    const line = own.length ? own.sort((one, two) => one[0] - two[0]) : linesOf(series);
+    if (line.length) make(inner, "path", { class: `curve ${look(series)}`, d: `M${line.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}`, "stroke-dasharray": series.dash });
+    for (const [a, b] of !own.length && line.length <= 20 ? line : []) make(inner, "path", { class: "cross", d: `M${x(a) - 3} ${y(b) - 3}l6 6m0-6l-6 6` });
   }
 
   function drawPoint(inner, point, index) {
-    const { kind, colour } = data.series[point.series];
-    const size = { gates: 5, static: 5, search: 3.2 }[kind] || 2.6;
-    const shape = kind === "fixed" ? 7 : (seeds.length > 1 ? seeds.indexOf(point.seed) : Math.max(0, colour)) % 7;
-    make(inner, "path", { class: `dot ${kind} ${tone(colour)}`, d: SHAPES[shape], "data-point": index, "vector-effect": "non-scaling-stroke",
+    const series = data.series[point.series], shape = isBySeed(series) ? seeds.indexOf(point.seed) % 7 : series.shape;
+    const size = { gates: 5, static: 5, search: 3.2 }[series.kind] || 2.6;
+    make(inner, "path", { class: `dot ${look(series)}`, d: SHAPES[shape], "data-point": index, "vector-effect": "non-scaling-stroke",
       transform: `translate(${x(cost(point))} ${y(accuracy(point))}) scale(${size})` });
   }
 
@@ -304,15 +303,11 @@ function setUpFigure() {
     show({ x: grow(box.x), y: grow(box.y) });
   }
 
-  function toggle(parent, set, value, text, classes, dash = "", colour = 0) {
+  function toggle(parent, set, value, text, classes, dash, shape) {
     const button = make(parent, "button", { type: "button", "aria-pressed": String(!set.has(value)), class: "key" });
     const swatch = make(button, "svg", { viewBox: "0 0 24 10", width: 24, height: 10 });
-    if (typeof classes === "number") make(swatch, "path", { class: "dot seed", d: SHAPES[classes % 7], transform: "translate(12 5) scale(3.6)", "vector-effect": "non-scaling-stroke" });
-    else if (/search|published/.test(classes)) make(swatch, "path", { class: `curve ${classes}`, d: "M0 5H24", "stroke-dasharray": dash });
-    if (typeof classes !== "number" && !classes.startsWith("published") && (seeds.length < 2 || !classes.startsWith("search"))) {
-      const shape = classes.startsWith("fixed") ? 7 : seeds.length > 1 ? 0 : Math.max(0, colour) % 7;
-      make(swatch, "path", { class: `dot ${classes}`, d: SHAPES[shape], transform: "translate(12 5) scale(3.6)", "vector-effect": "non-scaling-stroke" });
-    }
+    if (dash !== null) make(swatch, "path", { class: `curve ${classes}`, d: "M0 5H24", "stroke-dasharray": dash });
+    if (shape !== null) make(swatch, "path", { class: `dot ${classes}`, d: SHAPES[shape], transform: "translate(12 5) scale(3.6)", "vector-effect": "non-scaling-stroke" });
     button.append(text);
     button.addEventListener("click", () => {
       if (!set.delete(value)) set.add(value);
@@ -335,8 +330,9 @@ function setUpFigure() {
   for (const [text, act] of [["zoom in", () => zoom(0.6)], ["zoom out", () => zoom(1 / 0.6)], ["show all", () => show(null)]]) {
     make(controls, "button", { type: "button" }, text).addEventListener("click", act);
   }
-  data.series.forEach((series, index) => toggle(legend, state.off, index, series.name, `${series.kind} ${tone(series.colour)}${series.kind === "published" ? " thin" : ""}`, dashes(series.colour), series.colour));
-  if (seeds.length > 1) seeds.forEach((seed, index) => toggle(legend, state.offSeeds, seed, seed === null ? "no seed" : `seed ${seed}`, index));
+  data.series.forEach((series, index) => toggle(legend, state.off, index, series.name, look(series), series.dash,
+    series.kind === "published" || (series.dash !== null && isBySeed(series)) ? null : isBySeed(series) ? 0 : series.shape));
+  if (seeds.length > 1) seeds.forEach((seed, index) => toggle(legend, state.offSeeds, seed, `seed ${seed}`, "seed", null, index % 7));
   make(legend, "span", { class: "key" }, data.backbone.test.length ? `dashed line: backbone ${percent(data.backbone.test.reduce((a, b) => a + b) / data.backbone.test.length)}` : "");
   byId("interactive").hidden = false;
   new ResizeObserver(() => { if (svg.clientWidth && svg.clientWidth !== width) draw(); }).observe(svg);

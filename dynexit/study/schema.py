@@ -124,6 +124,14 @@ class TrainSettings(Section):
     )
     num_epochs: int = key(15, "epochs, the warm-up's included", "epochs", ge=1)
     global_batch_size: int = key(64, "images per step over all ranks", "images", ge=1)
+    micro_batch_size: int | None = key(
+        None,
+        "images that pass through the backbone of a rank at once; null: its share of a batch. Takes less of a GPU's "
+        "memory, and a batch means the same",
+        "images",
+        changes_results=False,
+        ge=1,
+    )
     learning_rate: float = key(
         0.01, "peak learning rate of heads and gates (dyce has its own), then a cosine after any warm-up", gt=0
     )

@@ -60,7 +60,7 @@ STAGES = {
             _TRAIN,
             "all",
             "train exit heads and gates of every point",
-            "train.global_batch_size",
+            "train.micro_batch_size",
         ),
         Stage(
             "record",

@@ -7,7 +7,6 @@ Shapes: M members, L exits (rows of heads, then the backbone's classifier), B ba
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from dynexit.core.losses import divergences, first_exit_weights, soft_cross_entr
 from dynexit.data import Batch
 from dynexit.study.methods import DyceSettings
 from dynexit.train.independent import IndependentTask
-from dynexit.train.optimizers import MemberAdam, Stack, cosine_rate, stack_of
+from dynexit.train.optimizers import MemberAdam, Stack, cosine_rate
 from dynexit.train.pack import Pack
 
 
@@ -58,7 +57,7 @@ class DyceTask(IndependentTask):
         if self.average is not None:
             self.average.update(self.heads, step=self.step_number)
         self.step_number += 1
-        return {self.terms[0]: loss_M.nanmean()}
+        return {self.terms[0]: loss_M}
 
     def _mix(self, images: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """Images and their class probabilities after mixup or cutmix, the same for all members; of an odd number of
@@ -86,10 +85,10 @@ class DyceTask(IndependentTask):
         return self._everyones(cosine_rate(self.step_number, self.num_steps, high, low, self.num_warm_up_steps))
 
     def current(self) -> dict[str, Stack]:
-        return super().current() if self.average is None else {"heads": stack_of(self.average.module)}
+        return super().current() if self.average is None else {"heads": self.average.module.blocks()}
 
     def _stacks(self) -> dict[str, Stack]:
-        average: dict[str, Any] = {} if self.average is None else {"average": stack_of(self.average.module)}
+        average = {} if self.average is None else {"average": self.heads.by_name(self.current()["heads"])}
         return {**super()._stacks(), **average}
 
 

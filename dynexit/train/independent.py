@@ -33,7 +33,7 @@ class IndependentTask(PackTask):
         _, images, labels_B = batch
         loss_M = self._head_step(*self._features(images), labels_B, share)
         self.step_number += 1
-        return {self.terms[0]: loss_M.nanmean()}
+        return {self.terms[0]: loss_M}
 
     def _head_step(self, features: list[Tensor], final_BK: Tensor, target: Tensor, share: float) -> Tensor:
         heads = leaves(self.optimizers["heads"].stack, None)
@@ -43,7 +43,7 @@ class IndependentTask(PackTask):
 
     def _loss(self, logits_MLBK: Tensor, target: Tensor) -> Tensor:
         """Sum over the heads of the mean loss over the batch, (M,); `target` is what a batch is trained on (labels)."""
-        losses_MRB = cross_entropies(logits_MLBK[:, :-1], target) + self._distilled(logits_MLBK)
+        losses_MRB = cross_entropies(logits_MLBK, target)[:, :-1] + self._distilled(logits_MLBK)
         return losses_MRB.mean(-1).sum(-1)
 
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
@@ -58,7 +58,7 @@ class IndependentTask(PackTask):
         accuracy_ML, cross_entropy_ML = evaluate_exits(self, self.validation)
         objective_M = cross_entropy_ML[:, :-1].mean(-1)
         self._keep_better(objective_M, self.alive_M)
-        losses, improved = self._epoch_losses(), (self.improved_M & self.alive_M.cpu()).tolist()
+        losses, improved = self.losses.take(), (self.improved_M & self.alive_M.cpu()).tolist()
         for i, accuracy_L in enumerate(accuracy_ML.tolist()):
             mean = finite_or_none(objective_M[i].item())
             figures = {"exit_accuracy": accuracy_L, "validation_mean_cross_entropy": mean}

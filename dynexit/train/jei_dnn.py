@@ -21,7 +21,7 @@ from dynexit.models.heads import StackedGates
 from dynexit.study.methods import JeiDnnSettings, ProbeSettings
 from dynexit.study.schema import TrainSettings
 from dynexit.train.evaluate import Evaluation, evaluate_gates
-from dynexit.train.optimizers import Stack, copy_members, cosine_rate, leaves, pick
+from dynexit.train.optimizers import Stack, clone, copy_members, cosine_rate, leaves, pick
 from dynexit.train.pack import Pack, PackTask
 from dynexit.train.probe import Prober
 
@@ -87,7 +87,7 @@ class JeiDnnTask(PackTask):
         self._add("heads", self.heads)
         self._add("gates", self.gates)
         rows = {str(position): exit_number for exit_number, position in enumerate(model.positions)}
-        self.exit_of = {name: rows[name.partition(".")[0]] for name, _ in self.heads.named_parameters()}
+        self.exit_of = {name: rows[name.partition(".")[0]] for name in self.stack("heads")}
         self.cost_L = torch.from_numpy(self.costs.relative_cost_L()).to(device, self.dtype)
         tradeoffs = [member.settings.ce_ic_tradeoff for member in self.members]
         self.tradeoff_M = torch.tensor(tradeoffs, dtype=self.dtype, device=device)
@@ -108,7 +108,7 @@ class JeiDnnTask(PackTask):
             chosen, members = self._choose(term)
             if chosen:
                 loss_m = step(features, final_BK, labels_B, members, share)
-                figures[TERMS[term]] = loss_m.detach().nanmean()
+                figures[TERMS[term]] = loss_m.detach()
         for group in self.groups:
             group.phase_step += group.stage == JOINT
         self.step_number += 1
@@ -119,7 +119,7 @@ class JeiDnnTask(PackTask):
         if self.method.warm_up != "convex":
             return
         prober = Prober(self, ProbeSettings())
-        stack, best = self.optimizers["heads"].stack, self.best["heads"]
+        stack = self.stack("heads")
         for p, position in enumerate(self.model.positions):
             prober.fit(p)
             if self.standardisations is None:  # training continues on features as they are
@@ -127,8 +127,7 @@ class JeiDnnTask(PackTask):
                 weight, bias = stack[f"{name}.weight"], stack[f"{name}.bias"]
                 for i in range(len(self.members)):
                     weight[i], bias[i] = prober.standardisations[p].fold(weight[i], bias[i])
-        for name, value in stack.items():
-            best[name].copy_(value)
+        self.best["heads"] = clone(self.optimizers["heads"].stack)
 
     def _choose(self, term: int) -> tuple[list[int], Tensor | None]:
         """The members whose next step is of that kind (None stands for all); of a group in warm-up, its leader."""
@@ -139,17 +138,18 @@ class JeiDnnTask(PackTask):
             self._chosen[term] = (chosen, None if everyone else self.ranks.to_device(torch.tensor(chosen)))
         return self._chosen[term]
 
-    def _gate_logits(self, gates: Stack, logits_mLBK: Tensor) -> Tensor:
-        logits_mGB: Tensor = functional_call(self.gates, gates, (gate_features(logits_mLBK[:, :-1].detach()),))
+    def _gate_logits(self, gates: Stack, logits_mGBK: Tensor) -> Tensor:
+        u_mGB4 = gate_features(logits_mGBK)
+        logits_mGB: Tensor = functional_call(self.gates, self.gates.by_name(gates), (u_mGB4,))
         return logits_mGB
 
     def _targets(self, logits_mLBK: Tensor, labels_B: Tensor, members: Tensor | None) -> Tensor:
         errors_mLB = prediction_errors(logits_mLBK, labels_B, self.method.gate_objective)
-        return gate_targets(errors_mLB, self.cost_L, pick(self.tradeoff_M, members))
+        return gate_targets(errors_mLB, self.cost_L, _chosen(self.tradeoff_M, members))
 
     def _gating(self, images: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_MLBK = self.exit_logits(images)
-        gates_MGB = self._gate_logits(self.optimizers["gates"].stack, logits_MLBK).sigmoid()
+        gates_MGB = self._gate_logits(self.optimizers["gates"].stack, logits_MLBK[:, :-1]).sigmoid()
         return logits_MLBK, gates_MGB, self._targets(logits_MLBK, labels_B, None)
 
     def _warm_up_step(
@@ -158,10 +158,16 @@ class JeiDnnTask(PackTask):
         heads = leaves(self.optimizers["heads"].stack, members)
         logits_mLBK = self._logits(heads, features, final_BK)
         loss_m = warm_up_loss(logits_mLBK, labels_B) + self._warm_up_distillation(logits_mLBK)
-        frozen_mG = self.ranks.to_device(torch.tensor([g.frozen for g in self.groups if g.stage == WARM_UP]))
-        moving = {name: ~frozen_mG[:, self.exit_of[name]] for name in heads}
-        self._update("heads", heads, loss_m, members, share, 0, moving)
+        self._update("heads", heads, loss_m, members, share, 0, self._warming(heads))
         return loss_m
+
+    def _warming(self, heads: Stack) -> Stack:
+        """Of every block the rows (R, m) whose exit is still in its warm-up."""
+        frozen_mG = [group.frozen for group in self.groups if group.stage == WARM_UP]
+        moving = {
+            name: [[not frozen_G[g] for frozen_G in frozen_mG] for g in self.heads.exits_of(name)] for name in heads
+        }
+        return {name: self.ranks.to_device(torch.tensor(rows)) for name, rows in moving.items()}
 
     def _warm_up_distillation(self, logits_mLBK: Tensor) -> Tensor | float:
         """Exits weighed as in the warm-up loss."""
@@ -178,7 +184,9 @@ class JeiDnnTask(PackTask):
             logits_mLBK = self._logits(_part(self.optimizers["heads"].stack, members), features, final_BK)
             target_mB = self._targets(logits_mLBK, labels_B, members)
         gates = leaves(self.optimizers["gates"].stack, members)
-        loss_m = gate_loss(self._gate_logits(gates, logits_mLBK), target_mB, pick(self.positive_weight_MG, members))
+        loss_m = gate_loss(
+            self._gate_logits(gates, logits_mLBK[:, :-1]), target_mB, _chosen(self.positive_weight_MG, members)
+        )
         self._update("gates", gates, loss_m, members, share, 1)
         return loss_m
 
@@ -186,9 +194,11 @@ class JeiDnnTask(PackTask):
         self, features: list[Tensor], final_BK: Tensor, labels_B: Tensor, members: Tensor | None, share: float
     ) -> Tensor:
         heads = leaves(self.optimizers["heads"].stack, members)
-        logits_mLBK = self._logits(heads, features, final_BK)
+        needs_last = self.method.head_loss == "single" or bool(self.settings.distillation)
+        logits_mLBK = self._logits(heads, features, final_BK if needs_last else None)
+        gates = _part(self.optimizers["gates"].stack, members)
         with torch.no_grad():
-            gates_mGB = self._gate_logits(_part(self.optimizers["gates"].stack, members), logits_mLBK).sigmoid()
+            gates_mGB = self._gate_logits(gates, logits_mLBK[:, : len(features)]).sigmoid()
         loss_m = head_loss(logits_mLBK, labels_B, gates_mGB, self.method.head_loss)
         added_mGB = self._distilled(logits_mLBK)
         loss_m = loss_m if isinstance(added_mGB, float) else loss_m + added_mGB.mean((-2, -1))
@@ -198,13 +208,13 @@ class JeiDnnTask(PackTask):
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
         rates = {i: group.learning_rate(self.settings) for group in self.groups for i in group.members}
         rates_M = torch.tensor([rates[i] for i in range(len(rates))], dtype=self.dtype)
-        return pick(self.ranks.to_device(rates_M), members)
+        return _chosen(self.ranks.to_device(rates_M), members)
 
     # ---- between epochs
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluates on validation; ends warm-ups, sets the positive weights, keeps the best."""
-        evaluation, losses = self.evaluate(), self._epoch_losses()
+        evaluation, losses = self.evaluate(), self.losses.take()
         for group in self.groups:
             was = group.stage
             if was == WARM_UP:
@@ -221,7 +231,7 @@ class JeiDnnTask(PackTask):
     def _end_warm_up_epoch(self, group: Group, evaluation: Evaluation) -> None:
         """Per exit: a strictly better validation accuracy is kept; too many epochs without one end its warm-up."""
         leader = group.leader
-        stack, best = self.optimizers["heads"].stack, self.best["heads"]
+        stack, best = self.stack("heads"), self.heads.by_name(self.best["heads"])
         group.warm_up_epochs += 1
         at_the_cap = group.warm_up_epochs >= self.most_warm_up_epochs
         for exit_number, accuracy in enumerate(evaluation.exit_accuracy_ML[leader, :-1].tolist()):
@@ -245,8 +255,8 @@ class JeiDnnTask(PackTask):
         """The leader's heads and momentum become those of every member of its group; the momentum survives."""
         group.stage = JOINT
         leader = group.leader
-        optimizer = self.optimizers["heads"]
-        for tensors in (optimizer.stack, optimizer.buffers):
+        stacks = self._stacks()
+        for tensors in (stacks["heads"], stacks["momentum.heads"]):
             for value in tensors.values():
                 value[group.members] = value[leader].clone()
         self.alive_M[group.members] = self.alive_M[leader].clone()
@@ -293,6 +303,10 @@ class JeiDnnTask(PackTask):
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         super().restore(tensors, facts)
         self.groups = [Group(**group) for group in facts["groups"]]
+
+
+def _chosen(values_M: Tensor, members: Tensor | None) -> Tensor:
+    return values_M if members is None else values_M[members]
 
 
 def _part(stack: Stack, members: Tensor | None) -> Stack:

@@ -7,11 +7,12 @@ position in the run is two numbers, and a run that was killed and resumed goes t
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import index
 from typing import Any, Protocol
 
-from torch import OutOfMemoryError, Tensor
+import torch
+from torch import Tensor
 
 from dynexit.data import Batch, Split, epoch_batches, load_batches
 from dynexit.dist import Ranks
@@ -28,7 +29,7 @@ class Task(Protocol):
         """Whatever comes before the first batch of a run that does not resume."""
 
     def train_step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
-        """One update from this rank's part of a batch, `share` of the whole one; returns losses to show."""
+        """One update from this rank's part of a batch, `share` of the whole one; returns losses to show, () or (m,)."""
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluation and whatever else belongs between epochs."""
@@ -38,6 +39,32 @@ class Task(Protocol):
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Puts back what `state` gave."""
+
+
+class EpochLosses:
+    """The losses of an epoch's batches, by member and term, kept on the device until the epoch ends."""
+
+    def __init__(self, num_members: int, terms: Sequence[str], device: torch.device) -> None:
+        self.terms = terms
+        self.sums_2MT = torch.zeros((2, num_members, len(terms)), dtype=torch.float64, device=device)
+        """Sums of the batches' mean losses, and numbers of batches."""
+
+    def add(self, loss_m: Tensor, alive_m: Tensor, members: Tensor | None, term: int) -> None:
+        """Counts a batch of one term for the chosen members (all of them if None) that are alive."""
+        sums_M, counts_M = self.sums_2MT[..., term]
+        chosen = slice(None) if members is None else members
+        sums_M[chosen] += torch.where(alive_m, loss_m, 0)
+        counts_M[chosen] += alive_m
+
+    def take(self) -> list[dict[str, float]]:
+        """Of every member the mean losses by term, as train_head_loss. Begins the next epoch."""
+        sums_MT, counts_MT = self.sums_2MT.tolist()
+        self.sums_2MT.zero_()
+        names = ["train_" + term.replace(" ", "_").replace("-", "_") for term in self.terms]
+        return [
+            {name: total / count for name, total, count in zip(names, sums_T, counts_T, strict=True) if count}
+            for sums_T, counts_T in zip(sums_MT, counts_MT, strict=True)
+        ]
 
 
 def fit(
@@ -109,7 +136,7 @@ class Session:
                 self.task.restore(tensors, facts["task"])
                 self.epoch, self.position = index(facts["epoch"]), index(facts["position"])
                 return True
-            except OutOfMemoryError:
+            except torch.OutOfMemoryError:
                 raise
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of another content
                 fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,10 +1,10 @@
 """Learning rates and optimizers: of members whose parameters are stacked on a leading axis, and of the backbone.
 
-Shapes: M members of the pack, m chosen members.
+Shapes: R rows of a block, M members of the pack, m chosen members.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dynexit.models.backbones import Backbone
 from dynexit.study.schema import PrepareSettings
 
 Groups = list[dict[str, Any]]  # parameter groups of torch.optim, with the learning rate's `factor`
-Stack = dict[str, Tensor]  # parameter name -> (M, ...)
+Stack = dict[str, Tensor]  # name of a block -> (R, M, ...), or of a parameter -> (M, ...); see models/heads.py
 
 
 def cosine_rate(step: int, num_steps: int, high: float, low: float, num_warm_up_steps: int = 0) -> float:
@@ -28,15 +28,9 @@ def cosine_rate(step: int, num_steps: int, high: float, low: float, num_warm_up_
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def stack_of(module: nn.Module) -> Stack:
-    """The stacked parameters of `module` by name, sharing its memory."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
-
-
 def leaves(stack: Stack, members: Tensor | None) -> Stack:
     """The parameters of the chosen members (all of them if None) as fresh leaves that ask for gradients."""
-    chosen = stack if members is None else {name: value[members] for name, value in stack.items()}
-    return {name: value.detach().requires_grad_() for name, value in chosen.items()}
+    return {name: pick(value, members).detach().requires_grad_() for name, value in stack.items()}
 
 
 def clone(stack: Stack) -> Stack:
@@ -44,15 +38,20 @@ def clone(stack: Stack) -> Stack:
     return {name: value.clone() for name, value in stack.items()}
 
 
-def pick(tensor: Tensor, members: Tensor | None) -> Tensor:
-    """The chosen members' entries of (M, ...); all of them if None."""
-    return tensor if members is None else tensor[members]
+def pick(block: Tensor, members: Tensor | None) -> Tensor:
+    """The chosen members' entries of (R, M, ...); all of them if None."""
+    return block if members is None else block[:, members]
 
 
-def copy_members(stack: Stack, source: Mapping[str, Tensor], chosen_M: Tensor) -> None:
-    """Overwrites, in place, the members of `stack` where `chosen_M` (M,) is true by those of `source`."""
+def copy_members(stack: Mapping[str, Tensor], source: Mapping[str, Tensor], chosen_M: Tensor) -> None:
+    """Overwrites, in place, the members of the blocks where `chosen_M` (M,) is true by those of `source`."""
     for name, value in stack.items():
-        value[chosen_M] = source[name][chosen_M]
+        value.copy_(torch.where(_wide(chosen_M, value), source[name], value))
+
+
+def _wide(value_m: Tensor, block: Tensor) -> Tensor:
+    """(m,) or (R, m) so that it broadcasts with a block (R, m, ...)."""
+    return value_m.reshape((-1, value_m.shape[-1]) + (1,) * (block.dim() - 2))
 
 
 class MemberSGD:
@@ -63,29 +62,37 @@ class MemberSGD:
 
     def __init__(self, stack: Stack, momentum: float, weight_decay: float) -> None:
         self.stack, self.momentum, self.weight_decay = stack, momentum, weight_decay
-        self.buffers = {name: torch.zeros_like(value) for name, value in stack.items()}
+        self.momenta = {name: torch.zeros_like(value) for name, value in stack.items()}
+
+    @property
+    def states(self) -> dict[str, Stack]:
+        """What is kept of every parameter, by the prefix of its name."""
+        return {"": self.momenta}
 
     def step(
-        self, gradients: Stack, members: Tensor | None, learning_rate_m: Tensor, active_m: Mapping[str, Tensor]
+        self,
+        gradients: Stack,
+        members: Tensor | None,
+        learning_rate_m: Tensor,
+        active_m: Tensor,
+        moving: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """One step of the chosen members; a parameter moves only where its entry of `active_m` (m,) is true."""
-        values, buffers = [self.stack[name] for name in gradients], [self.buffers[name] for name in gradients]
-        olds, old_buffers = ([pick(slot, members) for slot in slots] for slots in (values, buffers))
-        # one kernel on a GPU for many parameters; on a CPU the same operations one by one
-        moved = list(torch._foreach_mul(old_buffers, self.momentum))
+        """One step of the chosen members where `active_m` (m,) is true and, of a block, `moving` (R, m), if given."""
+        values = [pick(self.stack[name], members) for name in gradients]
+        momenta = [pick(self.momenta[name], members) for name in gradients]
+        # one kernel on a GPU for all blocks; on a CPU the same operations one by one
+        moved = list(torch._foreach_mul(momenta, self.momentum))
         torch._foreach_add_(moved, list(gradients.values()))
-        torch._foreach_add_(moved, olds, alpha=self.weight_decay)
-        news, new_buffers = [], []
-        for name, old, old_buffer, step in zip(gradients, olds, old_buffers, moved, strict=True):
-            wide = (-1,) + (1,) * (old.dim() - 1)
-            active = active_m[name].view(wide)
-            new_buffers.append(torch.where(active, step, old_buffer))
-            news.append(torch.where(active, torch.addcmul(old, step, learning_rate_m.view(wide), value=-1), old))
-        if members is None:
-            torch._foreach_copy_(values + buffers, news + new_buffers)
-        else:
-            for slot, new in zip(values + buffers, news + new_buffers, strict=True):
-                slot[members] = new
+        torch._foreach_add_(moved, values, alpha=self.weight_decay)
+        rate_m = torch.where(active_m, learning_rate_m, 0.0)  # what is not finite stays out, and the rest is exact
+        for name, value, momentum, step in zip(gradients, values, momenta, moved, strict=True):
+            active, rate = active_m, rate_m
+            if moving is not None:
+                active, rate = active_m & moving[name], torch.where(moving[name], rate_m, 0.0)
+            torch.where(_wide(active, step), step, momentum, out=momentum)
+            value.addcmul_(momentum, _wide(rate, value), value=-1)
+        if members is not None:
+            _put_back([self.stack, self.momenta], members, [values, momenta], list(gradients))
 
 
 class MemberAdam:
@@ -105,45 +112,76 @@ class MemberAdam:
     ) -> None:
         self.stack, self.weight_decay, self.decoupled = stack, weight_decay, decoupled
         self.betas, self.epsilon = betas, epsilon
-        self.buffers = {
-            f"{kind}.{name}": torch.zeros_like(v) for kind in ("mean", "square") for name, v in stack.items()
-        }
-        self.buffers |= {f"num_steps.{name}": value.new_zeros(len(value)) for name, value in stack.items()}
+        self.means, self.squares = ({name: torch.zeros_like(v) for name, v in stack.items()} for _ in range(2))
+        self.num_steps = {name: value.new_zeros(value.shape[:2]) for name, value in stack.items()}
+
+    @property
+    def states(self) -> dict[str, Stack]:
+        """What is kept of every parameter, by the prefix of its name."""
+        return {"mean.": self.means, "square.": self.squares, "num_steps.": self.num_steps}
 
     def step(
-        self, gradients: Stack, members: Tensor | None, learning_rate_m: Tensor, active_m: Mapping[str, Tensor]
+        self,
+        gradients: Stack,
+        members: Tensor | None,
+        learning_rate_m: Tensor,
+        active_m: Tensor,
+        moving: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """One step of the chosen members; a parameter moves only where its entry of `active_m` (m,) is true."""
-        for name, gradient in gradients.items():
-            slots = [self.stack[name], *(self.buffers[f"{kind}.{name}"] for kind in ("mean", "square", "num_steps"))]
-            before = [slot if members is None else slot[members] for slot in slots]
-            for slot, old, new in zip(slots, before, self._moved(gradient, learning_rate_m, *before), strict=True):
-                kept = torch.where(active_m[name].view((-1,) + (1,) * (old.dim() - 1)), new, old)
-                if members is None:
-                    slot.copy_(kept)
-                else:
-                    slot[members] = kept
-
-    def _moved(
-        self, gradient: Tensor, rate_m: Tensor, value: Tensor, mean: Tensor, square: Tensor, num_steps_m: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num_steps_m = num_steps_m + 1
-        wide = (-1,) + (1,) * (value.dim() - 1)
-        rate, corrections = rate_m.view(wide), [(1 - beta**num_steps_m).view(wide) for beta in self.betas]
+        """One step of the chosen members where `active_m` (m,) is true and, of a block, `moving` (R, m), if given."""
+        kept = [self.stack, self.means, self.squares, self.num_steps]
+        values, means, squares, counts = slots = [[pick(own[name], members) for name in gradients] for own in kept]
+        slopes = list(gradients.values())
+        masks = [active_m if moving is None else active_m & moving[name] for name in gradients]
+        rate_m = torch.where(active_m, learning_rate_m, 0.0)
+        rates = [rate_m if moving is None else torch.where(mask, rate_m, 0.0) for mask in masks]
         if self.decoupled:
-            value = value * (1 - rate * self.weight_decay)
+            shrinks = [1 - rate_m * self.weight_decay] * len(rates)
+            shrinks = shrinks if moving is None else [1 - rate * self.weight_decay for rate in rates]
+            for value, shrink in zip(values, shrinks, strict=True):
+                value.mul_(_wide(shrink, value))
         else:
-            gradient = gradient + self.weight_decay * value
-        mean = self.betas[0] * mean + (1 - self.betas[0]) * gradient
-        square = self.betas[1] * square + (1 - self.betas[1]) * gradient**2
-        scale = (square / corrections[1]).sqrt() + self.epsilon
-        return value - rate * (mean / corrections[0]) / scale, mean, square, num_steps_m
+            slopes = list(torch._foreach_add(slopes, values, alpha=self.weight_decay))
+        squared = list(torch._foreach_mul(slopes, slopes))
+        corrections = []
+        later = torch._foreach_add(counts, 1)
+        for own, added, beta in ((means, slopes, self.betas[0]), (squares, squared, self.betas[1])):
+            moved = list(torch._foreach_mul(own, beta))
+            torch._foreach_add_(moved, torch._foreach_mul(added, 1 - beta))
+            shares = list(torch._foreach_pow(beta, later))
+            torch._foreach_mul_(shares, -1)
+            torch._foreach_add_(shares, 1)
+            corrections.append(shares)
+            for mask, old, new in zip(masks, own, moved, strict=True):
+                torch.where(_wide(mask, old), new, old, out=old)
+        for mask, old, new in zip(masks, counts, later, strict=True):
+            torch.where(_wide(mask, old), new, old, out=old)
+        moves, scales = (
+            [own / _wide(share, own) for own, share in zip(*pair, strict=True)]
+            for pair in zip((means, squares), corrections, strict=True)
+        )
+        torch._foreach_sqrt_(scales)
+        torch._foreach_add_(scales, self.epsilon)
+        torch._foreach_div_(moves, scales)
+        for value, move, rate in zip(values, moves, rates, strict=True):
+            value.addcmul_(move, _wide(rate, value), value=-1)
+        if members is not None:
+            _put_back(kept, members, slots, list(gradients))
+
+
+def _put_back(stacks: Sequence[Stack], members: Tensor, slots: Sequence[Sequence[Tensor]], names: list[str]) -> None:
+    """Writes the chosen members' values into the stacks that they were picked from."""
+    for stack, values in zip(stacks, slots, strict=True):
+        for name, value in zip(names, values, strict=True):
+            stack[name][:, members] = value
 
 
 def finite_members(loss_m: Tensor, gradients: Stack) -> Tensor:
     """Whether loss and all gradients of each chosen member are finite, (m,) bool; NaN in one touches no other."""
-    sums = [loss_m.detach(), *(gradient.flatten(1).sum(1) for gradient in gradients.values())]
-    return torch.stack(sums).isfinite().all(0)
+    sums = [gradient.sum([axis for axis in range(gradient.dim()) if axis != 1]) for gradient in gradients.values()]
+    found = torch.stack([loss_m.detach(), *sums])
+    largest_m: Tensor = torch.linalg.vector_norm(found, math.inf, 0)
+    return largest_m < math.inf  # fewer kernels than isfinite; NaN is not less
 
 
 def parameter_groups(backbone: Backbone, settings: PrepareSettings) -> Groups:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from dynexit.core.cost import ExitCosts, place_name
 from dynexit.core.losses import divergences
@@ -18,12 +17,12 @@ from dynexit.core.standardisation import Moments, Standardisation
 from dynexit.data import Batch, Split, load_batches
 from dynexit.dist import Ranks
 from dynexit.errors import Failure
-from dynexit.models.heads import StackedHeads
-from dynexit.models.multi_exit import MultiExit
+from dynexit.models.heads import Stacked, StackedHeads
+from dynexit.models.multi_exit import MultiExit, features_in_parts
 from dynexit.progress import Progress
 from dynexit.study.schema import ExitsSettings, TrainSettings
 from dynexit.train.checkpoint import Checkpoints
-from dynexit.train.loop import fit
+from dynexit.train.loop import EpochLosses, fit
 from dynexit.train.optimizers import (
     MemberAdam,
     MemberSGD,
@@ -31,8 +30,6 @@ from dynexit.train.optimizers import (
     clone,
     copy_members,
     finite_members,
-    pick,
-    stack_of,
 )
 
 _PLAIN_BATCH_SIZE = 256
@@ -81,7 +78,7 @@ class PackTask:
 
     terms: tuple[str, ...] = ("head loss",)  # what may turn out not finite, for messages
     rate_key = "train.learning_rate"
-    _plain_tensors: tuple[str, ...] = ("best_objective_M", "alive_M", "stopped_at_M", "loss_sums_2MT")
+    _plain_tensors: tuple[str, ...] = ("best_objective_M", "alive_M", "stopped_at_M")
 
     def __init__(self, pack: Pack, *, initialisation: str = "uniform", shrinkage: float = 0.0) -> None:
         model, ranks, settings = pack.model, pack.ranks, pack.settings
@@ -89,6 +86,7 @@ class PackTask:
         self.validation, self.ranks, self.seed, self.costs = pack.validation, ranks, pack.seed, pack.costs
         self.dtype = {"float32": torch.float32, "float64": torch.float64}[settings.precision]
         self.optimizers: dict[str, MemberSGD | MemberAdam] = {}
+        self.modules: dict[str, Stacked] = {}
         self.best: dict[str, Stack] = {}
         self.seeds = [member.seed for member in pack.members]
         self.heads = StackedHeads(
@@ -104,20 +102,22 @@ class PackTask:
         self.best_objective_M = torch.full((num_members,), math.inf, dtype=torch.float64)
         self.alive_M = torch.ones(num_members, dtype=torch.bool, device=ranks.device)
         self.stopped_at_M = torch.full((num_members, 3), -1, dtype=torch.int64, device=ranks.device)  # step, term, rank
-        self.loss_sums_2MT = torch.zeros((2, num_members, len(self.terms)), dtype=torch.float64, device=ranks.device)
-        """Of the epoch, by member and term: the sum of the batches' mean losses, and the number of batches."""
+        self.losses = EpochLosses(num_members, self.terms, ranks.device)
         self.improved_M = torch.zeros(num_members, dtype=torch.bool)  # by the epoch that was evaluated last
         self.stopped: dict[int, str] = {}
         self.rows: list[dict[str, Any]] = []
         self.step_number = 0
+        self._at_once = settings.micro_batch_size
+        self._slopes: dict[float, Tensor] = {}
         self.plain_train, self.exits = pack.plain_train, pack.exits
         self.standardisations: list[Standardisation] | None = None
         """By position; heads are trained on what they make of features, and folded into the heads that are kept."""
         self.say: Callable[[str], None] = lambda text: None
 
-    def _add(self, part: str, module: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
+    def _add(self, part: str, module: Stacked, make_optimizer: MakeOptimizer | None = None) -> None:
         """Makes `module` a part that is trained (by SGD if nothing else is given), kept and restored."""
-        stack = stack_of(module.to(self.ranks.device, self.dtype))
+        self.modules[part] = module.to(self.ranks.device, self.dtype)
+        stack = module.blocks()
         sgd = MemberSGD(stack, self.settings.momentum, self.settings.weight_decay)
         self.optimizers[part] = sgd if make_optimizer is None else make_optimizer(stack)
         self.best[part] = clone(stack)
@@ -147,7 +147,7 @@ class PackTask:
         """Yields (index (B,), what the exits read, backbone's logits (B, K), labels (B,)) of this rank's batches."""
         batches = self.plain_batches(split)
         for index_B, images, labels_B in load_batches(split, self.ranks.share(batches)):
-            features, final_BK = self.model.features(self.ranks.to_device(images))
+            features, final_BK = features_in_parts(self.model, self.ranks.to_device(images), self._at_once)
             yield index_B, features, final_BK, self.ranks.to_device(labels_B)
 
     def plain_batches(self, split: Split) -> list[range]:
@@ -190,17 +190,16 @@ class PackTask:
         raise NotImplementedError
 
     def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        features, final_BK = self.model.features(images)
+        features, final_BK = features_in_parts(self.model, images, self._at_once)
         features = [feature.to(self.dtype) for feature in features]
         if self.standardisations is not None:
             features = [own(feature) for own, feature in zip(self.standardisations, features, strict=True)]
         return features, final_BK.to(self.dtype)
 
-    def _logits(self, heads: Stack, features: list[Tensor], final_BK: Tensor) -> Tensor:
-        """Logits (m, L, B, K) of the chosen members' heads and, last, of the backbone's own classifier."""
-        logits_mPBK = functional_call(self.heads, heads, (features,))
-        final_m1BK = final_BK.expand(len(logits_mPBK), 1, *final_BK.shape)
-        return torch.cat((logits_mPBK, final_m1BK), 1)
+    def _logits(self, heads: Stack, features: list[Tensor], final_BK: Tensor | None) -> Tensor:
+        """Logits (m, L, B, K) of the chosen members' heads and, last, if given, of the backbone's own classifier."""
+        logits_mLBK: Tensor = self.heads(features, final_BK, heads)
+        return logits_mLBK
 
     def exit_logits(self, images: Tensor) -> Tensor:
         """Logits (M, L, B, K) of every member's weights as they would be kept now."""
@@ -221,30 +220,34 @@ class PackTask:
         term: int,
         moving: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Steps the chosen members of `part`; who has a loss or gradient that is not finite stops where it is."""
+        """Steps the chosen members of `part`; who has a loss or gradient that is not finite stops where it is.
+
+        Of a block only rows move whose entry of `moving` (R, m) is true, if it is given.
+        """
         if share:
-            slopes = torch.autograd.grad((loss_m * share).sum(), list(parameters.values()))
+            slopes = torch.autograd.grad(loss_m, list(parameters.values()), self._slope(share).expand_as(loss_m))
         else:  # this rank has none of the samples, and the mean of nothing is not a number
             loss_m, slopes = torch.zeros_like(loss_m), tuple(map(torch.zeros_like, parameters.values()))
         gradients = dict(zip(parameters, slopes, strict=True))
-        loss_m = loss_m.detach() * share
+        loss_m = loss_m.detach() if share == 1 else loss_m.detach() * share
         ranks_mW = self._not_finite_on(loss_m, gradients)
         self.ranks.all_reduce([loss_m, ranks_mW, *gradients.values()])
-        alive_m = pick(self.alive_M, members)
+        alive_m = self.alive_M if members is None else self.alive_M[members]
         finite_m = finite_members(loss_m, gradients)
-        self._note_stopped(alive_m & ~finite_m, members, term, ranks_mW.argmax(1))
+        self._note_stopped(alive_m > finite_m, members, term, ranks_mW)
         alive_m = alive_m & finite_m
         if members is None:
             self.alive_M = alive_m
         else:
             self.alive_M[members] = alive_m
-        counted_2m = torch.stack((torch.where(alive_m, loss_m, 0), alive_m)).to(self.loss_sums_2MT)
-        if members is None:
-            self.loss_sums_2MT[:, :, term] += counted_2m
-        else:
-            self.loss_sums_2MT[:, members, term] += counted_2m
-        active = {name: alive_m if moving is None else alive_m & moving[name] for name in parameters}
-        self.optimizers[part].step(gradients, members, self._learning_rate(part, members), active)
+        self.losses.add(loss_m, alive_m, members, term)
+        self.optimizers[part].step(gradients, members, self._learning_rate(part, members), alive_m, moving)
+
+    def _slope(self, share: float) -> Tensor:
+        """`share` as a tensor (1,) on the device, kept from step to step."""
+        if share not in self._slopes:
+            self._slopes = {share: torch.full((1,), share, dtype=self.dtype, device=self.ranks.device)}
+        return self._slopes[share]
 
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
         """The rate (m,) of the next step of a part."""
@@ -257,10 +260,13 @@ class PackTask:
             ranks_mW[:, self.ranks.global_rank] = ~finite_members(loss_m, gradients)
         return ranks_mW
 
-    def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, term: int, rank_m: Tensor) -> None:
-        step_m, term_m = torch.full_like(rank_m, self.step_number), torch.full_like(rank_m, term)
-        now_m3 = torch.stack((step_m, term_m, rank_m), 1)
-        noted_m3 = torch.where(stopping_m[:, None], now_m3, pick(self.stopped_at_M, members))
+    def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, term: int, ranks_mW: Tensor) -> None:
+        now_m3 = self.ranks.to_device(torch.tensor([[self.step_number, term, 0]]))
+        if self.ranks.world_size > 1:
+            rank_m = ranks_mW.argmax(1)
+            now_m3 = torch.stack((*now_m3[0, :2, None].expand(2, len(rank_m)), rank_m), 1)
+        noted_m3 = self.stopped_at_M if members is None else self.stopped_at_M[members]
+        noted_m3 = torch.where(stopping_m[:, None], now_m3, noted_m3)
         if members is None:
             self.stopped_at_M = noted_m3
         else:
@@ -272,18 +278,8 @@ class PackTask:
         """Evaluation, and what is kept."""
         raise NotImplementedError
 
-    def _epoch_losses(self) -> list[dict[str, float]]:
-        """Of every member the mean losses of the epoch's batches by term, as train_head_loss. Begins the next epoch."""
-        sums_MT, counts_MT = self.loss_sums_2MT.tolist()
-        self.loss_sums_2MT.zero_()
-        names = ["train_" + term.replace(" ", "_").replace("-", "_") for term in self.terms]
-        return [
-            {name: total / count for name, total, count in zip(names, sums_T, counts_T, strict=True) if count}
-            for sums_T, counts_T in zip(sums_MT, counts_MT, strict=True)
-        ]
-
     def current(self) -> dict[str, Stack]:
-        """By part the weights that are evaluated and may be kept."""
+        """By part the blocks of weights that are evaluated and may be kept."""
         return {part: optimizer.stack for part, optimizer in self.optimizers.items()}
 
     def _keep_better(self, objective_M: Tensor, eligible_M: Tensor) -> None:
@@ -308,7 +304,11 @@ class PackTask:
     def member_state(self, i: int) -> Stack:
         """Member i's parts as they are kept, without the member axis; its heads read features that are as they were."""
         parts = self.best if self.settings.keep == "best" else self.current()
-        state = {f"{part}.{name}": value[i].clone() for part, stack in parts.items() for name, value in stack.items()}
+        state = {
+            f"{part}.{name}": value[i].clone()
+            for part, stack in parts.items()
+            for name, value in self.modules[part].by_name(stack).items()
+        }
         for row, name in enumerate(self.heads.row_names if self.standardisations is not None else []):
             weight, bias = f"heads.{name}.0.weight", f"heads.{name}.0.bias"
             standardisation = self.standardisations[row // len(self.costs.head_types)]  # type: ignore[index]
@@ -316,7 +316,7 @@ class PackTask:
         return state
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {name: getattr(self, name) for name in self._plain_tensors}
+        tensors = {name: getattr(self, name) for name in self._plain_tensors} | {"loss_sums_2MT": self.losses.sums_2MT}
         tensors |= {f"{kind}.{name}": value for kind, stack in self._stacks().items() for name, value in stack.items()}
         facts = {
             "rows": self.rows,
@@ -325,15 +325,23 @@ class PackTask:
         }
         return tensors, facts
 
+    def stack(self, part: str) -> Stack:
+        """The current weights of a part by parameter, (M, ...), sharing their memory."""
+        return self.modules[part].by_name(self.optimizers[part].stack)
+
     def _stacks(self) -> dict[str, Stack]:
         stacks: dict[str, Stack] = {}
-        for part, optimizer in self.optimizers.items():
-            stacks |= {part: optimizer.stack, f"momentum.{part}": optimizer.buffers, f"best.{part}": self.best[part]}
+        for part, module in self.modules.items():
+            stacks |= {part: self.stack(part), f"best.{part}": module.by_name(self.best[part])}
+            states = {prefix: module.by_name(blocks) for prefix, blocks in self.optimizers[part].states.items()}
+            momentum = {prefix + name: value for prefix, stack in states.items() for name, value in stack.items()}
+            stacks[f"momentum.{part}"] = momentum
         return stacks
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         for name in self._plain_tensors:
-            setattr(self, name, tensors.get(name, getattr(self, name)).to(getattr(self, name).device))
+            setattr(self, name, tensors[name].to(getattr(self, name).device))
+        self.losses.sums_2MT.copy_(tensors.get("loss_sums_2MT", self.losses.sums_2MT))
         for kind, stack in self._stacks().items():
             for name, value in stack.items():
                 value.copy_(tensors[f"{kind}.{name}"])

@@ -107,7 +107,7 @@ class Prober:
         num_types = len(task.costs.head_types)
         for name in task.heads.row_names[p * num_types : (p + 1) * num_types]:
             began = time.monotonic()
-            stack = {key: value for key, value in task.optimizers["heads"].stack.items() if key.startswith(f"{name}.")}
+            stack = {key: value for key, value in task.stack("heads").items() if key.startswith(f"{name}.")}
             linear = len(stack) == 2
             facts, text = self._fit_linear(stack, *parts) if linear else self._fit_mlp(stack, *parts)
             correct_M, cross_entropy_M = self._judge(stack, parts[1])
@@ -178,9 +178,10 @@ class Prober:
 
     def _fit_mlp(self, stack: Stack, train: "_HeldSplit", validation: "_HeldSplit") -> tuple[dict[str, Any], str]:
         task, settings = self.task, self.settings
-        optimizer = MemberAdam(stack, settings.weight_decay, decoupled=True)
+        blocks = {name: value[None] for name, value in stack.items()}
+        optimizer = MemberAdam(blocks, settings.weight_decay, decoupled=True)
         num_members = len(task.members)
-        best, best_M = clone(stack), torch.full((num_members,), math.inf, dtype=torch.float64)
+        best, best_M = clone(blocks), torch.full((num_members,), math.inf, dtype=torch.float64)
         impatience_M, epoch_M = torch.zeros_like(best_M), torch.full_like(best_M, -1)
         num_epochs = settings.num_epochs
         num_steps = num_epochs * -(-train.kept.num_samples // settings.global_batch_size)
@@ -195,10 +196,10 @@ class Prober:
             better_M = active_M & (cross_entropy_M < best_M)
             best_M, epoch_M = torch.where(better_M, cross_entropy_M, best_M), epoch_M.masked_fill(better_M, epoch)
             impatience_M = torch.where(better_M, 0, impatience_M + 1)
-            copy_members(best, stack, better_M.to(self.ranks.device))
+            copy_members(best, blocks, better_M.to(self.ranks.device))
             if not (impatience_M < settings.patience).any():
                 break
-        for name, value in stack.items():
+        for name, value in blocks.items():
             value.copy_(best[name])
         for i in best_M.isinf().nonzero().flatten().tolist():
             task.stopped[i] = f"{task.members[i].name}: an MLP head's loss was not finite; lower probe.learning_rate"
@@ -210,12 +211,14 @@ class Prober:
         rows = train.kept.row_N[batch]
         z_BD, labels_B = self._loaded(train, rows[rows >= 0])
         parameters = leaves(optimizer.stack, None)
-        loss = cross_entropies(_logits(parameters, z_BD), labels_B).sum() / len(batch)
+        loss = cross_entropies(
+            _logits({name: block[0] for name, block in parameters.items()}, z_BD), labels_B
+        ).sum() / len(batch)
         slopes = torch.autograd.grad(loss, list(parameters.values()))
         self.ranks.all_reduce(slopes)
         rate_M = torch.full((len(active_M),), rate, dtype=self.task.dtype, device=self.ranks.device)
         gradients = dict(zip(parameters, slopes, strict=True))
-        optimizer.step(gradients, None, rate_M, dict.fromkeys(parameters, active_M))
+        optimizer.step(gradients, None, rate_M, active_M)
 
     @torch.no_grad()
     def _judge(self, stack: Stack, part: "_HeldSplit") -> tuple[Tensor, Tensor]:

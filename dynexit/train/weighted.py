@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from dynexit.core.confidence import max_probability
 from dynexit.core.losses import cross_entropies
@@ -50,19 +49,19 @@ class WeightedTask(IndependentTask):
             half = len(labels_B) // 2
             halves = [_part(features, final_BK, labels_B, part) for part in (slice(half), slice(half, None))]
             for mine, other in (halves, halves[::-1]):
-                figures[self.terms[1]] = self._meta_step(mine, other, share).nanmean()
+                figures[self.terms[1]] = self._meta_step(mine, other, share)
                 loss_M = self._head_step(*mine, share)
         else:
             loss_M = self._head_step(features, final_BK, labels_B, share)
         self.step_number += 1
-        return {self.terms[0]: loss_M.nanmean(), **figures}
+        return {self.terms[0]: loss_M, **figures}
 
     def _can_be_halved(self, size: int, share: float) -> bool:
         """Whether every rank has two samples of the batch; the same answer everywhere."""
         return share > 0 and round(size / share) >= 2 * self.ranks.world_size
 
     def _loss(self, logits_MLBK: Tensor, target: Tensor) -> Tensor:
-        ce_MGB = cross_entropies(logits_MLBK[:, :-1], target)
+        ce_MGB = cross_entropies(logits_MLBK, target)[:, :-1]
         with torch.no_grad():
             weight_MGB = self._weights(self.optimizers["weighting"].stack, ce_MGB)
         return (weight_MGB * ce_MGB + self._distilled(logits_MLBK)).mean(-1).sum(-1)
@@ -70,14 +69,14 @@ class WeightedTask(IndependentTask):
     def _weights(self, network: Stack, ce_MGB: Tensor) -> Tensor:
         """The weight (M, G, B) of every sample at every exit, 1 on average over a batch's samples and exits."""
         inputs_MBG = ce_MGB.detach().transpose(1, 2)
-        output_MBG: Tensor = functional_call(self.network, network, ([inputs_MBG],))[:, 0].tanh()
+        output_MBG: Tensor = self.network([inputs_MBG], blocks=network)[:, 0].tanh()
         centred_MBG = output_MBG - output_MBG.mean((1, 2), keepdim=True)
         return 1 + self.method.strength * centred_MBG.transpose(1, 2)
 
     def _meta_step(self, mine: HeadInputs, other: HeadInputs, share: float) -> Tensor:
         heads, network = leaves(self.optimizers["heads"].stack, None), leaves(self.optimizers["weighting"].stack, None)
         logits_MLBK = self._logits(heads, *mine[:2])
-        ce_MGB = cross_entropies(logits_MLBK[:, :-1], mine[2])
+        ce_MGB = cross_entropies(logits_MLBK, mine[2], twice=True)[:, :-1]
         losses_MGB = self._weights(network, ce_MGB) * ce_MGB + self._distilled(logits_MLBK)
         gradients = torch.autograd.grad(losses_MGB.mean(-1).sum(), list(heads.values()), create_graph=True)
         ahead = self._ahead(heads, dict(zip(heads, gradients, strict=True)))
@@ -93,8 +92,8 @@ class WeightedTask(IndependentTask):
         ahead = {}
         for name, value in heads.items():
             old = value.detach()
-            moved = optimizer.momentum * optimizer.buffers[name] + gradients[name] + optimizer.weight_decay * old
-            ahead[name] = old - rate_M.view((-1,) + (1,) * (old.dim() - 1)) * moved
+            moved = optimizer.momentum * optimizer.momenta[name] + gradients[name] + optimizer.weight_decay * old
+            ahead[name] = old - rate_M.view((1, -1) + (1,) * (old.dim() - 2)) * moved
         return ahead
 
     def _allotted_loss(self, logits_MLBK: Tensor, labels_B: Tensor) -> Tensor:

@@ -96,12 +96,12 @@ def extrapolate(counted: dict[tuple[int, int], float], batch: int, num_members: 
     return sum(counted[b, m] * weight for b, m, weight in corners)
 
 
-def seconds(counts: Counts, macs_per_second: float, gpu: Gpu) -> float:
-    """How long a part of a step takes."""
+def seconds(counts: Counts, macs_per_second: float, gpu: Gpu) -> tuple[float, str]:
+    """How long a part of a step takes, and which of launches, bytes and MACs takes so long."""
     return max(
-        counts.kernels * gpu.seconds_per_launch,
-        counts.num_bytes / gpu.bytes_per_second,
-        counts.macs / macs_per_second,
+        (counts.kernels * gpu.seconds_per_launch, "launches"),
+        (counts.num_bytes / gpu.bytes_per_second, "bytes"),
+        (counts.macs / macs_per_second, "MACs"),
     )
 
 
@@ -124,15 +124,15 @@ def rows_of(
     gpu, found = Gpu(), []
     # in bf16 weights and activations take half the bytes that were counted
     bare = Counts(frozen.kernels, extrapolate(frozen_bytes, batch, 1) / 2, batch * case.costs.full_macs)
-    bare_seconds = seconds(bare, gpu.macs_per_second, gpu)
+    bare_seconds, _ = seconds(bare, gpu.macs_per_second, gpu)
     for num_members in members:
         macs = 2 * batch * num_members * case.head_macs
         own_counts = Counts(own.kernels, extrapolate(own_bytes, batch, num_members), macs)
-        own_seconds = seconds(own_counts, gpu.float32_macs_per_second, gpu)
+        own_seconds, limit = seconds(own_counts, gpu.float32_macs_per_second, gpu)
         shared = [reduce_seconds(4 * num_members * case.head_macs, n, gpu) for n in gpus]
         steps = [bare_seconds + own_seconds + one for one in shared]
         figures = [f"{1e3 * value:.2f}" for value in (bare_seconds, own_seconds, *steps)]
-        found.append([name, str(num_classes), str(num_members), *figures, f"{own_seconds / bare_seconds:.2f}"])
+        found.append([name, str(num_classes), str(num_members), *figures, f"{own_seconds / bare_seconds:.2f}", limit])
     return found
 
 
@@ -145,7 +145,16 @@ def main() -> None:
     cases = [("t2t_vit_7", 224), ("resnet50", 224)]
     grid = [("t2t_vit_7", 64, 10)] if options.tiny else [(name, size, k) for name, size in cases for k in (10, 1000)]
     steps = [f"step, {n} GPU{'s' * (n > 1)}" for n in gpus]
-    head = ["model", "classes", "members", "backbone (bf16)", "members' step", *steps, "members / backbone"]
+    head = [
+        "model",
+        "classes",
+        "members",
+        "backbone (bf16)",
+        "members' step",
+        *steps,
+        "members / backbone",
+        "limit of the members",
+    ]
     print(f"Milliseconds, {options.batch} images per GPU\n")
     for line in (head, ["---"] * len(head)):
         print("| " + " | ".join(line) + " |")

@@ -20,7 +20,7 @@ from tests.train.tiny import tiny_pack, tradeoff_members
 
 def main(folder: Path) -> None:
     """Keeps the features of the tiny data set, then trains JEI-DNN on them, as one of the ranks."""
-    store._BATCH_SIZE, store._MIN_SHARD_ROWS = 32, 64
+    store._BATCH_SIZE, store._MIN_SHARD_ROWS = 8, 16
     ranks = start_ranks("cpu", 1)
     data, model = keep_features_of(point_at(folder), ranks, tiny_data(), MODEL)
     settings = TrainSettings(num_epochs=3, global_batch_size=13, precision="float64")

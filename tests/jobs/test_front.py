@@ -143,7 +143,8 @@ def test_points_without_a_record_are_named(folder: Path, tmp_path: Path, monkeyp
     run_report([points[1]])  # a study of one point
     text = (first.study_dir / "report" / "report.html").read_text()
     assert "is missing" not in text
-    assert text.count("<details><summary>The 1 trained points</summary>") == 1
+    assert "<summary>The trained point</summary>" in text
+    assert len(text) < 3_000_000
     shutil.rmtree(first.study_dir / "shards")
     with pytest.raises(Failure) as error:
         run_report(points[1:])

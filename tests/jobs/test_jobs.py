@@ -30,7 +30,7 @@ def test_nan_in_one_member_fails_that_point_alone(tmp_path: Path, monkeypatch: p
 
     def poisoned(task: JeiDnnTask, batch, share):  # type: ignore[no-untyped-def]
         if task.step_number == 80:
-            task.optimizers["gates"].stack["bias"][2] = float("nan")
+            task.stack("gates")["bias"][2] = float("nan")
         return step(task, batch, share)
 
     monkeypatch.setattr(JeiDnnTask, "train_step", poisoned)

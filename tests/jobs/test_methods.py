@@ -74,7 +74,7 @@ def test_the_record_of_boosted_heads_holds_the_summed_logits(finished: tuple[Stu
     summed = None
     record = Record.open(RunDir(point, "record") / "test")
     for p, (name, feature) in enumerate(zip(heads.row_names, features, strict=True)):
-        own = heads.head(name, feature)[0]
+        own = heads.plain(name)(feature)
         summed = own if summed is None else own + 0.5 * summed
         confidence = summed.softmax(-1).amax(-1).numpy()
         np.testing.assert_allclose(record.confidence("max_probability")[p], confidence, atol=1e-5)

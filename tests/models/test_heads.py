@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dynexit.errors import UserError
 from dynexit.models.heads import HeadSpec, StackedGates, StackedHeads
 
-DIMS, POSITIONS, TYPES, CLASSES, SEEDS = [6, 9, 4], [0, 2, 5], ["linear", "mlp3x7"], 5, [11, 3]
+DIMS, POSITIONS, TYPES, CLASSES, SEEDS = [6, 9, 6], [0, 2, 5], ["linear", "mlp3x7"], 5, [11, 3]
 BATCH = 8
 
 
@@ -39,6 +39,7 @@ def test_logits_and_gradients_are_those_of_the_heads_one_by_one() -> None:
     assert logits.shape == (2, 6, BATCH, CLASSES)
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (logits * weights).sum().backward()
+    gradients = stacked.by_name({name: block.grad for name, block in stacked.named_parameters()})
     for m in range(2):
         state = stacked.member_state(m)
         for row, (p, t) in enumerate((p, t) for p in range(3) for t in range(2)):
@@ -46,18 +47,21 @@ def test_logits_and_gradients_are_those_of_the_heads_one_by_one() -> None:
             head = plain_head(state, name)
             expected = head(x[p])
             torch.testing.assert_close(logits[m, row], expected, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(stacked.head(name.removeprefix("heads."), x[p])[m], expected)
             (expected * weights[m, row]).sum().backward()
             for i, linear in enumerate(module for module in head if isinstance(module, nn.Linear)):
-                parameter = stacked.get_parameter(f"{name.removeprefix('heads.')}.{i}.weight")
-                torch.testing.assert_close(parameter.grad[m], linear.weight.grad, rtol=1e-12, atol=1e-12)
+                for kind in ("weight", "bias"):
+                    found, wanted = (
+                        gradients[f"{name.removeprefix('heads.')}.{i}.{kind}"][m],
+                        linear.get_parameter(kind),
+                    )
+                    torch.testing.assert_close(found, wanted.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_names_and_shapes_of_a_members_state() -> None:
     shapes = {name: tuple(value.shape) for name, value in heads().member_state(1).items()}
     assert shapes["heads.2.linear.0.weight"] == (5, 9)
     assert shapes["heads.2.linear.0.bias"] == (5,)
-    assert shapes["heads.5.mlp3x7.0.weight"] == (7, 4)
+    assert shapes["heads.5.mlp3x7.0.weight"] == (7, 6)
     assert shapes["heads.5.mlp3x7.1.weight"] == (7, 7)
     assert shapes["heads.5.mlp3x7.2.weight"] == (5, 7)
     assert len(shapes) == 3 * (2 + 6)
@@ -76,21 +80,22 @@ def test_a_members_initial_values_do_not_depend_on_the_others(initialisation: st
 
 def test_initial_values_fill_nn_linears_range() -> None:
     stacked = StackedHeads([400, 400], [0, 1], ["linear"], 50, [0]).requires_grad_(False)
+    named = stacked.by_name(stacked.blocks())
     for position in range(2):
-        weight, bias = (stacked.get_parameter(f"{position}.linear.0.{name}") for name in ("weight", "bias"))
+        weight, bias = (named[f"{position}.linear.0.{name}"] for name in ("weight", "bias"))
         assert max(weight.abs().max(), bias.abs().max()) <= 1 / 20
         assert weight.std() == pytest.approx(0.05 / 3**0.5, rel=0.02)
         assert bias.std() == pytest.approx(0.05 / 3**0.5, rel=0.2)
         assert weight.mean().abs() < 0.001
-    assert not torch.equal(stacked.get_parameter("0.linear.0.weight"), stacked.get_parameter("1.linear.0.weight"))
+    assert not torch.equal(named["0.linear.0.weight"], named["1.linear.0.weight"])
 
 
 def test_truncated_normal_initial_values() -> None:
     stacked = StackedHeads([400], [0], ["mlp2x300"], 50, [0], initialisation="truncated_normal")
-    stacked.requires_grad_(False)
+    named = stacked.by_name(stacked.blocks())
     for layer in range(2):
-        assert stacked.get_parameter(f"0.mlp2x300.{layer}.weight").std() == pytest.approx(0.02, rel=0.02)
-        assert not stacked.get_parameter(f"0.mlp2x300.{layer}.bias").any()
+        assert named[f"0.mlp2x300.{layer}.weight"].std() == pytest.approx(0.02, rel=0.02)
+        assert not named[f"0.mlp2x300.{layer}.bias"].any()
     with pytest.raises(UserError, match="unknown initialisation 'zeros': use one of uniform, truncated_normal"):
         StackedHeads([4], [0], ["linear"], 5, [0], initialisation="zeros")
 

@@ -110,8 +110,8 @@ def test_mlp_heads_read_pooled_features_and_linear_heads_the_class_token(family:
     assert both.shape == ((3, 2, *dims) if token else (3, *dims))
     logits = StackedHeads(dims, [0], types, 5, [4, 9])([both])
     heads = StackedHeads(dims, [0], types, 5, [4, 9])
-    torch.testing.assert_close(logits[:, 0], heads.head("0.linear", backbone.feature(0, h)))
-    torch.testing.assert_close(logits[:, 1], heads.head(f"0.{mlp}", expected))
+    torch.testing.assert_close(logits[0, 0], heads.plain("0.linear")(backbone.feature(0, h)))
+    torch.testing.assert_close(logits[0, 1], heads.plain(f"0.{mlp}")(expected))
 
 
 @torch.no_grad()

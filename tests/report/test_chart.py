@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dynexit.report.chart.data import chart_data, json_script
-from dynexit.report.chart.groups import groups_of, spread, steps
+from dynexit.report.chart.groups import fronts_of, groups_of, reachable, spread, steps
 from dynexit.report.published import PublishedPoint
-from dynexit.report.table import front_of
+from dynexit.report.table import FrontPoint, front_of, relative_cost
 from dynexit.search.operating_points import ReportRow, RowTime
 from tests.report.synthetic_rows import row, synthetic_rows
 
@@ -31,11 +31,11 @@ COSTS = (None, 8)
 def data(
     rows: list[ReportRow] = ROWS, published: tuple[PublishedPoint, ...] = (), costs: tuple[int | None, ...] = COSTS
 ) -> dict:
-    front = front_of(rows)
-    groups = groups_of(rows, front, costs)
+    fronts = fronts_of(rows, costs)
+    groups = groups_of(rows, fronts)
     labels = {one.point_id: f"label of {one.point_id}" for one in rows}
     return chart_data(
-        groups, rows, costs, {}, published, describe=lambda one: one.source, labels=labels, study_dir=Path("runs/x")
+        groups, rows, fronts, {}, published, describe=lambda one: one.source, labels=labels, study_dir=Path("runs/x")
     )
 
 
@@ -96,6 +96,52 @@ def test_many_points_are_thinned_evenly() -> None:
     assert len(kept) == 100
     assert (kept[0], kept[-1]) == (points[0], points[-1])
     assert max(np.diff([one.validation.relative_macs for one in kept])) < 0.0115
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_sliders_reach_what_is_best_at_each_step(cost: int | None) -> None:
+    random = np.random.default_rng(0)
+    rows = []
+    for at, gain in zip(np.sort(random.random(900)), np.sort(random.random(900)), strict=True):
+        one = row(float(at), float(0.5 + gain / 2), point_id=str(at))
+        rows += [one, replace(one, split="test")]
+    front = fronts_of(timed(rows), (cost,))[cost]
+    kept = reachable(front, cost, 0.95)
+    assert 100 < len(kept) < 400 < len(front)
+    for budget in np.arange(0.3, 1, 0.005):
+        within = [[p for p in of if relative_cost(p.validation, cost) <= budget] for of in (front, kept)]
+        best = [max(of, key=accuracy, default=None) for of in within]
+        assert best[0] is best[1]
+    for drop in np.arange(0, 0.05, 0.001):
+        first = [next(p for p in of if accuracy(p) >= 0.95 - drop) for of in (front, kept)]
+        assert first[0] is first[1]
+
+
+def accuracy(point: FrontPoint) -> float:
+    return point.validation.accuracy
+
+
+def test_certified_points_are_offered_with_their_search() -> None:
+    asked = json.dumps({"risk": 0.03, "confidence": 0.95})
+    certified = [row(0.9, 0.5, split, budget=asked, search_id="s1") for split in ("validation", "test")]
+    fronts = fronts_of([*ROWS, *certified], (None,))
+    groups = groups_of(ROWS, fronts, front_of(certified))
+    given = {"describe": lambda one: one.source, "labels": {}, "study_dir": Path("runs/my study")}
+    found = chart_data(groups, [*ROWS, *certified], fronts, {}, (), **given)
+    (risk,) = found["risks"]
+    assert found["points"][risk["point"]]["risk"] == 0.03
+    assert list(risk["commands"].values()) == ["dynexit save 'runs/my study' 'my study-s1' --point s1"]
+
+
+def test_a_large_sweep_stays_below_three_megabytes() -> None:
+    rows = []
+    for n in range(3000):
+        gates = row(0.1 + n / 3400, 0.5 + n / 8000, source="gates", point_id=str(n))
+        rows += [gates, replace(gates, split="test")]
+        more = {"point_id": str(n), "search_id": f"s{n}", "configuration": json.dumps([[0, n / 3000]] * 12)}
+        one = row(0.1 + n / 3400, 0.6 + n / 12000, seed=n % 5, method=f"m{n % 7}", **more)
+        rows += [one, replace(one, split="test")]
+    assert len(json_script(data(timed(rows)))) < 2_000_000
 
 
 def test_nothing_in_json_ends_its_script() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dynexit.report.chart.data import chart_data
-from dynexit.report.chart.groups import groups_of
+from dynexit.report.chart.groups import fronts_of, groups_of
 from dynexit.report.figures import pareto_figure
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.curves import Training, curves_section
@@ -27,10 +27,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = {theme: folder / f"{theme}.png" for theme in ("light", "dark")}
     for theme, path in pictures.items():
         pareto_figure(ROWS, path, theme=theme)
-    front = front_of(ROWS)
+    front, fronts = front_of(ROWS), fronts_of(ROWS, COSTS)
     labels = {row.point_id: f"{SLY} {row.point_id}" for row in ROWS}
     chart = chart_data(
-        groups_of(ROWS, front, COSTS), ROWS, COSTS, {}, (), describe=lambda row: SLY, labels=labels,
+        groups_of(ROWS, fronts), ROWS, fronts, {}, (), describe=lambda row: SLY, labels=labels,
         study_dir=Path("runs/my study"),
     )  # fmt: skip
     write_page(

@@ -44,8 +44,8 @@ def main(folder: Path, disturbance: str) -> None:
             os.kill(os.getpid(), signal.SIGUSR2)
         if here and disturbance == "nan":
             task.tradeoff_M[2] = task.gates.bias.new_tensor(float("nan"))
-            task.optimizers["gates"].stack["bias"][2] = float("nan")
-            task.optimizers["heads"].stack["0.linear.0.weight"][2] = float("nan")
+            task.stack("gates")["bias"][2] = float("nan")
+            task.stack("heads")["0.linear.0.weight"][2] = float("nan")
         return step(batch, share)
 
     task.train_step = train_step  # type: ignore[method-assign]

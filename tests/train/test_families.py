@@ -32,7 +32,7 @@ def test_heads_of_every_family_learn(family: str) -> None:
         assert all(torch.isfinite(value).all() for value in losses.values())
     task.end_epoch(0)
     assert not task.stopped
-    after = {name: value for part in task.current().values() for name, value in part.items()}
+    after = task.stack("heads")
     assert all(torch.isfinite(value).all() for value in after.values())
     for name, value in after.items():
         assert not torch.equal(value[0], before[f"heads.{name}"]), name

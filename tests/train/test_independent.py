@@ -51,6 +51,18 @@ def test_a_member_equals_the_point_alone_and_the_slow_reference(distillation: fl
     assert largest_difference(pack.member_state(0), pack.member_state(1)) > 1e-2
 
 
+def test_micro_batches_change_nothing_but_the_images_at_once(tmp_path: Path) -> None:
+    whole = run(make(), tmp_path)
+    task = make(train=TRAIN.model_copy(update={"micro_batch_size": 5}))
+    sizes, features = [], task.model.features
+    task.model.features = lambda images: [sizes.append(len(images)), features(images)][1]  # type: ignore[method-assign,func-returns-value]
+    parts = run(task, tmp_path)
+    assert set(sizes[:3]) == {5, 3}
+    assert max(sizes) == 5
+    for i in range(len(SEEDS)):
+        assert largest_difference(whole.member_state(i), parts.member_state(i)) <= 1e-5
+
+
 def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     best = TRAIN.model_copy(update={"keep": "best"})
     check_resume(lambda: make(train=best), tmp_path, (3, 14, 22))
@@ -63,7 +75,7 @@ def test_nan_stops_one_member_and_no_other(tmp_path: Path) -> None:
 
     def poison(batch, share):  # type: ignore[no-untyped-def]
         if task.step_number == 9:
-            task.optimizers["heads"].stack["0.linear.0.weight"][1] = float("nan")
+            task.stack("heads")["0.linear.0.weight"][1] = float("nan")
         return step(batch, share)
 
     task.train_step = poison  # type: ignore[method-assign]

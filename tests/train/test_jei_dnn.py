@@ -71,8 +71,8 @@ def test_members_of_one_seed_share_the_warm_up(tmp_path: Path) -> None:
             task.train_step(split.__getitems__(batch), 1.0)
         task.end_epoch(epoch)
     assert [group.stage for group in task.groups] == ["joint", "joint"]
-    heads = task.optimizers["heads"]
-    for tensors in (heads.stack, heads.buffers):
+    momenta = task.heads.by_name(task.optimizers["heads"].states[""])
+    for tensors in (task.stack("heads"), momenta):
         for value in tensors.values():
             assert torch.equal(value[0], value[1])
             assert torch.equal(value[2], value[3])
@@ -93,7 +93,7 @@ def test_nan_stops_one_member_and_no_other(keep: str, tmp_path: Path) -> None:
     def poison(batch, share):  # type: ignore[no-untyped-def]
         if task.step_number == 30:
             task.tradeoff_M[3] = float("nan")
-            task.optimizers["gates"].stack["weight"][3] = float("nan")
+            task.stack("gates")["weight"][3] = float("nan")
         return step(batch, share)
 
     task.train_step = poison  # type: ignore[method-assign]

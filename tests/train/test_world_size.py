@@ -1,5 +1,6 @@
 """Ranks: a training means the same at any world size, every rank ends with the same bits, and NaN tells its rank."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def test_world_sizes_1_2_and_3_agree_and_ranks_stop_together(tmp_path: Path) -> 
     undisturbed = load_file(tmp_path / "2" / "rank0.safetensors")
     assert largest_difference(stopped[0], undisturbed) > 0
     assert largest_difference(resumed[0], undisturbed) == largest_difference(resumed[1], undisturbed) == 0.0
+
+
+def test_a_checkpoint_of_4_ranks_resumes_at_2_and_8(tmp_path: Path) -> None:
+    (alone,) = train(tmp_path / "1", 1)
+    train(tmp_path / "4", 4, "signal")
+    for world_size in (2, 8):  # of eight ranks some have one image of a batch, some two
+        shutil.copytree(tmp_path / "4", tmp_path / str(world_size))
+        resumed = train(tmp_path / str(world_size), world_size)
+        log = (tmp_path / str(world_size) / "log.txt").read_text()
+        assert "resuming after epoch 4, batch 5" in log
+        for rank in resumed:
+            assert largest_difference(alone, rank) <= 1e-8
 
 
 def test_two_ranks_save_as_often_as_one_a_step_later(tmp_path: Path) -> None:

@@ -7,22 +7,24 @@ from typing import Any
 
 import markupsafe
 
-from dynexit.report.chart.groups import Costs, LegendGroup, has_cost
-from dynexit.report.judged.cards import commands, commands_by_time
+from dynexit.report.chart.groups import Costs, Fronts, LegendGroup, base_accuracy, reachable
+from dynexit.report.judged.cards import SAVE, commands, commands_by_time, save_command
 from dynexit.report.judged.outcomes import Judgement, Judgements
 from dynexit.report.judged.words import difference_text, share_text
 from dynexit.report.published import PublishedPoint
-from dynexit.report.table import FrontPoint, front_of, percent, relative_cost
-from dynexit.search.operating_points import ReportRow
+from dynexit.report.table import FrontPoint, percent, relative_cost
+from dynexit.search.operating_points import ReportRow, RowKey
 
 _SPLITS = ("validation", "test")
 _DIGITS = 5
+_DASHES = ("", "7 3", "2 3", "8 3 2 3", "12 4", "4 2")  # of SVG
+_PLUS = 7  # the last of the script's markers
 
 
 def chart_data(
     groups: Sequence[LegendGroup],
     rows: Sequence[ReportRow],
-    costs: Costs,
+    fronts: Fronts,
     judged: Judgements,
     published: Sequence[PublishedPoint],
     *,
@@ -32,12 +34,13 @@ def chart_data(
 ) -> dict[str, Any]:
     """Returns the figure's points, curves and legend, and what buys them, as numbers and texts for JSON.
 
-    A point has for each split its costs (in the order of `costs`, None where unknown), accuracy and limits. `offers`
+    A point has for each split its costs (in the order of `fronts`, None where unknown), accuracy and limits. `offers`
     are by cost the points of the study's front in order of cost on validation, with the commands that save and run
     them; `risks` the certified ones.
     """
+    costs, base = list(fronts), base_accuracy(rows)
     colours = {method: index for index, method in enumerate(sorted({g.method for g in groups if g.source == "search"}))}
-    numbers: dict[Any, int] = {}
+    numbers: dict[RowKey, int] = {}
     points: list[dict[str, Any]] = []
     series: list[dict[str, Any]] = []
     for group in groups:
@@ -52,21 +55,25 @@ def chart_data(
             for index, cost in enumerate(costs)
             for split in _SPLITS
         }
+        variant = sum(one["kind"] == group.source for one in series)
         series.append(
-            {"name": _name(group), "kind": group.source, "colour": colours.get(group.method, -1)}
+            {"name": _name(group), "kind": group.source, **_look(group.source, colours.get(group.method, -1), variant)}
             | ({"curves": curves} if group.curves else {})
         )
-    for method in sorted({point.method for point in published}, key=lambda name: (name != "jei_dnn", name)):
+    methods = sorted({point.method for point in published}, key=lambda name: (name != "jei_dnn", name))
+    for variant, method in enumerate(methods):
         line = sorted((one.relative_macs, one.accuracy) for one in published if one.method == method)
-        series.append({"name": f"published: {method}", "kind": "published", "colour": -1, "line": line})
+        series.append(
+            {"name": f"published: {method}", "kind": "published", **_look("published", -1, variant), "line": line}
+        )
     whole = {split: [r.accuracy for r in rows if r.source == "backbone" and r.split == split] for split in _SPLITS}
     return {
         "costs": [_cost(rows, cost) for cost in costs],
         "backbone": whole,
         "series": series,
         "points": points,
-        "offers": [_offers(rows, cost, numbers, study_dir) for cost in costs],
-        "risks": _risks(points),
+        "offers": [_offers(fronts[cost], cost, base, numbers, study_dir) for cost in costs],
+        "risks": _risks(points, study_dir),
     }
 
 
@@ -74,6 +81,19 @@ def json_script(data: Any) -> markupsafe.Markup:
     """JSON for a script element, which no text in it can end."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return markupsafe.Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _look(source: str, colour: int, variant: int) -> dict[str, Any]:
+    """Its colour (-1 for none of a method), its marker, and the dashes of its line (None without one).
+
+    Every method has another dash and marker, so that prints in grey tell them apart; baselines differ by `variant`.
+    """
+    if source in ("search", "gates", "fixed"):
+        dash = _DASHES[colour % len(_DASHES)] if source == "search" else None
+        return {"colour": colour, "shape": _PLUS if source == "fixed" else max(colour, 0) % _PLUS, "dash": dash}
+    if source == "static":
+        return {"colour": -1, "shape": variant % _PLUS, "dash": None}
+    return {"colour": -1, "shape": 0, "dash": _DASHES[(variant + (source == "cascade")) % len(_DASHES)]}
 
 
 def _name(group: LegendGroup) -> str:
@@ -130,18 +150,20 @@ def _figures(row: ReportRow, costs: Costs, judgement: Judgement | None) -> dict[
 
 
 def _offers(
-    rows: Sequence[ReportRow], cost: int | None, numbers: Mapping[Any, int], study_dir: Path
+    front: Sequence[FrontPoint], cost: int | None, base: float, numbers: Mapping[RowKey, int], study_dir: Path
 ) -> list[dict[str, Any]]:
-    """The front by a cost without the backbone, in order of cost."""
-    front = [one for one in front_of(has_cost(rows, cost), cost) if one.validation.source != "backbone"]
     found = []
-    for one in front:
-        if one.validation.key in numbers:
-            given = commands(one, front, study_dir) if cost is None else commands_by_time(one, front, cost, study_dir)
-            place = {"point": numbers[one.validation.key], "cost": relative_cost(one.validation, cost)}
-            found.append(place | {"accuracy": one.validation.accuracy, "commands": given})
+    for one in reachable(front, cost, base):
+        given = commands(one, front, study_dir) if cost is None else commands_by_time(one, front, cost, study_dir)
+        place = {"point": numbers[one.validation.key], "cost": relative_cost(one.validation, cost)}
+        found.append(place | {"accuracy": one.validation.accuracy, "commands": given})
     return found
 
 
-def _risks(points: Sequence[Mapping[str, Any]]) -> list[int]:
-    return [index for index, point in enumerate(points) if point["risk"] is not None]
+def _risks(points: Sequence[Mapping[str, Any]], study_dir: Path) -> list[dict[str, Any]]:
+    """The certified points; a folder of all points of their search holds them."""
+    return [
+        {"point": index, "commands": {SAVE: save_command(study_dir, point["search"])}}
+        for index, point in enumerate(points)
+        if point["risk"] is not None
+    ]

@@ -1,5 +1,6 @@
 """What the page's figure draws: operating points in groups, one per entry of its legend, and what each budget buys."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,9 +13,16 @@ from dynexit.search.operating_points import BASELINES, ReportRow, RowKey
 
 _MOST_POINTS = 600  # of the searches, and as many of the gates
 _MOST_BUDGETS = 80  # of a curve
+_MOST_OFFERED = 100
+STEPS = (0.005, 0.001)
+"""Of the page's sliders: shares of MACs or time, and accuracy lost."""
 
 Costs = Sequence[int | None]
 """What the figure's cost axis can show: None for relative MACs, a batch size for the relative time of such a batch."""
+
+
+Fronts = Mapping[int | None, Sequence[FrontPoint]]
+"""The study's front by each cost that the figure can show."""
 
 
 class Step(NamedTuple):
@@ -36,12 +44,15 @@ class LegendGroup:
     curves: Mapping[tuple[int | None, str], Sequence[Step]]
 
 
-def groups_of(rows: Sequence[ReportRow], front: Sequence[FrontPoint], costs: Costs) -> list[LegendGroup]:
+def groups_of(rows: Sequence[ReportRow], fronts: Fronts, more: Sequence[FrontPoint] = ()) -> list[LegendGroup]:
     """Returns the groups: searches, gates and fixed thresholds by method, then static networks and cascades.
 
     Of searches and fixed thresholds the points are those that are best on validation within hundredths of a cost, seed
-    by seed, and those of the whole `front`; of more than 600 gates evenly many.
+    by seed; of more than 600 gates evenly many; and of all what the page's sliders choose from `fronts`, and `more`.
     """
+    costs, wanted = list(fronts), [*more]
+    for cost, front in fronts.items():
+        wanted += reachable(front, cost, base_accuracy(rows))
     by_group: dict[tuple[str, str], list[ReportRow]] = {}
     for row in rows:
         if row.source != "backbone":
@@ -54,10 +65,36 @@ def groups_of(rows: Sequence[ReportRow], front: Sequence[FrontPoint], costs: Cos
             points = spread(_pairs(own), _MOST_POINTS)
         else:
             points = [point for seed in by_seed(own) for point in spread(_best(seed, costs), most)]
-        points = _unique([*points, *(one for one in front if (one.test.source, one.test.method) == (source, method))])
+        points = _unique([*points, *(one for one in wanted if (one.test.source, one.test.method) == (source, method))])
         curves = {} if source != "search" else _curves(own, costs)
         found.append(LegendGroup(source, method, points, curves))
     return found
+
+
+def fronts_of(rows: Sequence[ReportRow], costs: Costs) -> Fronts:
+    """The study's front by each of the costs, without the backbone alone."""
+    return {
+        cost: [one for one in front_of(has_cost(rows, cost), cost) if one.validation.source != "backbone"]
+        for cost in costs
+    }
+
+
+def base_accuracy(rows: Iterable[ReportRow]) -> float:
+    """The validation accuracy of the study's backbone, the best of several; 0 without one."""
+    return max((row.accuracy for row in rows if row.source == "backbone" and row.split == "validation"), default=0.0)
+
+
+def reachable(front: Sequence[FrontPoint], cost: int | None, base: float) -> list[FrontPoint]:
+    """Those of a front that the page's sliders can choose: the best within steps of 0.005 of the cost, the cheapest
+    that lose at most steps of 0.001 of the accuracy up to 0.05. Of a short front all.
+    """
+    if len(front) <= _MOST_OFFERED:
+        return list(front)
+    chosen = {one.validation.key for one in within_budgets(front, np.arange(0, 2, STEPS[0]) + 1e-9, cost)}
+    for drop in np.arange(0, 0.0501, STEPS[1]):
+        kept = (one for one in front if one.validation.accuracy >= base - drop - 1e-9)
+        chosen |= {one.validation.key for one in itertools.islice(kept, 1)}
+    return [one for one in front if one.validation.key in chosen]
 
 
 def spread(points: Sequence[FrontPoint], most: int) -> list[FrontPoint]:

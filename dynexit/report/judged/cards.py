@@ -86,7 +86,7 @@ def commands(chosen: HasRows, front: Sequence[HasRows], study_dir: Path) -> dict
 
 
 def commands_by_time(chosen: HasRows, front: Sequence[HasRows], batch_size: int, study_dir: Path) -> dict[str, str]:
-    """The same for the front by the time of a batch; `dynexit infer` chooses by MACs alone."""
+    """The same for the front by the time of a batch."""
     milliseconds = [one.validation.time(batch_size).latency_ms for one in front]
     limit = budget_text_of(chosen.validation.time(batch_size).latency_ms, milliseconds)
     study, folder = shlex.quote(str(study_dir)), shlex.quote(f"{study_dir.name}-{limit}ms")
@@ -94,7 +94,14 @@ def commands_by_time(chosen: HasRows, front: Sequence[HasRows], batch_size: int,
     return {
         SAVE: f"dynexit save {study} {folder} --point {chosen.test.point_id} {option}",
         PREDICT: f"dynexit predict {folder} IMAGE_OR_FOLDER --point macs-{chosen.validation.relative_macs:.3f}",
+        INFER: f"dynexit infer {study} infer.latency_ms={limit} infer.latency_batch_size={batch_size}",
     }
+
+
+def save_command(study_dir: Path, identity: str) -> str:
+    """The command that saves the front and the certified points of one search."""
+    study, folder = shlex.quote(str(study_dir)), shlex.quote(f"{study_dir.name}-{identity}")
+    return f"dynexit save {study} {folder} --point {identity}"
 
 
 def budget_text_of(cost: float, costs: Sequence[float]) -> str:

@@ -74,7 +74,9 @@ def _drawing(one: Training) -> markupsafe.Markup:
         parts.append(_path(whole, x, y, 'class="curve ink-line"'))
     if one.kept_epoch is not None:
         parts.append(_line("kept", x(one.kept_epoch), _TOP, x(one.kept_epoch), _HEIGHT - _BOTTOM))
-        parts.append(_text("note", x(one.kept_epoch) + 4, _TOP + 8, f"kept: {one.kept_epoch}", "start"))
+        side, anchor = (4, "start") if one.kept_epoch < last / 2 else (-4, "end")
+        place = x(one.kept_epoch) + side, _HEIGHT - _BOTTOM - 6
+        parts.append(_text("note", *place, f"kept: {one.kept_epoch}", anchor))
     drawn = markupsafe.Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="accuracy by epoch">{}</svg>')
     label = markupsafe.Markup('<p class="label">{}</p>').format(one.label)
     return label + drawn.format(_WIDTH, _HEIGHT, markupsafe.Markup("").join(parts))
