@@ -156,6 +156,9 @@ def _reported(points: Sequence[Point]) -> list[ReportRow]:
     try:
         if not report_is_done(points):
             return []
+        for point in points:  # a report may be whole where what it was made from is damaged
+            RunDir(point, "record").is_done()
+            RunDir(point, "search").is_done()
         rows = read_csv(points[0].study_dir / "report" / _TABLE)
     except (Failure, OSError):
         return []
