@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -309,7 +310,10 @@ def serve(tracking_uri: str, experiment: str) -> int:
         return 0
     port = _free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri, "--host", "127.0.0.1"]
-    with subprocess.Popen([*command, "--port", str(port), "--workers", "1"], stdout=sys.stderr) as server:
+    command += ["--port", str(port), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes that no page needs
+    with subprocess.Popen(command, stdout=sys.stderr, env=environment) as server:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the server ends too
         try:
             while server.poll() is None and not _answers(port):
                 time.sleep(0.2)

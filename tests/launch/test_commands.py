@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -102,14 +103,17 @@ def test_the_page_is_opened_only_where_it_is_made(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # mlflow's own
-def test_ui_prints_the_page_of_the_experiment(study: Study, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ui_prints_the_page_of_the_experiment(study: Study, tmp_path: Path, number: signal.Signals) -> None:
     log_study(default_tracking_uri(study.directory.parent), {"id": "a", "name": "tiny_study"}, [], study.directory)
     process = start(tmp_path, "ui", "runs/tiny_study")
     assert process.stdout is not None
     printed = list(itertools.islice(process.stdout, 2))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode in (0, 130)
+    with socket.socket() as one:  # the server has ended too
+        one.bind(("127.0.0.1", int(printed[1].split(":")[2].split("/")[0])))
     assert printed[0] == "MLflow's page has no login: all users of this machine can read and change what it shows\n"
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/#/experiments/1\n", printed[1])
 
