@@ -30,10 +30,9 @@ const percent = (share, digits = 2) => `${(100 * share).toFixed(digits)} %`;
 /* Cards */
 function costText(figures) {
   return data.costs.map((cost, index) => {
-    const value = figures.costs[index];
+    const value = figures.costs[index], milliseconds = figures.milliseconds[index];
     if (value === null) return "";
-    if (!cost.milliseconds) return `${value.toFixed(3)} of the MACs`;
-    return `${value.toFixed(2)} of the ${cost.name} (${(value * cost.milliseconds).toPrecision(3)} ms)`;
+    return milliseconds === null ? `${value.toFixed(3)} of the MACs` : `${value.toFixed(2)} of the ${cost.name} (${milliseconds} ms)`;
   }).filter(Boolean).join(", ");
 }
 
@@ -68,55 +67,43 @@ const shade = (depth) => `hsl(${75 + 200 * depth} 48% ${70 - 38 * depth}%)`;
 
 /* Choose your budget */
 function setUpBudget() {
-  const kinds = [];
+  const kinds = [], [byMacs] = data.offers;
+  const within = (offers, most, cost) => Math.max(0, offers.filter((offer) => cost(offer) <= most).length - 1);
+  const first = byMacs[within(byMacs, 0.5, (offer) => offer.cost)];  // the headline's
   data.offers.forEach((offers, index) => {
     if (!offers.length) return;
-    const cost = data.costs[index];
-    const last = Math.max(offers[0].cost, Math.min(1, offers.at(-1).cost));
-    kinds.push({
-      name: cost.name, low: offers[0].cost, high: last, step: 0.005, start: 0.5,
-      words: (value) => cost.milliseconds
-        ? `at most ${percent(value, 1)} of the backbone’s time, ${(value * cost.milliseconds).toPrecision(3)} ms a batch`
-        : `at most ${percent(value, 1)} of the backbone’s MACs`,
-      pick: (value) => offers.filter((offer) => offer.cost <= value + 1e-9).at(-1),
-    });
+    const at = offers.findIndex((offer) => first && offer.point === first.point);
+    const start = at < 0 ? within(offers, 0.5, (offer) => offer.cost) : at;
+    kinds.push({ name: data.costs[index].name, offers, start, words: (offer) => offer.budget });
   });
-  const base = Math.max(...data.backbone.validation);
-  if (kinds.length && Number.isFinite(base)) {
-    const offers = data.offers[0];
+  const kept = byMacs.filter((offer) => offer.loss !== null).reverse();
+  if (kept.length) {
+    const loss = (offer) => Number(offer.loss) ? `at most ${offer.loss} points of accuracy lost` : "no accuracy lost";
     kinds.push({
-      name: "accuracy lost", low: 0, high: 0.05, step: 0.001, start: 0.01,
-      words: (value) => `at most ${(100 * value).toFixed(1)} points of accuracy lost on validation`,
-      pick: (value) => offers.find((offer) => offer.accuracy >= base - value - 1e-9),
+      name: "accuracy lost", offers: kept, start: within(kept, 1, (offer) => Number(offer.loss)),
+      words: (offer) => `${loss(offer)} on validation: ${offer.budget}`,
     });
   }
   if (data.risks.length) {
     const risk = (one) => data.points[one.point].risk, cost = (one) => data.points[one.point].validation.costs[0];
-    const risks = data.risks.map(risk);
-    kinds.push({
-      name: "certified risk", low: Math.min(...risks), high: Math.max(...risks), step: 0.001, start: Math.max(...risks),
-      words: (value) => `risk certified to be at most ${value.toFixed(3)}`,
-      pick: (value) => data.risks.filter((one) => risk(one) <= value + 1e-9).sort((a, b) => cost(a) - cost(b))[0],
-    });
+    const byCost = [...data.risks].sort((a, b) => cost(a) - cost(b));
+    const offers = [...new Set(data.risks.map(risk))].sort((a, b) => a - b)
+      .map((most) => ({ ...byCost.find((one) => risk(one) <= most), most }));
+    kinds.push({ name: "certified risk", offers, start: offers.length - 1, words: (offer) => `risk certified to be at most ${offer.most}` });
   }
   if (!kinds.length) return;
   const form = byId("budget-form");
   const choice = make(make(form, "label", {}, "budget of "), "select", { id: "budget-kind" });
   kinds.forEach((kind, index) => make(choice, "option", { value: index }, kind.name));
-  const range = make(form, "input", { type: "range", id: "budget", "aria-label": "budget" });
+  const range = make(form, "input", { type: "range", id: "budget", "aria-label": "budget", min: 0, step: 1 });
   const show = () => {
-    const kind = kinds[choice.value];
-    const value = Number(range.value);
-    const found = kind.pick(value);
-    const card = byId("chosen");
-    card.hidden = false;
-    if (found) return fillCard(card, kind.words(value), data.points[found.point], found.commands);
-    card.replaceChildren();
-    make(card, "p", {}, `No point of the front: ${kind.words(value)}. Take the whole backbone, or allow more.`);
+    const { offers, words } = kinds[choice.value], offer = offers[range.value];
+    range.setAttribute("aria-valuetext", words(offer));
+    fillCard(byId("chosen"), words(offer), data.points[offer.point], offer.commands);
   };
   choice.addEventListener("change", () => {
-    const { low, high, step, start } = kinds[choice.value], first = Math.ceil(low / step - 1e-6) * step;
-    Object.assign(range, { min: first, max: Math.max(first, Math.ceil(high / step) * step), step });
+    const { offers, start } = kinds[choice.value];
+    range.max = offers.length - 1;
     range.value = start;
     show();
   });

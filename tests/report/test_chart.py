@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dynexit.jobs.infer import choose
 from dynexit.report.chart.data import chart_data, json_script
 from dynexit.report.chart.groups import fronts_of, groups_of, reachable, spread, steps
 from dynexit.report.published import PublishedPoint
 from dynexit.report.table import FrontPoint, front_of, relative_cost
 from dynexit.search.operating_points import ReportRow, RowTime
+from dynexit.study.outcomes import InferSettings
 from tests.report.synthetic_rows import row, synthetic_rows
 
 
@@ -78,6 +80,51 @@ def test_offers_are_the_front_in_order_of_cost() -> None:
             unit = 1 if index == 0 else 4
             within = [other for other in front if unit * cost(other.validation, index) <= limit]
             assert within[-1] is one
+            said = float(offer["budget"].split()[2])
+            assert said == pytest.approx(limit if index else 100 * limit)
+            infer = offer["commands"]["measure it on the test split"].split("=")
+            assert float(infer[1].split()[0]) == limit
+            given = {"relative_macs": limit} if index == 0 else {"latency_ms": limit, "latency_batch_size": 8}
+            assert choose(ROWS, InferSettings(**given)).key == one.validation.key
+
+
+def test_losses_of_accuracy_buy_the_cheapest_point() -> None:
+    front = [one for one in front_of(ROWS) if one.validation.source != "backbone"]
+    base = max(one.accuracy for one in ROWS if one.source == "backbone" and one.split == "validation")
+    asked = [offer["loss"] for offer in data()["offers"][0]]
+    whole = [one.validation.accuracy for one in front if one.validation.accuracy >= base]
+    assert asked[len(front) - len(whole) :] == ["0", *[None] * (len(whole) - 1)][: len(whole)]
+    for one, loss in zip(front, asked, strict=True):
+        if loss is not None:
+            kept = [other for other in front if 100 * (base - other.validation.accuracy) <= float(loss)]
+            assert kept[0] is one
+
+
+def test_rows_keep_their_own_times_of_several_backbones() -> None:
+    faster = []
+    for one in ROWS:
+        relative = one.times[0].relative_time * (0.98 if one.seed else 1.02)
+        faster.append(replace(one, point_id=f"f{one.point_id}", times=(RowTime(8, 2 * relative, relative),)))
+    rows = [*ROWS, *faster]
+    found = data(rows)
+    assert found["costs"][1]["axis"] == "time of a batch of 8 over the plain backbone’s (2 to 4 ms)"
+    assert data()["costs"][1]["axis"] == "time of a batch of 8 over the plain backbone’s (4 ms)"
+    seen = set()
+    for point in found["points"]:
+        for split in ("validation", "test"):
+            relative, (none, milliseconds) = point[split]["costs"][1], point[split]["milliseconds"]
+            plain = 2 if point["id"].startswith("f") else 4
+            assert (none, milliseconds) == (None, pytest.approx(plain * relative, rel=0.01))
+            seen.add(plain)
+    assert seen == {2, 4}
+    for offer in found["offers"][1]:
+        limit = float(offer["budget"].split()[2])
+        chosen = choose(rows, InferSettings(latency_ms=limit, latency_batch_size=8))
+        point = found["points"][offer["point"]]
+        is_own = (chosen.point_id, chosen.search_id) == (point["id"], point["search"])
+        is_own = is_own and round(chosen.accuracy, 5) == point["validation"]["accuracy"]
+        assert ("measure it on the test split" in offer["commands"]) == is_own
+    assert {len(offer["commands"]) for offer in found["offers"][1]} == {2, 3}
 
 
 def test_every_group_has_its_points_and_colour() -> None:

@@ -1,5 +1,7 @@
 """The page in a browser: its figure, budgets and cards, on paper, on a phone, and without scripts."""
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -104,23 +106,30 @@ def test_a_budget_shows_the_best_point_within_it(page: Path, chromium: str) -> N
     front = [one for one in front_of(ROWS) if one.validation.source != "backbone"]
     base = max(row.accuracy for row in ROWS if row.source == "backbone" and row.split == "validation")
     by_time = [one for one in front_of(ROWS, 8) if one.validation.source != "backbone"]
-    kept = next(one for one in front if one.validation.accuracy >= base - 0.02 - 1e-9)
-    wanted = {
-        ("0", "0.4"): [one for one in front if one.validation.relative_macs <= 0.4][-1],
-        ("1", "0.6"): [one for one in by_time if one.validation.times[0].relative_time <= 0.6][-1],
-        ("2", "0.02"): kept,
-    }
+    worse = [one for one in front if one.validation.accuracy < base]
+    kept = front[: len(worse) + 1][::-1]
+    first = [one for one in front if one.validation.relative_macs <= 0.5][-1]
     with Browser(chromium, page) as browser:
-        for (kind, value), point in wanted.items():
+        assert f"point {first.test.point_id}" in browser.run("document.getElementById('chosen').innerText")
+        for (kind, offers), place in itertools.product(enumerate((front, by_time, kept)), (0, 5, -1)):
+            assert len(offers) > 6
+            point = offers[place]
             browser.run(
                 f"(() => {{ const kind = document.getElementById('budget-kind'); kind.value = '{kind}';"
                 "kind.dispatchEvent(new Event('change')); const range = document.getElementById('budget');"
-                f"range.value = {value}; range.dispatchEvent(new Event('input')); }})()"
+                f"range.value = {place % len(offers)}; range.dispatchEvent(new Event('input')); }})()"
             )
             card = browser.run("document.getElementById('chosen').innerText")
             assert f"point {point.test.point_id}" in card
             assert f"On test {point.test.relative_macs:.3f} of the MACs" in card
+            assert f"({point.test.times[0].latency_ms:.3g} ms)" in card
             assert "dynexit save 'runs/my study' 'my study-" in card
+            option, unit = (r"--latency-ms ([\d.]+)", 1) if kind == 1 else (r"--relative-macs ([\d.]+)", 100)
+            said = re.search(r"at most ([\d.]+) (?:%|ms)", card)
+            named = re.search(option, card)
+            assert said
+            assert named
+            assert float(said[1]) == pytest.approx(unit * float(named[1]))
         assert browser.run("document.querySelectorAll('#chosen .what button').length") == 3
         assert not browser.run("document.getElementById('usual-budgets').open")
         assert browser.run("document.querySelectorAll('b').length") == 0

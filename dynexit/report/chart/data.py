@@ -7,13 +7,14 @@ from typing import Any
 
 import markupsafe
 
-from dynexit.report.chart.groups import Costs, Fronts, LegendGroup, base_accuracy, reachable
-from dynexit.report.judged.cards import SAVE, commands, commands_by_time, save_command
+from dynexit.report.chart.groups import Costs, Fronts, LegendGroup, base_accuracy
+from dynexit.report.chart.offers import offers_of
+from dynexit.report.judged.cards import SAVE, save_command
 from dynexit.report.judged.outcomes import Judgement, Judgements
 from dynexit.report.judged.words import difference_text, share_text
 from dynexit.report.published import PublishedPoint
-from dynexit.report.table import FrontPoint, percent, relative_cost
-from dynexit.search.operating_points import ReportRow, RowKey
+from dynexit.report.table import FrontPoint, percent
+from dynexit.search.operating_points import ReportRow, RowKey, RowTime
 
 _SPLITS = ("validation", "test")
 _DIGITS = 5
@@ -34,9 +35,9 @@ def chart_data(
 ) -> dict[str, Any]:
     """Returns the figure's points, curves and legend, and what buys them, as numbers and texts for JSON.
 
-    A point has for each split its costs (in the order of `fronts`, None where unknown), accuracy and limits. `offers`
-    are by cost the points of the study's front in order of cost on validation, with the commands that save and run
-    them; `risks` the certified ones.
+    A point has for each split its costs (in the order of `fronts`, None where unknown), its milliseconds a batch beside
+    the relative times among them, accuracy and limits. `offers` are by cost the points of the study's front in order of
+    cost on validation, with the commands that save and run them; `risks` the certified ones.
     """
     costs, base = list(fronts), base_accuracy(rows)
     colours = {method: index for index, method in enumerate(sorted({g.method for g in groups if g.source == "search"}))}
@@ -72,7 +73,7 @@ def chart_data(
         "backbone": whole,
         "series": series,
         "points": points,
-        "offers": [_offers(fronts[cost], cost, base, numbers, study_dir) for cost in costs],
+        "offers": [offers_of(fronts[cost], cost, rows, base, numbers, study_dir) for cost in costs],
         "risks": _risks(points, study_dir),
     }
 
@@ -103,13 +104,11 @@ def _name(group: LegendGroup) -> str:
 
 def _cost(rows: Sequence[ReportRow], cost: int | None) -> dict[str, Any]:
     if cost is None:
-        return {"name": "MACs", "axis": "relative MACs (bare backbone = 1)", "milliseconds": None}
+        return {"name": "MACs", "axis": "relative MACs (bare backbone = 1)"}
     whole = [time.latency_ms / time.relative_time for row in rows for time in row.times if time.batch_size == cost]
-    return {
-        "name": f"time, batch {cost}",
-        "axis": f"time of a batch of {cost} over the plain backbone’s ({whole[0]:.3g} ms)",
-        "milliseconds": whole[0],
-    }
+    span = dict.fromkeys((f"{min(whole):.3g}", f"{max(whole):.3g}"))  # every search has the times that it was given
+    axis = f"time of a batch of {cost} over the plain backbone’s ({' to '.join(span)} ms)"
+    return {"name": f"time, batch {cost}", "axis": axis}
 
 
 def _point(
@@ -140,24 +139,14 @@ def _point(
 
 
 def _figures(row: ReportRow, costs: Costs, judgement: Judgement | None) -> dict[str, Any]:
-    times = {time.batch_size: time for time in row.times}
+    times: dict[int | None, RowTime] = {time.batch_size: time for time in row.times}
     known = [row.relative_macs if cost is None else cost in times and times[cost].relative_time for cost in costs]
     return {
-        "costs": [round(float(value), _DIGITS) if value is not False else None for value in known],
+        "costs": [round(float(value), 8) if value is not False else None for value in known],
+        "milliseconds": [float(f"{times[cost].latency_ms:.3g}") if cost in times else None for cost in costs],
         "accuracy": round(row.accuracy, _DIGITS),
         "text": share_text(judgement.accuracy) if judgement else percent(row.accuracy),
     }
-
-
-def _offers(
-    front: Sequence[FrontPoint], cost: int | None, base: float, numbers: Mapping[RowKey, int], study_dir: Path
-) -> list[dict[str, Any]]:
-    found = []
-    for one in reachable(front, cost, base):
-        given = commands(one, front, study_dir) if cost is None else commands_by_time(one, front, cost, study_dir)
-        place = {"point": numbers[one.validation.key], "cost": relative_cost(one.validation, cost)}
-        found.append(place | {"accuracy": one.validation.accuracy, "commands": given})
-    return found
 
 
 def _risks(points: Sequence[Mapping[str, Any]], study_dir: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ _MOST_POINTS = 600  # of the searches, and as many of the gates
 _MOST_BUDGETS = 80  # of a curve
 _MOST_OFFERED = 100
 STEPS = (0.005, 0.001)
-"""Of the page's sliders: shares of MACs or time, and accuracy lost."""
+"""Of the budgets whose best points a long front offers: shares of MACs or time, and accuracy lost."""
 
 Costs = Sequence[int | None]
 """What the figure's cost axis can show: None for relative MACs, a batch size for the relative time of such a batch."""

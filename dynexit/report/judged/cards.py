@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from dynexit.report.judged.front import FrontEntry
-from dynexit.report.table import percent
 from dynexit.search.operating_points import ReportRow
 
 _SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
@@ -50,17 +49,20 @@ def cards(
     for words, entry in (*_by_share(front, shares or _SHARES), *_by_drop(front, base)):
         found.setdefault(id(entry), ([], entry))[0].append(words)
     chosen = sorted(found.values(), key=lambda item: item[1].validation.relative_macs)
-    return [
-        Card(", ".join(words), labels.get(entry.test.point_id, ""), entry, commands(entry, front, study_dir))
-        for words, entry in chosen
-    ]
+    costs = [one.validation.relative_macs for one in front]
+    made = []
+    for budgets, entry in chosen:
+        share = budget_text_of(entry.validation.relative_macs, costs)
+        label = labels.get(entry.test.point_id, "")
+        made.append(Card(", ".join(budgets), label, entry, commands(entry, share, study_dir)))
+    return made
 
 
 def _by_share(front: Sequence[FrontEntry], shares: Sequence[float]) -> Iterator[tuple[str, FrontEntry]]:
     for share in shares:
         within = [one for one in front if one.validation.relative_macs <= share]
         if within:
-            yield f"at most {percent(share, 0)} of the MACs", within[-1]
+            yield f"at most {100 * share:.6g} % of the MACs", within[-1]
 
 
 def _by_drop(front: Sequence[FrontEntry], base: float | None) -> Iterator[tuple[str, FrontEntry]]:
@@ -73,9 +75,8 @@ def _by_drop(front: Sequence[FrontEntry], base: float | None) -> Iterator[tuple[
             )
 
 
-def commands(chosen: HasRows, front: Sequence[HasRows], study_dir: Path) -> dict[str, str]:
-    """The commands that save, run and measure a point of the front by relative MACs, by what they do."""
-    share = budget_text_of(chosen.validation.relative_macs, [one.validation.relative_macs for one in front])
+def commands(chosen: HasRows, share: str, study_dir: Path) -> dict[str, str]:
+    """The commands that save, run and measure a point of the front within a share of the MACs, by what they do."""
     share_option = f"--relative-macs {share}"
     study, folder = shlex.quote(str(study_dir)), shlex.quote(f"{study_dir.name}-{share}")
     return {
@@ -85,10 +86,8 @@ def commands(chosen: HasRows, front: Sequence[HasRows], study_dir: Path) -> dict
     }
 
 
-def commands_by_time(chosen: HasRows, front: Sequence[HasRows], batch_size: int, study_dir: Path) -> dict[str, str]:
-    """The same for the front by the time of a batch."""
-    milliseconds = [one.validation.time(batch_size).latency_ms for one in front]
-    limit = budget_text_of(chosen.validation.time(batch_size).latency_ms, milliseconds)
+def commands_by_time(chosen: HasRows, limit: str, batch_size: int, study_dir: Path) -> dict[str, str]:
+    """The same for a point of the front by the time of a batch, within a limit in milliseconds."""
     study, folder = shlex.quote(str(study_dir)), shlex.quote(f"{study_dir.name}-{limit}ms")
     option = f"--latency-ms {limit} --batch-size {batch_size}"
     return {
