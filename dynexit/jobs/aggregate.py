@@ -12,7 +12,7 @@ from dynexit.jobs.finished import failure_reason, finished_jobs, report_is_done
 from dynexit.jobs.reporting.rows import collect_rows
 from dynexit.report.figures import pareto_figure
 from dynexit.report.judged.areas import hypervolume_section
-from dynexit.report.page import Figure, Page, write_page
+from dynexit.report.page import Figure, Page, PageSection, write_page
 from dynexit.report.table import backbone_accuracy, front_of, percent, within_budgets
 from dynexit.run_dir import STUDY, RunDir, write_text
 from dynexit.search.operating_points import BASELINES, ReportRow, cells, read_csv
@@ -94,21 +94,56 @@ class Aggregate:
             study: name if names.count(name) == 1 else study for study, name in zip(self.studies, names, strict=True)
         }
         rows = [_labelled(row, labels[study]) for study, found in self.studies.items() for row in found]
-        paths = {theme: folder / f"pareto{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
-        for theme, path in paths.items():
-            pareto_figure(rows, path, theme=theme)
-        figure = Figure(paths["light"], "Accuracy against relative MACs", _CAPTION, paths["dark"])
         points = [dataclasses.asdict(one) for one in self.missing]
-        notes = ["MACs are relative to each study's own backbone. Studies of other test images cannot be compared."]
-        write_page(
-            folder / "report.html",
-            Page("Studies", rows, [figure], points_table=points, notes=notes, sections=hypervolume_section(rows)),
+        hypervolumes = hypervolume_section(rows)
+        if self._have_one_backbone():
+            figure = _figure(rows, folder, _CAPTION)
+            page = Page("Studies", rows, [figure], points_table=points, notes=_NOTES, sections=hypervolumes)
+        else:
+            figure = _figure([row for row in rows if row.source != "backbone"], folder, f"{_CAPTION} {_APART}")
+            table = [_against_backbone(labels[study], found) for study, found in self.studies.items()]
+            sections = [PageSection("Each study against its own backbone", _OWN, table, figure), *hypervolumes]
+            headline = f"{len(self.studies)} studies of different backbones or data. {_APART}"
+            page = Page("Studies", points_table=points, notes=_NOTES, sections=sections, headline=headline)
+        write_page(folder / "report.html", page)
+
+    def _have_one_backbone(self) -> bool:
+        """Whether the backbones of all studies are equally accurate, so that their fronts can be one."""
+        found = {
+            frozenset((row.split, row.accuracy) for row in rows if row.source == "backbone")
+            for rows in self.studies.values()
+        }
+        return len(found) <= 1
+
+
+def _figure(rows: Sequence[ReportRow], folder: Path, caption: str) -> Figure:
+    paths = {theme: folder / f"pareto{suffix}.png" for theme, suffix in (("light", ""), ("dark", "_dark"))}
+    for theme, path in paths.items():
+        pareto_figure(rows, path, theme=theme)
+    return Figure(paths["light"], "Accuracy against relative MACs", caption, paths["dark"])
+
+
+def _against_backbone(label: str, rows: Sequence[ReportRow]) -> dict[str, str]:
+    """A study's line: its backbone's test accuracy, and that of the best point on validation within each share."""
+    base, front = backbone_accuracy(rows), front_of(rows)
+    cells = {"study": label, "backbone": "" if base is None else percent(base)}
+    for share in _SHARES:
+        cells[f"within {share:g} of the MACs"] = "".join(
+            f"{percent(point.test.accuracy)} ({-100 * point.accuracy_drop:+.2f})".replace("-", "−")
+            for point in within_budgets(front, [share])
         )
+    return cells
 
 
 _CAPTION = (
-    "Test accuracy against mean MACs relative to each study's bare backbone; each front was chosen on validation."
+    "Test accuracy against mean MACs relative to each study's own bare backbone; each front was chosen on validation."
 )
+_APART = "Fronts of different data cannot be compared: look at each study against its own backbone."
+_OWN = (
+    "Test accuracy of the point that was best on validation within a share of the study's own backbone's MACs, and in "
+    "parentheses by how many points it is above that backbone."
+)
+_NOTES = ("MACs are relative to each study's own backbone. Studies of other test images cannot be compared.",)
 
 
 def study_folders(directories: Sequence[Path]) -> list[Path]:

@@ -17,7 +17,7 @@ from dynexit.core.cost import place_name
 from dynexit.report.chart.data import json_script
 from dynexit.report.figures import THEMES
 from dynexit.report.judged.cards import Card
-from dynexit.report.judged.front import FrontEntry, entries_of, even_steps
+from dynexit.report.judged.front import FRONT_CSV, FrontEntry, entries_of, even_steps
 from dynexit.report.judged.outcomes import Judgements
 from dynexit.report.judged.verdicts import headline, tiles
 from dynexit.report.table import Summary, backbone_accuracy, percent, summary
@@ -69,12 +69,13 @@ class Page:
     the first picture is for browsers without scripts. `points_table`,
     `budgets` and the tables of `sections` hold one mapping per row; their keys are the columns, and a missing or None
     value is an empty cell. A budget's keys are as a rule budget, configuration, validation, test and holds (True or
-    False, shown as yes or no). `study_text` is the resolved study. `describe` puts a row's configuration into words, by
-    default its tradeoff, weight and seed.
+    False, shown as yes or no). `study_text` is the resolved study. With a `headline` of its own the page is of studies
+    that have no common front, and shows none. `describe` puts a row's configuration into words, by default its
+    tradeoff, weight and seed.
     """
 
     title: str
-    rows: Sequence[ReportRow]
+    rows: Sequence[ReportRow] = ()
     figures: Sequence[Figure] = ()
     study_text: str = ""
     points_table: Sequence[Mapping[str, Any]] = ()
@@ -89,6 +90,7 @@ class Page:
     missing: Sequence[str] = ()
     chart: Mapping[str, Any] | None = None
     downloads: Sequence[Download] = ()
+    headline: str = ""
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -100,7 +102,10 @@ def write_page(path: Path, page: Page) -> None:
     css = _theme_css() + _asset("page.css")
     text = _template().render(
         title=page.title,
-        headline=headline(entries),
+        headline=page.headline or headline(entries),
+        has_front=not page.headline,
+        has_intervals=bool(page.judged),
+        has_front_file=any(one.path.name == FRONT_CSV for one in page.downloads),
         missing=page.missing,
         warnings=page.warnings,
         remarks=page.remarks,

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dynexit.errors import UserError
-from dynexit.jobs.aggregate import study_folders
+from dynexit.jobs import aggregate
+from dynexit.jobs.aggregate import Aggregate, study_folders
 from dynexit.jobs.infer import choose
 from dynexit.report.budgets import budget_cells
 from dynexit.report.table import at_tenths, backbone_accuracy, front_of, mark_front, summary, within_budgets
@@ -126,6 +127,39 @@ def test_infer_keeps_within_a_budget_of_time():
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             choose(rows, InferSettings(latency_ms=0.001, **settings))
+
+
+def test_studies_of_other_data_have_no_common_front(tmp_path, monkeypatch):
+    other = [replace(one, accuracy=0.8 * one.accuracy, point_id=f"o{one.point_id}") for one in ROWS]
+    lines, draw = [], aggregate.pareto_figure
+    monkeypatch.setattr(
+        aggregate, "pareto_figure", lambda rows, *_, **more: lines.append(rows) or draw(rows, *_, **more)
+    )
+    Aggregate({"runs/a": ROWS, "runs/b": other}, {"runs/a": 6, "runs/b": 6}).write(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "2 studies of different backbones or data. Fronts of different data cannot be compared" in html
+    for absent in ("this study reaches", 'class="tiles"', "<h2>The front", "Brackets", "brackets", "front.csv has"):
+        assert absent not in html
+    assert not any(one.source == "backbone" for rows in lines for one in rows)
+    for study, rows in (("a", ROWS), ("b", other)):
+        base = backbone_accuracy(rows)
+        (best,) = within_budgets(front_of(rows), [0.5])
+        line = re.search(rf'<td data-label="study">{study}</td>.*?</tr>', html, re.DOTALL)[0]
+        change = f"{100 * (best.test.accuracy - base):+.2f}".replace("-", "−")
+        cells = re.findall(r">([^<>]*%[^<>]*)<", line)
+        assert cells[0] == f"{100 * base:.2f} %"
+        assert f"{100 * best.test.accuracy:.2f} % ({change})" in cells
+
+
+def test_studies_of_one_backbone_share_a_front(tmp_path):
+    probes = [replace(one, method="probe", point_id=f"p{one.point_id}") for one in ROWS if one.source != "backbone"]
+    probes += [one for one in ROWS if one.source == "backbone"]
+    Aggregate({"runs/a": ROWS, "runs/b": probes}, {"runs/a": 6, "runs/b": 6}).write(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "this study reaches" in html
+    assert "<h2>The front" in html
+    for absent in ("Brackets", "brackets", "front.csv has", "cannot be compared: look"):
+        assert absent not in html
 
 
 def test_a_study_without_backbone_or_test_rows_has_a_summary():

@@ -20,9 +20,11 @@ NUM_RESAMPLES = 1000
 _CHUNK = 50
 _WHAT = (
     "Area under the front’s test accuracy, left of relative MACs 1 (at most 1, more is better), of all seeds together "
-    "and of each alone. The brackets of the first are a 95 % bootstrap interval over the test images, for the points "
-    "that validation chose. Compare only sources with the same number of points: a staircase’s area grows with its "
-    "steps."
+    "and of each alone.{} Compare only sources with the same number of points: a staircase’s area grows with its steps."
+)
+_BRACKETS = (
+    " The brackets of the first are a 95 % bootstrap interval over the test images, for the points that validation "
+    "chose."
 )
 
 Limits = Mapping[tuple[str, str], tuple[float, float]]
@@ -75,7 +77,8 @@ def intervals_of(sums: Mapping[tuple[str, str], np.ndarray]) -> dict[tuple[str, 
 def hypervolume_section(rows: Sequence[ReportRow], limits: Limits | None = None) -> list[PageSection]:
     """The page's part on hypervolumes; nothing without any."""
     table = [_cells(area, (limits or {}).get((area.source, area.method))) for area in summary(rows).hypervolumes]
-    return [PageSection("Hypervolume", _WHAT, table)] if table else []
+    remark = _WHAT.format(_BRACKETS if limits else "")
+    return [PageSection("Hypervolume", remark, table)] if table else []
 
 
 def _cells(area: Hypervolume, limits: tuple[float, float] | None) -> dict[str, str]:
