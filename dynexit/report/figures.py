@@ -20,13 +20,14 @@ from matplotlib.ticker import FuncFormatter
 
 from dynexit.core.cost import place_name
 from dynexit.report.published import PublishedPoint
-from dynexit.report.table import budget_curves, by_seed, front_of, within_budgets
+from dynexit.report.table import budget_curves, by_seed, distinct_texts, front_of, within_budgets
 from dynexit.run_dir import atomic_write
 from dynexit.search.operating_points import BASELINES, ONE_THRESHOLD, ReportRow
 
 DOTS_PER_INCH = 160
 MARKERS = "osD^vPX<>*"
 _MOST_INSIDE = 6  # entries of a legend
+_MOST_LETTERS = 110  # below the bars
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)), (0, (3, 1.5)))
 _MOST_MARKED = 20  # a longer published curve is a line without markers
 # The finest budgets of relative MACs a picture tells apart; closer points of a front differ by noise, not by cost.
@@ -266,7 +267,9 @@ def exit_share_figure(
             color=look.grid if last else shades[exit_], edgecolor=look.background, linewidth=0.4,
         )  # fmt: skip
     axes.set(xlabel="relative MACs of the front's points", ylabel="share of test samples", ylim=(0, 1))
-    axes.set_xticks(range(len(bars)), [f"{row.relative_macs:.2f}" for row in bars], fontsize=8)
+    texts = distinct_texts([row.relative_macs for row in bars])
+    every = max(1, -(-sum(len(text) + 1 for text in texts) // _MOST_LETTERS))
+    axes.set_xticks(range(0, len(bars), every), texts[::every], fontsize=8)
     axes.yaxis.set_major_formatter(PERCENT)
     axes.grid(visible=False)
     axes.margins(x=0.01)

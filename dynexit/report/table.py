@@ -126,6 +126,13 @@ def percent(fraction: float, decimals: int = 2) -> str:
     return f"{100 * fraction:.{decimals}f} %"
 
 
+def distinct_texts(values: Sequence[float]) -> list[str]:
+    """The values with as many decimals as tell those apart that differ: two to six."""
+    wanted = len(set(values))
+    digits = next((n for n in range(2, 6) if len({f"{value:.{n}f}" for value in values}) == wanted), 6)
+    return [f"{value:.{digits}f}" for value in values]
+
+
 def summary(rows: Iterable[ReportRow]) -> Summary:
     """The front on test, the span of the gates and the hypervolume of every source and method."""
     rows = list(rows)

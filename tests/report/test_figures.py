@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -140,6 +141,20 @@ def test_any_part_may_be_missing(rows, tmp_path):
     figures.pareto_figure(rows, tmp_path / "a.png")
     figures.exit_share_figure(rows, tmp_path / "b.png")
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.png"}
+
+
+def test_labels_of_close_points_differ_and_do_not_overlap(drawn):
+    for step in (0.1, 0.003, 0.0004, 0.000002):
+        figures_of = [(0.09 + step * n, 0.5 + n / 100) for n in range(24)]
+        rows = [row(*one, split, point_id=str(one)) for one in figures_of for split in ("validation", "test")]
+        axes = drawn(figures.exit_share_figure, rows)
+        axes.figure.draw_without_rendering()
+        ticks = axes.get_xticklabels()
+        assert len({tick.get_text() for tick in ticks}) == len(ticks) >= 8
+        boxes = [tick.get_window_extent() for tick in ticks]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+        shown = {round(tick.get_position()[0]): tick.get_text() for tick in ticks}
+        assert all(float(text) == pytest.approx(figures_of[n][0], abs=5e-3) for n, text in shown.items())
 
 
 def test_the_bars_are_the_shares_on_test(drawn):
