@@ -273,8 +273,10 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
     from safetensors.torch import save_file
 
     with atomic_write(path) as temporary:
+        mode = temporary.stat().st_mode
         try:
             save_file(_apart(tensors), temporary)
+            temporary.chmod(mode)  # a file of its own would be for its owner alone
         except SafetensorError as error:  # a full disk is an error of its own there, with the number in its text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number.group(1)) if number else errno.EIO, str(error)) from error

@@ -35,7 +35,11 @@ def add_deploy_commands(commands: Any) -> None:
         "--max-accuracy-drop", type=float, metavar="DROP", help="fewest MACs that lose at most this, as 0.005"
     )
     target.add_argument("--latency-ms", type=float, metavar="MS", help="most accurate within this mean time")
-    target.add_argument("--point", metavar="NAME", help="an operating point; default: the backbone alone")
+    target.add_argument(
+        "--point",
+        metavar="NAME",
+        help="an operating point, as `backbone`; default: fewest MACs that lose nothing on validation",
+    )
     predict.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: %(default)s")
     predict.add_argument("--out", type=Path, metavar="FILE.csv", help="default: the terminal")
     predict.set_defaults(tool=_predict)
@@ -139,7 +143,7 @@ def _predict(options: argparse.Namespace) -> None:
     elif options.latency_ms is not None:
         view = model.use(latency_ms=options.latency_ms)
     else:
-        view = model.use(options.point or "backbone")
+        view = model.use(options.point) if options.point else model.use(max_accuracy_drop=0.0)
     found = view.predict(options.images, options.batch_size)
     if options.out is None:
         found.write_csv(sys.stdout)

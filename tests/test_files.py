@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dynexit.contents import Classes, Done, Found, JobProgress
+from dynexit.deploy.model_folder import new_folder
 from dynexit.errors import Failure
 from dynexit.files import regular
-from dynexit.run_dir import RunDir, atomic_write, mark_done, read_json, write_text
+from dynexit.run_dir import RunDir, atomic_write, mark_done, read_json, save_tensors, write_text
 from dynexit.study.read import load_study
 from tests.command_line import TINY
 
@@ -74,9 +76,16 @@ def test_written_files_honour_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_text(tmp_path / "file", "text")
+        save_tensors(tmp_path / "tensors", {"zeros": torch.zeros(2)})
+        with new_folder(tmp_path / "model") as temporary:
+            (temporary / "file").touch()
     finally:
         os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert {path.name: oct(path.stat().st_mode)[-3:] for path in tmp_path.iterdir()} == {
+        "file": "640",
+        "tensors": "640",
+        "model": "750",
+    }
 
 
 def test_done_removes_what_a_killed_writer_left(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import errno
 import glob
 import inspect
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,10 +180,10 @@ def new_folder(directory: Path) -> Iterator[Path]:
         directory.parent.mkdir(parents=True, exist_ok=True)
         for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):  # by a save that was killed
             shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+        temporary = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.tmp"
+        temporary.mkdir()
         try:
             yield temporary
-            temporary.chmod(0o755)
             temporary.replace(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

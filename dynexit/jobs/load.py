@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dynexit.core.cost import ExitCosts
+from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
 from dynexit.deploy.assembly import HeadStack, attach_exits, costs_of, exit_positions
 from dynexit.dist import Ranks, start_ranks
@@ -20,8 +21,9 @@ from dynexit.study.schema import Config
 _MOST_WHITENING_BYTES = 10**9  # of the covariances of all exits, in float64; eleven thousand features at one exit
 
 
-def check_model(config: Config, *, weights: bool) -> None:
+def check_model(config: Config, *, weights: bool) -> float:
     """Raises UserError where backbone, head types, exit positions and record.topk do not fit; builds the model to see.
+    Returns the relative MACs of its cheapest configuration, in which everybody leaves at the first exit.
 
     With `weights` the file of backbone.weights must fit too; what is on a hub is not fetched for that.
     """
@@ -41,6 +43,10 @@ def check_model(config: Config, *, weights: bool) -> None:
         _check_whitening(model)
     if (config.record.topk or 1) > backbone.num_classes:
         raise UserError(f"record.topk = {config.record.topk}: should be at most the classes, {backbone.num_classes}")
+    costs = costs_of(backbone, config)
+    others = ((-1, 1.0),) * (len(costs.positions) - 1)
+    leave_first = [Configuration(((head, -1.0), *others)) for head in range(len(costs.head_types))]
+    return min(int(configuration_macs_L(one, costs)[0]) for one in leave_first) / costs.full_macs
 
 
 def _check_whitening(model: MultiExit) -> None:

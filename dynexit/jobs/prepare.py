@@ -42,9 +42,12 @@ def _chance_remark(accuracy: float, data: DataSets) -> Iterator[str]:
         )
 
 
-def gap_remark(training: float, validation: float) -> Iterator[str]:
-    """A remark if the accuracy on plain training images exceeds that on validation by more than a point."""
-    if training - validation > _MOST_GAP:
+def gap_remark(training: float, validation: float, num_samples: int) -> Iterator[str]:
+    """A remark if the accuracy on plain training images exceeds that on validation by more than a point, and by more
+    than two standard deviations of the difference between two samples of that size.
+    """
+    chance = 2 * math.sqrt((training * (1 - training) + validation * (1 - validation)) / num_samples)
+    if training - validation > max(_MOST_GAP, chance):
         yield (
             f"warning: the backbone is right on {training:.4f} of as many training images and {validation:.4f} of "
             "validation: on images that it was fitted to it is surer than on others, and exits learn from those; more "
@@ -107,7 +110,7 @@ def run_prepare(points: Sequence[Point]) -> None:
         if task.rows:
             validation = task.rows[-1]["validation_accuracy"]
             progress.say(f"the backbone is right on {validation:.4f} of the validation split")
-            for remark in gap_remark(training, validation):
+            for remark in gap_remark(training, validation, len(data.validation)):
                 progress.say(remark)
         directory.mark_done([BACKBONE, CLASSES, COSTS, METRICS])
         checkpoints.clear()

@@ -11,7 +11,7 @@ import numpy as np
 
 from dynexit.core.calibration import ALPHAS, conformal_quantile, scaled_confidence, temperature
 from dynexit.core.cost import ExitCosts
-from dynexit.core.statistics import wilson_interval
+from dynexit.core.statistics import accuracy_interval
 from dynexit.core.tradeoff import Configuration
 from dynexit.data import DataSets
 from dynexit.deploy.assembly import HeadStack
@@ -132,13 +132,14 @@ class RecordedTraining:
             places = range(record.layout.topk)
             probability_NK = np.stack([record.probability(place)[taken_N, columns] for place in places], -1)
             sure_N = scaled_confidence(probability_NK, self.temperature_R[taken_N])
-        num_originals = len(np.unique(self.origins[split][samples_N]))
+        origin_N = self.origins[split][samples_N]
+        accuracy = accuracy_interval(record.correct_RN[taken_N, columns][samples_N], origin_N)
         whole = (*(0.0,) * len(self.costs.positions), 1.0)
         return PointStatistics(
             accuracy=row.accuracy,
-            accuracy_interval=wilson_interval(row.accuracy, num_originals),
+            accuracy_interval=(accuracy.low, accuracy.high),
             num_samples=int(samples_N.sum()),
-            num_originals=num_originals,
+            num_originals=len(np.unique(origin_N)),
             relative_macs=row.relative_macs,
             # the backbone's row may be of a training with other exits
             exit_fractions=row.exit_fractions if way is None or any(head >= 0 for head, _ in way.exits) else whole,

@@ -212,6 +212,7 @@ def test_the_commands_save_and_predict(study: Study, tmp_path: Path) -> None:
     assert [row["file"] for row in rows] == ["photos/0.png", "photos/1.png", "photos/2.png"]
     (tmp_path / "photos" / "broken.jpg").write_text("")
     done = command(tmp_path, "predict", "model", "photos", status=1)
+    assert f"3 images by {dynexit.load(tmp_path / 'model').use(max_accuracy_drop=0.0).name}," in done.stderr
     assert len(done.stdout.splitlines()) == 4
     assert "photos/broken.jpg" in done.stderr
     assert "1 of 4 files were left out" in done.stderr

@@ -43,6 +43,18 @@ def test_all_models_that_do_not_fit_are_reported_together(tmp_path: Path) -> Non
     assert sorted(str(caught.value).splitlines()) == [NOT_FITTING, NOT_FITTING.replace("[0, 9]", "[1, 9]"), too_many]
 
 
+def test_budgets_below_the_cheapest_exit_are_refused(tmp_path: Path) -> None:
+    study = load_study(TINY, ["search.relative_macs=[0.01, 0.02, 0.9]", f"runs_dir={tmp_path}"])
+    with pytest.raises(
+        UserError, match=r"^search.relative_macs = 0.01, 0.02: the cheapest exit takes (0\.\d{4}) "
+    ) as caught:
+        check_models(study, dry_run=True)
+    least = str(caught.value).partition(" takes ")[2].split()[0]
+    check_models(load_study(TINY, [f"search.relative_macs=[{least}]", f"runs_dir={tmp_path}"]), dry_run=True)
+    (study.directory / "train").mkdir(parents=True)
+    check_models(study, dry_run=True)  # what is trained already may attain it
+
+
 def test_a_static_network_that_cannot_be_built_is_named(tmp_path: Path) -> None:
     wrong = ["baselines.static=[{chanels: [4, 5, 6, 7]}, {channels: [4]}]", f"runs_dir={tmp_path}"]
     with pytest.raises(UserError) as caught:

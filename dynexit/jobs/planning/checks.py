@@ -1,6 +1,7 @@
 """What can be known to be wrong with a study before anything starts: files, models, another's folder."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from dynexit.study.validation import sentences
 
 
 def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> None:
-    """Raises UserError for all missing files, and if there are none for all models that do not fit.
+    """Raises UserError for all missing files, if there are none for all models that do not fit, and for budgets of MACs
+    below what the cheapest of them takes.
 
     Builds one model of every kind that is not trained yet, which imports torch. A plan needs neither data nor the files
     of weights; files of weights that are there must fit. With `data_is_here` false only other machines need the data.
@@ -28,12 +30,13 @@ def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> N
     kinds = _untrained_kinds(study)
     if not kinds:
         return
+    cheapest: list[float] = []
 
     def check_fit(config: Config, reads_weights: bool) -> None:
         from dynexit.jobs.load import check_model
 
         is_there = Path(config.backbone.weights or "").is_file()
-        check_model(config, weights=reads_weights and (not dry_run or is_there))
+        cheapest.append(check_model(config, weights=reads_weights and (not dry_run or is_there)))
 
     def check_data(config: Config, _: bool) -> None:
         data = config.data
@@ -42,6 +45,20 @@ def check_models(study: Study, *, dry_run: bool, data_is_here: bool = True) -> N
     if not dry_run:
         _check(kinds, _check_weights, check_data)
     _check(kinds, check_fit)
+    if not (study.directory / "train").is_dir():  # else what is trained already may attain them
+        _check_attainable(study, min(cheapest))
+
+
+def _check_attainable(study: Study, cheapest: float) -> None:
+    """Raises UserError for budgets below the relative MACs of the cheapest configuration."""
+    budgets = {value for point in study.points for value in point.config.search.relative_macs}
+    low = [f"{value:g}" for value in sorted(budgets) if value < cheapest]
+    if low:
+        least = math.ceil(1e4 * cheapest) / 1e4
+        raise UserError(
+            f"search.relative_macs = {', '.join(low)}: the cheapest exit takes {least:.4f} of the backbone's MACs; ask "
+            "for that or more, or set exits.positions to earlier blocks or exits.stem=true"
+        )
 
 
 def _check_weights(config: Config, reads_weights: bool) -> None:
