@@ -313,7 +313,8 @@ def serve(tracking_uri: str, experiment: str) -> int:
     command += ["--port", str(port), "--workers", "1"]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes that no page needs
     with subprocess.Popen(command, stdout=sys.stderr, env=environment) as server:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the server ends too
+        for number in (signal.SIGINT, signal.SIGTERM):  # either ends the server too
+            signal.signal(number, signal.default_int_handler)
         try:
             while server.poll() is None and not _answers(port):
                 time.sleep(0.2)

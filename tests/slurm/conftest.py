@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -101,6 +102,13 @@ class Cluster:
         logs = list((self.study(study) / "pack").glob("*/log.txt"))
         lines = [line for log in logs for line in log.read_text().splitlines() if " step " in line]
         return max((int(line.split(" step ")[1].split("/")[0]) for line in lines), default=-1) >= step
+
+
+def point_of(line: str) -> str:
+    """The id of the point in a line of `status`."""
+    found = re.search(r"\b[0-9a-f]{12}\b", line)
+    assert found is not None, line
+    return found[0]
 
 
 def run_side_by_side(scenarios: Mapping[str, Scenario]) -> dict[str, BaseException | None]:

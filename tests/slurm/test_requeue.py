@@ -14,7 +14,7 @@ from launch.slurm.requeue import script_after, script_before
 from launch.tasks.attempts import Attempts, read_attempts
 from launch.tasks.decision import RequeueLimits
 from tests.command_line import TINY, digests, start
-from tests.slurm.conftest import SITE, Cluster, Condition, Scenario, run_side_by_side
+from tests.slurm.conftest import SITE, Cluster, Condition, Scenario, point_of, run_side_by_side
 from tests.slurm.processes import is_alive, ranks_of, waits_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -164,7 +164,7 @@ def silent(cluster: Cluster) -> Scenario:
     # gloo says the one or the other, as its threads find the silent rank
     assert "Timed out waiting 60000ms" in lines[1] or "timeout caused pair closure" in lines[1]
     assert "; crashed " in lines[1]
-    point = lines[1].split()[2]
+    point = point_of(lines[1])
     assert "Timed out waiting 60000ms" in (yield from cluster.call("logs", point, *study))
 
 

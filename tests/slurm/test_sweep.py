@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dynexit.study.read import load_study
 from tests.command_line import ENVIRONMENT, TINY, digests, dynexit, start
-from tests.slurm.conftest import SITE, Cluster, Scenario, run_side_by_side
+from tests.slurm.conftest import SITE, Cluster, Scenario, point_of, run_side_by_side
 from tests.slurm.processes import is_alive, processes_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -132,7 +132,7 @@ def cancelled(cluster: Cluster) -> Scenario:
     study = (*ALONE, "name=cancelled", "train.num_epochs=1000")
     with_prepare(cluster, "cancelled")
     yield from cluster.submit(*study)
-    point = (yield from cluster.status(*study))[1].split()[2]
+    point = point_of((yield from cluster.status(*study))[1])
     yield lambda: processes_of("cancelled")
     said = (yield from cluster.call("cancel", point, *study)).splitlines()
     assert [line.split()[1] for line in said] == ["train", "search"]
