@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -104,9 +105,12 @@ def test_reads_a_folder_of_version_1(copy: Path) -> None:
 def test_refuses_exits_json_that_was_altered_or_is_foreign(copy: Path, tmp_path: Path) -> None:
     path = copy / "exits.json"
     text = path.read_text()
-    path.write_text(text.replace('"bee"', '"bus"'))
-    with pytest.raises(UserError, match=r"exits.json was altered \(its digest does not fit\)"):
-        dynexit.load(copy)
+    too_large = re.sub(r'"relative_macs": [\d.e-]+', '"relative_macs": 1e999', text, count=1)
+    for altered in (text.replace('"bee"', '"bus"'), too_large):
+        assert altered != text
+        path.write_text(altered)
+        with pytest.raises(UserError, match=r"exits.json was altered \(its digest does not fit\)"):
+            dynexit.load(copy)
     for content, says in ((text[:-9], "is not JSON, or cut short"), ("[]", "has no format version")):
         path.write_text(content)
         with pytest.raises(UserError, match=says):
