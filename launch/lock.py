@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from dynexit.errors import UserError
+from dynexit.files import regular
 
 _LOCK, _WORKERS = ".lock", ".workers"
 _ENDING_SECONDS = 90.0  # in which processes find out that their launcher has ended, end their step and save
@@ -27,7 +28,7 @@ def hold(study_dir: Path) -> Iterator[None]:
     Where processes of a launcher that was killed still work on it, waits for their end.
     """
     study_dir.mkdir(parents=True, exist_ok=True)
-    with (study_dir / _LOCK).open("a+", encoding="utf-8") as lock:
+    with _opened(study_dir / _LOCK, "a+") as lock:
         if not any(_locked(lock, fcntl.LOCK_EX, wait) for wait in (0.1, 0.1, 0.0)):  # `status` looks for a moment
             lock.seek(0)
             raise UserError(
@@ -44,10 +45,21 @@ def hold(study_dir: Path) -> Iterator[None]:
 def is_held(study_dir: Path) -> bool:
     """Whether a launcher works on the study now."""
     try:
-        with (study_dir / _LOCK).open(encoding="utf-8") as lock:
+        with _opened(study_dir / _LOCK, "r") as lock:
             return not _locked(lock, fcntl.LOCK_SH)
-    except OSError:
+    except (OSError, UserError):
         return False
+
+
+def _opened(path: Path, mode: str) -> IO[str]:
+    """The file opened. Raises UserError where something else has its name: to open a pipe would wait for ever."""
+    try:
+        regular(path)
+    except FileNotFoundError:
+        pass  # made by those who write
+    except OSError as error:
+        raise UserError(f"{path} {error.strerror}; remove it") from None
+    return path.open(mode, encoding="utf-8")
 
 
 def _locked(file: IO[str], kind: int, wait: float = 0.0) -> bool:
@@ -63,7 +75,7 @@ def _locked(file: IO[str], kind: int, wait: float = 0.0) -> bool:
 
 def _wait_for_workers(study_dir: Path) -> None:
     started, announced = time.monotonic(), False
-    with (study_dir / _WORKERS).open("a", encoding="utf-8") as workers:
+    with _opened(study_dir / _WORKERS, "a") as workers:
         while not _locked(workers, fcntl.LOCK_EX, _POLL_SECONDS):
             if not announced:
                 announced = True
@@ -74,7 +86,7 @@ def _wait_for_workers(study_dir: Path) -> None:
 
 def work_for(launcher: int, study_dir: Path) -> None:
     """Makes this process one that works for its parent `launcher`: it gets SIGTERM when that has ended."""
-    workers = (study_dir / _WORKERS).open("a", encoding="utf-8")
+    workers = _opened(study_dir / _WORKERS, "a")
     _locked(workers, fcntl.LOCK_SH)
 
     def watch() -> None:

@@ -118,6 +118,15 @@ def test_ui_prints_the_page_of_the_experiment(study: Study, tmp_path: Path, numb
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/#/experiments/1\n", printed[1])
 
 
+@pytest.mark.parametrize("name", [".lock", ".workers"])
+def test_a_pipe_in_place_of_a_lock_is_one_message(study: Study, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(study.directory / name)
+    assert main(["report", "runs/tiny_study"]) == 2
+    where = f"{study.directory / name} is a pipe or a device, not a regular file; remove it"
+    assert capsys.readouterr().err.splitlines()[-1] == f"dynexit: {where}"
+    assert main(["status", "runs/tiny_study"]) == 0
+
+
 def test_a_run_folder_keeps_its_name(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "runs/tiny_study", "name=other"]) == 2
     assert capsys.readouterr().err == (
