@@ -9,8 +9,8 @@ import numpy as np
 
 from dynexit.baselines.search import confidence_of
 from dynexit.core.tradeoff import Configuration, OperatingPoint, pareto_front
-from dynexit.record.held_back import calibration_samples
 from dynexit.record.shards import Record
+from dynexit.report.judged.outcomes import choosing_samples
 from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import ONE_THRESHOLD, ReportRow
 from dynexit.search.problem import Problem
@@ -46,24 +46,18 @@ def problem_of(point: Point, split: str) -> Problem:
     """The recorded outputs of a point that thresholds are compared on; of validation those that the search sees."""
     source = RunDir(point, "record")
     problem = Problem.from_record(Record.open(source / split), source.costs(), confidence_of(point))
-    if split == "test":
-        return problem
-    share = point.config.search.calibration_share
-    return problem.of(~calibration_samples(point.config.data, share, problem.num_samples))
+    return problem.of(choosing_samples(point, split, problem.num_samples))
 
 
 def _row(point: Point, split: str, head_type: str, configuration: Configuration, measured: OperatingPoint) -> ReportRow:
-    return ReportRow(
+    return ReportRow.of(
+        measured,
         source=ONE_THRESHOLD,
         method=f"{point.method}, {head_type}",
         seed=point.config.seed,
         ce_ic_tradeoff=None,
         accuracy_weight=None,
         split=split,
-        accuracy=measured.accuracy,
-        macs=measured.macs,
-        relative_macs=measured.relative_macs,
-        exit_fractions=measured.exit_fractions,
         point_id=point.id,
         configuration=json.dumps(configuration.to_json()),
     )

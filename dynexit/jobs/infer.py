@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from dynexit.jobs.finished import class_names
 from dynexit.jobs.load import begin, load_heads
 from dynexit.models.backbones import Backbone
 from dynexit.record.shards import Record
+from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import HEADS, RunDir, atomic_write
 from dynexit.search.operating_points import BASELINES, ReportRow, read_csv
 from dynexit.search.problem import Problem
@@ -100,7 +100,8 @@ def choose(rows: Sequence[ReportRow], settings: InferSettings) -> ReportRow:
         candidates = _within(candidates, "relative_macs", settings.relative_macs, lambda row: row.relative_macs)
     if settings.latency_ms is not None:
         batch = _measured_batch(candidates, settings.latency_batch_size)
-        candidates = _within(candidates, "latency_ms", settings.latency_ms, lambda row: _latency_ms(row, batch))
+        timed = [row for row in candidates if row.times]
+        candidates = _within(timed, "latency_ms", settings.latency_ms, lambda row: row.time(batch).latency_ms)
     return min(candidates, key=lambda row: (-row.accuracy, row.macs))
 
 
@@ -118,18 +119,13 @@ def _within(
 
 
 def _measured_batch(rows: Sequence[ReportRow], asked: int | None) -> int:
-    measured = sorted({time.batch_size for row in rows for time in row.times})
+    measured = measured_batch_sizes(rows)
     if not measured:
         raise UserError("infer.latency_ms: no time was measured; set search.latency=measured, and run the study again")
     if asked not in (None, *measured):
         sizes = ", ".join(map(str, measured))
         raise UserError(f"infer.latency_batch_size = {asked}: measured are {sizes}; name one, or add it to bench")
     return asked or measured[0]
-
-
-def _latency_ms(row: ReportRow, batch: int) -> float:
-    """The row's mean time of a batch of that size, infinite where it was not measured."""
-    return next((time.latency_ms for time in row.times if time.batch_size == batch), math.inf)
 
 
 def expected_exits(

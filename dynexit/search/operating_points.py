@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dynexit.core.tradeoff import OperatingPoint
 from dynexit.errors import Failure
 from dynexit.run_dir import atomic_write, move_aside
 
@@ -81,6 +82,12 @@ class ReportRow:
     budget: str = ""
     time_batch_size: int | None = None
     times: tuple[RowTime, ...] = ()
+
+    @classmethod
+    def of(cls, measured: OperatingPoint, **fields: Any) -> "ReportRow":
+        """Returns the row of a measured operating point; `fields` are all others."""
+        names = ("accuracy", "macs", "relative_macs", "exit_fractions")
+        return cls(**{name: getattr(measured, name) for name in names}, **fields)
 
     def time(self, batch_size: int) -> RowTime:
         """Returns the time at a batch size. Raises KeyError if there is none."""

@@ -74,15 +74,7 @@ def _row(point: Point, source: str, split: str, measured: OperatingPoint, **more
         "point_id": point.id,
         **more,
     }
-    return ReportRow(
-        source=source,
-        split=split,
-        accuracy=measured.accuracy,
-        macs=measured.macs,
-        relative_macs=measured.relative_macs,
-        exit_fractions=measured.exit_fractions,
-        **own,  # type: ignore[arg-type]
-    )
+    return ReportRow.of(measured, source=source, split=split, **own)
 
 
 def _backbone_row(point: Point, split: str, record: Record, costs: ExitCosts, samples_N: np.ndarray) -> ReportRow:
