@@ -46,7 +46,7 @@ def _follow(
             new = [[row for row in found[done:] if row["member"] == i] for i in range(len(points))]
             runs.append([{"id": p["id"], "history": history(of)} for p, of in zip(points, new, strict=True) if of])
             done = len(found)
-        except Exception as error:  # whatever mlflow, its database or its server raise: the training goes on
+        except Exception as error:  # whatever mlflow, its database or its server raise: the training continues
             if not warned:
                 print(f"MLflow does not take the epochs now: {first_line(error)}; training continues", flush=True)
             warned = True
