@@ -40,7 +40,7 @@ def environment(device: str, tiny: bool) -> dict[str, Any]:
         raise SystemExit(f"missing wheels: {', '.join(missing)}; run: pip install {' '.join(missing)}")
     import torch
 
-    from dynexit.dist import choose_device, find_gpus
+    from dynexit.gpus import choose_device, find_gpus
 
     choose_device(device, find_gpus())
     found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
