@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from dynexit.baselines.rows import describe_baseline
+from dynexit.baselines.rows import baselines_of, describe_baseline, judge_baselines
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.jobs.finished import (
@@ -73,7 +73,8 @@ def write_report(
 
     `points` are recorded and searched; `failed` has an error message for each missing point.
     """
-    rows = collect_rows(points)
+    baselines = baselines_of(points)
+    rows = collect_rows(points, baselines)
     study_dir = points[0].study_dir
     directory = study_dir / "report"
     write_csv(directory / "operating_points.csv", rows)
@@ -89,7 +90,10 @@ def write_report(
     drawn = [row for group in groups for point in group.points for row in (point.validation, point.test)]
     drawn += [row for point in front for row in (point.validation, point.test)]
     limited = {point.test.key for point in (*front, *answers.values())}
-    judged = judge(points, [*drawn, *(row for row in rows if row.source == "backbone")], limited)
+    judged = {
+        **judge(points, [*drawn, *(row for row in rows if row.source == "backbone")], limited),
+        **judge_baselines(baselines, {row.key for row in drawn}),
+    }
     table = entries_of(front, rows, judged, describe)
     write_front(directory, table)
     labels = {point.id: point.label for point in points}
@@ -102,7 +106,7 @@ def write_report(
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else [])],
         budgets=budget_cells(rows, entries, describe, judged),
-        sections=sections_of(points, rows, judged, table, offered, describe),
+        sections=sections_of(points, rows, baselines, judged, table, offered, describe),
         describe=describe,
         judged=judged,
         warnings=list(warnings(points, rows, front, judged)),

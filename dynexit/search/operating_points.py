@@ -25,7 +25,8 @@ COLUMNS = {
     "network; cascade: several whole networks in turn; one_threshold: the same threshold at every exit, not searched",
     "method": "how the exits were trained; in a table of search-records the method of the search; of static networks "
     "and cascades their classifier",
-    "seed": "initialisation of exit heads and gates; empty if there is none",
+    "seed": "initialisation of exit heads and gates, of static networks and cascades that of the points compared with "
+    "them; empty if there is none",
     "ce_ic_tradeoff": "JEI-DNN's weight of inference cost against cross-entropy; empty for other methods",
     "accuracy_weight": "weight of accuracy against cost that the search was given; empty if there is none",
     "split": "samples that the figures are of",

@@ -65,6 +65,23 @@ def test_curves_are_what_each_budget_buys(index: int, split: str) -> None:
             assert (step.mean, step.least, step.greatest) == pytest.approx(wanted, abs=1e-12)
 
 
+def test_cascades_have_curves_over_seeds_and_points_of_each() -> None:
+    cascades = [
+        replace(one, source="cascade", seed=seed, accuracy=one.accuracy - 0.01 * seed, times=(), point_id=f"c{seed}")
+        for one in ROWS
+        if one.source == "search" and one.method == "probe" and one.seed == 0
+        for seed in (0, 1)
+    ]
+    found = data([*ROWS, *cascades])
+    (series,) = [one for one in found["series"] if one["kind"] == "cascade"]
+    lower, upper = ([*zip(*series["curves"]["0test"], strict=True)][which] for which in (2, 3))
+    assert np.subtract(upper, lower) == pytest.approx(np.full(len(lower), 0.01), abs=2e-5)
+    assert series["curves"]["1test"] == []  # times are not known
+    own = [one for one in found["points"] if found["series"][one["series"]] is series]
+    assert {one["seed"] for one in own} == {0, 1}
+    assert {one["label"] for one in own} == {"cascade"}
+
+
 def test_offers_are_the_front_in_order_of_cost() -> None:
     found = data()
     for index in (0, 1):

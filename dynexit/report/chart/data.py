@@ -14,7 +14,7 @@ from dynexit.report.judged.outcomes import Judgement, Judgements
 from dynexit.report.judged.words import difference_text, share_text
 from dynexit.report.published import PublishedPoint
 from dynexit.report.table import FrontPoint, percent
-from dynexit.search.operating_points import ReportRow, RowKey, RowTime
+from dynexit.search.operating_points import BASELINES, ReportRow, RowKey, RowTime
 
 _SPLITS = ("validation", "test")
 _DIGITS = 5
@@ -121,13 +121,14 @@ def _point(
 ) -> dict[str, Any]:
     row = point.test
     judgement = judged.get((row.key, "test"))
+    words, is_baseline = describe(row), row.source in BASELINES
     cells = {
         "series": number,
         "seed": row.seed,
-        "label": labels.get(row.point_id, row.method),
+        "label": words if is_baseline else labels.get(row.point_id, row.method),
         "id": row.point_id,
         "search": row.search_id,
-        "words": describe(row),
+        "words": "" if is_baseline else words,
         "shares": [round(share, 4) for share in row.exit_fractions],
         "difference": difference_text(judgement.difference) if judgement else "",
         "verdict": judgement.verdict if judgement else "",
