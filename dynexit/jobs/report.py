@@ -3,6 +3,7 @@
 Nothing here needs a model or a data set: records and configurations say all.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from dynexit.jobs.finished import (
 from dynexit.jobs.reporting.rows import collect_rows, entries_of_search
 from dynexit.jobs.reporting.sections import downloads, sections_of
 from dynexit.jobs.reporting.tracked import track
+from dynexit.provenance import provenance_of
 from dynexit.report.budgets import budget_answers, budget_cells
 from dynexit.report.chart.data import chart_data
 from dynexit.report.chart.groups import fronts_of, groups_of
@@ -27,6 +29,7 @@ from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FRONT_CSV, entries_of, write_front
 from dynexit.report.judged.outcomes import judge
+from dynexit.report.judged.provenance_section import provenance_section
 from dynexit.report.judged.words import drop_to_test, warnings
 from dynexit.report.page import Figure, Page, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
@@ -73,7 +76,7 @@ def write_report(
 
     `points` are recorded and searched; `failed` has an error message for each missing point.
     """
-    baselines = baselines_of(points)
+    since, baselines = time.monotonic(), baselines_of(points)
     rows = collect_rows(points, baselines)
     study_dir = points[0].study_dir
     directory = study_dir / "report"
@@ -106,7 +109,10 @@ def write_report(
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else [])],
         budgets=budget_cells(rows, entries, describe, judged),
-        sections=sections_of(points, rows, baselines, judged, table, offered, describe),
+        sections=[
+            *sections_of(points, rows, baselines, judged, table, offered, describe),
+            provenance_section(points, provenance_of("report", since, len(points))),
+        ],
         describe=describe,
         judged=judged,
         warnings=list(warnings(points, rows, front, judged)),

@@ -16,7 +16,6 @@ from dynexit.report.judged.exits import exits_section
 from dynexit.report.judged.front import FRONT_CSV, FRONT_MD, FRONT_TEX, FrontEntry
 from dynexit.report.judged.methods import compare_methods, methods_section
 from dynexit.report.judged.outcomes import Judgements
-from dynexit.report.judged.provenance_section import provenance_section
 from dynexit.report.judged.verdicts import within_half
 from dynexit.report.page import Download, PageSection
 from dynexit.report.times import time_sections
@@ -50,7 +49,7 @@ def sections_of(
     cards: Sequence[Card],
     describe: Callable[[ReportRow], str],
 ) -> list[PageSection]:
-    """Returns the page's parts after the front. Writes their tables and figures into report/."""
+    """Returns the page's parts after the front but that on provenance. Writes their tables and figures into report/."""
     budgets = points[0].config.search.relative_macs
     chosen = _chosen(points, entries, cards)
     return [
@@ -62,7 +61,6 @@ def sections_of(
         *curves_section(_trainings(points, chosen)),
         _uncertainty(points, rows, judged),
         *_classes(points, chosen),
-        *provenance_section(points),
     ]
 
 
