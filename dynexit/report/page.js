@@ -89,8 +89,9 @@ function setUpBudget() {
     });
   }
   if (data.risks.length) {
-    const risk = (one) => data.points[one.point].risk, cost = (one) => data.points[one.point].validation.costs[0];
-    const byCost = [...data.risks].sort((a, b) => cost(a) - cost(b));
+    const risk = (one) => data.points[one.point].risk;
+    const cost = (one) => data.points[one.point].validation.costs[0], right = (one) => data.points[one.point].validation.accuracy;
+    const byCost = [...data.risks].sort((a, b) => cost(a) - cost(b) || right(b) - right(a));
     const offers = [...new Set(data.risks.map(risk))].sort((a, b) => a - b)
       .map((most) => ({ ...byCost.find((one) => risk(one) <= most), most }));
     kinds.push({ name: "certified risk", offers, start: offers.length - 1, words: (offer) => `risk certified to be at most ${offer.most}` });
@@ -235,7 +236,7 @@ function setUpFigure() {
   function pin(point) {
     state.pin = point;
     pinned.hidden = !point;
-    const offer = data.offers.flat().find((one) => data.points[one.point] === point);
+    const offer = [...data.offers.flat(), ...data.risks].find((one) => data.points[one.point] === point);
     if (point) fillCard(pinned, "The pinned point", point, offer ? offer.commands : {});
     mark();
   }

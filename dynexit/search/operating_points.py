@@ -1,6 +1,7 @@
 """The table of operating points: its rows, its columns and its CSV file, for studies and for `search-records`."""
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,12 @@ class ReportRow:
             if one.batch_size == batch_size:
                 return one
         raise KeyError(batch_size)
+
+    @property
+    def certified_risk(self) -> float | None:
+        """The risk that the search certified it for; None if it did not."""
+        risk: float | None = json.loads(self.budget).get("risk") if self.budget else None
+        return risk
 
     @property
     def chosen_by(self) -> str:

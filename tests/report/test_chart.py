@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dynexit.errors import UserError
 from dynexit.jobs.infer import choose
 from dynexit.report.chart.data import chart_data, json_script
 from dynexit.report.chart.groups import fronts_of, groups_of, reachable, spread, steps
@@ -194,7 +195,26 @@ def test_certified_points_are_offered_with_their_search() -> None:
     found = chart_data(groups, [*ROWS, *certified], fronts, {}, (), **given)
     (risk,) = found["risks"]
     assert found["points"][risk["point"]]["risk"] == 0.03
-    assert list(risk["commands"].values()) == ["dynexit save 'runs/my study' 'my study-s1' --point s1"]
+    assert list(risk["commands"].values()) == [
+        "dynexit save 'runs/my study' 'my study-s1' --point s1",
+        "dynexit predict 'my study-s1' IMAGE_OR_FOLDER --risk 0.03",
+        "dynexit infer 'runs/my study' infer.risk=0.03",
+    ]
+    asked = json.dumps({"risk": 0.02, "confidence": 0.95})
+    cheaper = [row(0.8, 0.4, split, budget=asked, search_id="s2") for split in ("validation", "test")]
+    equal = [row(0.8, 0.3, split, budget=asked, search_id="s3") for split in ("validation", "test")]
+    more = [*certified, *cheaper, *equal]
+    every = [front_of(pair)[0] for pair in (certified, cheaper, equal)]
+    found = chart_data(groups_of(ROWS, fronts, every), [*ROWS, *more], fronts, {}, (), **given)
+    searches = {found["points"][one["point"]]["search"]: one for one in found["risks"]}
+    runs = {search for search, one in searches.items() if any("dynexit infer" in c for c in one["commands"].values())}
+    for risk, search in ((0.03, "s2"), (0.02, "s2")):
+        assert choose([*ROWS, *more], InferSettings(risk=risk)).search_id == search
+    assert runs == {"s2"}
+    with pytest.raises(UserError, match=r"infer.risk = 0.01: no operating point is within it; the nearest has 0.02"):
+        choose([*ROWS, *more], InferSettings(risk=0.01))
+    with pytest.raises(UserError, match=r"no operating point has a certificate; set search\.risk"):
+        choose(ROWS, InferSettings(risk=0.01))
 
 
 def test_a_large_sweep_stays_below_three_megabytes() -> None:

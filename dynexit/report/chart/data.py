@@ -9,7 +9,7 @@ import markupsafe
 
 from dynexit.report.chart.groups import Costs, Fronts, LegendGroup, base_accuracy
 from dynexit.report.chart.offers import offers_of
-from dynexit.report.judged.cards import SAVE, save_command
+from dynexit.report.judged.cards import INFER, commands_by_risk
 from dynexit.report.judged.outcomes import Judgement, Judgements
 from dynexit.report.judged.words import difference_text, share_text
 from dynexit.report.published import PublishedPoint
@@ -74,7 +74,7 @@ def chart_data(
         "series": series,
         "points": points,
         "offers": [offers_of(fronts[cost], cost, rows, base, numbers, study_dir) for cost in costs],
-        "risks": _risks(points, study_dir),
+        "risks": _risks(points, rows, study_dir),
     }
 
 
@@ -132,7 +132,7 @@ def _point(
         "shares": [round(share, 4) for share in row.exit_fractions],
         "difference": difference_text(judgement.difference) if judgement else "",
         "verdict": judgement.verdict if judgement else "",
-        "risk": json.loads(row.budget).get("risk") if row.budget else None,
+        "risk": row.certified_risk,
     }
     return cells | {
         side.split: _figures(side, costs, judged.get((side.key, side.split))) for side in (point.validation, row)
@@ -150,10 +150,16 @@ def _figures(row: ReportRow, costs: Costs, judgement: Judgement | None) -> dict[
     }
 
 
-def _risks(points: Sequence[Mapping[str, Any]], study_dir: Path) -> list[dict[str, Any]]:
-    """The certified points; a folder of all points of their search holds them."""
-    return [
-        {"point": index, "commands": {SAVE: save_command(study_dir, point["search"])}}
-        for index, point in enumerate(points)
-        if point["risk"] is not None
-    ]
+def _risks(points: Sequence[Mapping[str, Any]], rows: Sequence[ReportRow], study_dir: Path) -> list[dict[str, Any]]:
+    """The certified points, with their commands; `infer` runs only the cheapest within a risk."""
+    certified = [row for row in rows if row.split == "validation" and row.certified_risk is not None]
+    found = []
+    for index, point in enumerate(points):
+        if point["risk"] is None:
+            continue
+        given = commands_by_risk(point["search"], point["risk"], study_dir)
+        within = [row for row in certified if row.certified_risk is not None and row.certified_risk <= point["risk"]]
+        if min(within, key=lambda row: (row.macs, -row.accuracy)).search_id != point["search"]:
+            del given[INFER]
+        found.append({"point": index, "commands": given})
+    return found
