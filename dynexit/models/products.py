@@ -20,6 +20,8 @@ def quick_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Large products in float32 on a CPU go to oneDNN instead of MKL, which takes twice as long on AMD's CPUs. The product
     of one row waits for the weights, whichever library computes it.
     """
+    if torch.compiler.is_compiling():  # or exporting, for batches of any size
+        return linear(x, weight, bias)
     num_rows = x.numel() // x.shape[-1]
     is_large = num_rows > 1 and num_rows * weight.numel() >= _MANY_PRODUCTS
     if is_large and _HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":

@@ -21,3 +21,16 @@ def test_quick_products_equal_torch(x: Tensor, num_outputs: int) -> None:
         torch.testing.assert_close(quick_linear(x, given, None), linear(x, weight), rtol=1e-4, atol=1e-4)
     exact = quick_linear(x.double(), weight.double(), bias.double())
     assert torch.equal(exact, linear(x.double(), weight.double(), bias.double()))
+
+
+def test_exported_products_take_batches_of_any_size() -> None:
+    weight, bias = draw(1000, 300), draw(1000)
+
+    class Head(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return quick_linear(x, weight, bias)
+
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(Head(), (draw(9, 300),), dynamic_shapes={"x": {0: batch}}).module()
+    for size in (1, 40):
+        torch.testing.assert_close(program(draw(size, 300)), linear(draw(size, 300), weight, bias))
