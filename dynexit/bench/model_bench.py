@@ -18,6 +18,7 @@ from dynexit.bench.images import mixed_images, with_shares
 from dynexit.bench.machine import describe_machine
 from dynexit.bench.measure import clock, measure_times, timing_engine
 from dynexit.bench.runtimes import Runtime, make_runtime
+from dynexit.bench.shrinking import with_shrinking
 from dynexit.core.latency import BatchTimes, LatencyTable, sizes_to_measure
 from dynexit.deploy.description import SavedPoint
 from dynexit.deploy.model import EarlyExitModel, load
@@ -99,7 +100,8 @@ class _ModelBench:
                 for batch in sizes_to_measure(self.sizes):
                     times[batch] = measure_times(engine, batch, 2, 20)
                 positions = training.exit_costs.positions
-                by_exits[same] = LatencyTable(positions, training.stack.head_types, times, machine, tuple(self.sizes))
+                table = LatencyTable(positions, training.stack.head_types, times, machine, tuple(self.sizes))
+                by_exits[same] = with_shrinking(engine, table, 2, 20)
             tables[identity] = by_exits[same]
         return tables
 
