@@ -34,6 +34,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """
     mistakes: list[str] = []
     raw = _read_yaml(path, mistakes)
+    if not raw and not mistakes and not overrides:
+        raise UserError(f"the study {path} is empty; name at least its data, as `data: {{name: digits}}`")
     sweep = raw.pop("sweep", None)
     sweep = {} if sweep is None else sweep
     if not isinstance(sweep, dict):
