@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 from earlyon.models import custom_ee
-from inference import configuration_for, in_turn, make_images, process_seconds
+from inference import configuration_for, make_images, process_seconds
 from torch import Tensor
 
 from dynexit.core.confidence import max_probability
@@ -63,6 +63,21 @@ def build(size: int, num_images: int) -> tuple[Engine, Configuration, torch.nn.M
     return engine, configuration, peer, images
 
 
+def by_batch(
+    ways: dict[str, Callable[[Tensor], object]], batches: Sequence[Tensor], rounds: int
+) -> dict[str, list[list[float]]]:
+    """Process seconds (rounds, batches) of each way; they take turns at every batch, so that load meets both."""
+    rows: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for round_ in range(rounds + 1):
+        row: dict[str, list[float]] = {name: [] for name in ways}
+        for number, images in enumerate(batches):
+            for name in sorted(ways, reverse=(number + round_) % 2 == 1):
+                row[name].append(process_seconds(partial(ways[name], images)))
+        for name, seconds in row.items() if round_ else ():  # the first round warms up
+            rows[name].append(seconds)
+    return rows
+
+
 def main() -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser()
@@ -87,15 +102,13 @@ def main() -> None:
         for name in orders if batch > 1 else ["mixed"]:
             batches = images[torch.from_numpy(orders[name])].split(batch)
 
-            theirs = peer if batch == 1 else peer.forward_inference_batched
-
-            def timed(way: Callable[[Tensor], object], batches: Sequence[Tensor] = batches) -> float:
-                return process_seconds(lambda: [way(x) for x in batches])
-
-            ways = {"earlyon": partial(timed, theirs), "engine": partial(timed, router.classify)}
-            seconds = in_turn(ways, options.rounds)
-            ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-            each = {name: 1000 * statistics.median(values) / len(images) for name, values in seconds.items()}
+            ways = {"earlyon": peer if batch == 1 else peer.forward_inference_batched, "engine": router.classify}
+            totals = {
+                name: sum(map(statistics.median, zip(*seconds, strict=True)))
+                for name, seconds in by_batch(ways, batches, options.rounds).items()
+            }
+            ratio = totals["earlyon"] / totals["engine"]
+            each = {name: 1000 * total / len(images) for name, total in totals.items()}
             print(
                 f"batch {batch}, {name}: earlyon {each['earlyon']:.2f} ms an image, engine {each['engine']:.2f}; "
                 f"ratio {ratio:.3f}",
