@@ -143,7 +143,7 @@ def comparison_section(found: Sequence[Comparison]) -> PageSection:
         groups.setdefault((theirs.source, network, theirs.method, one.baseline.variant), []).append(one)
     table = [_page_cells(group) for group in groups.values()]
     has_seeds = any(len(group) > 1 for group in groups.values())
-    same = SAME_ANSWERS if any("same" in cells["seeds"] for cells in table) else ""
+    same = SAME_ANSWERS if any("equal" in cells["seeds"] for cells in table) else ""
     remark = f"{_WHAT}{_SEEDS if has_seeds else ''}{BASELINES_CSV} has all figures.{same}"
     return PageSection(_HEADING, remark, table if has_seeds else [_without_seeds(cells) for cells in table])
 

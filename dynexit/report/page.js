@@ -307,7 +307,7 @@ function setUpFigure() {
   }
 
   const isCrowded = data.series.filter((series) => series.kind === "search").length > 2;
-  data.series.forEach((series, index) => { if (isCrowded && series.kind === "fixed") state.off.add(index); });
+  data.series.forEach((series, index) => { if (isCrowded && ["fixed", "one_threshold"].includes(series.kind)) state.off.add(index); });
   const controls = byId("figure-controls"), legend = byId("legend");
   const splits = make(make(controls, "label", {}, "figures of "), "select", { id: "split" });
   for (const split of ["test", "validation"]) make(splits, "option", { value: split }, split);

@@ -56,9 +56,9 @@ def test_each_seed_has_its_own_cascade() -> None:
 def test_seeds_with_the_same_answers_have_no_spread() -> None:
     section = comparison_section([compared(seed, is_random=False) for seed in (0, 1)])
     (cells,) = section.table
-    assert cells["seeds"] == "2, all with the same answers"
+    assert cells["seeds"] == "2, equal"
     assert "seeds" not in cells["difference"]
-    assert "Seeds with the same answers are one run" in section.remark
+    assert "Equal seeds gave the same answers" in section.remark
 
 
 def test_one_seed_has_no_column_of_seeds() -> None:

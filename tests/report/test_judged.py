@@ -57,7 +57,7 @@ def test_a_limit_holds_if_the_whole_interval_does(low: float, high: float, withi
     assert (at_most(interval, 0.5), at_least(interval, 0.5)) == (within, reached)
 
 
-@pytest.mark.parametrize(("distinct", "seeds"), [(1, "2, all with the same answers"), (2, "2")])
+@pytest.mark.parametrize(("distinct", "seeds"), [(1, "2, equal"), (2, "2")])
 def test_seeds_without_randomness_are_named(distinct: int, seeds: str) -> None:
     points = tuple(front_of(ROWS)[-2:])
     spread = (-0.02, 0.01)

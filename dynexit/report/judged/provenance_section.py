@@ -16,6 +16,7 @@ _WHAT = (
     "of a rank, in the median of the jobs; waiting for data and memory (of the GPU where there is one) are the largest "
     "of them. Another instruction set or package version gives other last bits."
 )
+_FOLDED = "Code, packages and commands of each stage"
 
 
 def provenances(points: Sequence[Point]) -> dict[str, list[Provenance]]:
@@ -32,20 +33,28 @@ def provenances(points: Sequence[Point]) -> dict[str, list[Provenance]]:
 def provenance_section(points: Sequence[Point], report: Provenance) -> PageSection:
     """The section, a row per stage, that of the page's own job last."""
     jobs = {**provenances(points), "report": [report]}
-    return PageSection("Provenance", _WHAT, [_cells(stage, own) for stage, own in jobs.items()])
+    table = [_cells(stage, own) for stage, own in jobs.items()]
+    folded = [(_FOLDED, [_origin_cells(stage, own) for stage, own in jobs.items()])]
+    return PageSection("Provenance", _WHAT, table, folded=folded)
 
 
 def _cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
     gpu_hours = sum(job["gpu_hours"] for job in jobs)
-    versions = [{"python": job["python"], "dynexit": job["dynexit"], **job["packages"]} for job in jobs]
     return {
         "stage": stage,
         "jobs": len(jobs),
         "hours": f"{sum(job['seconds'] for job in jobs) / 3600:.4f}",
         **({"GPU-hours": f"{gpu_hours:.4f}"} if gpu_hours else {}),
         **_speed(jobs),
-        "from": min(job["started"] for job in jobs),
+        "from (UTC)": min(job["started"] for job in jobs)[:16].replace("T", " "),
         "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {_gpu(job)}".strip() for job in jobs),
+    }
+
+
+def _origin_cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
+    versions = [{"python": job["python"], "dynexit": job["dynexit"], **job["packages"]} for job in jobs]
+    return {
+        "stage": stage,
         "commit": _each(job["commit"][:12] + job["commit"][40:] for job in jobs),
         "packages": _each(", ".join(f"{name} {version}" for name, version in of.items()) for of in versions),
         "command": _each(job["command"] for job in jobs),

@@ -11,8 +11,8 @@ import numpy as np
 from dynexit.core.statistics import Interval, mean_interval
 
 SAME_ANSWERS = (
-    " Seeds with the same answers are one run: where data and optimum are the same, as of method probe, a seed changes "
-    "nothing, and there is no spread to show."
+    " Equal seeds gave the same answers and are one run: where data and optimum are the same, as of method probe, a "
+    "seed changes nothing, and there is no spread to show."
 )
 
 
@@ -50,4 +50,4 @@ def num_distinct(seeds: Sequence[SeedAnswers]) -> int:
 
 def count_text(count: int, distinct: int) -> str:
     """The number of seeds in words; those with the same answers are one run."""
-    return str(count) if distinct == count else f"{count}, {'all' if distinct == 1 else 'some'} with the same answers"
+    return str(count) if distinct == count else f"{count}, {'' if distinct == 1 else 'some '}equal"
