@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dynexit.dist import Ranks, own_gpu
+from dynexit.dist import Ranks
 from dynexit.errors import Failure
+from dynexit.gpus import own_gpu
 from dynexit.memory import naming_memory
 
 TENSORS = {

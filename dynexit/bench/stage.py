@@ -10,8 +10,9 @@ from dynexit.bench.measure import measure_times, timing_engine
 from dynexit.bench.shrinking import with_shrinking
 from dynexit.core.latency import LatencyTable, sizes_to_measure
 from dynexit.deploy.assembly import HeadStack
-from dynexit.dist import Ranks, choose_device, find_gpus
+from dynexit.dist import Ranks
 from dynexit.errors import UserError, end_if_stopped
+from dynexit.gpus import choose_device, find_gpus
 from dynexit.jobs.load import load_model
 from dynexit.progress import Progress
 from dynexit.run_dir import LATENCY, RunDir

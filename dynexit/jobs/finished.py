@@ -30,7 +30,7 @@ from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import BENCH
 
 SPLITS = ("validation", "test")
-_REPORT_FORMAT = 3  # of the report's tables; one of another format is made again
+_REPORT_FORMAT = 4  # of the report's tables; one of another format is made again
 _MOST_CHECKED_BYTES = 64 << 20
 _MOST_FULL_CLASSES = 10
 

@@ -220,7 +220,7 @@ def _with_certified(front: Sequence[FrontPoint], rows: Sequence[ReportRow]) -> l
     """The front, and points whose risk is certified, which need not be on it; by rising relative MACs."""
     there = {one.validation.key for one in front}
     tests = {row.key: row for row in rows if row.split == "test"}
-    certified = [row for row in rows if row.split == "validation" and '"risk"' in row.budget and row.key not in there]
+    certified = [row for row in rows if row.split == "validation" and row.certified_risk and row.key not in there]
     more = [FrontPoint(row, tests[row.key], math.nan) for row in certified]
     return sorted([*front, *more], key=lambda one: one.validation.relative_macs)
 

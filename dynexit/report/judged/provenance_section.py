@@ -11,10 +11,10 @@ from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point
 
 _WHAT = (
-    "What did each stage, where and how long; provenance.json in each job's folder has more. Points that one job did "
-    "together share its time. The time is that of the attempt which finished the job. Images/s are of a rank, in the "
-    "median of the jobs; waiting for data and memory (of the GPU where there is one) are the largest of them. Another "
-    "instruction set or package version gives other last bits."
+    "What did each stage, where and how long; provenance.json in each job's folder has more. Points of one job share "
+    "its time, which is that of the attempt that finished it, and of the report until it wrote this page. Images/s are "
+    "of a rank, in the median of the jobs; waiting for data and memory (of the GPU where there is one) are the largest "
+    "of them. Another instruction set or package version gives other last bits."
 )
 
 
@@ -29,10 +29,10 @@ def provenances(points: Sequence[Point]) -> dict[str, list[Provenance]]:
     return {stage: list(jobs.values()) for stage, jobs in found.items()}
 
 
-def provenance_section(points: Sequence[Point]) -> list[PageSection]:
-    """The section, a row per stage; nothing for a study of earlier versions."""
-    table = [_cells(stage, jobs) for stage, jobs in provenances(points).items()]
-    return [PageSection("Provenance", _WHAT, table)] if table else []
+def provenance_section(points: Sequence[Point], report: Provenance) -> PageSection:
+    """The section, a row per stage, that of the page's own job last."""
+    jobs = {**provenances(points), "report": [report]}
+    return PageSection("Provenance", _WHAT, [_cells(stage, own) for stage, own in jobs.items()])
 
 
 def _cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
