@@ -12,11 +12,11 @@ from dynexit.baselines.rows import baselines_of, describe_baseline, judge_baseli
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.jobs.finished import (
-    check_budgets,
     class_names,
     is_recorded,
     missing_reason,
     report_identity,
+    unattained_budgets,
 )
 from dynexit.jobs.reporting.rows import collect_rows, entries_of_search
 from dynexit.jobs.reporting.sections import downloads, sections_of
@@ -45,7 +45,7 @@ def run_report(points: Sequence[Point]) -> Path:
     """Puts all finished `points` side by side: table, figures, page, MLflow; returns the report's folder.
 
     Names the points that are missing.
-    Raises Failure where no point is finished, UserError for a budget that no point attains.
+    Raises Failure where no point is finished.
     """
     ready = [point for point in points if RunDir(point, "search").is_done() and is_recorded(point)]
     failed = [missing_reason(point) for point in points if point not in ready]
@@ -53,7 +53,6 @@ def run_report(points: Sequence[Point]) -> Path:
     failed += [missing_reason(point) for point in static]
     if not ready:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
-    check_budgets(ready)
     directory = points[0].study_dir / "report"
     for name in (DONE, PROVENANCE):
         (directory / name).unlink(missing_ok=True)
@@ -115,7 +114,7 @@ def write_report(
         ],
         describe=describe,
         judged=judged,
-        warnings=list(warnings(points, rows, front, judged)),
+        warnings=[*map("Not attained: {}.".format, unattained_budgets(points)), *warnings(points, rows, front, judged)],
         remarks=[drop_to_test(front, rows)],
         cards=offered,
         missing=failed,

@@ -33,6 +33,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """
     mistakes: list[str] = []
     raw = read_mapping(path, "study", "give the path of a YAML file, as configs/digits.yaml", "train:", mistakes)
+    if not raw and not mistakes and not overrides:
+        raise UserError(f"the study {path} is empty; name at least its data, as `data: {{name: digits}}`")
     sweep = raw.pop("sweep", None)
     sweep = {} if sweep is None else sweep
     if not isinstance(sweep, dict):
