@@ -10,10 +10,10 @@ where ranks may work for hours before they meet. It finds out at once if another
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
-import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dynexit.errors import Failure, UserError, is_transient
+from dynexit.gpus import Gpus, choose_device, find_gpus, local_rank, own_gpu
 
 T = TypeVar("T")
 
@@ -54,22 +55,44 @@ class Ranks:
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by its sum over ranks, in one message per dtype. No rank may leave a tensor out."""
+        self.start_all_reduce(tensors)()
+
+    def start_all_reduce(self, tensors: Iterable[Tensor]) -> Callable[[], None]:
+        """Sends the tensors as `all_reduce` does; the function that it returns replaces them by their sums."""
         if self.world_size == 1:
-            return
+            return lambda: None
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        under_way = []
         for same in by_dtype.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in same])
-            torch.distributed.all_reduce(flat)
-            for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            under_way.append((same, flat, torch.distributed.all_reduce(flat, async_op=True)))
+
+        def receive() -> None:
+            for same, flat, work in under_way:
+                work.wait()
+                for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+        return receive
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """The tensor on this rank's device. Copies to a GPU go through pinned memory, so the host does not wait."""
         if self.device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+    def images_to_device(self, images: Tensor) -> Tensor:
+        """As `to_device`, for what is large: a GPU copies it while it computes what it was given before."""
+        if self.device.type != "cuda":
+            return self.to_device(images)
+        computing, copying = torch.cuda.current_stream(), _copying_stream(self.device)
+        with torch.cuda.stream(copying):
+            copied = self.to_device(images)
+        computing.wait_stream(copying)
+        copied.record_stream(computing)  # which reads it: its memory is not given away before
+        return copied
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Whether each of `flags` holds on any rank, in one message; the same answers everywhere."""
@@ -163,58 +186,10 @@ class Ranks:
             torch.distributed.barrier(group=self.side_group)
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpus:
-    """What torch and this machine have of GPUs."""
-
-    usable: bool  # by torch
-    file: str  # the device file of one that this process may open, or ''
-    driver: str  # the version of the loaded driver, or ''
-    uuids: tuple[str, ...] = ()  # of the GPUs that this process sees; empty if they were not asked for
-
-
-def find_gpus(root: Path = Path("/"), visible: str | None = None) -> Gpus:
-    """Returns what there is of GPUs; `root` has the folders dev and proc, `visible` is CUDA_VISIBLE_DEVICES.
-
-    A GPU that `visible` hides, or that a cluster's control group does not let this process open, does not count.
-    """
-    hidden = visible is not None and visible.strip() in ("", "-1", "NoDevFiles")
-    files = [] if hidden else sorted((root / "dev").glob("nvidia[0-9]*"))
-    driver = ""
-    with contextlib.suppress(OSError):
-        text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-        driver = (re.findall(r"\s(\d+\.\d[\d.]*)\s", text) or [""])[0]
-    return Gpus(torch.cuda.is_available(), next((str(path) for path in files if _opens(path)), ""), driver)
-
-
-def _opens(path: Path) -> bool:
-    try:
-        os.close(os.open(path, os.O_RDWR))
-    except OSError:
-        return False
-    return True
-
-
-def choose_device(device: str, gpus: Gpus) -> str:
-    """Returns cpu or cuda for a `dist.device` of auto, cpu or cuda.
-
-    Raises UserError where cuda is asked for and torch can use no GPU, and where there is a GPU that torch cannot use:
-    training on the CPU instead would take days, and nothing would say why.
-    """
-    if device == "cpu" or (device == "auto" and not gpus.usable and not gpus.file):
-        return "cpu"
-    if gpus.usable:
-        return "cuda"
-    what = f"torch cannot use the GPU {gpus.file}" if gpus.file else "torch finds no GPU"
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        what += f" (CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r})"
-    driver = f"the NVIDIA driver is {gpus.driver}" if gpus.driver else "no NVIDIA driver is loaded"
-    wheel = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    raise UserError(
-        f"dist.device = {device!r}: {what}; {driver}, torch {torch.__version__} is {wheel}; install a driver and a "
-        "wheel of torch that fit each other (a container needs the driver's libraries: --nv, --gpus), or set "
-        "dist.device=cpu"
-    )
+@functools.cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU's copies from the host."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def start_ranks(
@@ -254,7 +229,7 @@ def _join(device: str, gpus: Gpus, timeout: datetime.timedelta) -> str:
     try:
         chosen = choose_device(device, gpus)
         uuids = gpus.uuids or (_uuids() if chosen == "cuda" else ())
-        own = uuids[_local_rank() % len(uuids)] if uuids else ""
+        own = uuids[local_rank() % len(uuids)] if uuids else ""
     except UserError as error:
         problem = str(error)
     store.set(
@@ -297,15 +272,6 @@ def record_flights(dump_prefix: Path | None = None) -> None:
     for names, value in values.items():
         if not any(name in os.environ for name in names):
             os.environ[names[0]] = value
-
-
-def own_gpu() -> torch.device:
-    """This rank's GPU among those that it sees: of one, as SLURM may bind them, the first whatever the rank."""
-    return torch.device("cuda", _local_rank() % torch.cuda.device_count())
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _uuids() -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from dynexit.dist import Gpus, start_ranks, stop_ranks
+from dynexit.dist import start_ranks, stop_ranks
 from dynexit.errors import Failure, UserError
+from dynexit.gpus import Gpus
 
 TIMEOUT_SECONDS = 8.0
 

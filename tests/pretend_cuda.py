@@ -3,7 +3,8 @@
 FakeTensorMode cannot run a backward pass of fake CUDA tensors on a wheel without a GPU, and stops at every item().
 Here a tensor is an ordinary CPU tensor. A TorchFunctionMode answers .device and .is_cuda and does the moves (to, cpu,
 device=); a TorchDispatchMode sees every aten operation, also those of the backward pass. It raises where CUDA would
-(two devices, .numpy() of a device tensor), and counts kernels, bytes, and the places where the host would wait.
+(two devices, .numpy() of a device tensor) and where a tensor is read that another stream may not have copied yet, and
+counts kernels, bytes, and the places where the host would wait.
 """
 
 import collections
@@ -38,12 +39,19 @@ class MixedDevicesError(RuntimeError):
     """An operation on tensors of two devices."""
 
 
+class RaceError(RuntimeError):
+    """An operation on a tensor that another stream copies: not waited for, or its memory not kept for this one."""
+
+
 class World:
     """What lies on the pretend device, and what was counted since `reset`."""
 
     def __init__(self) -> None:
         self._tagged: dict[int, StorageWeakRef] = {}
         self._pinned: dict[int, StorageWeakRef] = {}
+        self._under_way: dict[int, StorageWeakRef] = {}
+        self._not_kept: dict[int, StorageWeakRef] = {}
+        self.stream: object = None  # the one that is chosen by torch.cuda.stream
         self.inside = False  # a call on device tensors: what C++ creates lies there too
         self.reset()
 
@@ -71,6 +79,27 @@ class World:
     def has_pinned(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in pinned memory."""
         return self._is_in(self._pinned, tensor)
+
+    def copies(self, tensor: Tensor) -> None:
+        """Notes that the chosen stream copies the tensor."""
+        if self.stream is not None:
+            storage = tensor.untyped_storage()
+            for known in (self._under_way, self._not_kept):
+                known[storage._cdata] = StorageWeakRef(storage)
+
+    def wait(self) -> None:
+        """The computing stream waits for the copies."""
+        self._under_way.clear()
+
+    def keep(self, tensor: Tensor) -> None:
+        """The memory is kept until the computing stream has read it."""
+        self._not_kept.pop(tensor.untyped_storage()._cdata, None)
+
+    def check_races(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Raises RaceError if another stream's copy is not waited for, or not kept."""
+        for tensor in tensors:
+            if self._is_in(self._under_way, tensor) or self._is_in(self._not_kept, tensor):
+                raise RaceError(f"{name} reads what another stream copies; call wait_stream and record_stream")
 
     @staticmethod
     def _is_in(known: dict[int, StorageWeakRef], tensor: Tensor) -> bool:
@@ -182,6 +211,7 @@ class _Functions(TorchFunctionMode):
         if onto:
             if not (non_blocking and world.has_pinned(tensor)):
                 world.note_wait("copy to the device from " + ("pinned" if world.has_pinned(tensor) else "pageable"))
+            world.copies(out)
             return world.put(out)  # type: ignore[no-any-return]
         world.note_wait("copy to the host")
         return out
@@ -211,6 +241,7 @@ class _Operations(TorchDispatchMode):
                 return self._copy(func, args, kwargs)
             self._check_devices(name, args, [tensor for tensor in given if not world.has(tensor)])
         if on:
+            world.check_races(name, on)
             self._note_waits(name, args)
         out = func(*args, **kwargs)
         if on or (not given and world.inside):
@@ -260,8 +291,16 @@ class _Event:
 
 
 class _Stream:
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world
+
     def record_event(self) -> _Event:
         return _Event()
+
+    def wait_stream(self, other: "_Stream") -> None:
+        """Has the computing stream wait for `other`."""
+        assert self.world is not None
+        self.world.wait()
 
 
 class _AnyGenerator(type):
@@ -283,9 +322,19 @@ _real_generator = torch.Generator
 def pretend_cuda() -> Iterator[World]:
     """Within, cuda:0 can be used; yields what is counted."""
     world = World()
+
+    @contextlib.contextmanager
+    def choose(stream: object) -> Iterator[None]:
+        world.stream = stream
+        yield
+        world.stream = None
+
     with (
         mock.patch.object(torch, "Generator", _Generator),
-        mock.patch.object(torch.cuda, "current_stream", return_value=_Stream()),
+        mock.patch.object(torch.cuda, "Stream", return_value=_Stream()),
+        mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: world.keep(tensor)),
+        mock.patch.object(torch.cuda, "stream", choose),
+        mock.patch.object(torch.cuda, "current_stream", return_value=_Stream(world)),
         mock.patch.object(torch.cuda, "synchronize", side_effect=lambda *_: world.note_wait("torch.cuda.synchronize")),
         _Functions(world),
         _Operations(world),

@@ -1,16 +1,23 @@
 """Two ranks over gloo, forked: what they send each other, and what they say when they differ."""
 
+import dataclasses
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dynexit.dist import Ranks, own_gpu
+from dynexit.dist import Ranks
 from dynexit.errors import Failure
+from dynexit.gpus import own_gpu
 from dynexit.memory import naming_memory
+from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.schema import TrainSettings
+from dynexit.train.jei_dnn import JeiDnnTask
+from dynexit.train.optimizers import clone
+from tests.train.tiny import tiny_pack, tiny_split, tradeoff_members
 
 TENSORS = {
     "weight": torch.randn(3, 5).T,
@@ -72,6 +79,31 @@ def test_ranks_with_other_weights_fail_together(tmp_path: Path) -> None:
     assert text.startswith("weights at the start of rank 1 (")
     assert "differ from those of rank 0 (" in text
     assert text.endswith("compare the shared folder and the versions of Python's packages on them")
+
+
+def test_updates_taken_late_have_the_same_bits(tmp_path: Path) -> None:
+    def step(ranks: Ranks) -> tuple[bool, bool, bool]:
+        found = []
+        for late in (False, True):
+            pack = tiny_pack(tradeoff_members([(0, 0.05), (1, 0.3)]), TrainSettings(global_batch_size=12))
+            task = JeiDnnTask(dataclasses.replace(pack, ranks=ranks), JeiDnnSettings(max_warm_up_epochs=0))
+            before = clone(task.optimizers["gates"].stack)
+            for start in range(0, 48, 12):
+                rows = ranks.share(range(start, start + 12))
+                task.train_step(tiny_split().__getitems__(rows), len(rows) / 12)
+                if not late:
+                    task.settle()
+                elif not start:
+                    is_under_way = same(before, task.optimizers["gates"].stack)
+            found.append(task.state()[0])
+        moved = not same(before, task.optimizers["gates"].stack)
+        return same(*found), is_under_way, moved
+
+    assert on_two_ranks(tmp_path, step) == [(True, True, True)] * 2
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_flags_are_sent_now_and_read_later(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynexit.dist import Gpus, _sharing, choose_device, find_gpus, record_flights
+from dynexit.dist import _sharing, record_flights
 from dynexit.errors import UserError
+from dynexit.gpus import Gpus, choose_device, find_gpus
 from tests.train.ranks import run_ranks
 
 NONE = Gpus(False, "", "")

@@ -43,7 +43,7 @@ from dynexit.train.transfer import TransferTask
 from dynexit.train.weighted import WeightedTask
 from tests.features.test_kept import point_at, tiny_data
 from tests.models.tiny import build_tiny
-from tests.pretend_cuda import CUDA, MixedDevicesError, World, pretend_cuda
+from tests.pretend_cuda import CUDA, MixedDevicesError, RaceError, World, pretend_cuda
 from tests.reference.fake_outputs import outputs, plan
 from tests.train.tiny import largest_difference, seed_members, tiny_model, tiny_split, tradeoff_members
 
@@ -153,6 +153,25 @@ def test_counts_no_waits_where_there_are_none(world: World) -> None:
     torch.ones(3).pin_memory().to("cuda", non_blocking=True)
     torch.where(x > 0, x, 0.0) + x[x.argmax()[None]] * 2
     Ranks(0, 1, CUDA).to_device(torch.ones(3)) + torch.full((3,), 2.0, device="cuda")
+    assert world.waits == {}
+
+
+def test_raises_on_what_another_stream_still_copies(world: World) -> None:
+    def copied() -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream(CUDA)):
+            return ALONE.to_device(torch.ones(3))
+
+    x, y = copied(), copied()
+    with pytest.raises(RaceError, match=r"aten\.add reads what another stream copies"):
+        x + 1
+    torch.cuda.current_stream().wait_stream(torch.cuda.Stream(CUDA))
+    with pytest.raises(RaceError):  # its memory may be given away before it is read
+        x + 1
+    x.record_stream(torch.cuda.current_stream())
+    assert (x + 1).is_cuda
+    with pytest.raises(RaceError):
+        y + 1
+    assert (ALONE.images_to_device(torch.ones(3)) + 1).is_cuda
     assert world.waits == {}
 
 

@@ -126,7 +126,7 @@ def fill(folder: FeatureFolder, split: Split, view: int, rows_of: RowsOf, ranks:
         written = ranks.broadcast(written)
         missing = ranks.share([shard for shard in folder.shards if shard_name(shard) not in written])
         with ranks.failing_together():
-            mine = _write_shards(folder, missing, split, view, rows_of, progress, ranks.device)
+            mine = _write_shards(folder, missing, split, view, rows_of, progress, ranks)
         of_ranks = ranks.gather(mine)
         with ranks.failing_together():
             if ranks.is_main:
@@ -191,7 +191,7 @@ def _write_shards(
     view: int,
     rows_of: RowsOf,
     progress: Progress,
-    device: torch.device,
+    ranks: Ranks,
 ) -> dict[str, dict[str, Any]]:
     """Computes and writes these shards; returns their entries for DONE."""
     batches = [shard[i : i + _BATCH_SIZE] for shard in shards for i in range(0, len(shard), _BATCH_SIZE)]
@@ -204,7 +204,7 @@ def _write_shards(
         for start in range(0, len(shard), _BATCH_SIZE):
             part = slice(start, start + _BATCH_SIZE)
             index[part], images, labels[part] = next(loaded)
-            rows[part] = rows_of(images.to(device, non_blocking=True)).cpu()
+            rows[part] = rows_of(ranks.images_to_device(images)).cpu()
             progress.advance(len(images), {})
             end_if_stopped()
         path = folder.path / shard_name(shard)

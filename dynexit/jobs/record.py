@@ -16,6 +16,7 @@ from dynexit.jobs.load import begin, load_heads, ranks_of
 from dynexit.memory import naming_memory
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.passes import quicken
 from dynexit.progress import Progress
 from dynexit.record.manifest import Layout, Shard
 from dynexit.record.plan import Plan, finish, make_plan
@@ -35,6 +36,7 @@ def run_record(points: Sequence[Point]) -> None:
         return
     ranks, data, model, costs = begin(points[0])
     with ranks.failing_together():
+        quicken(model, points[0].config.backbone, ranks.device, points[0].config.record.batch_size)
         # a stack of its own for every point: the bits of a record do not depend on who else is recorded
         members = [load_heads([point], model) for point in points]
         plans = _plans(points, ranks, data, costs) if ranks.is_main else {}
@@ -103,7 +105,7 @@ def _record(
         progress.start(len(missing))
         for batch, loaded in zip(missing, progress.awaited(load_batches(samples, ranges)), strict=True):
             index_B, images, labels_B = loaded
-            features, final_BK = model.features(ranks.to_device(images))
+            features, final_BK = model.features(ranks.images_to_device(images))
             outputs = [_outputs(heads, gates, features) for heads, gates in members]
             logits_MPBK = torch.cat([logits for logits, _ in outputs])
             gates_MGB = [gate for _, gate in outputs if gate is not None]

@@ -164,6 +164,11 @@ class _Target:
         if batch not in sizes:
             raise UserError(f"--batch-size {batch}: times were measured for {', '.join(map(str, sizes))}")
         timed = _early_front(rows, batch)
+        if not timed:
+            raise UserError(
+                f"--latency-ms {limit:g}: at batch size {batch} the backbone alone is faster than all exits; give "
+                "another --batch-size, or choose by --relative-macs"
+            )
         milliseconds = [one.validation.time(batch).latency_ms for one in timed]
         within = [one for one, time in zip(timed, milliseconds, strict=True) if time <= limit]
         if not within:

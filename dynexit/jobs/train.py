@@ -11,6 +11,7 @@ from dynexit.errors import Failure, UserError
 from dynexit.features import keep_features_of
 from dynexit.jobs.finished import set_aside_stale
 from dynexit.jobs.load import begin, ranks_of
+from dynexit.models.passes import quicken
 from dynexit.progress import Progress
 from dynexit.run_dir import BEGUN, CONFIG, COSTS, FAILED, HEADS, MEMBERS, METRICS, RunDir
 from dynexit.study.grid import Point, digest
@@ -35,6 +36,8 @@ def run_train(points: Sequence[Point]) -> None:
     with ranks.failing_together():
         for mistake in too_many_ranks(config, ranks.world_size):
             raise UserError(mistake)
+        at_once = config.train.micro_batch_size or -(-config.train.global_batch_size // ranks.world_size)
+        quicken(model, config.backbone, ranks.device, at_once)
     if config.train.features == "kept":
         data, model = keep_features_of(points[0], ranks, data, model)
     members = [Member(p.config.seed, p.label, method_settings(p.config)) for p in points]

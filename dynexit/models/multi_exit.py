@@ -82,6 +82,8 @@ class MultiExit(nn.Module):
         self.reads = tuple(own_reads) if self.reading.reader is None else (self.reading.reader,)
         """Names of what is read at an exit, for identities."""
         self.reads_two = self.reading.reader is None and len(self._readers) == 2
+        self.memory_format = torch.contiguous_format  # of images; see passes.py
+        self._run_compiled: Callable[[Tensor], tuple[list[Tensor], Tensor]] | None = None
 
     def train(self, mode: bool = True) -> "MultiExit":
         """Nothing but the flag: the backbone stays in eval mode."""
@@ -95,16 +97,27 @@ class MultiExit(nn.Module):
 
         For no images nothing runs: a rank may have none of a batch, and attention kernels refuse that.
         """
-        features: list[Tensor] = []
         if not len(x):
             shapes = [(0, 2, width) if self.reads_two else (0, width) for width in self.feature_dims]
             return [x.new_empty(shape) for shape in shapes], x.new_empty(0, self.backbone.num_classes)
+        x = x.contiguous(memory_format=self.memory_format)
         with products_of(self.backbone.precision) if x.is_cuda else contextlib.nullcontext():
-            h = self.start(x)
-            for p in range(len(self.positions)):
-                h = self.advance(h, p - 1, p)
-                features.append(self.feature(p, h, features[-1] if p else None))
-            return features, self.tail(h, len(self.positions) - 1)
+            if self._run_compiled is None:
+                return self._run_all(x)
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            return self._run_compiled(x)
+
+    def _run_all(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        features: list[Tensor] = []
+        h = self.start(x)
+        for p in range(len(self.positions)):
+            h = self.advance(h, p - 1, p)
+            features.append(self.feature(p, h, features[-1] if p else None))
+        return features, self.tail(h, len(self.positions) - 1)
+
+    def compile_features(self) -> None:
+        """Has `features` run by torch.compile from now on, compiled once for nearly all batch sizes."""
+        self._run_compiled = torch.compile(self._run_all)
 
     @torch.no_grad()
     def start(self, x: Tensor) -> State:

@@ -65,6 +65,18 @@ class BackboneSettings(Section):
         "arithmetic of the frozen backbone (exits and losses are float32): bf16 is fastest on a GPU, tf32 needs one",
         omit_default=True,
     )
+    channels_last: Literal["auto"] | bool = key(
+        "auto",
+        "whether the frozen backbone's maps lie channels last in memory, which changes its rounding; auto: on a GPU "
+        "in bf16 or tf32",
+        changes_results=False,
+    )
+    compile: bool = key(
+        False,
+        "whether torch.compile makes the frozen backbone's passes faster in training and recording, which changes its "
+        "rounding; takes up to minutes at the start of a job, and a C++ compiler on a CPU",
+        changes_results=False,
+    )
 
 
 class PrepareSettings(Section):

@@ -55,6 +55,7 @@ class DyceTask(IndependentTask):
         mixed, target_BK = self._mix(images, labels_B)
         loss_M = self._head_step(*self._features(mixed), target_BK.to(self.dtype), share)
         if self.average is not None:
+            self.settle()
             self.average.update(self.heads, step=self.step_number)
         self.step_number += 1
         return {self.terms[0]: loss_M}

@@ -117,7 +117,7 @@ def _sums_over(
     order = list(range(len(split)))
     batches = [order[i : i + _BATCH_SIZE] for i in range(0, len(order), _BATCH_SIZE)]
     for _, images, labels_B in load_batches(split, ranks.share(batches)):
-        for name, value in sums_of(ranks.to_device(images), ranks.to_device(labels_B)).items():
+        for name, value in sums_of(ranks.images_to_device(images), ranks.to_device(labels_B)).items():
             total[name] += value
     ranks.all_reduce(total.values())
     return total

@@ -55,6 +55,7 @@ class IndependentTask(PackTask):
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluates on validation and keeps the best: the lowest mean cross-entropy over the heads."""
+        self.settle()
         accuracy_ML, cross_entropy_ML = evaluate_exits(self, self.validation)
         objective_M = cross_entropy_ML[:, :-1].mean(-1)
         self._keep_better(objective_M, self.alive_M)

@@ -214,6 +214,7 @@ class JeiDnnTask(PackTask):
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluates on validation; ends warm-ups, sets the positive weights, keeps the best."""
+        self.settle()
         evaluation, losses = self.evaluate(), self.losses.take()
         for group in self.groups:
             was = group.stage

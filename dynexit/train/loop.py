@@ -184,7 +184,7 @@ def session_of(task: Task, ranks: Ranks, checkpoints: Checkpoints, progress: Pro
 
 def _to_device(batch: Batch, ranks: Ranks) -> Batch:
     index, images, labels = batch
-    return index, ranks.to_device(images), ranks.to_device(labels)
+    return index, ranks.images_to_device(images), ranks.to_device(labels)
 
 
 @contextlib.contextmanager

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynexit.core.cost import ExitCosts, place_name
+from dynexit.core.cost import ExitCosts
 from dynexit.core.losses import divergences
-from dynexit.core.standardisation import Moments, Standardisation
+from dynexit.core.standardisation import Standardisation
 from dynexit.data import Batch, Split, load_batches
 from dynexit.dist import Ranks
-from dynexit.errors import Failure
 from dynexit.models.heads import Stacked, StackedHeads
 from dynexit.models.multi_exit import MultiExit, features_in_parts
+from dynexit.models.standardised import empty_moments, standardisation_by
 from dynexit.progress import Progress
 from dynexit.study.schema import ExitsSettings, TrainSettings
 from dynexit.train.checkpoint import Checkpoints
@@ -113,6 +113,7 @@ class PackTask:
         self.standardisations: list[Standardisation] | None = None
         """By position; heads are trained on what they make of features, and folded into the heads that are kept."""
         self.say: Callable[[str], None] = lambda text: None
+        self._finish_update: Callable[[], None] | None = None
 
     def _add(self, part: str, module: Stacked, make_optimizer: MakeOptimizer | None = None) -> None:
         """Makes `module` a part that is trained (by SGD if nothing else is given), kept and restored."""
@@ -145,9 +146,9 @@ class PackTask:
 
     def plain_features(self, split: Split) -> Iterator[tuple[Tensor, list[Tensor], Tensor, Tensor]]:
         """Yields (index (B,), what the exits read, backbone's logits (B, K), labels (B,)) of this rank's batches."""
-        batches = self.plain_batches(split)
-        for index_B, images, labels_B in load_batches(split, self.ranks.share(batches)):
-            features, final_BK = features_in_parts(self.model, self.ranks.to_device(images), self._at_once)
+        for index_B, images, labels_B in load_batches(split, self.ranks.share(self.plain_batches(split))):
+            there = self.ranks.images_to_device(images)
+            features, final_BK = features_in_parts(self.model, there, self._at_once)
             yield index_B, features, final_BK, self.ranks.to_device(labels_B)
 
     def plain_batches(self, split: Split) -> list[range]:
@@ -156,32 +157,12 @@ class PackTask:
 
     def _standardise(self) -> None:
         assert self.plain_train is not None
-        moments_P = [self.moments(p) for p in range(len(self.model.positions))]
+        model, ranks = self.model, self.ranks
+        moments_P = [empty_moments(model, p, ranks, whiten=self.exits.whiten) for p in range(len(model.positions))]
         for _, features, _, _ in self.plain_features(self.plain_train):
             for moments, feature in zip(moments_P, features, strict=True):
                 moments.add(feature)
-        self.standardisations = [self.standardisation(p, moments) for p, moments in enumerate(moments_P)]
-
-    def moments(self, p: int) -> Moments:
-        """Empty sums for what the exit at position number p reads."""
-        return Moments(self.model.feature_dims[p], self.ranks.device, whiten=self.exits.whiten)
-
-    def standardisation(self, p: int, moments: Moments) -> Standardisation:
-        """The standardisation by the sums of all ranks. Raises Failure for features that are not finite."""
-        self.ranks.all_reduce(moments.sums)
-        where, num_own = place_name(self.model.positions[p]), self.model.own_dims[p]
-        if bad := moments.num_not_finite():
-            raise Failure(
-                f"exit after {where}: {bad} of {self.model.feature_dims[p]} features are not finite on the training "
-                "split; look at the backbone's weights and at the images"
-            )
-        standardisation = moments.standardisation()
-        if constant := int(standardisation.is_constant_D[-num_own:].sum()):
-            self.say(
-                f"exit after {where}: {constant} of {num_own} features are constant on the training split and are "
-                "ignored"
-            )
-        return standardisation
+        self.standardisations = [standardisation_by(m, model, p, ranks, self.say) for p, m in enumerate(moments_P)]
 
     # ---- one batch
 
@@ -191,6 +172,7 @@ class PackTask:
 
     def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         features, final_BK = features_in_parts(self.model, images, self._at_once)
+        self.settle()  # the sums over ranks of the step before travelled while the backbone ran
         features = [feature.to(self.dtype) for feature in features]
         if self.standardisations is not None:
             features = [own(feature) for own, feature in zip(self.standardisations, features, strict=True)]
@@ -222,8 +204,10 @@ class PackTask:
     ) -> None:
         """Steps the chosen members of `part`; who has a loss or gradient that is not finite stops where it is.
 
-        Of a block only rows move whose entry of `moving` (R, m) is true, if it is given.
+        Of a block only rows move whose entry of `moving` (R, m) is true, if it is given. Of several ranks the step is
+        taken by `settle`.
         """
+        self.settle()
         if share:
             slopes = torch.autograd.grad(loss_m, list(parameters.values()), self._slope(share).expand_as(loss_m))
         else:  # this rank has none of the samples, and the mean of nothing is not a number
@@ -231,17 +215,32 @@ class PackTask:
         gradients = dict(zip(parameters, slopes, strict=True))
         loss_m = loss_m.detach() if share == 1 else loss_m.detach() * share
         ranks_mW = self._not_finite_on(loss_m, gradients)
-        self.ranks.all_reduce([loss_m, ranks_mW, *gradients.values()])
-        alive_m = self.alive_M if members is None else self.alive_M[members]
-        finite_m = finite_members(loss_m, gradients)
-        self._note_stopped(alive_m > finite_m, members, term, ranks_mW)
-        alive_m = alive_m & finite_m
-        if members is None:
-            self.alive_M = alive_m
-        else:
-            self.alive_M[members] = alive_m
-        self.losses.add(loss_m, alive_m, members, term)
-        self.optimizers[part].step(gradients, members, self._learning_rate(part, members), alive_m, moving)
+        receive = self.ranks.start_all_reduce([loss_m, ranks_mW, *gradients.values()])
+        now_m3 = self.ranks.to_device(torch.tensor([[self.step_number, term, 0]]))
+        rate_m = self._learning_rate(part, members)
+
+        def finish() -> None:
+            receive()
+            alive_m = self.alive_M if members is None else self.alive_M[members]
+            finite_m = finite_members(loss_m, gradients)
+            self._note_stopped(alive_m > finite_m, members, now_m3, ranks_mW)
+            alive_m = alive_m & finite_m
+            if members is None:
+                self.alive_M = alive_m
+            else:
+                self.alive_M[members] = alive_m
+            self.losses.add(loss_m, alive_m, members, term)
+            self.optimizers[part].step(gradients, members, rate_m, alive_m, moving)
+
+        self._finish_update = finish
+        if self.ranks.world_size == 1:
+            self.settle()
+
+    def settle(self) -> None:
+        """Takes the step whose sums over ranks are under way, if any; called before its weights are read."""
+        if self._finish_update is not None:
+            finish, self._finish_update = self._finish_update, None
+            finish()
 
     def _slope(self, share: float) -> Tensor:
         """`share` as a tensor (1,) on the device, kept from step to step."""
@@ -260,8 +259,7 @@ class PackTask:
             ranks_mW[:, self.ranks.global_rank] = ~finite_members(loss_m, gradients)
         return ranks_mW
 
-    def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, term: int, ranks_mW: Tensor) -> None:
-        now_m3 = self.ranks.to_device(torch.tensor([[self.step_number, term, 0]]))
+    def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, now_m3: Tensor, ranks_mW: Tensor) -> None:
         if self.ranks.world_size > 1:
             rank_m = ranks_mW.argmax(1)
             now_m3 = torch.stack((*now_m3[0, :2, None].expand(2, len(rank_m)), rank_m), 1)
@@ -316,6 +314,7 @@ class PackTask:
         return state
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.settle()
         tensors = {name: getattr(self, name) for name in self._plain_tensors} | {"loss_sums_2MT": self.losses.sums_2MT}
         tensors |= {f"{kind}.{name}": value for kind, stack in self._stacks().items() for name, value in stack.items()}
         facts = {

@@ -6,7 +6,6 @@ one safetensors file, written whole, that holds the weights as the plain run nam
 """
 
 import argparse
-import contextlib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dynexit.dist import Ranks
-from dynexit.errors import Failure, UserError
+from dynexit.errors import UserError
+from dynexit.models.passes import compiling
 from dynexit.study.schema import PrepareSettings
 from dynexit.train.optimizers import Groups, make_optimizer, set_rate
 
@@ -51,21 +51,6 @@ class Updates(Protocol):
         """Puts back what `weights` and `state` gave."""
 
 
-@contextlib.contextmanager
-def _compiling() -> Iterator[None]:
-    """What torch.compile cannot do, as one sentence instead of its own hundred lines."""
-    try:
-        yield
-    except RuntimeError as error:  # looked at by name: importing the class takes seconds
-        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
-            raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise Failure(
-            f"prepare.compile = true: torch.compile failed ({reason}); fix its compiler, empty its cache "
-            "(TORCHINDUCTOR_CACHE_DIR), or set prepare.compile=false"
-        ) from error
-
-
 class WholeModel:
     """Every rank holds the model; gradients, and what batch norms have seen, are summed over ranks."""
 
@@ -86,7 +71,7 @@ class WholeModel:
         if self.settings.channels_last:
             images = images.to(memory_format=torch.channels_last)
         dtype = _AUTOCAST.get(self.settings.precision)
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None), _compiling():
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None), compiling("prepare.compile"):
             logits: Tensor = self._run(images)
         return logits.float()
 
@@ -95,7 +80,7 @@ class WholeModel:
         return logits
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        with _compiling():  # of the backward pass, which may be left until here
+        with compiling("prepare.compile"):  # of the backward pass, which may be left until here
             torch.autograd.backward(self.scaler.scale(loss))
 
     def step(self, share: float, rate: float) -> None:

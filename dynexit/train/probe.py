@@ -20,6 +20,7 @@ from dynexit.core.losses import cross_entropies
 from dynexit.core.regression import Regression, fit_regression
 from dynexit.core.standardisation import Standardisation
 from dynexit.data import Split, epoch_batches
+from dynexit.models.standardised import empty_moments, standardisation_by
 from dynexit.progress import Progress
 from dynexit.study.methods import ProbeSettings
 from dynexit.train.checkpoint import Checkpoints
@@ -122,10 +123,11 @@ class Prober:
         return found
 
     def _standardisation(self, p: int) -> Standardisation:
-        moments = self.task.moments(p)
+        task = self.task
+        moments = empty_moments(task.model, p, self.ranks, whiten=task.exits.whiten)
         for rows in self._chunks(self.train):
             moments.add(self._read(self.train, p, rows).to(self.ranks.device))
-        return self.task.standardisation(p, moments)
+        return standardisation_by(moments, task.model, p, self.ranks, task.say)
 
     def _read(self, kept: KeptFeatures, p: int, rows: slice) -> Tensor:
         concatenate = self.task.model.reading.concatenate

@@ -201,7 +201,7 @@ class TransferTask:
                 if self.updates.lockstep:
                     self.updates.evaluate(images.new_zeros(1, *self.backbone.input_size).to(self.ranks.device))
                 continue
-            predictions = self.updates.evaluate(self.ranks.to_device(images)).argmax(1)
+            predictions = self.updates.evaluate(self.ranks.images_to_device(images)).argmax(1)
             correct_count[0] += (predictions == self.ranks.to_device(labels)).sum()
             correct_count[1] += len(labels)
         self.ranks.all_reduce([correct_count])

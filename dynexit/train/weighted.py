@@ -49,7 +49,9 @@ class WeightedTask(IndependentTask):
             half = len(labels_B) // 2
             halves = [_part(features, final_BK, labels_B, part) for part in (slice(half), slice(half, None))]
             for mine, other in (halves, halves[::-1]):
+                self.settle()
                 figures[self.terms[1]] = self._meta_step(mine, other, share)
+                self.settle()
                 loss_M = self._head_step(*mine, share)
         else:
             loss_M = self._head_step(features, final_BK, labels_B, share)

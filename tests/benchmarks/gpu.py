@@ -40,7 +40,7 @@ def environment(device: str, tiny: bool) -> dict[str, Any]:
         raise SystemExit(f"missing wheels: {', '.join(missing)}; run: pip install {' '.join(missing)}")
     import torch
 
-    from dynexit.dist import choose_device, find_gpus
+    from dynexit.gpus import choose_device, find_gpus
 
     choose_device(device, find_gpus())
     found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -169,9 +169,10 @@ def _pack_row(device: str, tiny: bool, name: str, num_classes: int, precision: s
     from dynexit.models.backbones import build_backbone
     from dynexit.models.macs import exit_costs
     from dynexit.models.multi_exit import MultiExit
+    from dynexit.models.passes import quicken
     from dynexit.models.precision import set_precision
     from dynexit.study.methods import JeiDnnSettings
-    from dynexit.study.schema import TrainSettings
+    from dynexit.study.schema import BackboneSettings, TrainSettings
     from dynexit.train.jei_dnn import JeiDnnTask
     from dynexit.train.pack import Member, Pack
 
@@ -181,6 +182,7 @@ def _pack_row(device: str, tiny: bool, name: str, num_classes: int, precision: s
     costs = exit_costs(backbone, range(backbone.num_blocks - 1), ["linear"])
     model = MultiExit(backbone, costs.positions).to(where)
     set_precision(backbone, precision)
+    quicken(model, BackboneSettings(), where, batch)
     images = torch.randn(batch, 3, size, size)
     split = Split(images, torch.arange(batch) % num_classes, torch.arange(batch))
     loaded = split.labels, images.to(where), split.labels.to(where)

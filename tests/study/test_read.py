@@ -180,7 +180,7 @@ def test_files_that_are_no_study(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no study .*missing\.yaml; give the path of a YAML file"):
         load_study(tmp_path / "missing.yaml")
     assert mistakes(tmp_path, "train: [")[0].startswith(f"the study {tmp_path / 'small.yaml'} cannot be read as YAML: ")
-    assert mistakes(tmp_path, "- a")[0].endswith("should hold sections, as `train:`, not list")
+    assert mistakes(tmp_path, "- a")[0].endswith("should hold keys, as `train:`, not list")
     assert mistakes(tmp_path, "seed: 1\nseed: 2")[0].endswith("as YAML: duplicate key 'seed' (line 2, column 1)")
 
 
