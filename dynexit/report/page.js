@@ -57,8 +57,9 @@ function fillCard(card, title, point, commands = {}) {
     make(bar, "rect", { x: start, width: 100 * share, height: 4, ...look });
     start += 100 * share;
   });
-  make(card, "p", {}, `Share leaving: ${point.shares.map((share) => (100 * share).toFixed(0)).join(" / ")} %, the last at the backbone’s classifier.`);
-  const line = make(card, "p", {}, `${series.kind} of ${origin(point)} `);
+  const last = ["static", "cascade"].includes(series.kind) ? "a network each" : "the last at the backbone’s classifier";
+  make(card, "p", {}, `Share leaving: ${point.shares.map((share) => (100 * share).toFixed(0)).join(" / ")} %, ${last}.`);
+  const line = make(card, "p", {}, `${series.kind.replace("_", " ")} of ${origin(point)} `);
   make(line, "span", { class: "id" }, [point.id && `point ${point.id}`, point.search && `search ${point.search}`].filter(Boolean).join(", "));
   for (const [what, command] of Object.entries(commands)) {
     make(card, "div", { class: "what" }, what);
