@@ -31,7 +31,7 @@ _WAITING = {"aten.nonzero", "aten.masked_select", "aten.equal", "aten._unique2"}
 _INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 _NO_KERNEL = {
     *("aten._unsafe_view", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.empty", "aten.empty_like"),
-    *("aten.new_empty", "aten.empty_strided", "aten.set_", "aten._local_scalar_dense"),
+    *("aten.new_empty", "aten.new_empty_strided", "aten.empty_strided", "aten.set_", "aten._local_scalar_dense"),
 }
 
 

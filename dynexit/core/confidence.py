@@ -9,7 +9,7 @@ torch is imported only when it computes, so that the schema of a study can read 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +38,25 @@ def power_entropy(logits_xK: "Tensor") -> "Tensor":
     return entropy(2 * logits_xK)
 
 
+class Softmax(NamedTuple):
+    """Parts of the softmax of logits (..., K): z, e, the sum s of e over K, and its logarithm; no gradient."""
+
+    z_xK: "Tensor"
+    e_xK: "Tensor"
+    sum_x: "Tensor"
+    log_sum_x: "Tensor"
+
+
 def gate_features(logits_xK: "Tensor") -> "Tensor":
     """What a JEI-DNN gate reads, shape (..., 4): max probability, entropy, margin, power entropy.
 
     No gradient flows back to the logits: a gate never moves a head. Source: JEI-DNN (arXiv 2310.09163), gate inputs.
     """
+    return gate_features_and_softmax(logits_xK)[0]
+
+
+def gate_features_and_softmax(logits_xK: "Tensor") -> "tuple[Tensor, Softmax]":
+    """`gate_features`, and what of the softmax they were made of."""
     import torch
 
     z_xK, largest_x1 = _shifted(logits_xK.detach())
@@ -50,13 +64,20 @@ def gate_features(logits_xK: "Tensor") -> "Tensor":
     pairs_2xK = z_xK.new_empty_strided((2, *z_xK.shape), (z_xK.numel(), *z_xK.stride()))
     e_xK = torch.exp(z_xK, out=pairs_2xK[0])
     torch.mul(e_xK, z_xK, out=pairs_2xK[1])
-    sum_x, weighted_x = pairs_2xK.sum(-1)
+    sums_4x = z_xK.new_empty(4, *z_xK.shape[:-1])
+    torch.sum(pairs_2xK, -1, out=sums_4x[:2])
     # softmax(2 * logits) is e² / sum of e², and its shifted logits are 2 z: no second exponential
-    squares_x, weighted_squares_x = (pairs_2xK * e_xK).sum(-1)
-    largest_x = sum_x.reciprocal()
-    margin_x = largest_x.addcdiv(e_xK.scatter(-1, largest_x1, 0.0).amax(-1), sum_x, value=-1)
-    entropies = _entropy(sum_x, weighted_x), _entropy(squares_x, weighted_squares_x, 2)
-    return torch.stack((largest_x, entropies[0], margin_x, entropies[1]), -1)
+    torch.sum(pairs_2xK * e_xK, -1, out=sums_4x[2:])
+    sums_4x[3].mul_(2)
+    sums_2x, sum_x = sums_4x[::2], sums_4x[0]
+    log_sums_2x = sums_2x.log()
+    features_x4 = z_xK.new_empty(*z_xK.shape[:-1], 4)
+    features_4x = features_x4.movedim(-1, 0)
+    largest_x = torch.reciprocal(sum_x, out=features_4x[0])
+    torch.addcdiv(log_sums_2x, sums_4x[1::2], sums_2x, value=-1, out=features_4x[1::2])
+    second_x = e_xK.scatter(-1, largest_x1, 0.0).amax(-1)
+    torch.addcdiv(largest_x, second_x, sum_x, value=-1, out=features_4x[2])
+    return features_x4, Softmax(z_xK, e_xK, sum_x, log_sums_2x[0])
 
 
 def entropy_confidence(logits_xK: "Tensor") -> "Tensor":
@@ -98,9 +119,9 @@ def _shifted(logits_xK: "Tensor") -> "tuple[Tensor, Tensor]":
     return logits_xK - max_x1, index_x1
 
 
-def _entropy(sum_x: "Tensor", weighted_x: "Tensor", factor: int = 1) -> "Tensor":
-    """Entropy from the sum of e and the sum of e * z over `factor`: both terms are 0 or more, so nothing cancels."""
-    return sum_x.log().addcdiv(weighted_x, sum_x, value=-factor)
+def _entropy(sum_x: "Tensor", weighted_x: "Tensor") -> "Tensor":
+    """Entropy from the sum of e and the sum of e * z: both terms are 0 or more, so nothing cancels."""
+    return sum_x.log().addcdiv(weighted_x, sum_x, value=-1)
 
 
 def _margin(z_xK: "Tensor", largest_x1: "Tensor", sum_x: "Tensor") -> "Tensor":

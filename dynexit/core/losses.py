@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dynexit.core.confidence import max_probability
+from dynexit.core.confidence import Softmax, max_probability
 from dynexit.core.exit_policy import exit_index_from_gates, exit_probabilities
 
 HEAD_LOSSES = ("reference", "paper", "single")
@@ -23,11 +23,16 @@ _MIN_POSITIVES = 0.1
 _MAX_POSITIVE_WEIGHT = 5.0
 
 
-def cross_entropies(logits_xLBK: Tensor, labels_B: Tensor, *, twice: bool = False) -> Tensor:
-    """Cross-entropy in nats of every exit on every sample, (..., L, B); differentiable once, or with `twice` twice."""
+def cross_entropies(
+    logits_xLBK: Tensor, labels_B: Tensor, *, twice: bool = False, softmax: Softmax | None = None
+) -> Tensor:
+    """Cross-entropy in nats of every exit on every sample, (..., L, B); differentiable once, or with `twice` twice.
+
+    `softmax` has the parts of the logits' softmax, if they are known.
+    """
     index_xLB1 = labels_B[:, None].expand((*logits_xLBK.shape[:-1], 1))
     if not twice:
-        entropies_xLB: Tensor = _CrossEntropies.apply(logits_xLBK, index_xLB1)
+        entropies_xLB: Tensor = _CrossEntropies.apply(logits_xLBK, index_xLB1, softmax)
         return entropies_xLB
     shifted_xLBK = logits_xLBK - logits_xLBK.detach().amax(-1, keepdim=True)
     return shifted_xLBK.exp().sum(-1).log() - shifted_xLBK.gather(-1, index_xLB1).squeeze(-1)
@@ -37,7 +42,11 @@ class _CrossEntropies(torch.autograd.Function):
     """The same with half the kernels in its backward pass, and the gradient in the memory layout of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits_xLBK: Tensor, index_xLB1: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_xLBK: Tensor, index_xLB1: Tensor, softmax: Softmax | None) -> Tensor:
+        if softmax is not None:
+            at_label_xLB = softmax.z_xK.gather(-1, index_xLB1).squeeze(-1)
+            ctx.save_for_backward(softmax.e_xK, softmax.sum_x, index_xLB1)
+            return softmax.log_sum_x - at_label_xLB
         # spelled out, because torch's log_softmax is several times slower on CPU for a handful of classes
         shifted_xLBK = logits_xLBK - logits_xLBK.amax(-1, keepdim=True)
         at_label_xLB = shifted_xLBK.gather(-1, index_xLB1).squeeze(-1)
@@ -48,10 +57,10 @@ class _CrossEntropies(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope_xLB: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, slope_xLB: Tensor) -> tuple[Tensor, None, None]:
         exponentials_xLBK, sum_xLB, index_xLB1 = ctx.saved_tensors
         gradient_xLBK = exponentials_xLBK * (slope_xLB / sum_xLB)[..., None]
-        return gradient_xLBK.scatter_add_(-1, index_xLB1, -slope_xLB[..., None]), None
+        return gradient_xLBK.scatter_add_(-1, index_xLB1, -slope_xLB[..., None]), None, None
 
 
 def soft_cross_entropies(logits_xLBK: Tensor, target_xBK: Tensor) -> Tensor:
@@ -95,7 +104,9 @@ def warm_up_loss(logits_MLBK: Tensor, labels_B: Tensor) -> Tensor:
     return ce_ML @ torch.arange(num_exits, 0, -1, dtype=ce_ML.dtype, device=ce_ML.device)
 
 
-def head_loss(logits_MLBK: Tensor, labels_B: Tensor, gates_MGB: Tensor, kind: str) -> Tensor:
+def head_loss(
+    logits_MLBK: Tensor, labels_B: Tensor, gates_MGB: Tensor, kind: str, softmax: Softmax | None = None
+) -> Tensor:
     """Loss of the exit heads in the joint phase, (M,). gates_MGB are sigmoid outputs and count as constants.
 
     reference: mean cross-entropy over intermediate exits and samples. The published code writes it as `paper` with a
@@ -103,7 +114,8 @@ def head_loss(logits_MLBK: Tensor, labels_B: Tensor, gates_MGB: Tensor, kind: st
     paper: the same value, but the gradient of CE_il is P_il rho_i / (B G), with P of exit_probabilities and
         rho_i = sum_l CE_il / sum_l P_il CE_il held constant. Where that denominator is 0 the exits weigh alike.
     single: mean cross-entropy of the exit each sample takes, the last one included.
-    Of the other kinds the last exit is no part, and its logits may be left out.
+    Of the other kinds the last exit is no part, and its logits may be left out. `softmax` is that of the logits, if it
+    is known.
     Raises ValueError on another kind.
     """
     if kind not in HEAD_LOSSES:
@@ -111,7 +123,7 @@ def head_loss(logits_MLBK: Tensor, labels_B: Tensor, gates_MGB: Tensor, kind: st
     if kind == "single":
         taken_MB = exit_index_from_gates(gates_MGB.detach(), single=True)
         return cross_entropies(logits_MLBK, labels_B).gather(-2, taken_MB[..., None, :]).squeeze(-2).mean(-1)
-    ce_MGB = cross_entropies(logits_MLBK, labels_B)
+    ce_MGB = cross_entropies(logits_MLBK, labels_B, softmax=softmax)
     if ce_MGB.shape[-2] > gates_MGB.shape[-2]:  # later than of the logits, whose gradient would be padded
         ce_MGB = ce_MGB[..., :-1, :]
     if kind == "paper":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from dynexit.core.confidence import gate_features
+from dynexit.core.confidence import gate_features, gate_features_and_softmax
 from dynexit.core.losses import gate_loss, gate_targets, head_loss, positive_weights, prediction_errors, warm_up_loss
 from dynexit.data import Batch
 from dynexit.models.heads import StackedGates
@@ -138,8 +138,7 @@ class JeiDnnTask(PackTask):
             self._chosen[term] = (chosen, None if everyone else self.ranks.to_device(torch.tensor(chosen)))
         return self._chosen[term]
 
-    def _gate_logits(self, gates: Stack, logits_mGBK: Tensor) -> Tensor:
-        u_mGB4 = gate_features(logits_mGBK)
+    def _gate_logits(self, gates: Stack, u_mGB4: Tensor) -> Tensor:
         logits_mGB: Tensor = functional_call(self.gates, self.gates.by_name(gates), (u_mGB4,))
         return logits_mGB
 
@@ -149,7 +148,7 @@ class JeiDnnTask(PackTask):
 
     def _gating(self, images: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_MLBK = self.exit_logits(images)
-        gates_MGB = self._gate_logits(self.optimizers["gates"].stack, logits_MLBK[:, :-1]).sigmoid()
+        gates_MGB = self._gate_logits(self.optimizers["gates"].stack, gate_features(logits_MLBK[:, :-1])).sigmoid()
         return logits_MLBK, gates_MGB, self._targets(logits_MLBK, labels_B, None)
 
     def _warm_up_step(
@@ -184,9 +183,8 @@ class JeiDnnTask(PackTask):
             logits_mLBK = self._logits(_part(self.optimizers["heads"].stack, members), features, final_BK)
             target_mB = self._targets(logits_mLBK, labels_B, members)
         gates = leaves(self.optimizers["gates"].stack, members)
-        loss_m = gate_loss(
-            self._gate_logits(gates, logits_mLBK[:, :-1]), target_mB, _chosen(self.positive_weight_MG, members)
-        )
+        logits_mGB = self._gate_logits(gates, gate_features(logits_mLBK[:, :-1]))
+        loss_m = gate_loss(logits_mGB, target_mB, _chosen(self.positive_weight_MG, members))
         self._update("gates", gates, loss_m, members, share, 1)
         return loss_m
 
@@ -198,8 +196,10 @@ class JeiDnnTask(PackTask):
         logits_mLBK = self._logits(heads, features, final_BK if needs_last else None)
         gates = _part(self.optimizers["gates"].stack, members)
         with torch.no_grad():
-            gates_mGB = self._gate_logits(gates, logits_mLBK[:, : len(features)]).sigmoid()
-        loss_m = head_loss(logits_mLBK, labels_B, gates_mGB, self.method.head_loss)
+            u_mGB4, softmax = gate_features_and_softmax(logits_mLBK[:, : len(features)])
+            gates_mGB = self._gate_logits(gates, u_mGB4).sigmoid()
+        known = None if needs_last else softmax
+        loss_m = head_loss(logits_mLBK, labels_B, gates_mGB, self.method.head_loss, known)
         added_mGB = self._distilled(logits_mLBK)
         loss_m = loss_m if isinstance(added_mGB, float) else loss_m + added_mGB.mean((-2, -1))
         self._update("heads", heads, loss_m, members, share, 2)

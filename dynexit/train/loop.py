@@ -51,10 +51,12 @@ class EpochLosses:
 
     def add(self, loss_m: Tensor, alive_m: Tensor, members: Tensor | None, term: int) -> None:
         """Counts a batch of one term for the chosen members (all of them if None) that are alive."""
-        sums_M, counts_M = self.sums_2MT[..., term]
-        chosen = slice(None) if members is None else members
-        sums_M[chosen] += torch.where(alive_m, loss_m, 0)
-        counts_M[chosen] += alive_m
+        added_m = torch.where(alive_m, loss_m, 0)
+        for sums_M, value_m in zip(self.sums_2MT[..., term], (added_m, alive_m), strict=True):
+            if members is None:
+                sums_M.add_(value_m)  # by an index it would be written twice
+            else:
+                sums_M[members] += value_m
 
     def take(self) -> list[dict[str, float]]:
         """Of every member the mean losses by term, as train_head_loss. Begins the next epoch."""

@@ -81,9 +81,8 @@ class MemberSGD:
         values = [pick(self.stack[name], members) for name in gradients]
         momenta = [pick(self.momenta[name], members) for name in gradients]
         # one kernel on a GPU for all blocks; on a CPU the same operations one by one
-        moved = list(torch._foreach_mul(momenta, self.momentum))
-        torch._foreach_add_(moved, list(gradients.values()))
-        torch._foreach_add_(moved, values, alpha=self.weight_decay)
+        moved = list(torch._foreach_add(list(gradients.values()), values, alpha=self.weight_decay))
+        torch._foreach_add_(moved, momenta, alpha=self.momentum)
         rate_m = torch.where(active_m, learning_rate_m, 0.0)  # what is not finite stays out, and the rest is exact
         for name, value, momentum, step in zip(gradients, values, momenta, moved, strict=True):
             active, rate = active_m, rate_m

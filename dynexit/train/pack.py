@@ -222,9 +222,8 @@ class PackTask:
         def finish() -> None:
             receive()
             alive_m = self.alive_M if members is None else self.alive_M[members]
-            finite_m = finite_members(loss_m, gradients)
-            self._note_stopped(alive_m > finite_m, members, now_m3, ranks_mW)
-            alive_m = alive_m & finite_m
+            self._note_alive(alive_m, members, now_m3, ranks_mW)
+            alive_m = alive_m & finite_members(loss_m, gradients)
             if members is None:
                 self.alive_M = alive_m
             else:
@@ -259,12 +258,13 @@ class PackTask:
             ranks_mW[:, self.ranks.global_rank] = ~finite_members(loss_m, gradients)
         return ranks_mW
 
-    def _note_stopped(self, stopping_m: Tensor, members: Tensor | None, now_m3: Tensor, ranks_mW: Tensor) -> None:
+    def _note_alive(self, alive_m: Tensor, members: Tensor | None, now_m3: Tensor, ranks_mW: Tensor) -> None:
+        """Notes this step of who was alive before it: of a stopped member the step that stopped it."""
         if self.ranks.world_size > 1:
             rank_m = ranks_mW.argmax(1)
             now_m3 = torch.stack((*now_m3[0, :2, None].expand(2, len(rank_m)), rank_m), 1)
         noted_m3 = self.stopped_at_M if members is None else self.stopped_at_M[members]
-        noted_m3 = torch.where(stopping_m[:, None], now_m3, noted_m3)
+        noted_m3 = torch.where(alive_m[:, None], now_m3, noted_m3)
         if members is None:
             self.stopped_at_M = noted_m3
         else:

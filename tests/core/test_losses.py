@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from dynexit.core import losses
+from dynexit.core.confidence import gate_features, gate_features_and_softmax
 from dynexit.core.exit_policy import exit_index_from_gates, exit_probabilities
 from tests.reference import jei_dnn_loops as loops
 
@@ -37,6 +38,16 @@ def test_cross_entropies_equal_loops_and_torch() -> None:
     torch_loss = functional.cross_entropy(logits.reshape(-1, K), labels.repeat(M * L), reduction="none")
     torch.testing.assert_close(ours.flatten(), torch_loss, rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(grad(ours**2, logits), grad(torch_loss**2, logits), rtol=1e-12, atol=1e-14)
+
+
+def test_a_known_softmax_changes_no_bit_of_a_loss() -> None:
+    logits, labels, gates = example()
+    inner = logits[:, :-1].detach().requires_grad_()
+    features, softmax = gate_features_and_softmax(inner)
+    assert torch.equal(features, gate_features(inner))
+    plain, known = (losses.head_loss(inner, labels, gates, "paper", one) for one in (None, softmax))
+    assert torch.equal(plain, known)
+    assert torch.equal(grad(plain, inner), grad(known, inner))
 
 
 def test_cross_entropy_of_huge_logits_is_finite() -> None:
