@@ -75,5 +75,5 @@ def test_status_shows_the_command_that_resumes(tmp_path: Path) -> None:
     prepare = study.directory / "prepare" / study.points[0].ids["prepare"]
     prepare.mkdir(parents=True)
     (prepare / "log.txt").write_text("step 1\n")
-    first = dynexit(tmp_path, "status", TINY, f"runs_dir={tmp_path}").stdout.splitlines()[0]
-    assert first == f"dynexit: nothing of this study runs; it resumes with: dynexit run {TINY} runs_dir={tmp_path}"
+    last = dynexit(tmp_path, "status", TINY, f"runs_dir={tmp_path}").stdout.splitlines()[-1]
+    assert last == f"nothing of this study runs; it resumes with: dynexit run {TINY} runs_dir={tmp_path}"
