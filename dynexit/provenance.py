@@ -32,7 +32,7 @@ def run_stage(stage: str, points: Sequence[Point]) -> None:
 
     A stage without a folder per point returns the one that it made. Raises Failure where memory does not suffice.
     """
-    started, before = datetime.datetime.now(datetime.UTC), time.monotonic()
+    since = time.monotonic()
     finished_loads.clear()
     one = stage_of(stage)
     in_pack = len(points) if one.ranks == "all" else 1
@@ -40,10 +40,9 @@ def run_stage(stage: str, points: Sequence[Point]) -> None:
         made = one.runner()(points)
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return
-    seconds = time.monotonic() - before
     folders = {point.ids[stage]: RunDir(point, stage).path for point in points if stage in point.ids}
     finished = [folder for folder in [*folders.values(), made] if folder is not None and (folder / DONE).exists()]
-    common = _provenance(stage, started, seconds, len(points) if made else len(finished))
+    common = provenance_of(stage, since, len(points) if made else len(finished))
     study = {STUDY: sha256_file(path)} if (path := points[0].study_dir / STUDY).is_file() else {}
     for folder in finished:
         files = read_json(folder / DONE, Done)["files"]
@@ -60,8 +59,10 @@ def read_provenance(folder: Path) -> Provenance | None:
     return found
 
 
-def _provenance(stage: str, started: datetime.datetime, seconds: float, num_points: int) -> Provenance:
-    gpus = _gpus()
+def provenance_of(stage: str, since: float, num_points: int) -> Provenance:
+    """Returns what a job that began at `since` of the monotonic clock leaves by now, without digests."""
+    gpus, seconds = _gpus(), time.monotonic() - since
+    started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
     world_size = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
     return {
         "stage": stage,

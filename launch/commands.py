@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +84,10 @@ def _status(options: argparse.Namespace) -> None:
         for point in points:
             del point["speed"]
         notes = [*_other_points(study, points)]
+        if status.is_idle:
+            words = shlex.join([str(options.study), *(word for word in options.words if "=" in word)])
+            how = "retry" if any(point["attempts"] for point in points) else "run"
+            notes += [f"nothing of this study runs; it resumes with: dynexit {how} {words}"]
         if status.queue_error:
             notes += [f"the queue could not be asked, so it is not known what waits or runs: {status.queue_error}"]
         show_status(points, status.report, notes, redraw=options.watch)

@@ -34,6 +34,7 @@ def add_deploy_commands(commands: Any) -> None:
     target.add_argument(
         "--max-accuracy-drop", type=float, metavar="DROP", help="fewest MACs that lose at most this, as 0.005"
     )
+    target.add_argument("--risk", type=float, metavar="RISK", help="fewest MACs whose certified risk is at most this")
     target.add_argument("--latency-ms", type=float, metavar="MS", help="most accurate within this mean time")
     target.add_argument(
         "--point",
@@ -140,6 +141,8 @@ def _predict(options: argparse.Namespace) -> None:
         view = model.use(relative_macs=options.relative_macs)
     elif options.max_accuracy_drop is not None:
         view = model.use(max_accuracy_drop=options.max_accuracy_drop)
+    elif options.risk is not None:
+        view = model.use(risk=options.risk)
     elif options.latency_ms is not None:
         view = model.use(latency_ms=options.latency_ms)
     else:

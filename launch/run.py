@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dynexit.errors import UserError
-from dynexit.jobs.finished import check_budgets, finished_jobs, report_is_done
+from dynexit.jobs.finished import finished_jobs, report_is_done, unattained_budgets
 from dynexit.jobs.planning.checks import check_identity, check_models, folders_elsewhere
 from dynexit.jobs.planning.description import describe_plan
 from dynexit.jobs.planning.missing import Job, done_together, missing_jobs
@@ -138,8 +138,6 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
             if lost and not failed and ranks.is_main:
                 text = f"{len(lost)} points have no results, although no job failed; first: {lost[0]}"
                 failures.append(f"{stage}: {text}")
-        if stage == "search" and ranks.is_main:
-            check_budgets(left.points)
     if ranks.is_main and not did_something and until != INFER.name:
         print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
     if ranks.is_main and "report" in stages and until != INFER.name and report_is_done(study.points):
@@ -147,8 +145,11 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
 
         print(result(study.directory / "report"))
     if until == INFER.name and not failures:
-        failures += _run_jobs([Job(INFER.name, left.points)], on, study, ranks)
-    return failures
+        return _run_jobs([Job(INFER.name, left.points)], on, study, ranks)
+    missed = unattained_budgets(left.points) if ranks.is_main and "search" in stages else []
+    if missed and not failures:
+        raise UserError("; ".join(missed))
+    return [*failures, *missed]
 
 
 def _has(point: Point, stage: str) -> bool:

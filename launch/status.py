@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dynexit.errors import Failure
 from dynexit.jobs.finished import failure_reason, pack_folders, report_is_done
-from dynexit.jobs.planning.states import point_state
+from dynexit.jobs.planning.states import INTERRUPTED, point_state
 from dynexit.study.grid import Point, Study
 from launch.lock import is_held
 from launch.slurm.submissions import QueueView
@@ -39,14 +39,18 @@ class StudyStatus:
     points: list[PointStatus]
     is_over: bool
     """Whether no job that waits or runs will change it."""
+    is_idle: bool
+    """Whether some of it is left to do, and no job that waits or runs does it."""
 
 
 def whole_status(study: Study) -> StudyStatus:
     """Returns the state of the report and of every point; one squeue call where it was submitted to a cluster."""
     jobs = QueueView(study.directory)
     points, (report, is_over) = study_status(study, jobs), report_state(study, jobs)
-    is_over = is_over and all(one.state in OVER for one in points)
-    return StudyStatus(str(study.directory), jobs.unanswered, report, points, is_over)
+    left = [one.state for one in points if one.state not in OVER]
+    is_idle = is_over and not is_held(study.directory) and not jobs.unanswered and bool(left)
+    is_idle = is_idle and all(state.endswith(("to do", INTERRUPTED)) for state in left)
+    return StudyStatus(str(study.directory), jobs.unanswered, report, points, is_over and not left, is_idle)
 
 
 def study_status(study: Study, jobs: QueueView | None = None) -> list[PointStatus]:

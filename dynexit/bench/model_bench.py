@@ -18,6 +18,7 @@ from dynexit.bench.images import mixed_images, with_shares
 from dynexit.bench.machine import describe_machine
 from dynexit.bench.measure import clock, measure_times, timing_engine
 from dynexit.bench.runtimes import Runtime, make_runtime
+from dynexit.bench.shrinking import with_shrinking
 from dynexit.core.latency import BatchTimes, LatencyTable, sizes_to_measure
 from dynexit.deploy.description import SavedPoint
 from dynexit.deploy.model import EarlyExitModel, load
@@ -85,6 +86,8 @@ class _ModelBench:
         self.images = mixed_images(model.probe["images"], max(request.num_images, _BATCHES * self.sizes[-1]))
         self.images = self.images.to(model.device)
         self.tables = self._tables()
+        self.notes: dict[tuple[int, str], str] = {}
+        """By batch size and share: why another point than asked for is timed."""
 
     def _tables(self) -> dict[str, LatencyTable]:
         """By training the times of stages and exits; trainings with the same exits share theirs."""
@@ -99,7 +102,8 @@ class _ModelBench:
                 for batch in sizes_to_measure(self.sizes):
                     times[batch] = measure_times(engine, batch, 2, 20)
                 positions = training.exit_costs.positions
-                by_exits[same] = LatencyTable(positions, training.stack.head_types, times, machine, tuple(self.sizes))
+                table = LatencyTable(positions, training.stack.head_types, times, machine, tuple(self.sizes))
+                by_exits[same] = with_shrinking(engine, table, 2, 20)
             tables[identity] = by_exits[same]
         return tables
 
@@ -110,7 +114,7 @@ class _ModelBench:
         return table.relative(heads, exit_fractions or point.exit_fractions, batch, gates=gates)
 
     def chosen(self, batch: int) -> list[tuple[str, SavedPoint]]:
-        """What was asked for and its point: the most accurate within a share of the time, else the fastest."""
+        """What was asked for and its point: the most accurate within a share of the time, else, noted, the fastest."""
         early = [point for point in self.model.points if point.source != "backbone"]
         times = {point.name: self.relative_time(point, batch) for point in early}
         found = []
@@ -120,7 +124,12 @@ class _ModelBench:
                 share = _share(asked, self.model.points)
                 within = [point for point in early if times[point.name] <= share]
                 named = max(within, key=lambda point: (point.accuracy, -times[point.name]), default=None)
-                named = named or min(early, key=lambda point: times[point.name])
+                if named is None:
+                    named = min(early, key=lambda point: times[point.name])
+                    self.notes[batch, asked] = (
+                        f"{asked} of the full model's time is unattainable at batch size {batch}; timed instead is the "
+                        f"fastest operating point, {named.name}, predicted to take {times[named.name]:.3f}"
+                    )
             found.append((asked, named))
         return found
 
@@ -249,6 +258,7 @@ def bench_model(directory: Path, request: BenchRequest, out: Path) -> str:
         "folder": str(directory),
         "machine": dict(first.machine),
         "stages": {training: table.to_json() for training, table in bench.tables.items()},
+        "notes": list(bench.notes.values()),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     write_json(out / "bench.json", content)
@@ -256,7 +266,7 @@ def bench_model(directory: Path, request: BenchRequest, out: Path) -> str:
         batch: [(bench.relative_time(point, batch), point.accuracy) for point in model.points] for batch in bench.sizes
     }
     accuracy_figure(curves, rows, first, out / "accuracy_time.png")
-    return f"{bench_text(rows)}\n{stage_text(first)}"
+    return "\n".join([bench_text(rows), *bench.notes.values(), stage_text(first)])
 
 
 def bench_text(rows: Sequence[BenchRow]) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from dynexit.bench.machine import describe_machine
 from dynexit.bench.measure import measure_times, timing_engine
+from dynexit.bench.shrinking import with_shrinking
 from dynexit.core.latency import LatencyTable, sizes_to_measure
 from dynexit.deploy.assembly import HeadStack
 from dynexit.dist import Ranks
@@ -61,8 +62,10 @@ def run_bench(points: Sequence[Point]) -> None:
             f"{exits:.3f} ms more"
         )
         end_if_stopped()
-    progress.finish()
     machine = {"backbone": config.backbone.name, **describe_machine(device, PRECISION)}
     wanted = tuple(sorted(config.bench.batch_sizes))
-    directory.write_json(LATENCY, LatencyTable(costs.positions, costs.head_types, times, machine, wanted).to_json())
+    table = LatencyTable(costs.positions, costs.head_types, times, machine, wanted)
+    table = with_shrinking(engine, table, config.bench.num_warm_up, config.bench.num_repeats)
+    progress.finish()
+    directory.write_json(LATENCY, table.to_json())
     directory.mark_done([LATENCY])

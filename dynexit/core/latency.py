@@ -36,6 +36,8 @@ class BatchTimes:
     """(P,) what a gate adds to it."""
     readers: tuple[float, ...]
     """(P,) reading features that later exits read too; 0 unless features are concatenated."""
+    shrunk: float = 1.0
+    """What fewer samples take once a batch of this size has shrunk, over what a batch of their number takes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class LatencyTable:
                     f"the times of batch size {batch} do not fit {num_positions} positions and {num_types} head types"
                 )
             heads = [seconds for row in times.heads for seconds in row]
-            for seconds in (times.backbone, *times.stages, *heads, *times.gates, *times.readers):
+            for seconds in (times.backbone, *times.stages, *heads, *times.gates, *times.readers, times.shrunk):
                 if not 0 <= seconds < math.inf:
                     raise ValueError(f"a time of batch size {batch} is {seconds}; times are seconds of 0 or more")
             if not (times.backbone > 0 and sum(times.stages) > 0):
@@ -111,12 +113,13 @@ class LatencyTable:
         """Mean seconds of a batch of which the share exit_fractions[l] (L,) leaves at each exit.
 
         `heads` (P,) are head type indices, -1 for no exit; with `gates` the gates decide. The number of samples that
-        arrive at a stage is taken for binomial, and times between measured batch sizes lie on a line.
-        Raises KeyError for a batch size that was not measured.
+        arrive at a stage is taken for binomial, and times between measured batch sizes lie on a line; fewer samples
+        than the batch had take `shrunk` times as long. Raises KeyError for a batch size that was not measured.
         """
         stages_SB, heads_PHB, gates_PB, readers_PB = self._curves[batch]
         reach_S = np.clip(1 - np.concatenate(([0.0], np.cumsum(exit_fractions[:-1]))), 0, 1)
         arriving_SB = _binomial(batch, reach_S)
+        arriving_SB[:, :batch] *= self.times[batch].shrunk
         total = float((arriving_SB * stages_SB).sum())
         last = last_enabled(heads)
         for p, head in enumerate(heads[: last + 1]):

@@ -277,6 +277,8 @@ def choose_by_time(points: Sequence[SavedPoint], target: float | tuple[float, in
     `target` is milliseconds for the smallest batch size measured, or (milliseconds, batch size); `device` is cpu or
     cuda. Raises UserError for a time that no point attains, naming the nearest, and where none was measured.
     """
+    if isinstance(target, tuple) and len(target) != 2:
+        raise UserError(f"latency_ms is {target!r}; give milliseconds, or (milliseconds, batch size)")
     latency_ms, batch_size = target if isinstance(target, tuple) else (target, None)
     sizes = sorted({one.batch_size for point in points for one in point.latency if one.device == device})
     if not sizes:

@@ -50,7 +50,10 @@ class ExportedModel:
         """Returns the name of the most accurate point within that share of the backbone's MACs."""
         points = [one for one in self.points.values() if one["relative_macs"] <= relative_macs]
         if not points:
-            raise ValueError(f"{relative_macs=} is unattainable; the points are {list(self.points)}")
+            nearest = min(self.points.values(), key=lambda one: one["relative_macs"])
+            raise ValueError(
+                f"{relative_macs=} is unattainable; {nearest['name']} takes {nearest['relative_macs']:.4f}"
+            )
         return str(max(points, key=lambda one: one["accuracy"])["name"])
 
     def run(self, step: dict[str, Any], pool: dict[str, np.ndarray]) -> bool:

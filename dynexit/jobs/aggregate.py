@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dynexit.baselines.rows import baselines_of
 from dynexit.errors import Failure, UserError
 from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import failure_reason, finished_jobs, report_is_done
@@ -219,7 +220,7 @@ def _rows(ready: Sequence[Point], folder: Path, found: Aggregate) -> list[Report
     if not ready:
         return []
     try:
-        return collect_rows(ready)
+        return collect_rows(ready, baselines_of(ready))
     except (Failure, UserError, OSError) as fault:
         if len(ready) == 1:
             found.missing.append(Missing(str(folder), ready[0].label, ready[0].id, "damaged", str(fault)))
@@ -229,7 +230,7 @@ def _rows(ready: Sequence[Point], folder: Path, found: Aggregate) -> list[Report
         before = len(found.missing)
         _rows([point], folder, found)
         whole += [point] if len(found.missing) == before else []
-    return collect_rows(whole) if whole else []
+    return collect_rows(whole, baselines_of(whole)) if whole else []
 
 
 def _labelled(row: ReportRow, label: str) -> ReportRow:

@@ -30,7 +30,7 @@ from dynexit.study.schema import RecordSettings
 from dynexit.study.stages import BENCH
 
 SPLITS = ("validation", "test")
-_REPORT_FORMAT = 3  # of the report's tables; one of another format is made again
+_REPORT_FORMAT = 4  # of the report's tables; one of another format is made again
 _MOST_CHECKED_BYTES = 64 << 20
 _MOST_FULL_CLASSES = 10
 
@@ -165,8 +165,8 @@ def missing_reason(point: Point) -> str:
     return failure_reason(point) or f"{point.label}: {missing or 'report'} is not done"
 
 
-def check_budgets(points: Sequence[Point]) -> None:
-    """Raises UserError for a budget that none of a study's searched points attains, with the nearest that one does.
+def unattained_budgets(points: Sequence[Point]) -> list[str]:
+    """Returns a message for each budget that none of a study's searched points attains, with the nearest that one does.
 
     A budget that some attain is met by the best of them.
     """
@@ -185,13 +185,11 @@ def check_budgets(points: Sequence[Point]) -> None:
                 refused.setdefault((kind, value), {}).setdefault(entry["nearest"], message)
             else:
                 attained.add((kind, value))
-    texts = [
+    return [
         message[max(message) if kind == "min_accuracy" else min(message)]
         for (kind, value), message in refused.items()
         if (kind, value) not in attained
     ]
-    if texts:
-        raise UserError("; ".join(texts))
 
 
 def _searched(point: Point) -> Any:

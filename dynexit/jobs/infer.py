@@ -31,7 +31,7 @@ from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import HEADS, RunDir, atomic_write
 from dynexit.search.operating_points import BASELINES, ReportRow, read_csv
 from dynexit.search.problem import Problem
-from dynexit.study.grid import Point, digest
+from dynexit.study.grid import Point, canonical_json, digest
 from dynexit.study.outcomes import InferSettings
 
 
@@ -73,7 +73,7 @@ def run_infer(points: Sequence[Point]) -> Path:
         "backbone_images_per_second": len(samples) / batches.backbone_seconds,
         "speed_up": batches.backbone_seconds / seconds,
     }
-    identity = digest([chosen.chosen_by, chosen.configuration, settings.model_dump(mode="json")])
+    identity = digest([chosen.chosen_by, chosen.configuration, json.loads(canonical_json(settings))])
     directory = RunDir(point, "infer", identity)
     _write_predictions(directory / "predictions.csv", answers, samples, class_names(point))
     directory.write_json("summary.json", summary)
@@ -88,7 +88,8 @@ def run_infer(points: Sequence[Point]) -> Path:
 
 
 def choose(rows: Sequence[ReportRow], settings: InferSettings) -> ReportRow:
-    """The validation row of the best operating point within the budgets: highest accuracy, then fewest MACs.
+    """The validation row of the best operating point within the budgets: highest accuracy, then fewest MACs; with a
+    risk the fewest MACs.
 
     Raises UserError if there is none, naming the nearest attainable one.
     """
@@ -102,6 +103,14 @@ def choose(rows: Sequence[ReportRow], settings: InferSettings) -> ReportRow:
         batch = _measured_batch(candidates, settings.latency_batch_size)
         timed = [row for row in candidates if row.times]
         candidates = _within(timed, "latency_ms", settings.latency_ms, lambda row: row.time(batch).latency_ms)
+    if settings.risk is not None:
+        certified = [row for row in candidates if row.certified_risk is not None]
+        if not certified:
+            raise UserError(
+                "infer.risk: no operating point has a certificate; set search.risk, and run the study again"
+            )
+        within = _within(certified, "risk", settings.risk, lambda row: row.certified_risk or 0.0)
+        return min(within, key=lambda row: (row.macs, -row.accuracy))
     return min(candidates, key=lambda row: (-row.accuracy, row.macs))
 
 

@@ -21,7 +21,7 @@ from dynexit.jobs.infer import expected_exits
 from dynexit.record.shards import Record
 from dynexit.report.judged.outcomes import choosing_samples
 from dynexit.run_dir import HEADS, RunDir
-from dynexit.search.operating_points import ReportRow
+from dynexit.search.operating_points import ReportRow, RowTime
 from dynexit.study.grid import Point
 
 
@@ -88,14 +88,19 @@ class RecordedTraining:
     def _latency(self, row: ReportRow) -> tuple[SavedLatency, ...]:
         if not row.times or not self.point.is_by_time:
             return ()
-        machine = measured_times(self.point, "search").machine
-        device, name = str(machine.get("device")), str(machine.get("device_name"))
+        table = measured_times(self.point, "search")
+        device, name = str(table.machine.get("device")), str(table.machine.get("device_name"))
+
+        def milliseconds(time: RowTime) -> float:
+            # the backbone's row may be of another measurement than that of the points beside it
+            return 1000 * table.times[time.batch_size].backbone if row.source == "backbone" else time.latency_ms
+
         return tuple(
             SavedLatency(
                 device=device,
                 device_name=name,
                 batch_size=time.batch_size,
-                milliseconds=time.latency_ms,
+                milliseconds=milliseconds(time),
                 relative=time.relative_time,
             )
             for time in row.times

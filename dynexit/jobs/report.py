@@ -3,23 +3,25 @@
 Nothing here needs a model or a data set: records and configurations say all.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from dynexit.baselines.rows import describe_baseline
+from dynexit.baselines.rows import baselines_of, describe_baseline, judge_baselines
 from dynexit.core.cost import ExitCosts
 from dynexit.errors import Failure
 from dynexit.jobs.finished import (
-    check_budgets,
     class_names,
     is_recorded,
     missing_reason,
     report_identity,
+    unattained_budgets,
 )
 from dynexit.jobs.reporting.rows import collect_rows, entries_of_search
 from dynexit.jobs.reporting.sections import downloads, sections_of
 from dynexit.jobs.reporting.tracked import track
+from dynexit.provenance import provenance_of
 from dynexit.report.budgets import budget_answers, budget_cells
 from dynexit.report.chart.data import chart_data
 from dynexit.report.chart.groups import fronts_of, groups_of
@@ -27,6 +29,7 @@ from dynexit.report.figures import exit_share_figure, pareto_figure
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FRONT_CSV, entries_of, write_front
 from dynexit.report.judged.outcomes import judge
+from dynexit.report.judged.provenance_section import provenance_section
 from dynexit.report.judged.words import drop_to_test, warnings
 from dynexit.report.page import Figure, Page, describe_configuration, write_page
 from dynexit.report.published import ORIGIN, PublishedPoint, published_points
@@ -42,7 +45,7 @@ def run_report(points: Sequence[Point]) -> Path:
     """Puts all finished `points` side by side: table, figures, page, MLflow; returns the report's folder.
 
     Names the points that are missing.
-    Raises Failure where no point is finished, UserError for a budget that no point attains.
+    Raises Failure where no point is finished.
     """
     ready = [point for point in points if RunDir(point, "search").is_done() and is_recorded(point)]
     failed = [missing_reason(point) for point in points if point not in ready]
@@ -50,7 +53,6 @@ def run_report(points: Sequence[Point]) -> Path:
     failed += [missing_reason(point) for point in static]
     if not ready:
         raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
-    check_budgets(ready)
     directory = points[0].study_dir / "report"
     for name in (DONE, PROVENANCE):
         (directory / name).unlink(missing_ok=True)
@@ -73,7 +75,8 @@ def write_report(
 
     `points` are recorded and searched; `failed` has an error message for each missing point.
     """
-    rows = collect_rows(points)
+    since, baselines = time.monotonic(), baselines_of(points)
+    rows = collect_rows(points, baselines)
     study_dir = points[0].study_dir
     directory = study_dir / "report"
     write_csv(directory / "operating_points.csv", rows)
@@ -89,7 +92,10 @@ def write_report(
     drawn = [row for group in groups for point in group.points for row in (point.validation, point.test)]
     drawn += [row for point in front for row in (point.validation, point.test)]
     limited = {point.test.key for point in (*front, *answers.values())}
-    judged = judge(points, [*drawn, *(row for row in rows if row.source == "backbone")], limited)
+    judged = {
+        **judge(points, [*drawn, *(row for row in rows if row.source == "backbone")], limited),
+        **judge_baselines(baselines, {row.key for row in drawn}),
+    }
     table = entries_of(front, rows, judged, describe)
     write_front(directory, table)
     labels = {point.id: point.label for point in points}
@@ -102,10 +108,13 @@ def write_report(
         points_table=[{**point.values, "id": point.id} for point in points],
         notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else [])],
         budgets=budget_cells(rows, entries, describe, judged),
-        sections=sections_of(points, rows, judged, table, offered, describe),
+        sections=[
+            *sections_of(points, rows, baselines, judged, table, offered, describe),
+            provenance_section(points, provenance_of("report", since, len(points))),
+        ],
         describe=describe,
         judged=judged,
-        warnings=list(warnings(points, rows, front, judged)),
+        warnings=[*map("Not attained: {}.".format, unattained_budgets(points)), *warnings(points, rows, front, judged)],
         remarks=[drop_to_test(front, rows)],
         cards=offered,
         missing=failed,

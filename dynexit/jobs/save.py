@@ -164,6 +164,11 @@ class _Target:
         if batch not in sizes:
             raise UserError(f"--batch-size {batch}: times were measured for {', '.join(map(str, sizes))}")
         timed = _early_front(rows, batch)
+        if not timed:
+            raise UserError(
+                f"--latency-ms {limit:g}: at batch size {batch} the backbone alone is faster than all exits; give "
+                "another --batch-size, or choose by --relative-macs"
+            )
         milliseconds = [one.validation.time(batch).latency_ms for one in timed]
         within = [one for one, time in zip(timed, milliseconds, strict=True) if time <= limit]
         if not within:
@@ -215,7 +220,7 @@ def _with_certified(front: Sequence[FrontPoint], rows: Sequence[ReportRow]) -> l
     """The front, and points whose risk is certified, which need not be on it; by rising relative MACs."""
     there = {one.validation.key for one in front}
     tests = {row.key: row for row in rows if row.split == "test"}
-    certified = [row for row in rows if row.split == "validation" and '"risk"' in row.budget and row.key not in there]
+    certified = [row for row in rows if row.split == "validation" and row.certified_risk and row.key not in there]
     more = [FrontPoint(row, tests[row.key], math.nan) for row in certified]
     return sorted([*front, *more], key=lambda one: one.validation.relative_macs)
 

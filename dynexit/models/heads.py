@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from dynexit.errors import UserError
+from dynexit.models.products import quick_linear
 
 INITIALISATIONS = ("uniform", "truncated_normal")
 
@@ -279,9 +279,9 @@ class PlainHead:
             feature = feature[:, 0 if self.is_linear else 1]
         x = feature.to(self.layers[0][0].dtype)
         for weight, bias in self.layers[:-1]:
-            x = linear(x, weight, bias).relu_()
+            x = quick_linear(x, weight, bias).relu_()
         weight, bias = self.layers[-1]
-        return linear(x, weight, bias)
+        return quick_linear(x, weight, bias)
 
 
 class StackedGates(Stacked):

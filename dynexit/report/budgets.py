@@ -41,11 +41,11 @@ def budget_cells(
         return _off_the_front(rows, describe, judged)
     chosen = budget_answers(rows, entries)
     base = {split: backbone_accuracy(rows, split) or 0.0 for split in ("validation", "test")}
-    table = []
+    table: list[dict[str, Any]] = []
     for text, answers in asked.items():
         budget = json.loads(text)
         if text not in chosen:
-            table.append({"budget": _words(budget), "configuration": answers[0][1]["unattainable"]})
+            table.append({"budget": _words(budget), "configuration": _nearest(budget, answers)})
             continue
         test, entry = chosen[text].test, _best(budget, answers)[1]
         table.append(
@@ -72,6 +72,12 @@ def budget_answers(
             point, _ = _best(json.loads(text), answers)
             chosen[text] = FrontPoint(found[point, text, "validation"], found[point, text, "test"], math.nan)
     return chosen
+
+
+def _nearest(budget: Mapping[str, Any], answers: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The message of the point that comes nearest to a budget that none attains."""
+    best = max if "min_accuracy" in budget else min
+    return str(best((entry for _, entry in answers), key=lambda entry: entry["nearest"])["unattainable"])
 
 
 def _best(budget: Mapping[str, Any], answers: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, Mapping[str, Any]]:

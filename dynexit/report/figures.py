@@ -216,10 +216,15 @@ def _draw_baselines(axes: Axes, rows: list[ReportRow], look: _Theme) -> None:
                 label=f"static networks, {method}",
             )  # fmt: skip
         for source, line in ((source, line) for source, line in of_method.items() if line):
+            costs, accuracy_SB = np.array([[row.relative_macs, row.accuracy] for row in line]).T
+            seeds = by_seed(row for row in rows if (row.source, row.method) == (source, method))
+            if len(seeds) > 1:
+                costs, accuracy_SB = budget_curves(seeds)
+                axes.fill_between(costs, accuracy_SB.min(0), accuracy_SB.max(0), color=look.ink, alpha=0.1, linewidth=0)
             axes.plot(
-                [row.relative_macs for row in line], [row.accuracy for row in line], color=look.ink,
+                costs, np.atleast_2d(accuracy_SB).mean(0), color=look.ink,
                 linewidth=0.9, linestyle=style, marker="x" if source == "cascade" else "", markersize=4,
-                markevery=max(1, len(line) // 12), zorder=2.5, label=f"{_LINES[source]}, {method}",
+                markevery=max(1, len(costs) // 12), zorder=2.5, label=f"{_LINES[source]}, {method}",
             )  # fmt: skip
 
 

@@ -36,6 +36,10 @@ function costText(figures) {
   }).filter(Boolean).join(", ");
 }
 
+const numSeeds = data && new Set(data.points.map((point) => point.seed).filter((seed) => seed !== null)).size;
+const isBaseline = (point) => ["static", "cascade", "one_threshold"].includes(data.series[point.series].kind);
+const origin = (point) => point.label + (isBaseline(point) && numSeeds > 1 ? `, seed ${point.seed}` : "");
+
 function fillCard(card, title, point, commands = {}) {
   card.replaceChildren();
   make(card, "h3", {}, title);
@@ -44,7 +48,7 @@ function fillCard(card, title, point, commands = {}) {
   make(figures, "strong", {}, `${point.test.text} on test`);
   figures.append(point.difference ? `; against the backbone ${point.difference} points: ${point.verdict}.` : ".");
   make(card, "p", {}, `On test ${costText(point.test)}. On validation ${point.validation.text}, ${costText(point.validation)}.`);
-  make(card, "p", {}, `${point.words}.`);
+  if (point.words) make(card, "p", {}, `${point.words}.`);
   const bar = make(card, "svg", { class: "shares", viewBox: "0 0 100 4", preserveAspectRatio: "none" });
   let start = 0;
   point.shares.forEach((share, exit) => {
@@ -53,9 +57,10 @@ function fillCard(card, title, point, commands = {}) {
     make(bar, "rect", { x: start, width: 100 * share, height: 4, ...look });
     start += 100 * share;
   });
-  make(card, "p", {}, `Share leaving: ${point.shares.map((share) => (100 * share).toFixed(0)).join(" / ")} %, the last at the backbone’s classifier.`);
-  const origin = make(card, "p", {}, `${series.kind} of ${point.label} `);
-  make(origin, "span", { class: "id" }, [point.id && `point ${point.id}`, point.search && `search ${point.search}`].filter(Boolean).join(", "));
+  const last = ["static", "cascade"].includes(series.kind) ? "a network each" : "the last at the backbone’s classifier";
+  make(card, "p", {}, `Share leaving: ${point.shares.map((share) => (100 * share).toFixed(0)).join(" / ")} %, ${last}.`);
+  const line = make(card, "p", {}, `${series.kind.replace("_", " ")} of ${origin(point)} `);
+  make(line, "span", { class: "id" }, [point.id && `point ${point.id}`, point.search && `search ${point.search}`].filter(Boolean).join(", "));
   for (const [what, command] of Object.entries(commands)) {
     make(card, "div", { class: "what" }, what);
     addCopyButton(make(card, "code", { class: "command" }, command));
@@ -85,8 +90,9 @@ function setUpBudget() {
     });
   }
   if (data.risks.length) {
-    const risk = (one) => data.points[one.point].risk, cost = (one) => data.points[one.point].validation.costs[0];
-    const byCost = [...data.risks].sort((a, b) => cost(a) - cost(b));
+    const risk = (one) => data.points[one.point].risk;
+    const cost = (one) => data.points[one.point].validation.costs[0], right = (one) => data.points[one.point].validation.accuracy;
+    const byCost = [...data.risks].sort((a, b) => cost(a) - cost(b) || right(b) - right(a));
     const offers = [...new Set(data.risks.map(risk))].sort((a, b) => a - b)
       .map((most) => ({ ...byCost.find((one) => risk(one) <= most), most }));
     kinds.push({ name: "certified risk", offers, start: offers.length - 1, words: (offer) => `risk certified to be at most ${offer.most}` });
@@ -198,11 +204,9 @@ function setUpFigure() {
       make(inner, "path", { class: `band ${look(series)}`, d: `${stairs(3)}${back}Z` });
       make(inner, "path", { class: `curve ${look(series)}`, d: stairs(1), "stroke-dasharray": series.dash });
     }
-    const isLine = series.dash !== null && !series.curves;
-    const own = isLine ? shown().filter((point) => data.series[point.series] === series).map((point) => [cost(point), accuracy(point)]) : [];
-    const line = own.length ? own.sort((one, two) => one[0] - two[0]) : linesOf(series);
+    const line = linesOf(series);
     if (line.length) make(inner, "path", { class: `curve ${look(series)}`, d: `M${line.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}`, "stroke-dasharray": series.dash });
-    for (const [a, b] of !own.length && line.length <= 20 ? line : []) make(inner, "path", { class: "cross", d: `M${x(a) - 3} ${y(b) - 3}l6 6m0-6l-6 6` });
+    for (const [a, b] of line.length <= 20 ? line : []) make(inner, "path", { class: "cross", d: `M${x(a) - 3} ${y(b) - 3}l6 6m0-6l-6 6` });
   }
 
   function drawPoint(inner, point, index) {
@@ -224,7 +228,7 @@ function setUpFigure() {
     tip.replaceChildren();
     make(tip, "strong", {}, `${point[state.split].text} on ${state.split}`);
     make(tip, "div", {}, costText(point[state.split]));
-    make(tip, "div", {}, `${data.series[point.series].name}; ${point.label}`);
+    make(tip, "div", {}, `${data.series[point.series].name}; ${origin(point)}`);
     const left = x(cost(point)) / width * svg.clientWidth, top = y(accuracy(point)) / height * svg.clientHeight;
     tip.style.left = `${Math.min(Math.max(0, left - 90), svg.clientWidth - tip.offsetWidth)}px`;
     tip.style.top = `${top > tip.offsetHeight + 16 ? top - tip.offsetHeight - 14 : top + 16}px`;
@@ -233,7 +237,7 @@ function setUpFigure() {
   function pin(point) {
     state.pin = point;
     pinned.hidden = !point;
-    const offer = data.offers.flat().find((one) => data.points[one.point] === point);
+    const offer = [...data.offers.flat(), ...data.risks].find((one) => data.points[one.point] === point);
     if (point) fillCard(pinned, "The pinned point", point, offer ? offer.commands : {});
     mark();
   }
@@ -304,7 +308,7 @@ function setUpFigure() {
   }
 
   const isCrowded = data.series.filter((series) => series.kind === "search").length > 2;
-  data.series.forEach((series, index) => { if (isCrowded && series.kind === "fixed") state.off.add(index); });
+  data.series.forEach((series, index) => { if (isCrowded && ["fixed", "one_threshold"].includes(series.kind)) state.off.add(index); });
   const controls = byId("figure-controls"), legend = byId("legend");
   const splits = make(make(controls, "label", {}, "figures of "), "select", { id: "split" });
   for (const split of ["test", "validation"]) make(splits, "option", { value: split }, split);

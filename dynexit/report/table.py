@@ -52,7 +52,8 @@ def mark_front(rows: Iterable[ReportRow]) -> list[ReportRow]:
     Baselines are on no front. Equal points stay both. A test row without its validation row is not on the front.
     """
     rows = list(rows)
-    chosen = {row.key for row in _pareto((row for row in rows if row.split == "validation"), None)}
+    own = [row for row in rows if row.split == "validation" and row.source not in BASELINES]
+    chosen = {row.key for row in _pareto(own, None)}
     return [replace(row, on_front=row.key in chosen) for row in rows]
 
 
@@ -61,8 +62,7 @@ def relative_cost(row: ReportRow, batch_size: int | None = None) -> float:
     return row.relative_macs if batch_size is None else row.time(batch_size).relative_time
 
 
-def _pareto(rows: Iterable[ReportRow], batch_size: int | None) -> list[ReportRow]:
-    rows = [row for row in rows if row.source not in BASELINES]
+def _pareto(rows: Sequence[ReportRow], batch_size: int | None) -> list[ReportRow]:
     if not rows:
         return []
     costs = np.array([relative_cost(row, batch_size) for row in rows])
@@ -70,18 +70,18 @@ def _pareto(rows: Iterable[ReportRow], batch_size: int | None) -> list[ReportRow
     return [row for row, chosen in zip(rows, mask, strict=True) if chosen]
 
 
-def front_of(rows: Iterable[ReportRow], batch_size: int | None = None) -> list[FrontPoint]:
-    """The front of just these rows, baselines left out, chosen on validation, by rising relative MACs on validation;
-    with a `batch_size` by the relative time at that size, which all rows then need.
+def front_of(rows: Iterable[ReportRow], batch_size: int | None = None, *, baselines: bool = False) -> list[FrontPoint]:
+    """The front of just these rows, baselines left out unless asked for, chosen on validation, by rising relative MACs
+    on validation; with a `batch_size` by the relative time at that size, which all rows then need.
 
     Where points are equal on validation one stands for all. Points without a test row are left out. The backbone whose
     accuracy is compared with is the mean over the backbone rows among `rows` (nan without one).
     """
-    rows = list(rows)
+    rows = [row for row in rows if baselines or row.source not in BASELINES]
     tests = {row.key: row for row in rows if row.split == "test"}
     base = backbone_accuracy(rows)
     front: dict[tuple[float, float], FrontPoint] = {}
-    validation = (row for row in rows if row.split == "validation")
+    validation = [row for row in rows if row.split == "validation"]
     for row in sorted(_pareto(validation, batch_size), key=row_order):
         if row.key in tests:
             test = tests[row.key]
@@ -172,12 +172,13 @@ def _area(rows: Iterable[ReportRow]) -> float:
 
 
 def budget_curves(groups: Sequence[Sequence[ReportRow]]) -> tuple[np.ndarray, np.ndarray]:
-    """Budgets of relative MACs (B,) and the test accuracy (S, B) that each of S groups of rows reaches within them.
+    """Budgets of relative MACs (B,) and the test accuracy (S, B) that each of S groups of rows, baselines too, reaches
+    within them.
 
     Within a budget a group takes the point of its front that is best on validation; the budgets begin where every group
     has one and end at 1 or where the dearest point is.
     """
-    fronts = [front for front in map(front_of, groups) if front]
+    fronts = [front for group in groups if (front := front_of(group, baselines=True))]
     if not fronts:
         return np.zeros(0), np.zeros((0, 0))
     costs = [np.array([point.validation.relative_macs for point in front]) for front in fronts]

@@ -1,6 +1,7 @@
 """The table of operating points: its rows, its columns and its CSV file, for studies and for `search-records`."""
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ COLUMNS = {
     "network; cascade: several whole networks in turn; one_threshold: the same threshold at every exit, not searched",
     "method": "how the exits were trained; in a table of search-records the method of the search; of static networks "
     "and cascades their classifier",
-    "seed": "initialisation of exit heads and gates; empty if there is none",
+    "seed": "initialisation of exit heads and gates, of static networks and cascades that of the points compared with "
+    "them; empty if there is none",
     "ce_ic_tradeoff": "JEI-DNN's weight of inference cost against cross-entropy; empty for other methods",
     "accuracy_weight": "weight of accuracy against cost that the search was given; empty if there is none",
     "split": "samples that the figures are of",
@@ -95,6 +97,12 @@ class ReportRow:
             if one.batch_size == batch_size:
                 return one
         raise KeyError(batch_size)
+
+    @property
+    def certified_risk(self) -> float | None:
+        """The risk that the search certified it for; None if it did not."""
+        risk: float | None = json.loads(self.budget).get("risk") if self.budget else None
+        return risk
 
     @property
     def chosen_by(self) -> str:

@@ -86,7 +86,7 @@ class Point:
     def label(self) -> str:
         """The swept values in which the study's points differ, as `ce_ic_tradeoff=0.5 seed=1`."""
         named = [
-            f"{short}={value}"
+            f"{short}={json.dumps(value) if value is None or isinstance(value, bool) else value}"
             for name, (short, value) in zip(self.sweep_keys, self.values.items(), strict=True)
             if name in self.swept and (self.label_keys is None or name in self.label_keys)
         ]

@@ -63,6 +63,13 @@ class InferSettings(Section):
     latency_batch_size: int | None = key(
         None, "batch size of latency_ms; null takes the smallest measured", "images", ge=1
     )
+    risk: float | None = key(
+        None,
+        "most certified risk, of points that search.risk certified the one with the fewest MACs; null has none",
+        gt=0,
+        lt=1,
+        omit_default=True,
+    )
     source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
     split: Literal["validation", "test"] = key("test", "samples to classify")
     batch_size: int = key(256, "images that enter together", "images", ge=1)

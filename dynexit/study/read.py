@@ -8,13 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from dynexit.errors import UserError, shorten
-from dynexit.files import read_text
 from dynexit.study.baselines import static_points
 from dynexit.study.grid import Study, check_sweep, expand
 from dynexit.study.schema import SECTIONS, Config
 from dynexit.study.sweep.names import name_points
 from dynexit.study.validation import contradictions, sentences
-from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml, to_yaml
+from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml, read_mapping, to_yaml
 
 
 class StudyError(UserError):
@@ -33,7 +32,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises UserError with one line for every mistake.
     """
     mistakes: list[str] = []
-    raw = _read_yaml(path, mistakes)
+    raw = read_mapping(path, "study", "give the path of a YAML file, as configs/digits.yaml", "train:", mistakes)
+    if not raw and not mistakes and not overrides:
+        raise UserError(f"the study {path} is empty; name at least its data, as `data: {{name: digits}}`")
     sweep = raw.pop("sweep", None)
     sweep = {} if sweep is None else sweep
     if not isinstance(sweep, dict):
@@ -67,22 +68,6 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     }
     whole = {name: sweep[name] for group in together for name in group}
     return Study(path, base, {**swept, **whole}, points, together, static_points(points))
-
-
-def _read_yaml(path: Path, mistakes: list[str]) -> dict[str, Any]:
-    try:
-        raw = json_only(parse_yaml(read_text(path)), "", mistakes)
-    except FileNotFoundError:
-        raise UserError(f"there is no study {path}; give the path of a YAML file, as configs/digits.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the study {path} could not be read: {error}") from None
-    except ValueError as error:
-        raise UserError(f"the study {path} cannot be read as YAML: {error}") from None
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        found = "a refused value" if raw is REFUSED else type(raw).__name__
-        raise UserError(f"the study {path} should hold sections, as `train:`, not {found}")
-    return raw
 
 
 def _lookup(raw: dict[str, Any], dotted: str) -> Any:

@@ -4,11 +4,13 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dynexit.errors import shorten
+from dynexit.errors import UserError, shorten
+from dynexit.files import read_text
 
 REFUSED = object()  # what json_only returns for a value that it refuses
 _TAG = "tag:yaml.org,2002:"
@@ -102,6 +104,27 @@ _Loader.yaml_constructors = {
 _Loader.add_constructor(f"{_TAG}int", _number)
 _Loader.add_constructor(f"{_TAG}float", _number)
 _Loader.add_constructor(None, _refused)  # every other tag
+
+
+def read_mapping(path: Path, what: str, hint: str, example: str, mistakes: list[str]) -> dict[str, Any]:
+    """Returns the mapping in a YAML file, {} for an empty one, and adds what is wrong with its values to `mistakes`.
+
+    Raises UserError for a file that is missing (with `hint`), cannot be read or holds no keys, as `example` is one;
+    `what` it is goes into the message.
+    """
+    try:
+        raw = json_only(parse_yaml(read_text(path)), "", mistakes)
+    except FileNotFoundError:
+        raise UserError(f"there is no {what} {path}; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the {what} {path} could not be read: {error}") from None
+    except ValueError as error:
+        raise UserError(f"the {what} {path} cannot be read as YAML: {error}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        found = "a refused value" if raw is REFUSED else type(raw).__name__
+        raise UserError(f"the {what} {path} should hold keys, as `{example}`, not {found}")
+    return raw
 
 
 def parse_yaml(text: str, *, comments: bool = True) -> Any:

@@ -173,7 +173,9 @@ class Prober:
         weight[:], bias[:] = kept.weight_KD.to(weight.dtype), kept.bias_K.to(bias.dtype)
         everyones = {"l2": l2, "gradient_norm": kept.gradient_norm, "num_iterations": num_iterations}
         facts = {name: [value] * len(weight) for name, value in everyones.items()}
-        state = "converged" if kept.converged else "not converged, its best iterate is kept"
+        state = "converged" if kept.converged else "found no better step, its best iterate is kept"
+        if not kept.converged and kept.num_iterations >= self.settings.max_iterations:
+            state = f"stopped as set by probe.max_iterations={kept.num_iterations}, its best iterate is kept"
         return facts, f"L2 {l2:g} {state} (gradient norm {kept.gradient_norm:.1e}), {num_iterations} iterations in all"
 
     # ---- MLP heads

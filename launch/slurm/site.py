@@ -13,12 +13,11 @@ from typing import Any, Literal
 from pydantic import PrivateAttr, ValidationError
 
 from dynexit.errors import UserError, shorten
-from dynexit.files import MOST_TEXT_BYTES, regular
 from dynexit.study.dist import DistSettings
 from dynexit.study.keys import Section, key
 from dynexit.study.schema import Config
 from dynexit.study.validation import sentences
-from dynexit.study.yaml_text import REFUSED, json_only, parse_yaml
+from dynexit.study.yaml_text import read_mapping
 
 
 class _Request(Section):
@@ -111,24 +110,16 @@ def load_site(path: Path | None) -> Site:
     """
     if path is None:
         return Site()
-    try:
-        content = regular(path, MOST_TEXT_BYTES).read_bytes()
-        mistakes: list[str] = []
-        raw = json_only(parse_yaml(content.decode()), "", mistakes)
-    except FileNotFoundError:
-        raise UserError(f"there is no site profile {path}; slurm/sites/example.yaml is one to start from") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"the site profile {path} could not be read: {error}") from None
-    raw = {} if raw is None or raw is REFUSED else raw
-    if not isinstance(raw, dict):
-        raise UserError(f"the site profile {path} should hold keys, as `partition: gpu`, not {type(raw).__name__}")
+    mistakes: list[str] = []
+    hint = "slurm/sites/example.yaml is one to start from"
+    raw = read_mapping(path, "site profile", hint, "partition: gpu", mistakes)
     try:
         site = Site.model_validate(raw)
     except ValidationError as error:
         mistakes += sentences(error, unknown_key=_unknown_key)
     if mistakes:
         raise UserError("\n".join(f"{path}: {text}" for text in mistakes))
-    site._source = {"path": str(path.absolute()), "sha256": hashlib.sha256(content).hexdigest()}
+    site._source = {"path": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return site
 
 

@@ -6,6 +6,7 @@ import torch
 
 from dynexit.bench.machine import describe_machine
 from dynexit.bench.measure import interleaved_seconds, measure_times, random_images, timing_engine
+from dynexit.bench.shrinking import with_shrinking
 from dynexit.core.latency import LatencyTable
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.assembly import HeadStack
@@ -42,6 +43,18 @@ def test_nobody_leaves_the_timing_engine() -> None:
     images = random_images(engine, 4)
     for way in (None, Configuration(((0, 1.0),) * len(model.positions))):
         assert engine.router(way).classify(images).exit_index_B.tolist() == [len(model.positions)] * 4
+
+
+def test_shrinking_is_measured_for_the_sizes_of_interest() -> None:
+    backbone = build_tiny("ResNet")
+    model = MultiExit(backbone, range(backbone.num_blocks - 1))
+    engine = timing_engine(model, HeadStack(("linear",), "float32", 0.0, False))
+    times = {batch: measure_times(engine, batch, 0, 3) for batch in (1, 2, 8)}
+    table = with_shrinking(engine, LatencyTable(model.positions, ("linear",), times, wanted=(1, 8)), 0, 3)
+    assert table.times[1] == times[1]
+    assert table.times[2] == times[2]
+    assert 0.5 <= table.times[8].shrunk <= 3
+    assert table.times[8].shrunk != 1
 
 
 def test_calls_take_turns() -> None:

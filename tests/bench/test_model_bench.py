@@ -34,12 +34,12 @@ def test_the_shares_of_validation_leave() -> None:
 
 def test_points_are_timed_beside_the_full_model(folder: Path, tmp_path: Path) -> None:
     text = bench_model(
-        folder, BenchRequest([2, 1], ["0.5", "backbone"], rounds=3, seconds=0.0, num_images=16), tmp_path / "out"
+        folder, BenchRequest([2, 1], ["1e-5", "backbone"], rounds=3, seconds=0.0, num_images=16), tmp_path / "out"
     )
     with (tmp_path / "out" / "bench.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["batch_size"], row["asked"]) for row in rows] == [
-        (batch, asked) for batch in "12" for asked in ("", "0.5", "backbone")
+        (batch, asked) for batch in "12" for asked in ("", "1e-5", "backbone")
     ]
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert content["machine"]["device"] == "cpu"
@@ -56,6 +56,11 @@ def test_points_are_timed_beside_the_full_model(folder: Path, tmp_path: Path) ->
             assert float(row["realised_over_time"]) == pytest.approx(ratio)
     assert (tmp_path / "out" / "accuracy_time.png").read_bytes()[:4] == b"\x89PNG"
     assert "microseconds of a batch" in text
+    for batch, note in zip((1, 2), content["notes"], strict=True):
+        assert note.startswith(
+            f"1e-5 of the full model's time is unattainable at batch size {batch}; timed instead is the"
+        )
+        assert note in text
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import dynexit
 from dynexit.core.latency import LatencyTable
 from dynexit.errors import UserError
 from dynexit.jobs.save import run_save
-from dynexit.run_dir import mark_done
+from dynexit.run_dir import mark_done, write_json
 from dynexit.study.read import load_study
 from tests.command_line import TINY
 from tests.command_line import dynexit as command
@@ -32,6 +32,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "bench: batch size 8: backbone " in out
     assert "time at batch 1/8" in out
     assert "train " not in out
+    (path,) = (folder / "runs" / "tiny_study").glob("bench/*/latency.json")
+    table = json.loads(path.read_text())
+    for batch, times in table["seconds_by_batch_size"].items():  # of a quiet machine, where exits gain time
+        stage = 1e-4 * int(batch) ** 0.9
+        times |= {"backbone": 4 * stage, "stages": [stage] * 4, "heads": [[0.1 * stage]] * 3, "shrunk": 1.1}
+    write_json(path, LatencyTable.from_json(table).to_json())
+    mark_done(path.parent, path.parent.name, [path.name])
+    command(folder, "run", TINY, *PLAIN, *BY_TIME)
     return folder
 
 
@@ -124,6 +132,10 @@ def test_a_saved_folder_has_the_times(finished: Path, tmp_path: Path) -> None:
         model.use(latency_ms=(1, 3))
     with pytest.raises(UserError, match="latency_ms is -1; give milliseconds above 0"):
         model.use(latency_ms=-1)
+    with pytest.raises(
+        UserError, match=r"latency_ms is \(1, 8, 8\); give milliseconds, or \(milliseconds, batch size\)"
+    ):
+        model.use(latency_ms=(1, 8, 8))  # type: ignore[arg-type]
     assert "ms at batch 8" in (tmp_path / "model" / "README.md").read_text()
     run_save(study.points, tmp_path / "one", latency_ms=(1e6, 8))
     assert len(dynexit.load(tmp_path / "one").points) == 2
@@ -131,6 +143,24 @@ def test_a_saved_folder_has_the_times(finished: Path, tmp_path: Path) -> None:
         run_save(study.points, tmp_path / "none", latency_ms=1e-6)
     with pytest.raises(UserError, match=r"--batch-size 3: times were measured for 1, 8"):
         run_save(study.points, tmp_path / "none", latency_ms=(1, 3))
+
+
+def test_the_backbone_has_the_times_of_the_points_next_to_it(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "study")
+    table = tmp_path / "study" / "runs" / "tiny_study" / "report" / "operating_points.csv"
+    rows = rows_of(tmp_path / "study")
+    for row in rows:
+        if row["source"] == "backbone":  # as of the measurement of other exits
+            row["latency_ms_1"] = str(2 * float(row["latency_ms_1"]))
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    study = load_study(TINY, [f"runs_dir={tmp_path}/study/runs", *PLAIN, *BY_TIME])
+    *early, backbone = run_save(study.points, tmp_path / "model")
+    for point in early:
+        for one, whole in zip(point.latency, backbone.latency, strict=True):
+            assert one.milliseconds / one.relative == pytest.approx(whole.milliseconds)
 
 
 def test_times_that_were_not_measured_are_named(finished: Path, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import torch
 
 from dynexit.bench.measure import interleaved_seconds
 from dynexit.core.tradeoff import Configuration
+from dynexit.data import load_data
 from dynexit.deploy.engine import Engine
+from dynexit.dist import Ranks
 from dynexit.jobs.finished import measured_times
-from dynexit.jobs.load import begin, load_heads
+from dynexit.jobs.load import load_heads, load_model
 from dynexit.report.table import front_of
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Point
@@ -40,25 +42,27 @@ def measure(study_dir: Path, sizes: list[int], num_points: int, rounds: int) -> 
     by_search: dict[str, Point] = {point.ids["search"]: point for point in study.points}
     rows = read_csv(study.directory / "report" / "operating_points.csv")
     any_slower = False
-    _, data, model, costs = begin(study.points[0])
-    table = measured_times(study.points[0], "search")
+    data = load_data(study.points[0].config.data)
     images = data.test.__getitems__(list(range(min(len(data.test), 4096))))[1]
     engines: dict[str, Engine] = {}
-    for batch in sizes or table.batch_sizes:
+    tables = {identity: measured_times(point, "search") for identity, point in by_search.items()}
+    for batch in sizes or next(iter(tables.values())).batch_sizes:
         batches = [part for part in torch.split(images, batch) if len(part) == batch][: max(8, 128 // batch)]
         seen = []
         for row in spread(rows, batch, num_points):
-            point = by_search[row.point_id]
+            point, table = by_search[row.chosen_by], tables[row.chosen_by]
             if point.id not in engines:
+                model, costs = load_model(point, Ranks(0, 1, torch.device("cpu")))
                 engines[point.id] = Engine(model, costs.head_types, *load_heads([point], model))
+            engine = engines[point.id]
             way = Configuration.from_json(json.loads(row.configuration))
-            router = engines[point.id].router(way, point.config.search.confidence)
+            router = engine.router(way, point.config.search.confidence)
             taken = np.concatenate([router.classify(part).exit_index_B for part in batches])
-            shares = (np.bincount(taken, minlength=len(costs.positions) + 1) / len(taken)).tolist()
+            shares = (np.bincount(taken, minlength=len(table.positions) + 1) / len(taken)).tolist()
             with torch.inference_mode():
                 seconds = interleaved_seconds(
                     [
-                        lambda batches=batches: [model.backbone(part) for part in batches],
+                        lambda engine=engine, batches=batches: [engine.model.backbone(part) for part in batches],
                         lambda router=router, batches=batches: [router.classify(part) for part in batches],
                     ],
                     torch.device("cpu"),

@@ -5,9 +5,9 @@
 Weights are random, and thresholds are chosen so that samples leave in the shares that make the mean time 0.4, 0.6 and
 0.8 of the plain backbone's, by the stages' times at full batches. All ways run in turn in each round, with the same
 optimisation and tiles of the backbone. Realised is the plain backbone's time over that of the engine, by batches of 64
-or as a stream of them. It is held against the prediction by MACs and by the stages' times: a stream against those at
-full batches, batches of a small network against those at the batch sizes that its stages see. At batch 1 all exits are
-enabled and nobody leaves: the cost of the exits.
+or as a stream of them. It is held against the predictions by MACs and by time, which are those of stage bench and the
+search; a stream is predicted by the times of full batches. At batch 1 all exits are enabled and nobody leaves: the
+cost of the exits.
 """
 
 import argparse
@@ -21,12 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynexit.bench.measure import measure_times, timing_engine
+from dynexit.bench.shrinking import with_shrinking
 from dynexit.core.confidence import max_probability
 from dynexit.core.cost import STEM, ExitCosts
+from dynexit.core.latency import LatencyTable, sizes_to_measure
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
+from dynexit.deploy.assembly import HeadStack
 from dynexit.deploy.engine import Engine
 from dynexit.deploy.optimize import optimized_backbone, with_quick_pooling
-from dynexit.deploy.router import Router
 from dynexit.deploy.stream import stream
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.heads import StackedHeads
@@ -142,31 +145,11 @@ def run_plain(backbone: Backbone, batches: Sequence[Tensor], tile: int) -> float
     return time.process_time() - start
 
 
-def run_stages(router: Router, images: Tensor, size: int) -> np.ndarray:
-    """Process seconds an image of each stage at that batch size, its exit included and taking half of the batch out."""
-    totals, parts = np.zeros(router.num_stages), images.split(size)
-    for part in parts:
-        start = time.process_time()
-        with torch.inference_mode():
-            flight = router.admit(part, np.arange(len(part)))
-            for stage in range(router.num_stages):
-                last = stage == router.num_stages - 1
-                router.advance(stage, flight)
-                totals[stage] += time.process_time() - start
-                if len(part) > 1 and not last:
-                    copy = dataclasses.replace(flight, state=flight.state.clone())
-                    start = time.process_time()
-                    copy.drop(np.arange(len(part)) % 2 == 0, len(part) // 2, router.num_rows(len(part) // 2))
-                    totals[stage] += time.process_time() - start
-                start = time.process_time()
-    return totals / len(images)
-
-
-def seconds_by_size(seconds_ZS: np.ndarray, sizes: Sequence[int], taken_S: np.ndarray) -> float:
-    """Seconds of a batch of which `taken_S` samples reach each stage, interpolated between the batch sizes measured."""
-    whole_ZS = seconds_ZS * np.array(sizes)[:, None]
-    parts = [np.interp(count, sizes, whole_Z) for count, whole_Z in zip(taken_S, whole_ZS.T, strict=True) if count]
-    return float(sum(parts))
+def measure_table(engine: Engine, costs: ExitCosts, batch: int) -> LatencyTable:
+    """The times of stages and exits as stage bench measures them."""
+    timed = timing_engine(engine.model, HeadStack(costs.head_types, "float32", 0.0, True))
+    times = {size: measure_times(timed, size, 2, 20) for size in sizes_to_measure([batch])}
+    return with_shrinking(timed, LatencyTable(costs.positions, costs.head_types, times, {}, (batch,)), 2, 20)
 
 
 def process_seconds(function: Callable[[], object]) -> float:
@@ -220,14 +203,12 @@ def measure_batches(name: str, case: TimedNet, optimize: str, rounds: int, batch
     relative = np.array(costs.backbone_macs) / costs.full_macs
     enabled = sorted({int(np.abs(relative - share).argmin()) for share in (0.15, 0.25, 0.5, 0.75)})
     nobody = Configuration(tuple((0 if p in enabled else -1, 1.0) for p in range(len(relative))))
-    full = engine.router(nobody)
-    sizes = [1, 2, 4, 8, 16, 32, batch] if case.is_small else [min(batch, full.tile or batch)]
-    ways: dict[str, Callable[[], Any]] = {
-        "plain": lambda: run_plain(backbone, batches, full.tile or batch),
-        "stages": lambda: [run_stages(full, images[: max(2 * size, 32)], size) for size in sizes],
-    }
-    first = in_turn(ways, 5 if case.is_small else 1)
-    cost_E = np.median(first["stages"], 0)[-1].cumsum() * len(images) / statistics.median(first["plain"])
+    tile = engine.router(nobody).tile or batch
+    table = measure_table(engine, costs, batch)
+    by_image = table.costs(batch, costs)  # of full batches
+    plain_cost = table.times[batch].backbone / batch * 1e12
+    cost_E = configuration_macs_L(nobody, by_image)[[*enabled, -1]] / plain_cost
+    ways: dict[str, Callable[[], Any]] = {"plain": lambda: run_plain(backbone, batches, tile)}
     print(
         f"{name}: {len(images)} images; exits after blocks {[costs.positions[p] for p in enabled]}, at "
         f"{np.round(cost_E, 3).tolist()} of the time, {np.round(relative[enabled], 3).tolist()} of the MACs"
@@ -247,22 +228,23 @@ def measure_batches(name: str, case: TimedNet, optimize: str, rounds: int, batch
                 lambda: list(stream(router, batches, batch))
             )
     results = in_turn(ways, rounds)
-    plain, seconds_ZS = np.array(results["plain"]), np.median(results["stages"], 0)
+    plain = np.array(results["plain"])
     seconds = float(np.median(plain))
     for target, configuration in configurations.items():
-        exits = [engine.router(configuration).classify(x).exit_index_B for x in batches]
-        reach_BS = np.array([[len(x), *(int((x > p).sum()) for p in enabled)] for x in exits])
-        macs = configuration_macs_L(configuration, costs)[np.concatenate(exits)].mean()
-        full_batches = seconds / float(reach_BS.sum(0) @ seconds_ZS[-1])
-        by_size = seconds / sum(seconds_by_size(seconds_ZS, sizes, row) for row in reach_BS) if len(sizes) > 1 else None
-        for way, by_time in (("batches", by_size or full_batches), ("stream", full_batches)):
+        router = engine.router(configuration)
+        exits = np.concatenate([router.classify(x).exit_index_B for x in batches])
+        fractions = np.bincount(exits, minlength=len(relative) + 1) / len(exits)
+        macs = configuration_macs_L(configuration, costs)[exits].mean()
+        full_batches = plain_cost / configuration_macs_L(configuration, by_image)[exits].mean()
+        shrinking = 1 / table.relative([head for head, _ in configuration.exits], fractions.tolist(), batch)
+        for way, by_time in (("batches", shrinking), ("stream", full_batches)):
             if (key := f"{target:g} {way}") not in results:
                 continue
             ratio = float(np.median(plain / np.array(results[key])))
             print(
                 f"{name}, {target:g} of the time, {way} of {batch}: {ratio:.3f} times the plain backbone "
-                f"({1000 * seconds / len(images):.3f} ms an image); predicted {full_batches:.3f} by the times of full "
-                f"batches, {by_time:.3f} by those of the batches run, {costs.full_macs / macs:.3f} by MACs"
+                f"({1000 * seconds / len(images):.3f} ms an image); predicted {by_time:.3f} by time, "
+                f"{costs.full_macs / macs:.3f} by MACs"
             )
             report("    realised / predicted by time", ratio / by_time, TIME_GOAL)
             goals = dict(zip(TARGETS, case.macs_goals, strict=False)) if way == "batches" else {}

@@ -12,13 +12,17 @@ the best case for it. Ratios are earlyon's process time over the engine's: above
 import argparse
 import copy
 import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from earlyon.models import custom_ee
-from inference import confidences, configuration_for, interleaved, make_images
+from inference import configuration_for, make_images, process_seconds
+from torch import Tensor
 
-from dynexit.core.tradeoff import Configuration
+from dynexit.core.confidence import max_probability
+from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.deploy.engine import Engine
 from dynexit.models.backbones import build_backbone
 from dynexit.models.heads import StackedHeads
@@ -39,7 +43,9 @@ def build(size: int, num_images: int) -> tuple[Engine, Configuration, torch.nn.M
         parameter.mul_(3)  # confidences that differ from one image to the next
     engine = Engine(model, [HEAD], heads)
     images = make_images(engine, num_images)
-    exits = configuration_for(confidences(engine, images), costs, range(3), 0.6).exits
+    logits = torch.cat([engine.all_logits(part)[0] for part in images.split(16)], 2)
+    relative_E = configuration_macs_L(Configuration(((0, 1.0),) * 3), costs) / costs.full_macs
+    exits = configuration_for(max_probability(logits[:, 0]).numpy(), range(3), relative_E, 0.6).exits
     # its thresholds are confidences of images, which would leave here above them, there at them
     configuration = Configuration(tuple((head, float(np.float32(threshold + 1e-5))) for head, threshold in exits))
     peer = custom_ee(
@@ -55,6 +61,21 @@ def build(size: int, num_images: int) -> tuple[Engine, Configuration, torch.nn.M
             layer.weight.data.copy_(weight)
             layer.bias.data.copy_(bias)
     return engine, configuration, peer, images
+
+
+def by_batch(
+    ways: dict[str, Callable[[Tensor], object]], batches: Sequence[Tensor], rounds: int
+) -> dict[str, list[list[float]]]:
+    """Process seconds (rounds, batches) of each way; they take turns at every batch, so that load meets both."""
+    rows: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for round_ in range(rounds + 1):
+        row: dict[str, list[float]] = {name: [] for name in ways}
+        for number, images in enumerate(batches):
+            for name in sorted(ways, reverse=(number + round_) % 2 == 1):
+                row[name].append(process_seconds(partial(ways[name], images)))
+        for name, seconds in row.items() if round_ else ():  # the first round warms up
+            rows[name].append(seconds)
+    return rows
 
 
 def main() -> None:
@@ -81,15 +102,13 @@ def main() -> None:
         for name in orders if batch > 1 else ["mixed"]:
             batches = images[torch.from_numpy(orders[name])].split(batch)
 
-            def theirs(batches: tuple[torch.Tensor, ...] = batches, batch: int = batch) -> list[object]:
-                return [peer(x) if batch == 1 else peer.forward_inference_batched(x) for x in batches]
-
-            def ours(batches: tuple[torch.Tensor, ...] = batches) -> list[object]:
-                return [router.classify(x) for x in batches]
-
-            seconds = interleaved({"earlyon": theirs, "engine": ours}, options.rounds)
-            ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-            each = {name: 1000 * statistics.median(values) / len(images) for name, values in seconds.items()}
+            ways = {"earlyon": peer if batch == 1 else peer.forward_inference_batched, "engine": router.classify}
+            totals = {
+                name: sum(map(statistics.median, zip(*seconds, strict=True)))
+                for name, seconds in by_batch(ways, batches, options.rounds).items()
+            }
+            ratio = totals["earlyon"] / totals["engine"]
+            each = {name: 1000 * total / len(images) for name, total in totals.items()}
             print(
                 f"batch {batch}, {name}: earlyon {each['earlyon']:.2f} ms an image, engine {each['engine']:.2f}; "
                 f"ratio {ratio:.3f}",

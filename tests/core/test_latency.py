@@ -53,6 +53,18 @@ def test_the_mean_time_is_that_of_all_batches(heads: list[int]) -> None:
         assert TABLE.seconds(heads, shares, batch) == pytest.approx(enumerated_seconds(heads, shares, batch), rel=1e-12)
 
 
+def test_shrunk_batches_take_longer() -> None:
+    heads, shares = [0, 1], (0.5, 0.3, 0.2)
+    table = replace(TABLE, times={**TABLE.times, 4: replace(TABLE.times[4], shrunk=1.5)})
+    whole = TABLE.times[4].stages[0] + TABLE.times[4].heads[0][0]  # all four pass the first stage and its exit
+    full_batch_beyond = 0.5**4 * (TABLE.times[4].stages[1] + TABLE.times[4].heads[1][1])
+    full_batch_beyond += 0.2**4 * TABLE.times[4].stages[2]
+    smaller = TABLE.seconds(heads, shares, 4) - whole - full_batch_beyond
+    assert table.seconds(heads, shares, 4) == pytest.approx(whole + full_batch_beyond + 1.5 * smaller)
+    assert table.seconds(heads, shares, 1) == TABLE.seconds(heads, shares, 1)
+    assert table.seconds(heads, (0.0, 0.0, 1.0), 4) == TABLE.seconds(heads, (0.0, 0.0, 1.0), 4)
+
+
 @given(st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
 def test_a_batch_of_one_has_the_linear_cost(weights: list[float]) -> None:
     """There the search's cost is exact."""
@@ -101,6 +113,10 @@ def test_json_gives_the_same_table() -> None:
     again = LatencyTable.from_json(json.loads(text))
     assert again == replace(TABLE, wanted=(1, 4))
     assert json.dumps(again.to_json()) == text
+    older = json.loads(text)
+    for one in older["seconds_by_batch_size"].values():
+        del one["shrunk"]
+    assert LatencyTable.from_json(older) == again
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dynexit
-from dynexit.deploy.optimize import QuickMaxPool, fold_batch_norms, with_quick_pooling
+from dynexit.deploy.optimize import QuickLinear, QuickMaxPool, fold_batch_norms, optimized_backbone, with_quick_pooling
 from dynexit.errors import Failure, UserError
 from tests.conftest import require
 from tests.deploy.saved import make_images, save_random
@@ -84,3 +84,14 @@ def test_a_backbone_with_quick_pooling_is_another() -> None:
         torch.testing.assert_close(backbone(images), quick(images), rtol=0, atol=0)
     assert isinstance(quick.model.maxpool, QuickMaxPool)
     assert type(backbone.model.maxpool) is torch.nn.MaxPool2d
+
+
+def test_linear_layers_become_quick() -> None:
+    backbone = build_tiny("ViT")
+    quick = optimized_backbone(backbone, "float32", torch.device("cpu"))
+    kinds = {type(module) for module in quick.model.modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {QuickLinear}
+    assert not any(isinstance(module, QuickLinear) for module in backbone.model.modules())
+    images = torch.randn(300, *backbone.input_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone(images), quick(images), rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from dynexit.baselines.comparison import compare
-from dynexit.baselines.rows import baselines_of
+from dynexit.baselines.rows import baselines_of, judge_baselines
 from dynexit.core.cost import ExitCosts
 from dynexit.core.statistics import mean_interval, verdict
 from dynexit.core.tradeoff import Configuration, apply_configuration
@@ -106,7 +107,7 @@ def test_cascades_run_networks_in_order_of_their_macs(finished: tuple[Study, lis
             assert row.accuracy == np.mean(right)
             assert row.macs == pytest.approx(np.mean(paid))
             assert row.relative_macs == pytest.approx(np.mean(paid) / full_macs)
-        assert one.correct().tolist() == right
+        assert one.correct("test").tolist() == right
 
 
 def test_one_threshold_is_the_same_at_every_exit(finished: tuple[Study, list[ReportRow]]) -> None:
@@ -130,7 +131,7 @@ def test_one_threshold_is_the_same_at_every_exit(finished: tuple[Study, list[Rep
                 right[leaves] = record.correct_RN[place][leaves]
                 paid[leaves] = costs.backbone_macs[place] + heads[place]
             assert (row.accuracy, row.macs) == (np.mean(right), pytest.approx(np.mean(paid)))
-        assert one.correct().tolist() == right.tolist()
+        assert one.correct("test").tolist() == right.tolist()
     best = [(-one.validation.macs, one.validation.accuracy) for one in baselines]
     assert sorted(best) == sorted(best, key=lambda each: -each[1])  # none is beaten by another
 
@@ -181,11 +182,33 @@ def test_the_comparison_is_paired_and_chosen_on_validation(finished: tuple[Study
             problem = Problem.from_record(record, costs)
             arrays = problem.confidence_PHN, problem.correct_PHN, problem.base_correct_N
             ours_N = apply_configuration(Configuration.from_json(json.loads(line["our_configuration"])), *arrays)[1]
-            paired = mean_interval(ours_N.astype(int) - one.correct(), np.arange(len(ours_N)) % 160)
+            paired = mean_interval(ours_N.astype(int) - one.correct("test"), np.arange(len(ours_N)) % 160)
             assert (paired.low, paired.high, verdict(paired)) == (low, high, line["verdict"])
     page = (study.directory / "report" / "report.html").read_text(encoding="utf-8")
     assert "Against baselines" in page
     assert "cascade within 0.9" in page.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_intervals_of_baselines_are_of_their_own_rows(finished: tuple[Study, list[ReportRow]]) -> None:
+    study, rows = finished
+    base = {row.split: row.accuracy for row in rows if row.source == "backbone"}
+    baselines = baselines_of(study.points)
+    judged = judge_baselines(baselines, {one.test.key for one in baselines})
+    assert len(judged) == 2 * len(baselines)
+    for one in baselines:
+        for row in (one.validation, one.test):
+            found = judged[row.key, row.split]
+            assert found.accuracy.value == pytest.approx(row.accuracy, abs=1e-12)
+            assert found.accuracy.low < row.accuracy < found.accuracy.high or row.accuracy == 1
+            assert found.difference.value == pytest.approx(row.accuracy - base[row.split], abs=1e-12)
+    page = (study.directory / "report" / "report.html").read_text(encoding="utf-8")
+    chart = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    kinds = {chart["series"][point["series"]]["kind"]: point for point in chart["points"]}
+    for kind in BASELINES:
+        assert re.fullmatch(
+            r"[\d.]+ % \([\d.]+ to [\d.]+\)", kinds[kind]["test"]["text"].replace("\N{NO-BREAK SPACE}", " ")
+        )
+        assert kinds[kind]["verdict"]
 
 
 def test_only_what_is_missing_of_baselines_is_done(finished: tuple[Study, list[ReportRow]], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_judgements_agree_with_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     points = load_study(TINY, list(PLAIN)).points
-    rows = collect_rows(points)
+    rows = collect_rows(points, [])
     judged = judge(points, rows)
     assert {row.source for row in rows} == {"backbone", "gates", "search", "fixed"}
     base = {row.split: row.accuracy for row in rows if row.source == "backbone"}
@@ -88,7 +88,7 @@ def slow_exits(point: Point, row: ReportRow) -> tuple[list[int], list[int], list
 def test_exits_and_classes_equal_loops(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(folder)
     points = load_study(TINY, list(PLAIN)).points
-    front = [one.test for one in front_of(collect_rows(points)) if one.test.source == "search"]
+    front = [one.test for one in front_of(collect_rows(points, [])) if one.test.source == "search"]
     row = max(front, key=lambda one: sum(share > 0 for share in one.exit_fractions))
     point = next(one for one in points if one.ids["search"] == row.search_id)
     exits, labels, right = slow_exits(point, row)
@@ -114,7 +114,7 @@ def test_exits_and_classes_equal_loops(folder: Path, monkeypatch: pytest.MonkeyP
 def test_methods_are_compared_seed_by_seed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     points = load_study(TINY, list(PLAIN)).points
-    rows = collect_rows(points)
+    rows = collect_rows(points, [])
     found = compare_methods(points, rows, (0.5, 0.92, 0.95))
     base = {split: next(r.accuracy for r in rows if (r.source, r.split) == ("backbone", split)) for split in ("test",)}
     assert [one.budget for one in found] == [0.92, 0.95]  # nothing is as cheap as 0.5

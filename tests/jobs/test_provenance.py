@@ -64,6 +64,12 @@ def test_each_job_leaves_its_provenance(tmp_path: Path) -> None:
     assert "<h2>Provenance</h2>" in page
     assert f"torch {found['packages']['torch']}" in page
     assert "<th>waiting for data</th>" in page
+    section = page.partition("<h2>Provenance</h2>")[2].partition("<h2>")[0]
+    stages = re.findall(r'<td data-label="stage">(\w+)</td>', section)
+    assert stages == 2 * ["prepare", "train", "record", "search", "report"]  # the second table is folded
+    shown, folded = section.partition("<details")[::2]
+    assert found["started"][:10] in shown.rpartition('data-label="stage">report')[2]
+    assert f"dynexit {found['dynexit']}" in folded.rpartition('data-label="stage">report')[2]
     (trained,) = study.glob("train/*/provenance.json")
     measured = json.loads(trained.read_text())
     (point,) = json.loads(dynexit(tmp_path, "status", TINY, *overrides, "--json").stdout)["points"]

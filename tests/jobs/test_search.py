@@ -1,6 +1,7 @@
 """What a study's `search` section asks for beyond weights: budgets, a certified risk, measured time, DyCE's methods."""
 
 import csv
+import html
 import json
 import shutil
 from pathlib import Path
@@ -100,3 +101,22 @@ def test_contradictions_are_named_together(tmp_path: Path) -> None:
     assert "search.risk = 0.1: needs record.train = true" in error
     assert "search.relative_latency = [0.5]: needs the measured times in search.latency" in error
     assert "search.relative_macs" in dynexit(tmp_path, "search", TINY, *wrong, status=2).stderr
+
+
+def test_a_report_names_budgets_that_nothing_attains(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(trained, folder)
+    asked = (*PLAIN, "search.relative_macs=[0.8]", "search.min_accuracy=[0.3, 0.999]")
+    run = dynexit(folder, "run", TINY, *asked, status=2)
+    assert "report: runs/tiny_study/report/report.html" in run.stdout
+    message = run.stderr.strip().splitlines()[-1].removeprefix("dynexit: ")
+    assert message.startswith("min_accuracy 0.999 is unattainable on the searched record: the most accurate configu")
+    most = max(entry["nearest"] for one in entries(folder, "budgets.json") for entry in one if "nearest" in entry)
+    assert f"has {most:.6g}; ask for that or more room" in message
+    page = html.unescape((folder / "runs/tiny_study/report/report.html").read_text())
+    assert f"<li>Not attained: {message}.</li>" in page
+    cell = page.partition(">at least 0.999 accuracy</td>")[2].partition("</tr>")[0]
+    assert f"has {most:.6g}; ask for that" in cell
+    again = dynexit(folder, "run", TINY, *asked, status=2)
+    assert (again.stdout.count("nothing to do"), again.stderr) == (1, f"dynexit: {message}\n")
+    assert "0 other differences" in dynexit(folder, "infer", TINY, *asked, "infer.relative_macs=0.8").stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dynexit.errors import UserError
 from dynexit.jobs.infer import choose
 from dynexit.report.chart.data import chart_data, json_script
 from dynexit.report.chart.groups import fronts_of, groups_of, reachable, spread, steps
@@ -63,6 +64,23 @@ def test_curves_are_what_each_budget_buys(index: int, split: str) -> None:
                 bought.append((best if split == "validation" else tests[best.key]).accuracy)
             wanted = (np.mean(bought), min(bought), max(bought))
             assert (step.mean, step.least, step.greatest) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_cascades_have_curves_over_seeds_and_points_of_each() -> None:
+    cascades = [
+        replace(one, source="cascade", seed=seed, accuracy=one.accuracy - 0.01 * seed, times=(), point_id=f"c{seed}")
+        for one in ROWS
+        if one.source == "search" and one.method == "probe" and one.seed == 0
+        for seed in (0, 1)
+    ]
+    found = data([*ROWS, *cascades])
+    (series,) = [one for one in found["series"] if one["kind"] == "cascade"]
+    lower, upper = ([*zip(*series["curves"]["0test"], strict=True)][which] for which in (2, 3))
+    assert np.subtract(upper, lower) == pytest.approx(np.full(len(lower), 0.01), abs=2e-5)
+    assert series["curves"]["1test"] == []  # times are not known
+    own = [one for one in found["points"] if found["series"][one["series"]] is series]
+    assert {one["seed"] for one in own} == {0, 1}
+    assert {one["label"] for one in own} == {"cascade"}
 
 
 def test_offers_are_the_front_in_order_of_cost() -> None:
@@ -177,7 +195,26 @@ def test_certified_points_are_offered_with_their_search() -> None:
     found = chart_data(groups, [*ROWS, *certified], fronts, {}, (), **given)
     (risk,) = found["risks"]
     assert found["points"][risk["point"]]["risk"] == 0.03
-    assert list(risk["commands"].values()) == ["dynexit save 'runs/my study' 'my study-s1' --point s1"]
+    assert list(risk["commands"].values()) == [
+        "dynexit save 'runs/my study' 'my study-s1' --point s1",
+        "dynexit predict 'my study-s1' IMAGE_OR_FOLDER --risk 0.03",
+        "dynexit infer 'runs/my study' infer.risk=0.03",
+    ]
+    asked = json.dumps({"risk": 0.02, "confidence": 0.95})
+    cheaper = [row(0.8, 0.4, split, budget=asked, search_id="s2") for split in ("validation", "test")]
+    equal = [row(0.8, 0.3, split, budget=asked, search_id="s3") for split in ("validation", "test")]
+    more = [*certified, *cheaper, *equal]
+    every = [front_of(pair)[0] for pair in (certified, cheaper, equal)]
+    found = chart_data(groups_of(ROWS, fronts, every), [*ROWS, *more], fronts, {}, (), **given)
+    searches = {found["points"][one["point"]]["search"]: one for one in found["risks"]}
+    runs = {search for search, one in searches.items() if any("dynexit infer" in c for c in one["commands"].values())}
+    for risk, search in ((0.03, "s2"), (0.02, "s2")):
+        assert choose([*ROWS, *more], InferSettings(risk=risk)).search_id == search
+    assert runs == {"s2"}
+    with pytest.raises(UserError, match=r"infer.risk = 0.01: no operating point is within it; the nearest has 0.02"):
+        choose([*ROWS, *more], InferSettings(risk=0.01))
+    with pytest.raises(UserError, match=r"no operating point has a certificate; set search\.risk"):
+        choose(ROWS, InferSettings(risk=0.01))
 
 
 def test_a_large_sweep_stays_below_three_megabytes() -> None:

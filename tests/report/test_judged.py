@@ -9,7 +9,9 @@ import pytest
 from dynexit.core.statistics import Interval
 from dynexit.report.judged.cards import cards
 from dynexit.report.judged.front import FrontEntry, entries_of, even_steps, write_front
+from dynexit.report.judged.methods import MethodAtBudget, methods_section
 from dynexit.report.judged.outcomes import Judgement
+from dynexit.report.judged.seeds import SeedAnswers, num_distinct
 from dynexit.report.judged.verdicts import headline
 from dynexit.report.judged.words import at_least, at_most, difference_text, drop_to_test, share_text
 from dynexit.report.page import Page, write_page
@@ -53,6 +55,29 @@ def test_intervals_in_words() -> None:
 def test_a_limit_holds_if_the_whole_interval_does(low: float, high: float, within: str, reached: str) -> None:
     interval = Interval((low + high) / 2, low, high)
     assert (at_most(interval, 0.5), at_least(interval, 0.5)) == (within, reached)
+
+
+@pytest.mark.parametrize(("distinct", "seeds"), [(1, "2, equal"), (2, "2")])
+def test_seeds_without_randomness_are_named(distinct: int, seeds: str) -> None:
+    points = tuple(front_of(ROWS)[-2:])
+    spread = (-0.02, 0.01)
+    found = MethodAtBudget(0.5, "probe", points, distinct, Interval(0.0, -0.1, 0.1), spread, None, None)
+    (section,) = methods_section([found])
+    ((cells,),) = [section.table]
+    assert cells["seeds"] == seeds
+    assert (
+        ("; seeds −2.00 to +1.00" in cells["vs backbone, points"]) == ("(" in cells["test accuracy"]) == (distinct > 1)
+    )
+    assert ("a seed changes nothing" in section.remark) == (distinct == 1)
+
+
+def test_only_other_answers_count_as_seeds() -> None:
+    right_N, origin_N = np.arange(20) % 3 > 0, np.arange(20)
+    other_N = right_N.copy()
+    other_N[7] ^= True
+    one, same, other = (SeedAnswers("a", answer_N, origin_N) for answer_N in (right_N, right_N.copy(), other_N))
+    assert [num_distinct([one, same]), num_distinct([one, other, same])] == [1, 2]
+    assert num_distinct([one, SeedAnswers("b", right_N, origin_N)]) == 2  # of other images
 
 
 def test_headline_states_the_verdict() -> None:

@@ -3,12 +3,14 @@
 import base64
 import csv
 import io
+import re
 from pathlib import Path
 
 import markupsafe
 import numpy as np
 import pytest
 
+from dynexit.contents import MetricsRow
 from dynexit.core.tradeoff import hypervolume
 from dynexit.deploy.predict import Prediction, Predictions
 from dynexit.files import spreadsheet_text
@@ -77,6 +79,25 @@ def test_curves_mark_the_kept_epoch_and_escape_labels() -> None:
     assert curves_section([]) == []
     equal = [{"epoch": epoch, "exit_accuracy": [1.0]} for epoch in range(2)]
     assert "nan" not in curves_section([Training("equal", equal, None)])[0].drawings[0]
+
+
+def test_losses_are_curves_of_their_own() -> None:
+    rows: list[MetricsRow] = [
+        {"epoch": epoch, "exit_accuracy": [0.5], "train_head_loss": 100 / 10**epoch} for epoch in range(3)
+    ]
+    rows[1]["train_gate_loss"] = 0.3
+    (drawing,) = curves_section([Training("one", rows, 1)])[0].drawings
+    accuracies, losses = drawing.split("</svg>")[:2]
+    assert "loss" not in accuracies
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", losses)
+    assert {"head loss", "gate loss", "100", "10", "1"} <= set(texts)
+    (line,) = [path for path in re.findall(r'd="M([^"]*)"', losses) if path.count("L") == 2]
+    places = [[float(part) for part in place.split()] for place in line.split("L")]
+    assert places[1] == pytest.approx(np.mean([places[0], places[2]], axis=0), abs=0.11)  # a factor of ten each
+    assert losses.count("<circle") == 1  # of a term that one epoch has
+    assert losses.count('class="kept"') == 1
+    (plain,) = curves_section([Training("one", [{**row, "train_head_loss": -1.0} for row in rows], 1)])[0].drawings
+    assert "nan" not in plain
 
 
 def test_small_files_are_in_the_page_and_others_linked(tmp_path: Path) -> None:

@@ -85,8 +85,17 @@ def test_the_resolved_study_reads_as_the_same_study(tmp_path: Path) -> None:
         again = study(tmp_path, text)
         assert again.points == first.points
         assert again.sweep == first.sweep
-    parsed = yaml.safe_load(resolved_yaml(study(tmp_path, "")))
+    parsed = yaml.safe_load(resolved_yaml(study(tmp_path, "seed: 0")))
     assert set(parsed) == set(Config.model_fields) | {"sweep"}
+
+
+@pytest.mark.parametrize("text", ["", "# data: {name: digits}\n", "{}"])
+def test_an_empty_study_is_a_mistake(tmp_path: Path, text: str) -> None:
+    with pytest.raises(
+        UserError, match=r"the study .*\.yaml is empty; name at least its data, as `data: {name: digits}`"
+    ):
+        study(tmp_path, text)
+    assert study(tmp_path, text, "data.name=digits").points  # all keys may be overrides
 
 
 def test_every_key_has_a_meaning() -> None:
@@ -171,7 +180,7 @@ def test_files_that_are_no_study(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no study .*missing\.yaml; give the path of a YAML file"):
         load_study(tmp_path / "missing.yaml")
     assert mistakes(tmp_path, "train: [")[0].startswith(f"the study {tmp_path / 'small.yaml'} cannot be read as YAML: ")
-    assert mistakes(tmp_path, "- a")[0].endswith("should hold sections, as `train:`, not list")
+    assert mistakes(tmp_path, "- a")[0].endswith("should hold keys, as `train:`, not list")
     assert mistakes(tmp_path, "seed: 1\nseed: 2")[0].endswith("as YAML: duplicate key 'seed' (line 2, column 1)")
 
 
@@ -309,7 +318,7 @@ def test_labels_have_the_keys_that_tell_points_apart(tmp_path: Path) -> None:
     finer = "zip: {train.num_epochs: [7, 7, 8], train.keep: [last, best, best]}"
     points = study(tmp_path, f"sweep: {{exits.stem: [false, true], {finer}}}").points
     assert len({point.label for point in points}) == 6
-    assert study(tmp_path, "").points[0].label == "the only point"
+    assert study(tmp_path, "seed: 0").points[0].label == "the only point"
 
 
 def test_ten_thousand_points_are_planned_quickly(tmp_path: Path) -> None:

@@ -229,5 +229,5 @@ def test_constant_features_and_absent_classes_are_said_once(tmp_path: Path) -> N
 
 def test_a_fit_that_stops_early_says_so(tmp_path: Path) -> None:
     task = trained(probe_pack(), tmp_path, ProbeTask(probe_pack(), ProbeSettings(max_iterations=2)))
-    assert "not converged, its best iterate is kept (gradient norm " in log_of(tmp_path)
+    assert "stopped as set by probe.max_iterations=2, its best iterate is kept (gradient norm " in log_of(tmp_path)
     assert min(task.rows[0]["gradient_norm"]) > 1e-5

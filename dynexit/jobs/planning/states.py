@@ -11,6 +11,7 @@ from dynexit.provenance import read_provenance
 from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point
 
+INTERRUPTED = "interrupted"  # ends the state of what began and does not run
 _SPEED = ("images_per_second_per_rank", "share_waiting_for_data", "peak_memory_bytes")
 
 
@@ -38,9 +39,12 @@ def point_state(point: Point, pack: Path | None, *, is_held: bool) -> PointState
     working_in = pack if missing == "train" else backbone if missing == "prepare" else None
     progress = read_progress(working_in) if working_in is not None else None
     step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
-    figures = last_figures(point) if "train" in finished else " ".join(_figures(progress))
+    figures = last_figures(point) if "train" in finished else " ".join(_figures(progress, is_running=is_held))
+    is_logged = log.is_file() and (pack is not None or missing == "prepare")
     if missing is None:
         state = "done"
+    elif not is_held and missing in ("prepare", "train") and (progress or is_logged):
+        state = f"{missing} {INTERRUPTED}"
     elif finished or pack is not None:
         state = f"{missing} {'running' if is_held and (missing != 'train' or pack is not None) else 'to do'}"
     else:
@@ -49,11 +53,11 @@ def point_state(point: Point, pack: Path | None, *, is_held: bool) -> PointState
         progress or (read_provenance(RunDir(point, "train").path) if "train" in finished else None) or {}
     )
     speed = {name: measured[name] for name in _SPEED if name in measured}
-    is_logged = log.is_file() and (pack is not None or missing == "prepare")
     return PointState(missing, state, step, figures, log, is_logged, speed)
 
 
-def _figures(progress: JobProgress | None) -> Iterator[str]:
+def _figures(progress: JobProgress | None, *, is_running: bool) -> Iterator[str]:
     if progress is not None:
         yield from (f"{name} {float(value):.4g}" for name, value in progress["figures"].items())
+    if progress is not None and is_running:
         yield f"{progress['images_per_second']:.0f} images/s {progress['seconds_left']:.0f} s left"

@@ -4,13 +4,13 @@ Shapes: N samples, L exits.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from dynexit.baselines.rows import baselines_of
+from dynexit.baselines.rows import Baseline
 from dynexit.contents import Found
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
@@ -26,8 +26,8 @@ from dynexit.search.operating_points import ReportRow
 from dynexit.study.grid import Point
 
 
-def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
-    """Operating points of all `points` on both splits, `on_front` marked: backbones, gates, thresholds, baselines."""
+def collect_rows(points: Sequence[Point], baselines: Iterable[Baseline]) -> list[ReportRow]:
+    """Operating points of all `points` and of `baselines` on both splits, `on_front` marked."""
     rows: list[ReportRow] = []
     seen: set[tuple[str, str]] = set()  # backbones serve many points, and a training many searches
     for point in points:
@@ -49,7 +49,7 @@ def collect_rows(points: Sequence[Point]) -> list[ReportRow]:
             found = _configuration_rows(point, source_name, entries_of_search(point, file))
             searched += [row for row in found if row.configuration not in known]
         rows += searched
-    for baseline in baselines_of(points):
+    for baseline in baselines:
         rows += [baseline.validation, baseline.test]
     return mark_front(with_times(rows, point_times(points)))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dynexit.baselines.comparison import BASELINES_CSV, compare, comparison_section, write_comparisons
-from dynexit.baselines.rows import baselines_of
+from dynexit.baselines.rows import Baseline
 from dynexit.jobs.finished import class_names, kept_row
 from dynexit.jobs.reporting.rows import point_times
 from dynexit.record.shards import Record
@@ -16,7 +16,6 @@ from dynexit.report.judged.exits import exits_section
 from dynexit.report.judged.front import FRONT_CSV, FRONT_MD, FRONT_TEX, FrontEntry
 from dynexit.report.judged.methods import compare_methods, methods_section
 from dynexit.report.judged.outcomes import Judgements
-from dynexit.report.judged.provenance_section import provenance_section
 from dynexit.report.judged.verdicts import within_half
 from dynexit.report.page import Download, PageSection
 from dynexit.report.times import time_sections
@@ -44,24 +43,24 @@ _MOST_EMBEDDED = 200_000  # bytes
 def sections_of(
     points: Sequence[Point],
     rows: Sequence[ReportRow],
+    baselines: Sequence[Baseline],
     judged: Judgements,
     entries: Sequence[FrontEntry],
     cards: Sequence[Card],
     describe: Callable[[ReportRow], str],
 ) -> list[PageSection]:
-    """Returns the page's parts after the front. Writes their tables and figures into report/."""
+    """Returns the page's parts after the front but that on provenance. Writes their tables and figures into report/."""
     budgets = points[0].config.search.relative_macs
     chosen = _chosen(points, entries, cards)
     return [
         *methods_section(compare_methods(points, rows, budgets)),
         *hypervolume_section(rows, area_intervals(points, rows)),
         *_times(points, rows, describe),
-        *_comparisons(points, rows),
+        *_comparisons(points, rows, baselines),
         *exits_section(points, chosen),
         *curves_section(_trainings(points, chosen)),
         _uncertainty(points, rows, judged),
         *_classes(points, chosen),
-        *provenance_section(points),
     ]
 
 
@@ -120,9 +119,11 @@ def _times(
     return time_sections(rows, measured[0].table, points[0].study_dir / "report", describe)
 
 
-def _comparisons(points: Sequence[Point], rows: Sequence[ReportRow]) -> Iterator[PageSection]:
+def _comparisons(
+    points: Sequence[Point], rows: Sequence[ReportRow], baselines: Sequence[Baseline]
+) -> Iterator[PageSection]:
     """Writes baselines.csv, and gives the page's part on them; nothing without baselines."""
-    found = compare(points, rows, baselines_of(points))
+    found = compare(points, rows, baselines)
     path = points[0].study_dir / "report" / BASELINES_CSV
     path.unlink(missing_ok=True)
     if found:

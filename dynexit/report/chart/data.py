@@ -9,12 +9,12 @@ import markupsafe
 
 from dynexit.report.chart.groups import Costs, Fronts, LegendGroup, base_accuracy
 from dynexit.report.chart.offers import offers_of
-from dynexit.report.judged.cards import SAVE, save_command
+from dynexit.report.judged.cards import INFER, commands_by_risk
 from dynexit.report.judged.outcomes import Judgement, Judgements
 from dynexit.report.judged.words import difference_text, share_text
 from dynexit.report.published import PublishedPoint
 from dynexit.report.table import FrontPoint, percent
-from dynexit.search.operating_points import ReportRow, RowKey, RowTime
+from dynexit.search.operating_points import BASELINES, ReportRow, RowKey, RowTime
 
 _SPLITS = ("validation", "test")
 _DIGITS = 5
@@ -74,7 +74,7 @@ def chart_data(
         "series": series,
         "points": points,
         "offers": [offers_of(fronts[cost], cost, rows, base, numbers, study_dir) for cost in costs],
-        "risks": _risks(points, study_dir),
+        "risks": _risks(points, rows, study_dir),
     }
 
 
@@ -121,17 +121,18 @@ def _point(
 ) -> dict[str, Any]:
     row = point.test
     judgement = judged.get((row.key, "test"))
+    words, is_baseline = describe(row), row.source in BASELINES
     cells = {
         "series": number,
         "seed": row.seed,
-        "label": labels.get(row.point_id, row.method),
+        "label": words if is_baseline else labels.get(row.point_id, row.method),
         "id": row.point_id,
         "search": row.search_id,
-        "words": describe(row),
+        "words": "" if is_baseline else words,
         "shares": [round(share, 4) for share in row.exit_fractions],
         "difference": difference_text(judgement.difference) if judgement else "",
         "verdict": judgement.verdict if judgement else "",
-        "risk": json.loads(row.budget).get("risk") if row.budget else None,
+        "risk": row.certified_risk,
     }
     return cells | {
         side.split: _figures(side, costs, judged.get((side.key, side.split))) for side in (point.validation, row)
@@ -149,10 +150,16 @@ def _figures(row: ReportRow, costs: Costs, judgement: Judgement | None) -> dict[
     }
 
 
-def _risks(points: Sequence[Mapping[str, Any]], study_dir: Path) -> list[dict[str, Any]]:
-    """The certified points; a folder of all points of their search holds them."""
-    return [
-        {"point": index, "commands": {SAVE: save_command(study_dir, point["search"])}}
-        for index, point in enumerate(points)
-        if point["risk"] is not None
-    ]
+def _risks(points: Sequence[Mapping[str, Any]], rows: Sequence[ReportRow], study_dir: Path) -> list[dict[str, Any]]:
+    """The certified points, with their commands; `infer` runs only the cheapest within a risk."""
+    certified = [row for row in rows if row.split == "validation" and row.certified_risk is not None]
+    found = []
+    for index, point in enumerate(points):
+        if point["risk"] is None:
+            continue
+        given = commands_by_risk(point["search"], point["risk"], study_dir)
+        within = [row for row in certified if row.certified_risk is not None and row.certified_risk <= point["risk"]]
+        if min(within, key=lambda row: (row.macs, -row.accuracy)).search_id != point["search"]:
+            del given[INFER]
+        found.append({"point": index, "commands": given})
+    return found

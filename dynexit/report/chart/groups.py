@@ -11,6 +11,7 @@ from dynexit.report.figures import HUNDREDTHS
 from dynexit.report.table import FrontPoint, by_seed, front_of, relative_cost, within_budgets
 from dynexit.search.operating_points import BASELINES, ReportRow, RowKey
 
+_ALONE = ("gates", "static")  # points that no budget chooses among
 _MOST_POINTS = 600  # of the searches, and as many of the gates
 _MOST_BUDGETS = 80  # of a curve
 _MOST_OFFERED = 100
@@ -36,7 +37,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class LegendGroup:
-    """An entry of the legend. `curves` are by cost and split; only searches have them."""
+    """An entry of the legend. `curves` are by cost and split; those that leave by thresholds or networks have them."""
 
     source: str
     method: str
@@ -47,8 +48,8 @@ class LegendGroup:
 def groups_of(rows: Sequence[ReportRow], fronts: Fronts, more: Sequence[FrontPoint] = ()) -> list[LegendGroup]:
     """Returns the groups: searches, gates and fixed thresholds by method, then static networks and cascades.
 
-    Of searches and fixed thresholds the points are those that are best on validation within hundredths of a cost, seed
-    by seed; of more than 600 gates evenly many; and of all what the page's sliders choose from `fronts`, and `more`.
+    The points are those that are best on validation within hundredths of a cost, seed by seed; of gates and static
+    networks all, of more than 600 evenly many; and of all what the page's sliders choose from `fronts`, and `more`.
     """
     costs, wanted = list(fronts), [*more]
     for cost, front in fronts.items():
@@ -61,12 +62,12 @@ def groups_of(rows: Sequence[ReportRow], fronts: Fronts, more: Sequence[FrontPoi
     order = ("search", "gates", "fixed", *BASELINES)
     found = []
     for (source, method), own in sorted(by_group.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
-        if source in ("gates", *BASELINES):
+        if source in _ALONE:
             points = spread(_pairs(own), _MOST_POINTS)
         else:
             points = [point for seed in by_seed(own) for point in spread(_best(seed, costs), most)]
         points = _unique([*points, *(one for one in wanted if (one.test.source, one.test.method) == (source, method))])
-        curves = {} if source != "search" else _curves(own, costs)
+        curves = {} if source in (*_ALONE, "fixed") else _curves(own, costs)
         found.append(LegendGroup(source, method, points, curves))
     return found
 
@@ -118,7 +119,9 @@ def _pairs(rows: Iterable[ReportRow]) -> list[FrontPoint]:
 
 def _best(rows: Sequence[ReportRow], costs: Costs) -> list[FrontPoint]:
     found = [
-        point for cost in costs for point in within_budgets(front_of(has_cost(rows, cost), cost), HUNDREDTHS, cost)
+        point
+        for cost in costs
+        for point in within_budgets(front_of(has_cost(rows, cost), cost, baselines=True), HUNDREDTHS, cost)
     ]
     return sorted(_unique(found), key=lambda point: point.validation.relative_macs)
 
@@ -133,7 +136,8 @@ def _unique(points: Iterable[FrontPoint]) -> list[FrontPoint]:
 def _curves(rows: Sequence[ReportRow], costs: Costs) -> dict[tuple[int | None, str], Sequence[Step]]:
     found: dict[tuple[int | None, str], Sequence[Step]] = {}
     for cost in costs:
-        fronts = [front for seed in by_seed(rows) if (front := front_of(has_cost(seed, cost), cost))]
+        seeds = (front_of(has_cost(seed, cost), cost, baselines=True) for seed in by_seed(rows))
+        fronts = [front for front in seeds if front]
         for split in ("validation", "test"):
             found[cost, split] = steps(fronts, cost, split) if fronts else []
     return found

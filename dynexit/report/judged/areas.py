@@ -22,6 +22,7 @@ _WHAT = (
     "Area under the front’s test accuracy, left of relative MACs 1 (at most 1, more is better), of all seeds together "
     "and of each alone.{} Compare only sources with the same number of points: a staircase’s area grows with its steps."
 )
+_COUNTS = ("one seed", "all seeds the same")
 _BRACKETS = (
     " The brackets of the first are a 95 % bootstrap interval over the test images, for the points that validation "
     "chose."
@@ -89,5 +90,5 @@ def _cells(area: Hypervolume, limits: tuple[float, float] | None) -> dict[str, s
         "method": area.method,
         "all seeds together": f"{area.all_seeds:.4f}" + (f" ({limits[0]:.4f} to {limits[1]:.4f})" if limits else ""),
         "mean over seeds (least to greatest)": f"{mean:.4f}"
-        + (f" ({low:.4f} to {high:.4f})" if len(area.per_seed) > 1 else ", one seed"),
+        + (f" ({low:.4f} to {high:.4f})" if low < high else f", {_COUNTS[len(area.per_seed) > 1]}"),
     }

@@ -97,10 +97,14 @@ def commands_by_time(chosen: HasRows, limit: str, batch_size: int, study_dir: Pa
     }
 
 
-def save_command(study_dir: Path, identity: str) -> str:
-    """The command that saves the front and the certified points of one search."""
+def commands_by_risk(identity: str, risk: float, study_dir: Path) -> dict[str, str]:
+    """The same for the certified point of one search; its folder holds the front of that search too."""
     study, folder = shlex.quote(str(study_dir)), shlex.quote(f"{study_dir.name}-{identity}")
-    return f"dynexit save {study} {folder} --point {identity}"
+    return {
+        SAVE: f"dynexit save {study} {folder} --point {identity}",
+        PREDICT: f"dynexit predict {folder} IMAGE_OR_FOLDER --risk {risk:.15g}",
+        INFER: f"dynexit infer {study} infer.risk={risk:.15g}",
+    }
 
 
 def budget_text_of(cost: float, costs: Sequence[float]) -> str:

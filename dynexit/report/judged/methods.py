@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
-from dynexit.core.statistics import Interval, mean_interval, verdict
+from dynexit.core.statistics import Interval, verdict
 from dynexit.report.judged.outcomes import with_outcomes
+from dynexit.report.judged.seeds import SAME_ANSWERS, SeedAnswers, count_text, gain, num_distinct, paired
 from dynexit.report.judged.words import difference_text, percent_range, points_range
 from dynexit.report.page import PageSection
 from dynexit.report.table import FrontPoint, by_seed, front_of, within_budgets
@@ -31,26 +30,18 @@ _WHAT = (
 class MethodAtBudget:
     """A method's points within a budget, one per seed, and its differences in test accuracy, in [-1, 1].
 
-    `against_best` is None of the best method itself; the spreads are (least, greatest) of the seeds'.
+    `num_distinct` of the seeds differ in an answer. `against_best` is None of the best method itself; the spreads are
+    (least, greatest) of the seeds'.
     """
 
     budget: float
     method: str
     points: tuple[FrontPoint, ...]
+    num_distinct: int
     against_backbone: Interval
     backbone_spread: tuple[float, float]
     against_best: Interval | None
     best_spread: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class _TestAnswers:
-    """Of one point on test: what names its images, whether it and its backbone are right, and the originals."""
-
-    images: str
-    correct_N: np.ndarray
-    base_N: np.ndarray
-    origin_N: np.ndarray
 
 
 def compare_methods(
@@ -73,68 +64,60 @@ def compare_methods(
             if len(bought) == len(own):
                 chosen.setdefault(budget, {})[method] = tuple(bought)
     tests = [point.test for by_method in chosen.values() for bought in by_method.values() for point in bought]
-    answers: dict[RowKey, _TestAnswers] = {}
+    answers: dict[RowKey, tuple[SeedAnswers, SeedAnswers]] = {}
     for row, outcomes in with_outcomes(points, tests):
         images = outcomes.point.config.data.model_dump_json()
-        answers[row.key] = _TestAnswers(images, outcomes.of(row)[0], outcomes.correct_RN[-1], outcomes.origin_N)
+        both = (outcomes.of(row)[0], outcomes.correct_RN[-1])
+        ours, whole = (SeedAnswers(images, correct_N, outcomes.origin_N) for correct_N in both)
+        answers[row.key] = ours, whole
     return [one for budget, by_method in chosen.items() for one in _at_budget(budget, by_method, answers)]
 
 
 def _at_budget(
-    budget: float, by_method: Mapping[str, tuple[FrontPoint, ...]], answers: Mapping[RowKey, _TestAnswers]
+    budget: float,
+    by_method: Mapping[str, tuple[FrontPoint, ...]],
+    answers: Mapping[RowKey, tuple[SeedAnswers, SeedAnswers]],
 ) -> Iterator[MethodAtBudget]:
+    """`answers` are those of a point and of its backbone."""
     best = max(by_method, key=lambda method: fmean(point.validation.accuracy for point in by_method[method]))
-    theirs = [answers[point.test.key] for point in by_method[best]]
+    seeds = {point.test.seed: answers[point.test.key][0] for point in by_method[best]}
     for method, bought in by_method.items():
-        ours = [answers[point.test.key] for point in bought]
-        gains = [_gain(one.correct_N, one.base_N) for one in ours]
-        base = _paired(ours, [_TestAnswers(one.images, one.base_N, one.base_N, one.origin_N) for one in ours])
+        ours, whole = zip(*(answers[point.test.key] for point in bought), strict=True)
+        gains = [gain(*both) for both in zip(ours, whole, strict=True)]
+        base = paired(ours, whole)
         assert base is not None
-        seeds = {point.test.seed: answers[point.test.key] for point in by_method[best]}
-        pairs = [(answers[point.test.key], seeds.get(point.test.seed)) for point in bought]
-        spread = [_gain(a.correct_N, b.correct_N) for a, b in pairs if b is not None and a.images == b.images]
+        pairs = [(one, seeds.get(point.test.seed)) for one, point in zip(ours, bought, strict=True)]
+        is_random = max(num_distinct(ours), num_distinct(list(seeds.values()))) > 1
+        spread = [gain(a, b) for a, b in pairs if b is not None and a.images == b.images]
         yield MethodAtBudget(
             budget,
             method,
             bought,
+            num_distinct(ours),
             base,
             (min(gains), max(gains)),
-            None if method == best else _paired(ours, theirs),
-            (min(spread), max(spread)) if spread and method != best else None,
+            None if method == best else paired(ours, list(seeds.values())),
+            (min(spread), max(spread)) if method != best and spread and is_random else None,
         )
-
-
-def _gain(correct_N: np.ndarray, other_N: np.ndarray) -> float:
-    return float(correct_N.mean() - other_N.mean())
-
-
-def _paired(ours: Sequence[_TestAnswers], theirs: Sequence[_TestAnswers]) -> Interval | None:
-    """The difference of the means over seeds, image by image; None if no images are shared."""
-    values: list[np.ndarray] = []
-    origins: list[np.ndarray] = []
-    for images in dict.fromkeys(one.images for one in ours):
-        sides = [[one for one in side if one.images == images] for side in (ours, theirs)]
-        if all(sides):
-            ours_N, theirs_N = (np.mean([one.correct_N for one in side], axis=0) for side in sides)
-            values.append(ours_N - theirs_N)
-            origins.append(sides[0][0].origin_N + (origins[-1].max() + 1 if origins else 0))
-    return mean_interval(np.concatenate(values), np.concatenate(origins)) if values else None
 
 
 def methods_section(found: Sequence[MethodAtBudget]) -> list[PageSection]:
     """The page's part on methods at equal budgets; nothing without any."""
-    return [PageSection("Methods at equal budgets", _WHAT, [_cells(one) for one in found])] if found else []
+    same = SAME_ANSWERS if any(one.num_distinct < len(one.points) for one in found) else ""
+    return [PageSection("Methods at equal budgets", _WHAT + same, [_cells(one) for one in found])] if found else []
 
 
 def _cells(one: MethodAtBudget) -> dict[str, str]:
     tests = [point.test for point in one.points]
+    accuracies = [row.accuracy for row in tests]
     cells = {
         "budget": f"{one.budget:g}",
         "method": one.method,
-        "seeds": str(len(tests)),
+        "seeds": count_text(len(tests), one.num_distinct),
         "relative MACs": f"{fmean(row.relative_macs for row in tests):.3f}",
-        "test accuracy": percent_range([row.accuracy for row in tests]),
-        "vs backbone, points": difference_text(one.against_backbone) + points_range(*one.backbone_spread, len(tests)),
+        "test accuracy": percent_range(accuracies if one.num_distinct > 1 else accuracies[:1]),
+        "vs backbone, points": difference_text(one.against_backbone)
+        + points_range(*one.backbone_spread, one.num_distinct),
         "against it": verdict(one.against_backbone),
         "vs best, points": "the best on validation" if one.against_best is None else difference_text(one.against_best),
         "against the best": "" if one.against_best is None else verdict(one.against_best),

@@ -11,11 +11,12 @@ from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point
 
 _WHAT = (
-    "What did each stage, where and how long; provenance.json in each job's folder has more. Points that one job did "
-    "together share its time. The time is that of the attempt which finished the job. Images/s are of a rank, in the "
-    "median of the jobs; waiting for data and memory (of the GPU where there is one) are the largest of them. Another "
-    "instruction set or package version gives other last bits."
+    "What did each stage, where and how long; provenance.json in each job's folder has more. Points of one job share "
+    "its time, which is that of the attempt that finished it, and of the report until it wrote this page. Images/s are "
+    "of a rank, in the median of the jobs; waiting for data and memory (of the GPU where there is one) are the largest "
+    "of them. Another instruction set or package version gives other last bits."
 )
+_FOLDED = "Code, packages and commands of each stage"
 
 
 def provenances(points: Sequence[Point]) -> dict[str, list[Provenance]]:
@@ -29,23 +30,31 @@ def provenances(points: Sequence[Point]) -> dict[str, list[Provenance]]:
     return {stage: list(jobs.values()) for stage, jobs in found.items()}
 
 
-def provenance_section(points: Sequence[Point]) -> list[PageSection]:
-    """The section, a row per stage; nothing for a study of earlier versions."""
-    table = [_cells(stage, jobs) for stage, jobs in provenances(points).items()]
-    return [PageSection("Provenance", _WHAT, table)] if table else []
+def provenance_section(points: Sequence[Point], report: Provenance) -> PageSection:
+    """The section, a row per stage, that of the page's own job last."""
+    jobs = {**provenances(points), "report": [report]}
+    table = [_cells(stage, own) for stage, own in jobs.items()]
+    folded = [(_FOLDED, [_origin_cells(stage, own) for stage, own in jobs.items()])]
+    return PageSection("Provenance", _WHAT, table, folded=folded)
 
 
 def _cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
     gpu_hours = sum(job["gpu_hours"] for job in jobs)
-    versions = [{"python": job["python"], "dynexit": job["dynexit"], **job["packages"]} for job in jobs]
     return {
         "stage": stage,
         "jobs": len(jobs),
         "hours": f"{sum(job['seconds'] for job in jobs) / 3600:.4f}",
         **({"GPU-hours": f"{gpu_hours:.4f}"} if gpu_hours else {}),
         **_speed(jobs),
-        "from": min(job["started"] for job in jobs),
+        "from (UTC)": min(job["started"] for job in jobs)[:16].replace("T", " "),
         "machine": _each(f"{job['cpu']} ({job['instruction_set']}) {_gpu(job)}".strip() for job in jobs),
+    }
+
+
+def _origin_cells(stage: str, jobs: Sequence[Provenance]) -> Mapping[str, Any]:
+    versions = [{"python": job["python"], "dynexit": job["dynexit"], **job["packages"]} for job in jobs]
+    return {
+        "stage": stage,
         "commit": _each(job["commit"][:12] + job["commit"][40:] for job in jobs),
         "packages": _each(", ".join(f"{name} {version}" for name, version in of.items()) for of in versions),
         "command": _each(job["command"] for job in jobs),

@@ -8,7 +8,7 @@ import numpy as np
 from dynexit.core.cost import place_name
 from dynexit.core.statistics import Interval
 from dynexit.report.judged.outcomes import Judgements, Outcomes
-from dynexit.report.table import FrontPoint
+from dynexit.report.table import FrontPoint, backbone_accuracy
 from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import ReportRow
 from dynexit.study.grid import Point
@@ -62,11 +62,11 @@ def at_least(measured: Interval, limit: float) -> str:
 
 def drop_to_test(front: Sequence[FrontPoint], rows: Sequence[ReportRow]) -> str:
     """The loss of accuracy from validation, which chose the points, to test, and the backbone's own; "" without any."""
-    base = {row.split: row.accuracy for row in rows if row.source == "backbone"}
+    before, after = (backbone_accuracy(rows, split) for split in ("validation", "test"))
     drops = [100 * (point.validation.accuracy - point.test.accuracy) for point in front]
-    if not drops or len(base) < 2:
+    if not drops or before is None or after is None:
         return ""
-    own = 100 * (base["validation"] - base["test"])
+    own = 100 * (before - after)
     return (
         f"From validation, which chose the points, to test the front’s accuracies change by {-median(drops):+.2f} "
         f"points in the median, the backbone’s own by {-own:+.2f}."
