@@ -1,6 +1,7 @@
 """Running a study: the jobs that are missing, in order, here, as local processes, or on a SLURM cluster."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,8 @@ from dynexit.jobs.planning.description import describe_plan
 from dynexit.jobs.planning.missing import Job, done_together, missing_jobs
 from dynexit.run_dir import STUDY, write_text
 from dynexit.study.grid import Point, Study
-from dynexit.study.read import resolved_yaml
+from dynexit.study.outcomes import InferSettings
+from dynexit.study.read import load_study, resolved_yaml
 from dynexit.study.stages import INFER, STAGES, stages_until
 from launch.local import run_here, run_local
 from launch.lock import hold
@@ -120,7 +122,7 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
     """Does the missing jobs of each stage; what the main rank finds missing holds for all."""
     failures: list[str] = []
     if ranks.is_main:
-        write_text(study.directory / STUDY, resolved_yaml(study, with_meanings=False))
+        _write_study(study, until)
     did_something = False
     left = study
     for stage in stages:
@@ -150,6 +152,17 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
     if missed and not failures:
         raise UserError("; ".join(missed))
     return [*failures, *missed]
+
+
+def _write_study(study: Study, until: str) -> None:
+    """Writes the resolved study into its folder; `infer` leaves its own section, since budgets hold for one command."""
+    path = study.directory / STUDY
+    if until == INFER.name:
+        kept = InferSettings()
+        with contextlib.suppress(UserError):  # it is not there yet, or of another version
+            kept = load_study(path).config.infer
+        study = dataclasses.replace(study, config=study.config.model_copy(update={"infer": kept}))
+    write_text(path, resolved_yaml(study, with_meanings=False))
 
 
 def _has(point: Point, stage: str) -> bool:

@@ -272,13 +272,13 @@ def bench_model(directory: Path, request: BenchRequest, out: Path) -> str:
 def bench_text(rows: Sequence[BenchRow]) -> str:
     """The rows as lines of text."""
     lines = [
-        f"{'runtime':8}{'batch':>6}  {'point':22}{'accuracy':>9}{'images/s':>11}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}"
-        f"{'speed-up':>10}{'by MACs':>9}{'by time':>9}{'realised/predicted':>20}"
+        f"{'runtime':8}{'batch':>6}  {'point':22}{'asked':>8}{'accuracy':>9}{'images/s':>11}{'p50 ms':>9}{'p95 ms':>9}"
+        f"{'p99 ms':>9}{'speed-up':>10}{'by MACs':>9}{'by time':>9}{'realised/predicted':>20}"
     ]
     for row in rows:
         line = (
-            f"{row.runtime:8}{row.batch_size:6}  {row.point:22}{100 * row.accuracy:8.2f}%{row.images_per_second:11.1f}"
-            f"{row.p50_ms:9.3f}{row.p95_ms:9.3f}{row.p99_ms:9.3f}{row.speed_up:10.3f}"
+            f"{row.runtime:8}{row.batch_size:6}  {row.point:22}{row.asked:>8}{100 * row.accuracy:8.2f}%"
+            f"{row.images_per_second:11.1f}{row.p50_ms:9.3f}{row.p95_ms:9.3f}{row.p99_ms:9.3f}{row.speed_up:10.3f}"
         )
         if row.realised_over_time is not None:
             line += f"{row.predicted_by_macs:9.3f}{row.predicted_by_time:9.3f}"

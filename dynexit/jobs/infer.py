@@ -78,7 +78,7 @@ def run_infer(points: Sequence[Point]) -> Path:
     _write_predictions(directory / "predictions.csv", answers, samples, class_names(point))
     directory.write_json("summary.json", summary)
     directory.mark_done(["predictions.csv", "summary.json"])
-    _print(summary, directory / "predictions.csv")
+    _print(summary, settings, directory / "predictions.csv")
     if summary["unexplained_differences"]:
         raise Failure(
             f"{summary['unexplained_differences']} samples left elsewhere than the record says without being near a "
@@ -248,8 +248,11 @@ def _write_predictions(path: Path, answers: Answers, samples: Split, class_names
         )
 
 
-def _print(summary: dict[str, Any], predictions: Path) -> None:
-    print(f"{summary['point']} ({summary['source']}), {summary['num_samples']} {summary['split']} images")
+def _print(summary: dict[str, Any], settings: InferSettings, predictions: Path) -> None:
+    budgets = {name: getattr(settings, name) for name in ("relative_macs", "latency_ms", "risk")}
+    within = " and ".join(f"{name} {most:g}" for name, most in budgets.items() if most is not None)
+    chosen = f"the best within {within}" if within else "the most accurate"
+    print(f"{summary['point']} ({summary['source']}), {chosen}: {summary['num_samples']} {summary['split']} images")
     print(f"accuracy {summary['accuracy']:.4f} at {summary['relative_macs']:.4f} of the backbone's MACs")
     print(f"left at each exit: {summary['exit_counts']} (the last is the backbone's own classifier)")
     print(

@@ -57,8 +57,12 @@ def test_budgets_and_risk_are_met_shown_and_run(trained: Path, tmp_path: Path) -
     page = (folder / "runs/tiny_study/report/report.html").read_text()
     assert "risk at most 0.2, certified at 0.9" in page
     assert "at most 0.8 relative MACs" in page
+    resolved = (folder / "runs/tiny_study/study.yaml").read_text()
     out = dynexit(folder, "infer", TINY, *asked, "infer.relative_macs=0.8", "infer.source=search").stdout
     assert "0 other differences" in out
+    assert "(search), the best within relative_macs 0.8: " in out
+    dynexit(folder, "infer", "runs/tiny_study", "infer.relative_macs=0.01", status=2)
+    assert (folder / "runs/tiny_study/study.yaml").read_text() == resolved  # budgets hold for one command
 
 
 def test_the_number_of_processes_changes_nothing(trained: Path, tmp_path: Path) -> None:
