@@ -106,7 +106,7 @@ def write_report(
         figures,
         (study_dir / "study.yaml").read_text(encoding="utf-8"),
         points_table=[{**point.values, "id": point.id} for point in points],
-        notes=[*_NOTES, *_classes(points[0]), *_beyond(points), *([ORIGIN] if published else [])],
+        notes=[*_NOTES, *_classes(points[0]), *beyond_published(points), *([ORIGIN] if published else [])],
         budgets=budget_cells(rows, entries, describe, judged),
         sections=[
             *sections_of(points, rows, baselines, judged, table, offered, describe),
@@ -163,14 +163,15 @@ _NOTES = (
 )
 
 
-def _beyond(points: Sequence[Point]) -> list[str]:
-    """What of the training goes beyond the methods as published."""
-    weights = sorted({point.config.train.distillation for point in points} - {0.0})
-    if not weights:
+def beyond_published(points: Sequence[Point]) -> list[str]:
+    """Returns what of the trainings goes beyond the methods as published, as sentences."""
+    trainings = [one for one in (point.config.train for point in points) if one.distillation and one.method != "probe"]
+    if not trainings:  # probe fits labels alone
         return []
+    methods, weights = sorted({one.method for one in trainings}), sorted({one.distillation for one in trainings})
     return [
-        f"Exits also learned from the backbone's own classifier (train.distillation = {', '.join(map(str, weights))}), "
-        "which goes beyond the methods as published; 0 trains them as published."
+        f"Exits of {', '.join(methods)} also learned from the backbone's own classifier (train.distillation = "
+        f"{', '.join(map(str, weights))}), which goes beyond the methods as published; 0 trains them as published."
     ]
 
 

@@ -11,6 +11,7 @@ from dynexit.dist import start_ranks
 from dynexit.jobs.infer import run_infer
 from dynexit.jobs.load import load_heads, load_model
 from dynexit.jobs.planning.missing import make_packs
+from dynexit.jobs.report import beyond_published
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import ReportRow, read_csv
@@ -43,6 +44,12 @@ def test_one_pack_a_method_and_no_point_twice(finished: tuple[Study, list[Report
     assert len(study.points) == 2 * 2 + 5 * 2
     sizes = {pack[0].config.train.method: len(pack) for pack in make_packs(study.points, 64)}
     assert sizes == {"jei_dnn": 4, "independent": 2, "boosted": 2, "weighted": 2, "probe": 2, "dyce": 2}
+
+
+def test_only_methods_that_distil_are_named() -> None:
+    (text,) = beyond_published(load_study(TINY, ["train.distillation=0.2", "train.method=[probe, jei_dnn]"]).points)
+    assert text.startswith("Exits of jei_dnn also learned from the backbone's own classifier (train.di")
+    assert not beyond_published(load_study(TINY, ["train.distillation=0.2", "train.method=probe"]).points)
 
 
 def test_only_jei_dnn_has_gates(finished: tuple[Study, list[ReportRow]]) -> None:
