@@ -1,4 +1,4 @@
-"""SeedAnswers of several seeds on test images: the paired difference of two sides, and how many seeds differ at all.
+"""Answers of several seeds on test images: the paired difference of two sides, and how many seeds differ at all.
 
 Shapes: N samples.
 """
