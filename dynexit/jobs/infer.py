@@ -168,8 +168,7 @@ class _TimedBatches:
         order, start = list(range(len(self._samples))), _now(self._ranks)
         batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
         prepared = set[int]()
-        for _, images, _ in load_batches(self._samples, batches):
-            images = images.to(self._ranks.device)
+        for _, images, _ in load_batches(self._samples, batches, ranks=self._ranks):
             if len(images) not in prepared:  # the first pass of each size pays for what is set up once
                 self._router.classify(images), self._run(images)
                 prepared.add(len(images))

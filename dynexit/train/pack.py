@@ -146,9 +146,9 @@ class PackTask:
 
     def plain_features(self, split: Split) -> Iterator[tuple[Tensor, list[Tensor], Tensor, Tensor]]:
         """Yields (index (B,), what the exits read, backbone's logits (B, K), labels (B,)) of this rank's batches."""
-        for index_B, images, labels_B in load_batches(split, self.ranks.share(self.plain_batches(split))):
-            there = self.ranks.images_to_device(images)
-            features, final_BK = features_in_parts(self.model, there, self._at_once)
+        batches = self.ranks.share(self.plain_batches(split))
+        for index_B, images, labels_B in load_batches(split, batches, ranks=self.ranks):
+            features, final_BK = features_in_parts(self.model, images, self._at_once)
             yield index_B, features, final_BK, self.ranks.to_device(labels_B)
 
     def plain_batches(self, split: Split) -> list[range]:
