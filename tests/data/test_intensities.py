@@ -84,7 +84,8 @@ def test_images_made_one_by_one_travel_as_floats(world: World, images: Transform
     assert world.copied[torch.float32] == 5 * 3 * SIDE**2 * 4
 
 
-def test_a_step_and_its_batch_never_wait(world: World) -> None:
+def take_steps(steady: Callable[[], object]) -> None:
+    """Four steps, each with its batch; calls `steady` after one of each kind."""
     model, costs = tiny_model()
     model.backbone.to(CUDA)
     settings, split = JeiDnnSettings(max_warm_up_epochs=0, bilevel_batch_count=1), split_of(grey())
@@ -93,11 +94,24 @@ def test_a_step_and_its_batch_never_wait(world: World) -> None:
     batches = [range(i, i + 18) for i in range(0, NUM_IMAGES, 18)]
     for step, (index, images, labels) in enumerate(load_batches(split, batches, 0, ALONE)):
         task.train_step((index, images, ALONE.to_device(labels)), 1.0)
-        if step == 1:  # one step of each kind is done
-            world.reset()
+        if step == 1:
+            steady()
+
+
+def test_a_step_and_its_batch_never_wait(world: World) -> None:
+    take_steps(world.reset)
     assert world.waits == {}
     assert world.copied[torch.uint8] == 2 * 18 * SIDE**2
     assert world.copied[torch.float32] < 18 * SIDE**2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_and_its_batch_never_wait_on_a_gpu() -> None:
+    try:
+        take_steps(lambda: torch.cuda.set_sync_debug_mode("error"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("features", ["fresh", "kept"])
