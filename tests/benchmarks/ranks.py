@@ -48,9 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("settings", nargs="*", help="key=value")
     options = parser.parse_args()
-    rounds = [
-        {num: seconds_of(options.settings, num) for num in (1, 2)} for _ in range(options.rounds)
-    ]
+    rounds = [{num: seconds_of(options.settings, num) for num in (1, 2)} for _ in range(options.rounds)]
     for stage in STAGES:
         one, two = (min(times[num][stage] for times in rounds) for num in (1, 2))
         ratios = ", ".join(f"{times[1][stage] / times[2][stage]:.2f}" for times in rounds)
