@@ -48,7 +48,7 @@ def _shrunk(engine: Engine, table: LatencyTable, batch: int, num_warm_up: int, n
     with torch.inference_mode():
         seconds = interleaved_seconds(
             [
-                lambda: [engine.model.backbone(part) for part in batches],
+                lambda: [engine.plain(part) for part in batches],
                 lambda: [router.classify(part) for part in batches],
             ],
             images.device,

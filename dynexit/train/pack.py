@@ -253,7 +253,8 @@ class PackTask:
 
     def _not_finite_on(self, loss_m: Tensor, gradients: Stack) -> Tensor:
         """Ones (m, world size) where a member's loss or gradient is not finite on this rank; the sum tells which."""
-        ranks_mW = torch.zeros(len(loss_m), self.ranks.world_size, dtype=torch.int64, device=loss_m.device)
+        shape = (len(loss_m), self.ranks.world_size)
+        ranks_mW = torch.zeros(shape, dtype=loss_m.dtype, device=loss_m.device)  # one message takes all of a type
         if self.ranks.world_size > 1:
             ranks_mW[:, self.ranks.global_rank] = ~finite_members(loss_m, gradients)
         return ranks_mW
