@@ -96,6 +96,7 @@ def measure_times(engine: Engine, batch: int, num_warm_up: int, num_repeats: int
     none = backbone * float(np.median(seconds[:, 1] / seconds[:, 0]))
     exits = backbone * np.median((seconds[:, 2:-1] - seconds[:, 1:2]) / seconds[:, :1], axis=0)
     stages, heads_HP = medians["stage"], medians["head"].reshape(num_positions, -1).T
+    exits -= medians["reader"].sum()  # which have times of their own
     for row, whole in zip(heads_HP, exits[:-1], strict=True):
         row *= max(whole / row.sum(), 1.0)
     gate = max(float(exits[-1] - heads_HP[0].sum()) / num_positions, 0.0)

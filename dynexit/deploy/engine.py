@@ -75,6 +75,11 @@ class Engine:
         """Whether the gates can decide."""
         return self._gates is not None
 
+    @property
+    def is_additive(self) -> bool:
+        """Whether the logits of an exit add to those of the exit before."""
+        return self._shrinkage != 0
+
     def head(self, p: int, head_type: int) -> PlainHead:
         """Returns the head at position number p, of the head type with that index."""
         return self._heads[f"{self.model.positions[p]}.{self.head_types[head_type]}"]

@@ -15,16 +15,14 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
 from dynexit.data import Split, load_batches
-from dynexit.deploy.assembly import attach_exits
 from dynexit.deploy.engine import Engine
-from dynexit.deploy.optimize import with_quick_pooling
 from dynexit.deploy.router import Answers, Router, join
 from dynexit.deploy.stream import stream
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.files import spreadsheet_text
-from dynexit.jobs.finished import class_names
-from dynexit.jobs.load import begin, load_heads
+from dynexit.jobs.finished import class_names, measured_times
+from dynexit.jobs.load import begin, load_heads, quickened
 from dynexit.record.shards import Record
 from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import HEADS, RunDir, atomic_write
@@ -48,9 +46,7 @@ def run_infer(points: Sequence[Point]) -> Path:
     config = point.config
     ranks, data, model, costs = begin(point)
     heads, gates = load_heads([point], model)
-    if ranks.device.type == "cpu":
-        model = attach_exits(with_quick_pooling(model.backbone), costs.positions, config.exits)
-    engine = Engine(model, costs.head_types, heads, gates)
+    engine = Engine(quickened(model, config.exits), costs.head_types, heads, gates)
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     router = engine.router(configuration, config.search.confidence)
     samples = data.split(settings.split)
@@ -71,6 +67,7 @@ def run_infer(points: Sequence[Point]) -> Path:
         "images_per_second": len(samples) / seconds,
         "backbone_images_per_second": len(samples) / batches.backbone_seconds,
         "speed_up": batches.backbone_seconds / seconds,
+        "predicted_speed_up": _predicted_speed_up(point, configuration, summary["exit_counts"], ranks),
     }
     identity = digest([chosen.chosen_by, chosen.configuration, json.loads(canonical_json(settings))])
     directory = RunDir(point, "infer", identity)
@@ -188,6 +185,23 @@ def _classify(router: Router, batches: _TimedBatches, batch_size: int, ranks: Ra
     return answers, _now(ranks) - start - batches.seconds
 
 
+def _predicted_speed_up(
+    point: Point, configuration: Configuration | None, exit_counts: Sequence[int], ranks: Ranks
+) -> float | None:
+    """By the times that the search read, of this batch size, if images leave so often at each exit; None without."""
+    batch = point.config.infer.batch_size
+    if not point.is_by_time:
+        return None
+    table = measured_times(point, "search")
+    if batch not in table.batch_sizes or table.machine["device"] != ranks.device.type:
+        return None
+    heads = [0] * len(table.positions) if configuration is None else [head for head, _ in configuration.exits]
+    gates = configuration is None or point.config.search.confidence == "gate"
+    num_images = sum(exit_counts)
+    shares = [count / num_images for count in exit_counts]
+    return 1 / table.relative_as_stream(heads, shares, batch, num_images, gates=gates)
+
+
 def _now(ranks: Ranks) -> float:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
@@ -248,9 +262,11 @@ def _print(summary: dict[str, Any], settings: InferSettings, predictions: Path) 
     print(f"{summary['point']} ({summary['source']}), {chosen}: {summary['num_samples']} {summary['split']} images")
     print(f"accuracy {summary['accuracy']:.4f} at {summary['relative_macs']:.4f} of the backbone's MACs")
     print(f"left at each exit: {summary['exit_counts']} (the last is the backbone's own classifier)")
+    predicted = summary["predicted_speed_up"]
     print(
         f"{summary['images_per_second']:.0f} images/s, {summary['speed_up']:.2f} times the whole backbone's "
         f"{summary['backbone_images_per_second']:.0f} images/s on the same batches"
+        + (f" ({predicted:.2f} by the times of stage bench)" if predicted else "")
     )
     print(
         f"{summary['near_a_threshold']} samples within 1e-5 of a threshold, "

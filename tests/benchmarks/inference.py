@@ -5,9 +5,8 @@
 Weights are random, and thresholds are chosen so that samples leave in the shares that make the mean time 0.4, 0.6 and
 0.8 of the plain backbone's, by the stages' times at full batches. All ways run in turn in each round, with the same
 optimisation and tiles of the backbone. Realised is the plain backbone's time over that of the engine, by batches of 64
-or as a stream of them. It is held against the predictions by MACs and by time, which are those of stage bench and the
-search; a stream is predicted by the times of full batches. At batch 1 all exits are enabled and nobody leaves: the
-cost of the exits.
+or as a stream of them. It is held against the predictions by MACs and by time, which are those of stage bench, the
+search and `infer`. At batch 1 all exits are enabled and nobody leaves: the cost of the exits.
 """
 
 import argparse
@@ -223,18 +222,18 @@ def measure_batches(name: str, case: TimedNet, optimize: str, rounds: int, batch
         exits = np.concatenate([router.classify(x).exit_index_B for x in batches])
         fractions = np.bincount(exits, minlength=len(relative) + 1) / len(exits)
         macs = configuration_macs_L(configuration, costs)[exits].mean()
-        full_batches = plain_cost / configuration_macs_L(configuration, by_image)[exits].mean()
-        shrinking = 1 / table.relative([head for head, _ in configuration.exits], fractions.tolist(), batch)
-        for way, by_time in (("batches", shrinking), ("stream", full_batches)):
+        way_out = ([head for head, _ in configuration.exits], fractions.tolist(), batch)
+        times = {"batches": table.relative(*way_out), "stream": table.relative_as_stream(*way_out, len(images))}
+        for way, relative_time in times.items():
             if (key := f"{target:g} {way}") not in results:
                 continue
             ratio = float(np.median(plain / np.array(results[key])))
             print(
                 f"{name}, {target:g} of the time, {way} of {batch}: {ratio:.3f} times the plain backbone "
-                f"({1000 * seconds / len(images):.3f} ms an image); predicted {by_time:.3f} by time, "
+                f"({1000 * seconds / len(images):.3f} ms an image); predicted {1 / relative_time:.3f} by time, "
                 f"{costs.full_macs / macs:.3f} by MACs"
             )
-            report("    realised / predicted by time", ratio / by_time, TIME_GOAL)
+            report("    realised / predicted by time", ratio * relative_time, TIME_GOAL)
             goals = dict(zip(TARGETS, case.macs_goals, strict=False)) if way == "batches" else {}
             report("    realised / predicted by MACs", ratio * macs / costs.full_macs, goals.get(target, 0))
 
