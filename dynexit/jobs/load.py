@@ -91,19 +91,25 @@ def begin(point: Point) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
     with ranks.failing_together():
         check_precision(config.backbone.precision, ranks.device)
         data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
-        model, costs = load_model(point, ranks)
         _check_classes(class_names(point), data)
+    model, costs = load_model(point, ranks)
     return ranks, data, model, costs
 
 
 def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
-    """The prepared backbone with the point's exit positions, frozen, in its precision, and what everything costs."""
+    """The prepared backbone with the point's exit positions, frozen, in its precision, and what everything costs.
+
+    All ranks call it: the main rank alone checks the bytes and counts the MACs.
+    """
     config, directory = point.config, RunDir(point, "prepare")
-    if not directory.is_done(check_bytes=True):
-        raise UserError(f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first")
-    backbone = build_model(config, weights=False)
-    backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
-    costs = costs_of(backbone, config)
+    with ranks.failing_together():
+        if ranks.is_main and not directory.is_done(check_bytes=True):
+            raise UserError(
+                f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first"
+            )
+        backbone = build_model(config, weights=False)
+        backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
+    costs = ranks.once(lambda: costs_of(backbone, config))
     model = attach_exits(backbone, costs.positions, config.exits).to(ranks.device)
     set_precision(backbone, config.backbone.precision)
     return model, costs

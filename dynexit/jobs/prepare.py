@@ -59,7 +59,7 @@ def run_prepare(points: Sequence[Point]) -> None:
     """Fits the backbone that the points share to the data set: backbone.safetensors, costs.json, metrics.jsonl."""
     config, directory = points[0].config, RunDir(points[0], "prepare")
     ranks = ranks_of(config)
-    if ranks.broadcast(directory.is_done()):
+    if ranks.once(directory.is_done):
         return
     stage = config.dist.deepspeed_stage
     if stage is not None:
@@ -72,7 +72,7 @@ def run_prepare(points: Sequence[Point]) -> None:
         data = load_data(config.data, workers_of(config.dist, ranks.device))
         torch.manual_seed(config.data.seed)
         backbone = build_model(config, weights=True)
-    costs = exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types)
+    costs = ranks.once(lambda: exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types))
     if stage is None or ranks.world_size == 1:  # DeepSpeed brings to a rank's device what is to lie there
         backbone.to(ranks.device)
     steps_per_epoch = -(-len(data.train) // settings.global_batch_size)
