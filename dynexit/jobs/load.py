@@ -84,13 +84,30 @@ def ranks_of(config: Config) -> Ranks:
     return start_ranks(config.dist.device, config.dist.num_threads)
 
 
+def load_on_ranks(config: Config, ranks: Ranks, *, checked: bool = False) -> DataSets:
+    """The data set on every rank; see `load_data`.
+
+    Folders of images are read by the main rank first: the others take what it has stored of them.
+    """
+    is_stored = config.data.name in ("image_folder", "imagenet")
+
+    def load() -> DataSets:
+        return load_data(config.data, workers_of(config.dist, ranks.device), checked=checked)
+
+    with ranks.failing_together():
+        data = None if is_stored and not ranks.is_main else load()
+    with ranks.failing_together():
+        return load() if data is None else data
+
+
 def begin(point: Point) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
     """What every job on a prepared backbone begins with: its ranks, the data that is there, and load_model's two."""
     config = point.config
     ranks = ranks_of(config)
     with ranks.failing_together():
         check_precision(config.backbone.precision, ranks.device)
-        data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
+    data = load_on_ranks(config, ranks, checked=True)
+    with ranks.failing_together():
         _check_classes(class_names(point), data)
     model, costs = load_model(point, ranks)
     return ranks, data, model, costs

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dynexit.data import DataSets, check_class_order, load_data, workers_of
+from dynexit.data import DataSets, check_class_order
 from dynexit.dist import Ranks
-from dynexit.jobs.load import build_model, ranks_of
+from dynexit.jobs.load import build_model, load_on_ranks, ranks_of
 from dynexit.models.macs import exit_costs
 from dynexit.models.precision import check_precision
 from dynexit.progress import Progress
@@ -69,7 +69,8 @@ def run_prepare(points: Sequence[Point]) -> None:
         check_precision(config.backbone.precision, ranks.device)  # of the jobs that follow
         if settings.num_epochs == 0:
             check_class_order(config.data)
-        data = load_data(config.data, workers_of(config.dist, ranks.device))
+    data = load_on_ranks(config, ranks)
+    with ranks.failing_together():
         torch.manual_seed(config.data.seed)
         backbone = build_model(config, weights=True)
     costs = ranks.once(lambda: exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types))
