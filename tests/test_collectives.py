@@ -2,7 +2,7 @@
 
 import dataclasses
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,20 @@ import pytest
 import torch
 
 from dynexit import run_dir
+from dynexit.core.cost import ExitCosts
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.gpus import own_gpu
-from dynexit.jobs import load
+from dynexit.jobs import load, train
 from dynexit.memory import naming_memory
-from dynexit.run_dir import BACKBONE, DONE, RunDir, move_aside
+from dynexit.run_dir import BACKBONE, BEGUN, DONE, RunDir, move_aside
 from dynexit.study.grid import Point
 from dynexit.study.methods import JeiDnnSettings
 from dynexit.study.read import load_study
 from dynexit.study.schema import TrainSettings
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.optimizers import clone
+from dynexit.train.pack import PackTask
 from tests.command_line import TINY, run_stage
 from tests.train.tiny import tiny_pack, tiny_split, tradeoff_members
 
@@ -125,6 +127,49 @@ def test_what_one_rank_cannot_load_fails_on_all(tmp_path: Path, where: str) -> N
     expected = "no images" if where == "data" else f"{weights} was altered (its SHA-256 is not the one in DONE); "
     assert first == second
     assert first == (expected + move_aside(weights.parent) * (where == "backbone"), True)
+
+
+def test_each_rank_writes_its_share_of_a_packs_points(tmp_path: Path) -> None:
+    keys = ["seed=[0]", "prepare.num_epochs=0", "train.num_epochs=1", "jei_dnn.max_warm_up_epochs=1"]
+    points = load_study(TINY, [f"runs_dir={tmp_path}", *keys]).points
+    run_stage("prepare", points)
+    folders = [RunDir(point, "train") for point in points]
+
+    def train_pack(ranks: Ranks) -> tuple[str, list[str]]:
+        written, finish = [], train._finish
+
+        def checked(own: Sequence[tuple[int, Point]], task: PackTask, costs: ExitCosts) -> list[str]:
+            for i in range(len(points)):
+                ranks.check_same(f"member {i}", task.member_state(i))  # whoever writes it, it has the same bits
+            assert task.rows == ranks.broadcast(task.rows)
+            return finish(own, task, costs)
+
+        train._finish = checked
+        load.ranks_of = train.ranks_of = lambda config: ranks
+        mark_done = RunDir.mark_done
+        RunDir.mark_done = lambda self, files: (written.append(self.identity), mark_done(self, files))
+        try:
+            train.run_train(points)
+        except Failure as error:
+            return str(error), written
+        return "", written
+
+    for folder in folders[:2]:
+        (folder / "metrics.jsonl").mkdir(parents=True)
+    (said, of_0), (same, of_1) = on_two_ranks(tmp_path, train_pack)
+    assert said == same
+    assert [line.partition(" could")[0] for line in said.split("; ") if "could" in line] == [
+        str(folder / "metrics.jsonl") for folder in folders[:2]
+    ]
+    assert (of_0, of_1) == ([folders[2].identity], [])
+    for folder in folders[:2]:
+        (folder / "metrics.jsonl").rmdir()
+    pack = train.pack_dir(points)
+    assert (pack / BEGUN).exists()  # the three stay one pack
+    (tmp_path / "store").unlink()
+    assert on_two_ranks(tmp_path, train_pack) == [("", [folders[0].identity]), ("", [folders[1].identity])]
+    assert not (pack / BEGUN).exists()
+    assert all(folder.is_done(check_bytes=True) for folder in folders)
 
 
 def missing(*_: object, **__: object) -> None:

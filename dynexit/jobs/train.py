@@ -70,9 +70,12 @@ def run_train(points: Sequence[Point]) -> None:
     is_live = config.report.mlflow == "live" and ranks.is_main
     with _live(points, task) if is_live else nullcontext():
         task.train(data.train, checkpoints, progress)
+    own = ranks.share(list(enumerate(points)))
+    failures = [text for texts in ranks.gather(_finish(own, task, costs)) for text in texts]
     with ranks.failing_together():
+        if failures:
+            raise Failure("; ".join(failures))
         if ranks.is_main:
-            _finish(points, task, costs)
             checkpoints.clear()
         if task.stopped:
             raise Failure("; ".join(task.stopped.values()))
@@ -103,18 +106,20 @@ def _rows_of(rows: Sequence[Mapping[str, Any]], member: int) -> list[dict[str, A
     return [{k: v for k, v in row.items() if k != "member"} for row in rows if row["member"] == member]
 
 
-def _finish(points: Sequence[Point], task: PackTask, costs: ExitCosts) -> None:
-    """Leaves the results of every point that has none yet; one that cannot be written stops no other."""
+def _finish(points: Sequence[tuple[int, Point]], task: PackTask, costs: ExitCosts) -> list[str]:
+    """Leaves the results of every point, given with its member's number, that has none yet. Returns what failed.
+
+    A point that cannot be written stops no other.
+    """
     failures: list[str] = []
-    for i, point in enumerate(points):
-        if not _is_trained(point):
-            try:
+    for i, point in points:
+        try:
+            if not _is_trained(point):
                 rows = _rows_of(task.rows, i)
                 _finish_point(point, task.member_state(i), costs, rows, task.stopped.get(i))
-            except Failure as failure:
-                failures.append(str(failure))
-    if failures:
-        raise Failure("; ".join(failures))
+        except Failure as failure:
+            failures.append(str(failure))
+    return failures
 
 
 def _finish_point(
