@@ -213,6 +213,27 @@ def test_statistics_show_drift(model: EarlyExitModel) -> None:
     assert view.stats().drift > 0.3  # type: ignore[operator]
 
 
+def test_statistics_tell_own_configurations_apart(model: EarlyExitModel) -> None:
+    images = make_images(model.input_size, 7)
+    num_positions = len(model.trainings["aa"].exit_costs.positions)
+    ways: tuple[tuple[float, str, str], ...] = (
+        (0.25, "aa", "max_probability"),
+        (0.5, "aa", "max_probability"),
+        (0.5, "bb", "max_probability"),
+        (0.5, "aa", "gate"),
+    )
+    names = []
+    for turn in range(3):
+        for threshold, training, confidence in ways:
+            configuration = Configuration(((0, threshold),) * num_positions)
+            view = model.use(configuration, training=training, confidence=confidence)
+            view(images[: turn + 1])
+            names.append(view.name)
+    assert names == 3 * names[:4]
+    assert {seen.name: seen.num_images for seen in model.stats()} == dict.fromkeys(names[:4], 1 + 2 + 3)
+    assert len(set(names)) == 4
+
+
 @pytest.mark.parametrize("max_batch", [1, 5, 16, 1000])
 def test_a_stream_gives_the_same_answers_in_order(model: EarlyExitModel, max_batch: int) -> None:
     images = make_images(model.input_size, 53)
