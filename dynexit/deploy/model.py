@@ -117,15 +117,18 @@ class View:
 
         Batches are images, or tuples that begin with images. Up to `max_batch` images run together; answers of a batch
         come when its last image is done, which may be after later batches have entered. A batch that has waited for
-        `max_delay_ms` is finished before others enter; None waits for full stages. Raises UserError for a batch that
-        a view does not take, when it enters.
+        `max_delay_ms` is finished before others enter, also while the loader, then in a thread, is slow; None waits for
+        full stages. Raises UserError for a batch that a view does not take, when it enters.
         """
-        batches = (self._checked(batch[0] if isinstance(batch, tuple | list) else batch) for batch in loader)
-        return (self._outputs(answers) for answers in stream(self.router, batches, max_batch, max_delay_ms))
+        found = stream(self.router, loader, max_batch, max_delay_ms, self._images_of)
+        return (self._outputs(answers) for answers in found)
 
     def stats(self) -> ExitStatistics:
         """What this way to leave has seen since the model was loaded, in all threads, against validation."""
         return self._counter.statistics()
+
+    def _images_of(self, batch: Any) -> Tensor:
+        return self._checked(batch[0] if isinstance(batch, tuple | list) else batch)
 
     def _checked(self, images: Tensor) -> Tensor:
         check_images(images, self.input_size)
