@@ -118,7 +118,7 @@ class View:
         Batches are images, or tuples that begin with images. Up to `max_batch` images run together; answers of a batch
         come when its last image is done, which may be after later batches have entered. A batch that has waited for
         `max_delay_ms` is finished before others enter, also while the loader, then in a thread, is slow; None waits for
-        full stages. Raises UserError for a batch that a view does not take, when it enters.
+        full stages. Raises UserError for a batch that a view does not take, after the answers for those before it.
         """
         found = stream(self.router, loader, max_batch, max_delay_ms, self._images_of)
         return (self._outputs(answers) for answers in found)

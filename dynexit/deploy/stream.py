@@ -201,8 +201,9 @@ def stream(
 
     `take` makes images (B, C, H, W) of a batch when it enters. Runs the deepest stage that has `max_batch` samples
     waiting, else admits a batch. All queues are emptied, from the first stage on, at the end and when a batch has
-    waited for `max_delay_ms`; with a delay a thread pulls the batches, so that a slow loader delays no answers.
-    Raises UserError unless `max_batch` is at least 1 and the delay, if there is one, at least 0.
+    waited for `max_delay_ms`; with a delay a thread pulls the batches, so that a slow loader delays no answers. An
+    error of `batches` or `take` is raised after the answers for all batches before it. Raises UserError unless
+    `max_batch` is at least 1 and the delay, if there is one, at least 0.
     """
     if max_batch < 1:
         raise UserError(f"max_batch is {max_batch}; give at least 1")
@@ -221,7 +222,7 @@ def _stream(
     stages, pending = _Stages(router, max_batch), _Pending(router.num_classes)
     awaited = None if max_delay_ms is None else _Awaited(batches)
     entering = map(take, batches if awaited is None else awaited)
-    more = True
+    more, fault = True, None
     try:
         while more or pending:
             stage = stages.full()
@@ -232,7 +233,10 @@ def _stream(
                 stage = stages.shallowest()
             if stage is None:
                 if awaited is None or awaited.comes_within(pending.seconds_left(max_delay_ms)):
-                    images = next(entering, None)
+                    try:
+                        images = next(entering, None)
+                    except Exception as error:
+                        images, fault = None, error
                     more = images is not None
                     if images is not None:
                         stages.enter(images, pending.enter(len(images)))
@@ -242,6 +246,8 @@ def _stream(
             if left is not None:
                 pending.collect(left)
                 yield from pending.complete()
+        if fault is not None:
+            raise fault
     finally:
         if awaited is not None:
             awaited.close()

@@ -120,3 +120,25 @@ def test_a_closed_stream_leaves_its_loader(model: EarlyExitModel, max_delay_ms: 
     answers.close()  # type: ignore[attr-defined]
     goes_on.set()
     assert left.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize("max_delay_ms", [None, 5])
+@pytest.mark.parametrize("fault", ["NaN pixels", "another size", "an error of the loader"])
+def test_answers_before_a_fault_are_given_out(model: EarlyExitModel, fault: str, max_delay_ms: float | None) -> None:
+    images = make_images(model.input_size, 12)
+    bad = {"NaN pixels": images.index_fill(0, torch.tensor([2]), float("nan")), "another size": images[:, :, 1:]}
+
+    def loader() -> Iterator[torch.Tensor]:
+        yield from (images, images)
+        if fault not in bad:
+            raise OSError("the camera is gone")
+        yield bad[fault]
+        yield images
+
+    view, found = model.use(model.points[0]), []
+    with pytest.raises(UserError if fault in bad else OSError) as error:
+        found.extend(view.stream(loader(), 100, max_delay_ms))  # extend keeps what came before the error
+    assert len(found) == 2
+    assert all(len(out.prediction) == 12 for out in found)
+    says = {"NaN pixels": "image 2 of the batch has values", "another size": "images have the shape 12x3x31x32"}
+    assert str(error.value).startswith(says.get(fault, "the camera is gone"))
