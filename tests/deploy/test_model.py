@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -267,10 +268,14 @@ def photos(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
 def test_predict_names_unreadable_files_and_does_the_rest(model: EarlyExitModel, photos: Path) -> None:
     view = model.use(model.points[0])
-    found = view.predict([photos, photos / "deep" / "c.png", photos / "gone.jpg"], batch_size=2)
+    os.mkfifo(photos.parent / "pipe.png")
+    more = [photos / "gone.jpg", photos.parent / "pipe.png", photos / ("a" * 300)]
+    found = view.predict([photos, photos / "deep" / "c.png", *more], batch_size=2)
     assert [Path(row.file).name for row in found.rows] == ["a.png", "b.JPG", "c.png", "c.png"]
-    assert {Path(name).name for name in found.unreadable} == {"broken.png", "gone.jpg"}
-    assert "does not exist" in found.unreadable[str(photos / "gone.jpg")]
+    assert list(found.unreadable) == [str(photos / "broken.png"), *map(str, more)]
+    reasons = ("does not exist", "cannot be read: is a pipe or a device, not a regular file", ": File name too long")
+    for path, reason in zip(more, reasons, strict=True):
+        assert found.unreadable[str(path)].endswith(reason)
     for row in found.rows:
         image = view.transform(Image.open(row.file).convert("RGB"))
         alone = view(image[None])
