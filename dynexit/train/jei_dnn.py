@@ -214,7 +214,9 @@ class JeiDnnTask(PackTask):
         return loss_m
 
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
-        rates = {i: group.learning_rate(self.settings) for group in self.groups for i in group.members}
+        rates: dict[int, float] = {}
+        for group in self.groups:
+            rates |= dict.fromkeys(group.members, group.learning_rate(self.settings))
         rates_M = torch.tensor([rates[i] for i in range(len(rates))], dtype=self.dtype)
         return _chosen(self.ranks.to_device(rates_M), members)
 
