@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import dynexit
 from dynexit.contents import Done, Provenance
 from dynexit.memory import naming_memory, peak_memory_bytes
 from dynexit.progress import finished_loads, job_speed
@@ -66,7 +67,7 @@ def provenance_of(stage: str, since: float, num_points: int) -> Provenance:
     world_size = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
     return {
         "stage": stage,
-        "dynexit": importlib.metadata.version("dynexit"),
+        "dynexit": dynexit.__version__,
         "commit": commit(),
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "dynexit"), *sys.argv[1:]]),
         "python": platform.python_version(),

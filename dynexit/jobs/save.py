@@ -4,7 +4,6 @@ Shapes: P positions, H head types, L exits, R rows of a record, N samples, n inp
 """
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import timm
 import torch
 from torch import Tensor
 
+import dynexit
 from dynexit.data import load_data, workers_of
 from dynexit.data.sources.python import gives_tensors
 from dynexit.data.transforms import GREY, mean_and_std, recipe_of
@@ -93,7 +93,7 @@ def run_save(
         directory,
         description={
             "format": FORMAT,
-            "dynexit": importlib.metadata.version("dynexit"),
+            "dynexit": dynexit.__version__,
             "trainings": {training: records[training].saved_training() for training in trained},
             "points": saved,
             "preprocessing": Preprocessing(data=_preprocessing(first, data.in_channels)),
