@@ -14,7 +14,6 @@ import timm
 import torch
 from torch import Tensor
 
-import dynexit
 from dynexit.data import load_data, workers_of
 from dynexit.data.sources.python import gives_tensors
 from dynexit.data.transforms import GREY, mean_and_std, recipe_of
@@ -40,6 +39,7 @@ from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.data.names import OWN
 from dynexit.study.grid import Point
 from dynexit.study.schema import DataSettings
+from dynexit.version import installed_version
 
 _NUM_PROBES = 8
 
@@ -93,7 +93,7 @@ def run_save(
         directory,
         description={
             "format": FORMAT,
-            "dynexit": dynexit.__version__,
+            "dynexit": installed_version(),
             "trainings": {training: records[training].saved_training() for training in trained},
             "points": saved,
             "preprocessing": Preprocessing(data=_preprocessing(first, data.in_channels)),
