@@ -23,6 +23,7 @@ from dynexit.deploy.stream import stream
 
 _MOST_BATCHES, _MOST_BYTES = 8, 1 << 26  # of images
 _LEAST, _MOST = 0.5, 3.0
+_FEW_EXITS = 4  # as operating points have; with many only a few samples reach most of the stages
 
 
 def with_shrinking(engine: Engine, table: LatencyTable, num_warm_up: int, num_repeats: int) -> LatencyTable:
@@ -37,22 +38,27 @@ def with_shrinking(engine: Engine, table: LatencyTable, num_warm_up: int, num_re
 
 
 def _measured(engine: Engine, table: LatencyTable, batch: int, num_warm_up: int, num_repeats: int) -> LatencyTable:
-    """Times batches of which a third leaves at every exit, and a stream of them; solves the table's times for both."""
+    """Times batches of which a third leaves at each of a few exits, and a stream of them; solves the times for both."""
     num_positions = len(table.positions)
     image_bytes = 4 * math.prod(engine.model.backbone.input_size)
     num_batches = min(max(_MOST_BYTES // (batch * image_bytes), 1), _MOST_BATCHES)
     images = random_images(engine, num_batches * batch)
     batches = torch.split(images, batch)
     logits = torch.cat([engine.all_logits(part)[0] for part in torch.split(images, 16)], 2)
-    shares_L = [(2 / 3) ** p / 3 for p in range(num_positions)] + [(2 / 3) ** num_positions]
-    every = Configuration(((0, 1.0),) * num_positions)
-    router = engine.router(thresholds_for(max_probability(logits).cpu().numpy(), every, shares_L))
+    shares_L = np.zeros(num_positions + 1)
+    num_exits = num_positions if engine.is_additive else _FEW_EXITS  # additive heads need all before them
+    enabled = np.unique(np.linspace(0, num_positions - 1, num_exits).astype(int))
+    shares_L[enabled] = [(2 / 3) ** i / 3 for i in range(len(enabled))]
+    shares_L[-1] = 1 - shares_L.sum()
+    heads = [0 if p in enabled else -1 for p in range(num_positions)]
+    configuration = Configuration(tuple((head, 1.0) for head in heads))
+    router = engine.router(thresholds_for(max_probability(logits).cpu().numpy(), configuration, shares_L.tolist()))
     exits = np.concatenate([router.classify(part).exit_index_B for part in batches])
     fractions = (np.bincount(exits, minlength=num_positions + 1) / len(exits)).tolist()
     with torch.inference_mode():
         seconds = interleaved_seconds(
             [
-                lambda: [engine.model.backbone(part) for part in batches],
+                lambda: [engine.plain(part) for part in batches],
                 lambda: [router.classify(part) for part in batches],
                 lambda: list(stream(router, batches, batch)),
             ],
@@ -61,7 +67,6 @@ def _measured(engine: Engine, table: LatencyTable, batch: int, num_warm_up: int,
             num_repeats,
         )
     taken, taken_as_stream = np.median(seconds[:, 1:] / seconds[:, :1], axis=0).tolist()
-    heads = [0] * num_positions
 
     def with_factors(**factors: float) -> LatencyTable:
         times = replace(table.times[batch], **factors)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ class BatchTimes:
     """Seconds that a whole batch takes, nobody leaving."""
 
     backbone: float
-    """The plain backbone, without this program's engine."""
+    """The plain backbone, in the tiles in which the engine runs it."""
     stages: tuple[float, ...]
     """(S,) each from the position before; they sum up to the engine without exits."""
     heads: tuple[tuple[float, ...], ...]

@@ -18,14 +18,13 @@ from dynexit.core.exit_policy import exit_index_from_gates
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
 from dynexit.data import Split, load_batches
 from dynexit.deploy.engine import Engine
-from dynexit.deploy.router import Answers, Router, even_parts, join
+from dynexit.deploy.router import Answers, Router, join
 from dynexit.deploy.stream import stream
 from dynexit.dist import Ranks
 from dynexit.errors import Failure, UserError
 from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import class_names, measured_times
 from dynexit.jobs.load import begin, load_heads, quickened
-from dynexit.models.backbones import Backbone
 from dynexit.record.shards import Record
 from dynexit.report.times import measured_batch_sizes
 from dynexit.run_dir import HEADS, RunDir, atomic_write
@@ -55,7 +54,7 @@ def run_infer(points: Sequence[Point]) -> Path:
     configuration = Configuration.from_json(json.loads(chosen.configuration)) if chosen.configuration else None
     router = engine.router(configuration, config.search.confidence)
     samples = data.split(settings.split)
-    batches = _TimedBatches(router, engine.model.backbone, samples, settings.batch_size, ranks)
+    batches = _TimedBatches(engine, router, samples, settings.batch_size, ranks)
     answers, seconds = _classify(router, batches, settings.batch_size, ranks)
     checkpoint = RunDir(point, "train").digest(HEADS)
     record = Record.open(RunDir(point, "record") / settings.split, checkpoint)
@@ -161,35 +160,30 @@ class _TimedBatches:
     the tiles in which the router would run it.
     """
 
-    def __init__(self, router: Router, backbone: Backbone, samples: Split, batch_size: int, ranks: Ranks) -> None:
-        self._router, self._backbone, self._samples, self._ranks = router, backbone, samples, ranks
+    def __init__(self, engine: Engine, router: Router, samples: Split, batch_size: int, ranks: Ranks) -> None:
+        self._engine, self._router, self._samples, self._ranks = engine, router, samples, ranks
         self._batch_size = batch_size
-        self._group_size = max(_GROUP_BYTES // (4 * math.prod(backbone.input_size) * batch_size), 1)
+        self._group_size = max(_GROUP_BYTES // (4 * math.prod(engine.model.backbone.input_size) * batch_size), 1)
         self.seconds, self.backbone_seconds = 0.0, 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
         order, start = list(range(len(self._samples))), _now(self._ranks)
         batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
-        loaded = (images.to(self._ranks.device) for _, images, _ in load_batches(self._samples, batches))
+        loaded = (images for _, images, _ in load_batches(self._samples, batches, ranks=self._ranks))
         prepared = set[int]()
         while group := list(itertools.islice(loaded, self._group_size)):
             for images in group:
                 if len(images) not in prepared:  # the first pass of each size pays for what is set up once
-                    self._router.classify(images), self._run(images)
+                    self._router.classify(images), self._engine.plain(images)
                     prepared.add(len(images))
             before = _now(self._ranks)
             for images in group:
-                self._run(images)
+                self._engine.plain(images)
             now = _now(self._ranks)
             self.seconds, self.backbone_seconds = self.seconds + now - start, self.backbone_seconds + now - before
             yield from group
             start = _now(self._ranks)
         self.seconds += _now(self._ranks) - start
-
-    @torch.inference_mode()
-    def _run(self, images: Tensor) -> None:
-        for part in even_parts(images, self._router.tile):
-            self._backbone(part)
 
 
 def _classify(router: Router, batches: _TimedBatches, batch_size: int, ranks: Ranks) -> tuple[Answers, float]:

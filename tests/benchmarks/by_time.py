@@ -63,7 +63,7 @@ def measure(study_dir: Path, sizes: list[int], num_points: int, rounds: int) -> 
             with torch.inference_mode():
                 seconds = interleaved_seconds(
                     [
-                        lambda engine=engine, batches=batches: [engine.model.backbone(part) for part in batches],
+                        lambda engine=engine, batches=batches: [engine.plain(part) for part in batches],
                         lambda router=router, batches=batches: [router.classify(part) for part in batches],
                     ],
                     torch.device("cpu"),
