@@ -4,7 +4,6 @@ Shapes: P positions, H head types, L exits, R rows of a record, N samples, n inp
 """
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.data.names import OWN
 from dynexit.study.grid import Point
 from dynexit.study.schema import DataSettings
+from dynexit.version import installed_version
 
 _NUM_PROBES = 8
 
@@ -93,7 +93,7 @@ def run_save(
         directory,
         description={
             "format": FORMAT,
-            "dynexit": importlib.metadata.version("dynexit"),
+            "dynexit": installed_version(),
             "trainings": {training: records[training].saved_training() for training in trained},
             "points": saved,
             "preprocessing": Preprocessing(data=_preprocessing(first, data.in_channels)),
