@@ -63,6 +63,8 @@ class World:
         """Kernels by operation."""
         self.num_bytes = 0
         """Bytes that kernels read and write."""
+        self.copied: collections.Counter[torch.dtype] = collections.Counter()
+        """Bytes that were copied from the host to the device."""
 
     @property
     def num_waits(self) -> int:
@@ -211,6 +213,7 @@ class _Functions(TorchFunctionMode):
         if onto:
             if not (non_blocking and world.has_pinned(tensor)):
                 world.note_wait("copy to the device from " + ("pinned" if world.has_pinned(tensor) else "pageable"))
+            world.copied[tensor.dtype] += tensor.nbytes
             world.copies(out)
             return world.put(out)  # type: ignore[no-any-return]
         world.note_wait("copy to the host")

@@ -81,12 +81,12 @@ def measure_times(engine: Engine, batch: int, num_warm_up: int, num_repeats: int
     Totals are those of whole calls: the plain backbone, the engine without exits, with all exits of each head type and
     with gates, nobody leaving. Their differences are shared out by the times of the parts, measured one by one.
     """
-    model, num_positions = engine.model, len(engine.model.positions)
+    num_positions = len(engine.model.positions)
     images = random_images(engine, batch)
     ways = [-1, *range(len(engine.head_types))]
     routers = [engine.router(Configuration(((head, 1.0),) * num_positions)) for head in ways] + [engine.router(None)]
     parts = _Parts(engine, images)
-    calls: list[Callable[[], object]] = [lambda: model.backbone(images)]
+    calls: list[Callable[[], object]] = [lambda: engine.plain(images)]
     calls += [lambda router=router: router.classify(images) for router in routers]  # type: ignore[misc]
     with torch.inference_mode():
         seconds = interleaved_seconds([*calls, parts.run], images.device, num_warm_up, num_repeats)
@@ -96,6 +96,7 @@ def measure_times(engine: Engine, batch: int, num_warm_up: int, num_repeats: int
     none = backbone * float(np.median(seconds[:, 1] / seconds[:, 0]))
     exits = backbone * np.median((seconds[:, 2:-1] - seconds[:, 1:2]) / seconds[:, :1], axis=0)
     stages, heads_HP = medians["stage"], medians["head"].reshape(num_positions, -1).T
+    exits -= medians["reader"].sum()  # which have times of their own
     for row, whole in zip(heads_HP, exits[:-1], strict=True):
         row *= max(whole / row.sum(), 1.0)
     gate = max(float(exits[-1] - heads_HP[0].sum()) / num_positions, 0.0)

@@ -44,9 +44,8 @@ class TorchRuntime:
     def __init__(self, model: EarlyExitModel, directory: Path, scratch: Path) -> None:
         self._model = model
 
-    @torch.inference_mode()
     def plain(self, images: Tensor) -> object:
-        return self._model.backbone(images)
+        return next(iter(self._model.engines.values())).plain(images)
 
     def early(self, point: SavedPoint, way: Configuration | None) -> Classify:
         router = self._model.engines[point.training].router(way, point.confidence, self._model.tolerance)

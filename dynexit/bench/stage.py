@@ -13,7 +13,7 @@ from dynexit.deploy.assembly import HeadStack
 from dynexit.dist import Ranks
 from dynexit.errors import UserError, end_if_stopped
 from dynexit.gpus import choose_device, find_gpus
-from dynexit.jobs.load import load_model
+from dynexit.jobs.load import load_model, quickened
 from dynexit.progress import Progress
 from dynexit.run_dir import LATENCY, RunDir
 from dynexit.study.grid import Point
@@ -42,7 +42,7 @@ def run_bench(points: Sequence[Point]) -> None:
         torch.set_num_threads(config.dist.num_threads)
     device = _device(config.bench.device)
     model, costs = load_model(point, Ranks(0, 1, device))  # by one process, whatever the number of ranks
-    engine = timing_engine(model, HeadStack(costs.head_types, PRECISION, 0.0, True))
+    engine = timing_engine(quickened(model, config.exits), HeadStack(costs.head_types, PRECISION, 0.0, True))
     progress = Progress("bench", directory.path, config.dist.log_seconds)
     sizes = sizes_to_measure(config.bench.batch_sizes)
     progress.start(len(sizes))

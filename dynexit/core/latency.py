@@ -27,7 +27,7 @@ class BatchTimes:
     """Seconds that a whole batch takes, nobody leaving."""
 
     backbone: float
-    """The plain backbone, without this program's engine."""
+    """The plain backbone, in the tiles in which the engine runs it."""
     stages: tuple[float, ...]
     """(S,) each from the position before; they sum up to the engine without exits."""
     heads: tuple[tuple[float, ...], ...]
@@ -38,6 +38,8 @@ class BatchTimes:
     """(P,) reading features that later exits read too; 0 unless features are concatenated."""
     shrunk: float = 1.0
     """What fewer samples take once a batch of this size has shrunk, over what a batch of their number takes."""
+    streamed: float = 1.0
+    """What a stream of such batches takes, which joins what is left of several, over what its stages take."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,15 @@ class LatencyTable:
                     f"the times of batch size {batch} do not fit {num_positions} positions and {num_types} head types"
                 )
             heads = [seconds for row in times.heads for seconds in row]
-            for seconds in (times.backbone, *times.stages, *heads, *times.gates, *times.readers, times.shrunk):
+            for seconds in (
+                times.backbone,
+                *times.stages,
+                *heads,
+                *times.gates,
+                *times.readers,
+                times.shrunk,
+                times.streamed,
+            ):
                 if not 0 <= seconds < math.inf:
                     raise ValueError(f"a time of batch size {batch} is {seconds}; times are seconds of 0 or more")
             if not (times.backbone > 0 and sum(times.stages) > 0):
@@ -116,15 +126,17 @@ class LatencyTable:
         arrive at a stage is taken for binomial, and times between measured batch sizes lie on a line; fewer samples
         than the batch had take `shrunk` times as long. Raises KeyError for a batch size that was not measured.
         """
+        return self._sum(heads, _binomial(batch, _reach(exit_fractions)), batch, gates)
+
+    def _sum(self, heads: Sequence[int], runs_SB: FloatArray, batch: int, gates: bool) -> float:
+        """Seconds of stages and exits, by how often each stage runs 0..batch samples (S, batch + 1)."""
         stages_SB, heads_PHB, gates_PB, readers_PB = self._curves[batch]
-        reach_S = np.clip(1 - np.concatenate(([0.0], np.cumsum(exit_fractions[:-1]))), 0, 1)
-        arriving_SB = _binomial(batch, reach_S)
-        arriving_SB[:, :batch] *= self.times[batch].shrunk
-        total = float((arriving_SB * stages_SB).sum())
+        runs_SB = runs_SB * np.append(np.full(batch, self.times[batch].shrunk), 1.0)
+        total = float((runs_SB * stages_SB).sum())
         last = last_enabled(heads)
         for p, head in enumerate(heads[: last + 1]):
             curve_B = readers_PB[p] + (heads_PHB[p, head] + gates * gates_PB[p] if head >= 0 else 0)
-            total += float(arriving_SB[p] @ curve_B)
+            total += float(runs_SB[p] @ curve_B)
         return total
 
     def relative(
@@ -132,6 +144,20 @@ class LatencyTable:
     ) -> float:
         """`seconds` over those of the plain backbone at this batch size."""
         return self.seconds(heads, exit_fractions, batch, gates=gates) / self.times[batch].backbone
+
+    def relative_as_stream(
+        self, heads: Sequence[int], exit_fractions: Sequence[float], batch: int, num_images: int, *, gates: bool = False
+    ) -> float:
+        """The time of a stream of batches over that of the plain backbone on them; arguments as in `seconds`.
+
+        Every stage runs full batches and at the end what is left, which takes `streamed` times as long as alone.
+        """
+        count_S = np.rint(num_images * _reach(exit_fractions)).astype(int)
+        runs_SB = np.eye(batch + 1)[count_S % batch]
+        runs_SB[:, batch] = count_S // batch
+        times = self.times[batch]
+        seconds = times.streamed * self._sum(heads, runs_SB, batch, gates)
+        return seconds / (times.backbone * num_images / batch)
 
     @cached_property
     def _curves(self) -> dict[int, tuple[FloatArray, FloatArray, FloatArray, FloatArray]]:
@@ -189,6 +215,11 @@ def sizes_to_measure(batch_sizes: Sequence[int]) -> list[int]:
     sizes = sorted({*batch_sizes, 1, *([2] if max(batch_sizes) > 1 else [])})
     between = {round(math.sqrt(low * high)) for low, high in pairwise(sizes) if high >= 4 * low}
     return sorted({*sizes, *between})
+
+
+def _reach(exit_fractions: Sequence[float]) -> FloatArray:
+    """(S,) the share of samples that arrive at each stage."""
+    return np.asarray(np.clip(1 - np.concatenate(([0.0], np.cumsum(exit_fractions[:-1]))), 0, 1))
 
 
 def _tuples(value: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynexit.data.memory.intensities import Intensities
 from dynexit.data.splits import DataSets, Split, Workers, stratified_order
 from dynexit.data.transforms import CROP_PADDING, GREY
 from dynexit.errors import UserError
@@ -99,13 +100,20 @@ class GreyImages:
         """The images are in memory."""
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        return torch.from_numpy(self.values[self._chosen(indices, epoch)])[:, None]
+
+    def intensities(self, indices: Sequence[int], epoch: int) -> Intensities:
+        pixels_BHW = self._chosen(indices, epoch)
+        return Intensities(torch.from_numpy(pixels_BHW)[:, None], torch.from_numpy(self.values)[None])
+
+    def _chosen(self, indices: Sequence[int], epoch: int) -> np.ndarray:
         chosen = np.asarray(indices, dtype=np.int64)
         pixels_BHW = self.pixels[chosen]
         around = [margins(self.size - side, self.shift) for side in pixels_BHW.shape[1:]]
         pixels_BHW = np.pad(pixels_BHW, ((0, 0), *around))
         if self.seed is not None:
             pixels_BHW = self._augment(pixels_BHW, chosen, [self.seed, 2, epoch])
-        return torch.from_numpy(self.values[pixels_BHW])[:, None]
+        return pixels_BHW
 
     def _augment(self, pixels_BHW: np.ndarray, chosen: np.ndarray, seed: list[int]) -> np.ndarray:
         random = np.random.default_rng(seed)

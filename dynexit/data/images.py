@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dynexit.data.memory.intensities import Intensities
 from dynexit.data.memory.pixels import LIMIT_BYTES, PixelMemory, fits
 from dynexit.data.memory.steps import steps_of
 from dynexit.data.pixels import NOT_AN_IMAGE, decode_path, open_image
@@ -140,6 +141,14 @@ class TransformedImages:
             if self.memory is None or self.steps is None:
                 return torch.stack([self._one(index, epoch) for index in indices])
             return self.steps.finish([self._pixels(index, epoch) for index in indices])
+
+    def intensities(self, indices: Sequence[int], epoch: int) -> Intensities | None:
+        self.share()
+        if self.memory is None or self.steps is None or not indices:
+            return None
+        with kept_random_state():
+            pixels_BCHW = np.stack([self._pixels(index, epoch) for index in indices])
+        return Intensities(torch.from_numpy(pixels_BCHW), torch.from_numpy(self.steps.values_CV))
 
     def file_names(self) -> list[str] | None:
         names = [self.source.file_name(row) for row in self.rows.tolist()]

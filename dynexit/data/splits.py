@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dynexit.data.memory.intensities import GivesIntensities, Intensities
+from dynexit.dist import Ranks
 from dynexit.errors import UserError
 from dynexit.study.dist import DistSettings
 
 Batch = tuple[Tensor, Tensor, Tensor]  # index (B,) int64, images (B, C, H, W) float32, labels (B,) int64
+_Loaded = tuple[Tensor, Tensor | Intensities, Tensor]
+_Request = tuple[int, Sequence[int], bool]  # epoch, indices, whether the images may come as intensities
 
 
 class Images(Protocol):
@@ -65,7 +69,8 @@ class Split:
 
     def __getitems__(self, indices: Sequence[int], epoch: int = 0) -> Batch:
         """(index, images, labels) of these samples, loaded in this process."""
-        return _batch(self.images, self.labels, indices, epoch)
+        index, images, labels = _batch(self.images, self.labels, (epoch, indices, False))
+        return index, _on_device(images, None), labels
 
     def file_names(self) -> list[str] | None:
         """The file of each sample, relative to data.dir; None if the samples are in no files of their own."""
@@ -126,44 +131,57 @@ def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> l
     return [order[i : i + batch_size] for i in range(0, num_samples, batch_size)]
 
 
-def load_batches(split: Split, batches: Sequence[Sequence[int]], epoch: int = 0) -> Iterator[Batch]:
+def load_batches(
+    split: Split, batches: Sequence[Sequence[int]], epoch: int = 0, ranks: Ranks | None = None
+) -> Iterator[Batch]:
     """Yields (index, images, labels) of each of `batches`, in order, as the split's `workers` say.
 
-    Images that are augmented depend on `epoch`; others do not. A batch may be empty. Persistent workers serve one
+    Images that are augmented depend on `epoch`; others do not. A batch may be empty. With `ranks`, images lie on
+    their device; a GPU gets those that are held as uint8 in that form, and finishes them. Persistent workers serve one
     iterator of a split at a time. Raises UserError, naming it, for an image that does not decode.
     """
-    if split.workers.num_workers == 0:
-        for indices in batches:
-            yield split.__getitems__(indices, epoch)
-    else:
-        yield from split.loader().load([(epoch, list(indices)) for indices in batches])
+    is_finished_there = ranks is not None and ranks.device.type == "cuda"
+    requests = [(epoch, list(indices), is_finished_there) for indices in batches]
+    here = (_batch(split.images, split.labels, request) for request in requests)
+    loaded = split.loader().load(requests) if split.workers.num_workers else here
+    for index, images, labels in loaded:
+        yield index, _on_device(images, ranks), labels
 
 
-def _batch(images: Tensor | Images, labels: Tensor, indices: Sequence[int], epoch: int) -> Batch:
+def _batch(images: Tensor | Images, labels: Tensor, request: _Request) -> _Loaded:
+    epoch, indices, is_finished_there = request
     index = torch.as_tensor(indices, dtype=torch.int64)
-    found = images[index] if isinstance(images, Tensor) else images.load(indices, epoch)
+    found: Tensor | Intensities | None = None
+    if is_finished_there and isinstance(images, GivesIntensities):
+        found = images.intensities(indices, epoch)
+    if found is None:
+        found = images[index] if isinstance(images, Tensor) else images.load(indices, epoch)
     return index, found, labels[index]
 
 
-class _Requests(Dataset[Batch]):
-    """What a loading process holds: it is sent (epoch, indices) and sends back a batch, or the mistake it met."""
+def _on_device(images: Tensor | Intensities, ranks: Ranks | None) -> Tensor:
+    move = (lambda tensor: tensor) if ranks is None else ranks.images_to_device
+    return images.images(move) if isinstance(images, Intensities) else move(images)
+
+
+class _Requests(Dataset[_Loaded]):
+    """What a loading process holds: it is sent a request and sends back a batch, or the mistake it met."""
 
     def __init__(self, images: Tensor | Images, labels: Tensor) -> None:
         self.images, self.labels = images, labels
 
-    def __getitems__(self, request: tuple[int, Sequence[int]]) -> Batch | UserError:
-        epoch, indices = request
+    def __getitems__(self, request: _Request) -> _Loaded | UserError:
         try:
-            return _batch(self.images, self.labels, indices, epoch)
+            return _batch(self.images, self.labels, request)
         except UserError as mistake:  # raised there, it would come here as the text of a traceback
             return mistake
 
 
 class _BatchLoader:
-    """Loading processes, and the queue of their requests, which carry the epoch beside the indices."""
+    """Loading processes, and the queue of their requests."""
 
     def __init__(self, requests: _Requests, workers: Workers) -> None:
-        self.queue: list[tuple[int, Sequence[int]]] = []
+        self.queue: list[_Request] = []
         self.turn = 0
         self.loader: DataLoader[Any] = DataLoader(
             requests,
@@ -177,7 +195,7 @@ class _BatchLoader:
             generator=torch.Generator(),  # else every epoch would draw from the generator that training uses
         )
 
-    def load(self, requests: Sequence[tuple[int, Sequence[int]]]) -> Iterator[Batch]:
+    def load(self, requests: Sequence[_Request]) -> Iterator[_Loaded]:
         """Yields the batches that `requests` ask for, unless another call takes the processes meanwhile."""
         self.turn += 1
         turn, self.queue[:], num_left = self.turn, requests, len(requests)
@@ -195,7 +213,7 @@ class _BatchLoader:
             raise RuntimeError("the workers of a split were given other batches while these were being read")
 
 
-def _as_is(batch: Batch | UserError) -> Batch | UserError:
+def _as_is(batch: _Loaded | UserError) -> _Loaded | UserError:
     return batch
 
 

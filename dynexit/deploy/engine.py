@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.tradeoff import Configuration
-from dynexit.deploy.router import NEAR, Router, Stop
+from dynexit.deploy.router import NEAR, Router, Stop, even_parts
 from dynexit.errors import UserError
 from dynexit.models.cut.backbone import OwnBackbone
 from dynexit.models.heads import PlainHead, StackedGates, StackedHeads
@@ -67,16 +67,28 @@ class Engine:
         if gates is not None:
             weight_G4, bias_G = gates.weight.detach()[0], gates.bias.detach()[0]
             self._gates = list(zip(weight_G4.unbind(), bias_G.unbind(), strict=True))
-        self._tile = largest_tile(model) if tile is None else tile
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self._tile = (largest_tile(model) if tile is None else tile) if on_cpu else None
 
     @property
     def has_gates(self) -> bool:
         """Whether the gates can decide."""
         return self._gates is not None
 
+    @property
+    def is_additive(self) -> bool:
+        """Whether the logits of an exit add to those of the exit before."""
+        return self._shrinkage != 0
+
     def head(self, p: int, head_type: int) -> PlainHead:
         """Returns the head at position number p, of the head type with that index."""
         return self._heads[f"{self.model.positions[p]}.{self.head_types[head_type]}"]
+
+    @torch.inference_mode()
+    def plain(self, images: Tensor) -> list[Tensor]:
+        """Runs the plain backbone on images (B, C, H, W), in the tiles in which a router runs it: logits of each."""
+        images = images.to(next(self.model.parameters()).dtype)
+        return [self.model.backbone(tile) for tile in even_parts(images, self._tile)]
 
     @torch.inference_mode()
     def all_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -196,7 +196,7 @@ class Router:
         stops: Sequence[Stop],
         confidence: Callable[[Tensor], Tensor] | None,
         shrinkage: float,
-        tile: int,
+        tile: int | None,
         tolerance: float,
     ) -> None:
         """`confidence` None stands for the gates' outputs; stops without a threshold leave it all to the gates."""
@@ -205,7 +205,7 @@ class Router:
         self._by_gates = any(stop.threshold is None for stop in stops)
         parameter = next(model.parameters())
         self.device, self._dtype = parameter.device, parameter.dtype
-        self.tile = tile if self.device.type == "cpu" else None
+        self.tile = tile
         """The most images that run together; None for any number."""
         self._few_sizes = self.tile is not None and self.tile >= _SMALL_IMAGES
         self.num_classes, self.num_stages = model.backbone.num_classes, len(self._stops) + 1

@@ -196,7 +196,7 @@ def _write_shards(
     """Computes and writes these shards; returns their entries for DONE."""
     batches = [shard[i : i + _BATCH_SIZE] for shard in shards for i in range(0, len(shard), _BATCH_SIZE)]
     progress.start(len(batches))
-    loaded = iter(progress.awaited(load_batches(split, batches, view)))
+    loaded = iter(progress.awaited(load_batches(split, batches, view, ranks)))
     entries = {}
     for shard in shards:
         rows = torch.empty(len(shard), int(folder.header["width"]), dtype=folder.dtype)
@@ -204,7 +204,7 @@ def _write_shards(
         for start in range(0, len(shard), _BATCH_SIZE):
             part = slice(start, start + _BATCH_SIZE)
             index[part], images, labels[part] = next(loaded)
-            rows[part] = rows_of(ranks.images_to_device(images)).cpu()
+            rows[part] = rows_of(images).cpu()
             progress.advance(len(images), {})
             end_if_stopped()
         path = folder.path / shard_name(shard)

@@ -6,6 +6,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
 from dynexit.deploy.assembly import HeadStack, attach_exits, costs_of, exit_positions
+from dynexit.deploy.optimize import with_quick_pooling
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
 from dynexit.jobs.finished import class_names
@@ -16,7 +17,7 @@ from dynexit.models.multi_exit import MultiExit
 from dynexit.models.precision import check_precision, set_precision
 from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
-from dynexit.study.schema import Config
+from dynexit.study.schema import Config, ExitsSettings
 
 _MOST_WHITENING_BYTES = 10**9  # of the covariances of all exits, in float64; eleven thousand features at one exit
 
@@ -106,6 +107,13 @@ def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
     model = attach_exits(backbone, costs.positions, config.exits).to(ranks.device)
     set_precision(backbone, config.backbone.precision)
     return model, costs
+
+
+def quickened(model: MultiExit, exits: ExitsSettings) -> MultiExit:
+    """The model as stage bench and infer run it: on a CPU with quick max pooling, which gives the same bits."""
+    if next(model.parameters()).device.type != "cpu":
+        return model
+    return attach_exits(with_quick_pooling(model.backbone), model.positions, exits)
 
 
 def _check_classes(names: list[str] | None, data: DataSets) -> None:

@@ -103,9 +103,9 @@ def _record(
         missing = recorder.missing_batches()
         ranges = [range(*recorder.layout.sample_range(batch)) for batch in missing]
         progress.start(len(missing))
-        for batch, loaded in zip(missing, progress.awaited(load_batches(samples, ranges)), strict=True):
+        for batch, loaded in zip(missing, progress.awaited(load_batches(samples, ranges, ranks=ranks)), strict=True):
             index_B, images, labels_B = loaded
-            features, final_BK = model.features(ranks.images_to_device(images))
+            features, final_BK = model.features(images)
             outputs = [_outputs(heads, gates, features) for heads, gates in members]
             logits_MPBK = torch.cat([logits for logits, _ in outputs])
             gates_MGB = [gate for _, gate in outputs if gate is not None]

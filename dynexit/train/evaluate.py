@@ -116,8 +116,8 @@ def _sums_over(
     total = {name: torch.zeros(size, dtype=torch.float64, device=ranks.device) for name, size in sizes.items()}
     order = list(range(len(split)))
     batches = [order[i : i + _BATCH_SIZE] for i in range(0, len(order), _BATCH_SIZE)]
-    for _, images, labels_B in load_batches(split, ranks.share(batches)):
-        for name, value in sums_of(ranks.images_to_device(images), ranks.to_device(labels_B)).items():
+    for _, images, labels_B in load_batches(split, ranks.share(batches), ranks=ranks):
+        for name, value in sums_of(images, ranks.to_device(labels_B)).items():
             total[name] += value
     ranks.all_reduce(total.values())
     return total

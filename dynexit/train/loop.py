@@ -95,8 +95,9 @@ def fit(
         while epoch < num_epochs:
             batches = epoch_batches(len(split), global_batch_size, seed, epoch)[position:]
             shares = [ranks.share(batch) for batch in batches]
-            for whole, batch in zip(batches, progress.awaited(load_batches(split, shares, epoch)), strict=True):
-                figures = task.train_step(_to_device(batch, ranks), len(batch[0]) / len(whole))
+            loaded = progress.awaited(load_batches(split, shares, epoch, ranks))
+            for whole, (index, images, labels) in zip(batches, loaded, strict=True):
+                figures = task.train_step((index, images, ranks.to_device(labels)), len(index) / len(whole))
                 position += 1
                 progress.advance(len(whole), figures)
                 if position < per_epoch:
@@ -182,11 +183,6 @@ def session_of(task: Task, ranks: Ranks, checkpoints: Checkpoints, progress: Pro
         if ranks.is_main:
             checkpoints.check()
     progress.finish()
-
-
-def _to_device(batch: Batch, ranks: Ranks) -> Batch:
-    index, images, labels = batch
-    return index, ranks.images_to_device(images), ranks.to_device(labels)
 
 
 @contextlib.contextmanager

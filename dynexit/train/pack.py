@@ -146,9 +146,9 @@ class PackTask:
 
     def plain_features(self, split: Split) -> Iterator[tuple[Tensor, list[Tensor], Tensor, Tensor]]:
         """Yields (index (B,), what the exits read, backbone's logits (B, K), labels (B,)) of this rank's batches."""
-        for index_B, images, labels_B in load_batches(split, self.ranks.share(self.plain_batches(split))):
-            there = self.ranks.images_to_device(images)
-            features, final_BK = features_in_parts(self.model, there, self._at_once)
+        batches = self.ranks.share(self.plain_batches(split))
+        for index_B, images, labels_B in load_batches(split, batches, ranks=self.ranks):
+            features, final_BK = features_in_parts(self.model, images, self._at_once)
             yield index_B, features, final_BK, self.ranks.to_device(labels_B)
 
     def plain_batches(self, split: Split) -> list[range]:
@@ -253,7 +253,8 @@ class PackTask:
 
     def _not_finite_on(self, loss_m: Tensor, gradients: Stack) -> Tensor:
         """Ones (m, world size) where a member's loss or gradient is not finite on this rank; the sum tells which."""
-        ranks_mW = torch.zeros(len(loss_m), self.ranks.world_size, dtype=torch.int64, device=loss_m.device)
+        shape = (len(loss_m), self.ranks.world_size)
+        ranks_mW = torch.zeros(shape, dtype=loss_m.dtype, device=loss_m.device)  # one message takes all of a type
         if self.ranks.world_size > 1:
             ranks_mW[:, self.ranks.global_rank] = ~finite_members(loss_m, gradients)
         return ranks_mW

@@ -196,12 +196,12 @@ class TransferTask:
         split = self.validation if split is None else split
         order = list(range(0, len(split), -(-len(split) // len(self.validation))))
         batches = [self.ranks.share(order[i : i + _BATCH_SIZE]) for i in range(0, len(order), _BATCH_SIZE)]
-        for _, images, labels in load_batches(split, batches):
+        for _, images, labels in load_batches(split, batches, ranks=self.ranks):
             if not len(labels):
                 if self.updates.lockstep:
-                    self.updates.evaluate(images.new_zeros(1, *self.backbone.input_size).to(self.ranks.device))
+                    self.updates.evaluate(images.new_zeros(1, *self.backbone.input_size))
                 continue
-            predictions = self.updates.evaluate(self.ranks.images_to_device(images)).argmax(1)
+            predictions = self.updates.evaluate(images).argmax(1)
             correct_count[0] += (predictions == self.ranks.to_device(labels)).sum()
             correct_count[1] += len(labels)
         self.ranks.all_reduce([correct_count])

@@ -10,6 +10,7 @@ import pytest
 import dynexit
 from dynexit.core.latency import LatencyTable
 from dynexit.errors import UserError
+from dynexit.jobs.infer import run_infer
 from dynexit.jobs.save import run_save
 from dynexit.run_dir import mark_done, write_json
 from dynexit.study.read import load_study
@@ -36,7 +37,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = json.loads(path.read_text())
     for batch, times in table["seconds_by_batch_size"].items():  # of a quiet machine, where exits gain time
         stage = 1e-4 * int(batch) ** 0.9
-        times |= {"backbone": 4 * stage, "stages": [stage] * 4, "heads": [[0.1 * stage]] * 3, "shrunk": 1.1}
+        times |= {"backbone": 4 * stage, "stages": [stage] * 4, "heads": [[0.1 * stage]] * 3}
+        times |= {"shrunk": 1.1, "streamed": 1.2 if batch == "8" else 1.0}
     write_json(path, LatencyTable.from_json(table).to_json())
     mark_done(path.parent, path.parent.name, [path.name])
     command(folder, "run", TINY, *PLAIN, *BY_TIME)
@@ -71,6 +73,27 @@ def test_points_share_the_measurement_and_rows_have_its_times(finished: Path) ->
     assert "Accuracy against relative time" in page
     assert "at most 1000 ms at batch size 1" in page
     assert command(finished, "run", TINY, *PLAIN, *BY_TIME).stdout.count("nothing to do") == 1
+
+
+def test_infer_predicts_its_speed_up_where_it_was_measured(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = (finished / "runs" / "tiny_study").glob("bench/*/latency.json")
+    table = LatencyTable.from_json(json.loads(path.read_text()))
+    asked = (f"runs_dir={finished}/runs", *PLAIN, *BY_TIME, "infer.source=search")
+    for batch in (256, 1, 8):
+        folder = run_infer(load_study(TINY, [*asked, f"infer.batch_size={batch}"]).points)
+        out, summary = capsys.readouterr().out, json.loads((folder / "summary.json").read_text())
+        if batch == 256:
+            assert summary["predicted_speed_up"] is None
+            assert "stage bench" not in out
+            continue
+        shares = [count / summary["num_samples"] for count in summary["exit_counts"]]
+        heads = [head for head, _ in summary["configuration"]]
+        if batch == 1:
+            relative = table.relative(heads, shares, 1)
+        else:
+            relative = table.relative_as_stream(heads, shares, batch, summary["num_samples"])
+        assert summary["predicted_speed_up"] == pytest.approx(1 / relative)
+        assert f"({1 / relative:.2f} by the times of stage bench)" in out
 
 
 def test_a_new_measurement_repeats_the_search(finished: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dynexit.data import load_data
 from dynexit.deploy.engine import Engine
 from dynexit.dist import Ranks
 from dynexit.jobs.finished import measured_times
-from dynexit.jobs.load import load_heads, load_model
+from dynexit.jobs.load import load_heads, load_model, quickened
 from dynexit.report.table import front_of
 from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.grid import Point
@@ -53,6 +53,7 @@ def measure(study_dir: Path, sizes: list[int], num_points: int, rounds: int) -> 
             point, table = by_search[row.chosen_by], tables[row.chosen_by]
             if point.id not in engines:
                 model, costs = load_model(point, Ranks(0, 1, torch.device("cpu")))
+                model = quickened(model, point.config.exits)
                 engines[point.id] = Engine(model, costs.head_types, *load_heads([point], model))
             engine = engines[point.id]
             way = Configuration.from_json(json.loads(row.configuration))
@@ -62,7 +63,7 @@ def measure(study_dir: Path, sizes: list[int], num_points: int, rounds: int) -> 
             with torch.inference_mode():
                 seconds = interleaved_seconds(
                     [
-                        lambda engine=engine, batches=batches: [engine.model.backbone(part) for part in batches],
+                        lambda engine=engine, batches=batches: [engine.plain(part) for part in batches],
                         lambda router=router, batches=batches: [router.classify(part) for part in batches],
                     ],
                     torch.device("cpu"),

@@ -152,8 +152,12 @@ def _seconds_of(run: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.median(found[1:])
 
 
+GOALS = {(10, 16): 0.1, (1000, 28): 0.3}
+"""By classes and members the most that a step may add to a backbone in bf16."""
+
+
 def packs(device: str, tiny: bool) -> dict[str, Any]:
-    """Steps by model, classes, members and precision, next to the bare backbone."""
+    """Steps by model, classes, members and precision, next to the bare backbone; `roofline --beside` has the model."""
     grid = [("t2t_vit_7", 10, one) for one in ("float32", "bf16")]
     if not tiny:
         precisions = ("float32", "tf32", "bf16")
@@ -192,10 +196,19 @@ def _pack_row(device: str, tiny: bool, name: str, num_classes: int, precision: s
         task = JeiDnnTask(Pack(model, costs, members, TrainSettings(), split, Ranks(0, 1, where), 100), method)
         return _seconds_of(lambda: [task.train_step(loaded, 1.0) for _ in range(2)], device, repeats) / 2
 
-    steps = {f"step_seconds_{m}": seconds_with(m) for m in ((1, 2) if tiny else (1, 16, 28))}
+    steps = {m: seconds_with(m) for m in ((1, 2) if tiny else (1, 16, 28))}
     bare = _seconds_of(lambda: model.features(loaded[1]), device, repeats)
-    named = {"model": name, "classes": num_classes, "precision": precision, "batch": batch}
-    return {**named, "backbone_seconds": bare, **steps}
+    named = {"model": name, "classes": num_classes, "precision": precision, "batch": batch, "image_size": size}
+    added = {m: seconds / bare - 1 for m, seconds in steps.items()}
+    goals = {m: (added[m], most) for (k, m), most in GOALS.items() if k == num_classes and m in added}
+    met = {f"goal_{m}": f"{share:.3f} of at most {most:g}" for m, (share, most) in goals.items() if precision == "bf16"}
+    return {
+        **named,
+        "backbone_seconds": bare,
+        **{f"step_seconds_{m}": seconds for m, seconds in steps.items()},
+        **{f"added_to_backbone_{m}": share for m, share in added.items()},
+        **met,
+    }
 
 
 def batch_sizes(device: str, tiny: bool) -> dict[str, Any]:
@@ -223,17 +236,38 @@ def batch_sizes(device: str, tiny: bool) -> dict[str, Any]:
 
 
 def copies(device: str, tiny: bool) -> dict[str, Any]:
-    """Bytes a second from the host to the device, from pinned memory and through `Ranks.to_device`."""
+    """Bytes a second to the device, from pinned memory and through `Ranks.to_device`; seconds of a batch of images.
+
+    That is cropped, flipped, normalised and copied, as uint8 that the device finishes and as floats; the same bits.
+    """
+    import numpy as np
     import torch
 
+    from dynexit.data import Split, load_batches
+    from dynexit.data.images import ArraySource, TransformedImages
+    from dynexit.data.transforms import train_transform
     from dynexit.dist import Ranks
+    from dynexit.study.schema import DataSettings
 
-    ranks, images = Ranks(0, 1, torch.device(device)), torch.zeros(2 if tiny else 256, 3, 224, 224)
-    found = {"pageable": _seconds_of(lambda: ranks.to_device(images), device, 9)}
+    batch, side, repeats = (2 if tiny else 256), 224, 9
+    ranks, images = Ranks(0, 1, torch.device(device)), torch.zeros(batch, 3, side, side)
+    found = {"pageable": _seconds_of(lambda: ranks.to_device(images), device, repeats)}
     if device == "cuda":
         pinned = images.pin_memory()
-        found["pinned"] = _seconds_of(lambda: ranks.to_device(pinned), device, 9)
-    return {f"{name}_bytes_per_second": images.nbytes / one for name, one in found.items()}
+        found["pinned"] = _seconds_of(lambda: ranks.to_device(pinned), device, repeats)
+    found = {f"{name}_bytes_per_second": images.nbytes / one for name, one in found.items()}
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+    order, labels = list(range(batch)), torch.zeros(batch, dtype=torch.int64)
+    transform, _ = train_transform(DataSettings(name="cifar10", image_size=side))
+    source = ArraySource(pixels, labels.numpy())
+    held = TransformedImages(source, torch.arange(batch), transform, 0, cache="memory", image_size=side)
+    split = Split(held, labels, labels)
+    ways = {
+        "as_uint8": lambda: next(load_batches(split, [order], ranks=ranks))[1],
+        "as_float32": lambda: ranks.images_to_device(split.__getitems__(order)[1]),
+    }
+    assert torch.equal(*(way() for way in ways.values())), "images finished on the device have other bits"
+    return found | {f"batch_seconds_{name}": _seconds_of(way, device, repeats) for name, way in ways.items()}
 
 
 def one_rank(device: str, tiny: bool) -> dict[str, Any]:

@@ -5,9 +5,8 @@
 Weights are random, and thresholds are chosen so that samples leave in the shares that make the mean time 0.4, 0.6 and
 0.8 of the plain backbone's, by the stages' times at full batches. All ways run in turn in each round, with the same
 optimisation and tiles of the backbone. Realised is the plain backbone's time over that of the engine, by batches of 64
-or as a stream of them. It is held against the predictions by MACs and by time, which are those of stage bench and the
-search; a stream is predicted by the times of full batches. At batch 1 all exits are enabled and nobody leaves: the
-cost of the exits.
+or as a stream of them. It is held against the predictions by MACs and by time, which are those of stage bench, the
+search and `infer`. At batch 1 all exits are enabled and nobody leaves: the cost of the exits.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from dynexit.deploy.assembly import HeadStack
 from dynexit.deploy.engine import Engine
 from dynexit.deploy.optimize import optimized_backbone, with_quick_pooling
 from dynexit.deploy.stream import stream
-from dynexit.models.backbones import Backbone, build_backbone
+from dynexit.models.backbones import build_backbone
 from dynexit.models.heads import StackedHeads
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
@@ -134,17 +133,6 @@ def configuration_for(
     return Configuration(tuple(exits))
 
 
-@torch.inference_mode()
-def run_plain(backbone: Backbone, batches: Sequence[Tensor], tile: int) -> float:
-    """Process seconds of the plain backbone, in the tiles in which the engine runs it."""
-    dtype = next(backbone.parameters()).dtype
-    start = time.process_time()
-    for images in batches:
-        for part in images.tensor_split(-(-len(images) // tile)):
-            backbone.model(part.to(dtype)).float().argmax(-1)
-    return time.process_time() - start
-
-
 def measure_table(engine: Engine, costs: ExitCosts, batch: int) -> LatencyTable:
     """The times of stages and exits as stage bench measures them."""
     timed = timing_engine(engine.model, HeadStack(costs.head_types, "float32", 0.0, True))
@@ -182,7 +170,7 @@ def measure_one_by_one(name: str, case: TimedNet, optimize: str, rounds: int) ->
     router = engine.router(Configuration(((0, 1.0),) * len(costs.positions)))
     results = in_turn(
         {
-            "plain": lambda: run_plain(engine.model.backbone, images, 1),
+            "plain": lambda: process_seconds(lambda: [engine.plain(image) for image in images]),
             "engine": lambda: process_seconds(lambda: [router.classify(image) for image in images]),
         },
         rounds,
@@ -197,18 +185,17 @@ def measure_batches(name: str, case: TimedNet, optimize: str, rounds: int, batch
     """Prints the realised speed-up at every target, by batches and for small images as a stream too."""
     engine, costs = build(case, optimize)
     images = make_images(engine, 1024 if case.is_small else batch)
-    batches, backbone = list(images.split(batch)), engine.model.backbone
+    batches = list(images.split(batch))
     logits = torch.cat([engine.all_logits(part)[0] for part in images.split(16)], 2)
     confidence_PN = max_probability(logits[:, 0]).numpy()
     relative = np.array(costs.backbone_macs) / costs.full_macs
     enabled = sorted({int(np.abs(relative - share).argmin()) for share in (0.15, 0.25, 0.5, 0.75)})
     nobody = Configuration(tuple((0 if p in enabled else -1, 1.0) for p in range(len(relative))))
-    tile = engine.router(nobody).tile or batch
     table = measure_table(engine, costs, batch)
     by_image = table.costs(batch, costs)  # of full batches
     plain_cost = table.times[batch].backbone / batch * 1e12
     cost_E = configuration_macs_L(nobody, by_image)[[*enabled, -1]] / plain_cost
-    ways: dict[str, Callable[[], Any]] = {"plain": lambda: run_plain(backbone, batches, tile)}
+    ways: dict[str, Callable[[], Any]] = {"plain": lambda: process_seconds(lambda: [engine.plain(x) for x in batches])}
     print(
         f"{name}: {len(images)} images; exits after blocks {[costs.positions[p] for p in enabled]}, at "
         f"{np.round(cost_E, 3).tolist()} of the time, {np.round(relative[enabled], 3).tolist()} of the MACs"
@@ -235,18 +222,18 @@ def measure_batches(name: str, case: TimedNet, optimize: str, rounds: int, batch
         exits = np.concatenate([router.classify(x).exit_index_B for x in batches])
         fractions = np.bincount(exits, minlength=len(relative) + 1) / len(exits)
         macs = configuration_macs_L(configuration, costs)[exits].mean()
-        full_batches = plain_cost / configuration_macs_L(configuration, by_image)[exits].mean()
-        shrinking = 1 / table.relative([head for head, _ in configuration.exits], fractions.tolist(), batch)
-        for way, by_time in (("batches", shrinking), ("stream", full_batches)):
+        way_out = ([head for head, _ in configuration.exits], fractions.tolist(), batch)
+        times = {"batches": table.relative(*way_out), "stream": table.relative_as_stream(*way_out, len(images))}
+        for way, relative_time in times.items():
             if (key := f"{target:g} {way}") not in results:
                 continue
             ratio = float(np.median(plain / np.array(results[key])))
             print(
                 f"{name}, {target:g} of the time, {way} of {batch}: {ratio:.3f} times the plain backbone "
-                f"({1000 * seconds / len(images):.3f} ms an image); predicted {by_time:.3f} by time, "
+                f"({1000 * seconds / len(images):.3f} ms an image); predicted {1 / relative_time:.3f} by time, "
                 f"{costs.full_macs / macs:.3f} by MACs"
             )
-            report("    realised / predicted by time", ratio / by_time, TIME_GOAL)
+            report("    realised / predicted by time", ratio * relative_time, TIME_GOAL)
             goals = dict(zip(TARGETS, case.macs_goals, strict=False)) if way == "batches" else {}
             report("    realised / predicted by MACs", ratio * macs / costs.full_macs, goals.get(target, 0))
 

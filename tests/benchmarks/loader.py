@@ -1,7 +1,8 @@
 """Images from memory against images decoded and made one by one: python tests/benchmarks/loader.py [--rounds 7].
 
 First Fashion-MNIST's images (its idx files must be there) as `fashion_mnist` loads them, and by the transforms of
-Pillow that other data sets have: medians of processor time. Then a folder of JPEG files of 224 pixels with data.cache
+Pillow that other data sets have: medians of processor time. Then images of 224 pixels as uint8, which a GPU finishes,
+and as floats. Then a folder of JPEG files of 224 pixels with data.cache
 `auto`, once it is filled, and `none`, in this process and with two loading processes, whose processor time counts too.
 Both sides in turn; ratios are medians of a round's.
 """
@@ -29,12 +30,13 @@ from dynexit.study.schema import DataSettings
 BATCH, NUM_FILES, SIDE = 128, 512, 224
 
 
-def rate(images: Images, num_images: int, num_batches: int) -> float:
+def rate(images: Images, num_images: int, num_batches: int, *, as_uint8: bool = False) -> float:
     """Images per second of processor time, in random order."""
+    load = images.intensities if as_uint8 else images.load  # type: ignore[attr-defined]
     batches = np.random.default_rng(0).integers(0, num_images, (num_batches, BATCH)).tolist()
     begun = time.process_time()
     for indices in batches:
-        images.load(indices, 0)
+        load(indices, 0)
     return num_batches * BATCH / (time.process_time() - begun)
 
 
@@ -58,6 +60,16 @@ def fashion_mnist(rounds: int) -> None:
     compare("Fashion-MNIST, augmented", lambda: rate(batched, len(pixels), 40), one_by_one, rounds)
     rate(kept, len(pixels), 2000)
     compare("the same by data.cache, in colour", lambda: rate(kept, len(pixels), 40), one_by_one, rounds)
+
+
+def for_a_gpu(rounds: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_FILES, SIDE, SIDE, 3), dtype=np.uint8)
+    transform, _ = train_transform(DataSettings(name="cifar10", image_size=SIDE))
+    source, rows = ArraySource(pixels, np.zeros(NUM_FILES)), torch.arange(NUM_FILES)
+    kept = TransformedImages(source, rows, transform, seed=0, cache="memory", image_size=SIDE)
+    kept.load(rows.tolist(), 0)
+    as_uint8 = lambda: rate(kept, NUM_FILES, 4, as_uint8=True)  # noqa: E731
+    compare("224 px, cropped and flipped, as uint8", as_uint8, lambda: rate(kept, NUM_FILES, 4), rounds)
 
 
 def write_folder(root: Path) -> None:
@@ -116,4 +128,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     fashion_mnist(options.rounds)
+    for_a_gpu(options.rounds)
     folder(options.rounds)

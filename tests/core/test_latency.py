@@ -65,6 +65,31 @@ def test_shrunk_batches_take_longer() -> None:
     assert table.seconds(heads, (0.0, 0.0, 1.0), 4) == TABLE.seconds(heads, (0.0, 0.0, 1.0), 4)
 
 
+@pytest.mark.parametrize("num_images", [1, 3, 4, 10, 403])
+def test_a_stream_runs_full_batches_and_the_rest(num_images: int) -> None:
+    table = replace(TABLE, times={**TABLE.times, 4: replace(TABLE.times[4], shrunk=1.2, streamed=1.1)})
+    one, four = TABLE.times[1], TABLE.times[4]
+    expected = 0.0
+    for p, share in enumerate((1.0, 0.5, 0.2)):
+        waiting = round(num_images * share)
+        while waiting:
+            size = min(waiting, 4)
+            seconds = time_of({1: one.stages[p], 4: four.stages[p]}, size)
+            if p < 2:
+                seconds += time_of({1: one.heads[p][p], 4: four.heads[p][p]}, size)
+            expected += 1.1 * seconds * (1 if size == 4 else 1.2)
+            waiting -= size
+    relative = table.relative_as_stream([0, 1], (0.5, 0.3, 0.2), 4, num_images)
+    assert relative == pytest.approx(expected / (four.backbone * num_images / 4))
+
+
+def test_a_long_stream_has_the_linear_cost() -> None:
+    configuration, shares = Configuration(((0, 0.5), (1, 0.5))), (0.5, 0.3, 0.2)
+    cost_L = configuration_macs_L(configuration, TABLE.costs(4, COSTS, gates=True)) / 1e12
+    relative = TABLE.relative_as_stream([0, 1], shares, 4, 10**6, gates=True)
+    assert relative == pytest.approx(float(cost_L @ np.array(shares)) / (TABLE.times[4].backbone / 4), rel=1e-4)
+
+
 @given(st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
 def test_a_batch_of_one_has_the_linear_cost(weights: list[float]) -> None:
     """There the search's cost is exact."""
@@ -115,7 +140,7 @@ def test_json_gives_the_same_table() -> None:
     assert json.dumps(again.to_json()) == text
     older = json.loads(text)
     for one in older["seconds_by_batch_size"].values():
-        del one["shrunk"]
+        del one["shrunk"], one["streamed"]
     assert LatencyTable.from_json(older) == again
 
 

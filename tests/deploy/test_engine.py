@@ -170,6 +170,15 @@ def test_tiles_of_a_batch_give_the_same_answers() -> None:
     assert max(sizes) == 4
 
 
+def test_plain_backbone_runs_in_the_tiles_of_a_router() -> None:
+    engine = build("ResNet", tile=4)[0]
+    images = images_for(engine, 11)
+    parts = engine.plain(images)
+    assert max(map(len, parts)) <= 4
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(parts), engine.model.backbone(images))
+
+
 def test_tile_holds_the_largest_activation_below_32_mib() -> None:
     engine, _, _ = build("ResNet")
     sizes = []
