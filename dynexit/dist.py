@@ -180,6 +180,12 @@ class Ranks:
             shared.on_all_ranks, shared.is_transient = True, may_succeed
             raise shared
 
+    def once(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns on the main rank, on every rank. Its Failure or UserError is raised on all."""
+        with self.failing_together():
+            computed = [compute()] if self.is_main else []
+        return self.broadcast(computed)[0]
+
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         if self.world_size > 1:

@@ -9,14 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from dynexit import run_dir
 from dynexit.dist import Ranks
-from dynexit.errors import Failure
+from dynexit.errors import Failure, UserError
 from dynexit.gpus import own_gpu
+from dynexit.jobs import load
 from dynexit.memory import naming_memory
+from dynexit.run_dir import BACKBONE, DONE, RunDir, move_aside
+from dynexit.study.grid import Point
 from dynexit.study.methods import JeiDnnSettings
+from dynexit.study.read import load_study
 from dynexit.study.schema import TrainSettings
 from dynexit.train.jei_dnn import JeiDnnTask
 from dynexit.train.optimizers import clone
+from tests.command_line import TINY, run_stage
 from tests.train.tiny import tiny_pack, tiny_split, tradeoff_members
 
 TENSORS = {
@@ -79,6 +85,56 @@ def test_ranks_with_other_weights_fail_together(tmp_path: Path) -> None:
     assert text.startswith("weights at the start of rank 1 (")
     assert "differ from those of rank 0 (" in text
     assert text.endswith("compare the shared folder and the versions of Python's packages on them")
+
+
+def test_one_rank_checks_the_backbone_and_counts_macs(tmp_path: Path) -> None:
+    point = prepared(tmp_path)
+    _, alone = load.load_model(point, Ranks(0, 1, torch.device("cpu")))
+
+    def calls(ranks: Ranks) -> tuple[bool, list[str]]:
+        made = []
+        for module, name in ((run_dir, "sha256_file"), (load, "costs_of")):
+            function = getattr(module, name)
+            setattr(module, name, lambda *args, f=function, n=name: (made.append(n), f(*args))[1])
+        model, costs = load.load_model(point, ranks)
+        ranks.check_same("weights", model.state_dict())
+        return costs == alone, made
+
+    num_files = len(RunDir(point, "prepare").read_json(DONE)["files"])
+    assert on_two_ranks(tmp_path, calls) == [(True, ["sha256_file"] * num_files + ["costs_of"]), (True, [])]
+
+
+@pytest.mark.parametrize("where", ["backbone", "data"])
+def test_what_one_rank_cannot_load_fails_on_all(tmp_path: Path, where: str) -> None:
+    point = prepared(tmp_path)
+    weights = RunDir(point, "prepare") / BACKBONE
+    if where == "backbone":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+
+    def begin(ranks: Ranks) -> tuple[str, bool]:
+        load.ranks_of = lambda config: ranks
+        if where == "data" and not ranks.is_main:
+            load.load_data = missing
+        try:
+            load.begin(point)
+        except (Failure, UserError) as error:
+            return str(error), error.on_all_ranks
+        return "", False
+
+    first, second = on_two_ranks(tmp_path, begin)
+    expected = "no images" if where == "data" else f"{weights} was altered (its SHA-256 is not the one in DONE); "
+    assert first == second
+    assert first == (expected + move_aside(weights.parent) * (where == "backbone"), True)
+
+
+def missing(*_: object, **__: object) -> None:
+    raise UserError("no images")
+
+
+def prepared(folder: Path) -> Point:
+    point = load_study(TINY, [f"runs_dir={folder}", "prepare.num_epochs=0"]).points[0]
+    run_stage("prepare", [point])
+    return point
 
 
 def test_updates_taken_late_have_the_same_bits(tmp_path: Path) -> None:

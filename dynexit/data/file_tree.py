@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dynexit.data.pixels import EXTENSIONS
+from dynexit.data.sources.listings import Listings
 from dynexit.errors import UserError
 
 _NUM_NAMED = 5  # of many names, as many are shown
@@ -31,16 +32,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_NAMED]) + more
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is skipped: `.ipynb_checkpoints`, `._copy.jpg`, `__MACOSX`."""
-    return name.startswith(".") or name.upper() == "__MACOSX"
-
-
-def visible_folders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted as strings, without hidden ones."""
-    return sorted(entry.name for entry in _entries(folder) if _is_folder(entry) and not is_hidden(entry.name))
-
-
 def read_tree(folder: Path, class_names: Sequence[str]) -> FileTree:
     """The images in the class folders at any depth, in the order that torchvision lists them in.
 
@@ -56,48 +47,35 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> FileTree:
                 f"{folder}: the class folder {name} is a link to "
                 f"{f'the class folder {first}' if first else 'a folder around it'}; remove it"
             )
+    listings = Listings(folder)
     for name in sorted(class_names):
-        found = sorted((where, file) for where, file in _walk(folder, name, tree, seen))
-        tree.names += [os.path.join(where, file) for where, file in found]
-        tree.class_names += [name] * len(found)
-        tree.subfolders.update(where.split(os.sep)[1] for where, _ in found if os.sep in where)
+        for where, images in sorted(_walk(listings, name, tree, seen)):
+            tree.names += [os.path.join(where, image) for image in images]
+            tree.class_names += [name] * len(images)
+            if images and os.sep in where:
+                tree.subfolders[where.split(os.sep)[1]] += len(images)
+    listings.save()
     return tree
 
 
-def _walk(folder: Path, start: str, tree: FileTree, seen: dict[_Identity, str]) -> Iterator[tuple[str, str]]:
-    """Yields (folder, file name) of the images below `start`, both relative; adds what is skipped to `tree`."""
+def _walk(
+    listings: Listings, start: str, tree: FileTree, seen: dict[_Identity, str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields the folders at and below `start` with the names of their images; adds what is skipped to `tree`."""
     left = [start]
     while left:
         where = left.pop()
-        for entry in _entries(folder / where):
-            if is_hidden(entry.name):
-                tree.num_hidden += 1
-            elif _is_folder(entry):
-                identity = _identity(Path(entry.path))
-                if identity in seen:
-                    tree.num_links += 1
-                else:
-                    seen[identity] = start
-                    left.append(os.path.join(where, entry.name))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                yield where, entry.name
+        listing = listings.read(where)
+        for name in listing.folders:
+            identity = _identity(listings.root / where / name)
+            if identity in seen:
+                tree.num_links += 1
             else:
-                tree.other_suffixes[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({error.strerror}); correct its permissions") from None
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads nowhere
-        return False
+                seen[identity] = start
+                left.append(os.path.join(where, name))
+        tree.num_hidden += listing.num_hidden
+        tree.other_suffixes.update(listing.other_suffixes)
+        yield where, listing.images
 
 
 def _identity(folder: Path) -> _Identity:

@@ -4,11 +4,12 @@ import collections
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynexit.data.file_tree import read_tree, remarks_of, some, visible_folders
+from dynexit.data.file_tree import read_tree, remarks_of, some
 from dynexit.data.images import FileSource, Sources
 from dynexit.data.inspection import inspect_images
 from dynexit.data.pixels import EXTENSIONS
 from dynexit.data.sources.labels import are_numbers, check_labelled_files, read_labels
+from dynexit.data.sources.listings import visible_folders
 from dynexit.errors import UserError
 from dynexit.files import read_text
 from dynexit.study.schema import DataSettings

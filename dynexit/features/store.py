@@ -116,14 +116,12 @@ def fill(folder: FeatureFolder, split: Split, view: int, rows_of: RowsOf, ranks:
 
     Returns when the folder is complete. Raises Failure on a full disk and where the folder has other features.
     """
-    if _is_done(folder, ranks):
+    if ranks.once(folder.is_done):
         return
     with _held(folder, ranks, progress):
-        if _is_done(folder, ranks):  # written by the job that had it
+        if ranks.once(folder.is_done):  # written by the job that had it
             return
-        with ranks.failing_together():
-            written = _begin(folder) if ranks.is_main else {}
-        written = ranks.broadcast(written)
+        written = ranks.once(lambda: _begin(folder))
         missing = ranks.share([shard for shard in folder.shards if shard_name(shard) not in written])
         with ranks.failing_together():
             mine = _write_shards(folder, missing, split, view, rows_of, progress, ranks)
@@ -148,12 +146,6 @@ def read(folder: FeatureFolder, labels: Tensor, ranks: Ranks) -> list[np.ndarray
         for shard in ranks.share(folder.shards):
             check_file(folder.path, shard_name(shard), files[shard_name(shard)], check_bytes=True)
         return [_mapped(folder, shard, labels) for shard in folder.shards]
-
-
-def _is_done(folder: FeatureFolder, ranks: Ranks) -> bool:
-    with ranks.failing_together():
-        done = ranks.is_main and folder.is_done()
-    return ranks.broadcast(done)
 
 
 def _begin(folder: FeatureFolder) -> dict[str, dict[str, Any]]:

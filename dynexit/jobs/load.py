@@ -84,26 +84,49 @@ def ranks_of(config: Config) -> Ranks:
     return start_ranks(config.dist.device, config.dist.num_threads)
 
 
+def load_on_ranks(config: Config, ranks: Ranks, *, checked: bool = False) -> DataSets:
+    """The data set on every rank; see `load_data`.
+
+    Folders of images are read by the main rank first: the others take what it has stored of them.
+    """
+    is_stored = config.data.name in ("image_folder", "imagenet")
+
+    def load() -> DataSets:
+        return load_data(config.data, workers_of(config.dist, ranks.device), checked=checked)
+
+    with ranks.failing_together():
+        data = None if is_stored and not ranks.is_main else load()
+    with ranks.failing_together():
+        return load() if data is None else data
+
+
 def begin(point: Point) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
     """What every job on a prepared backbone begins with: its ranks, the data that is there, and load_model's two."""
     config = point.config
     ranks = ranks_of(config)
     with ranks.failing_together():
         check_precision(config.backbone.precision, ranks.device)
-        data = load_data(config.data, workers_of(config.dist, ranks.device), checked=True)
-        model, costs = load_model(point, ranks)
+    data = load_on_ranks(config, ranks, checked=True)
+    with ranks.failing_together():
         _check_classes(class_names(point), data)
+    model, costs = load_model(point, ranks)
     return ranks, data, model, costs
 
 
 def load_model(point: Point, ranks: Ranks) -> tuple[MultiExit, ExitCosts]:
-    """The prepared backbone with the point's exit positions, frozen, in its precision, and what everything costs."""
+    """The prepared backbone with the point's exit positions, frozen, in its precision, and what everything costs.
+
+    All ranks call it: the main rank alone checks the bytes and counts the MACs.
+    """
     config, directory = point.config, RunDir(point, "prepare")
-    if not directory.is_done(check_bytes=True):
-        raise UserError(f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first")
-    backbone = build_model(config, weights=False)
-    backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
-    costs = costs_of(backbone, config)
+    with ranks.failing_together():
+        if ranks.is_main and not directory.is_done(check_bytes=True):
+            raise UserError(
+                f"the backbone {directory.identity} is not prepared; run `dynexit prepare` on the study first"
+            )
+        backbone = build_model(config, weights=False)
+        backbone.model.load_state_dict(directory.load_tensors(BACKBONE))
+    costs = ranks.once(lambda: costs_of(backbone, config))
     model = attach_exits(backbone, costs.positions, config.exits).to(ranks.device)
     set_precision(backbone, config.backbone.precision)
     return model, costs

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dynexit.data import DataSets, check_class_order, load_data, workers_of
+from dynexit.data import DataSets, check_class_order
 from dynexit.dist import Ranks
-from dynexit.jobs.load import build_model, ranks_of
+from dynexit.jobs.load import build_model, load_on_ranks, ranks_of
 from dynexit.models.macs import exit_costs
 from dynexit.models.precision import check_precision
 from dynexit.progress import Progress
@@ -59,7 +59,7 @@ def run_prepare(points: Sequence[Point]) -> None:
     """Fits the backbone that the points share to the data set: backbone.safetensors, costs.json, metrics.jsonl."""
     config, directory = points[0].config, RunDir(points[0], "prepare")
     ranks = ranks_of(config)
-    if ranks.broadcast(directory.is_done()):
+    if ranks.once(directory.is_done):
         return
     stage = config.dist.deepspeed_stage
     if stage is not None:
@@ -69,10 +69,11 @@ def run_prepare(points: Sequence[Point]) -> None:
         check_precision(config.backbone.precision, ranks.device)  # of the jobs that follow
         if settings.num_epochs == 0:
             check_class_order(config.data)
-        data = load_data(config.data, workers_of(config.dist, ranks.device))
+    data = load_on_ranks(config, ranks)
+    with ranks.failing_together():
         torch.manual_seed(config.data.seed)
         backbone = build_model(config, weights=True)
-    costs = exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types)
+    costs = ranks.once(lambda: exit_costs(backbone, range(backbone.num_blocks - 1), config.exits.head_types))
     if stage is None or ranks.world_size == 1:  # DeepSpeed brings to a rank's device what is to lie there
         backbone.to(ranks.device)
     steps_per_epoch = -(-len(data.train) // settings.global_batch_size)

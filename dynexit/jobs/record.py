@@ -30,9 +30,7 @@ from dynexit.study.stages import stage_of
 def run_record(points: Sequence[Point]) -> None:
     """Records the outputs of every exit of all `points` for every split asked for, from one pass of the backbone."""
     ranks = ranks_of(points[0].config)
-    with ranks.failing_together():
-        is_missing = ranks.is_main and not all(is_recorded(point) for point in points)
-    if not ranks.broadcast(is_missing):
+    if ranks.once(lambda: all(is_recorded(point) for point in points)):
         return
     ranks, data, model, costs = begin(points[0])
     with ranks.failing_together():

@@ -1,1 +1,1 @@
-"""Where images come from: torchvision by name, a CSV file of labels, a data set of a Python program."""
+"""Where images come from: torchvision, CSV labels, a Python program; and what is kept of folders between jobs."""

@@ -14,6 +14,13 @@ _NO_DIGEST = bytes(_DIGEST_BYTES)
 _blake2b = functools.partial(hashlib.blake2b, digest_size=_KEY_BYTES)
 
 
+def cache_path(kind: str, folder: Path, version: int) -> Path:
+    """The file in the user's cache folder that keeps what is known of `folder`, of one kind and version."""
+    name = _blake2b(os.fsencode(folder.resolve())).hexdigest()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "dynexit" / kind / f"{name}-{version}"
+
+
 class CheckedFiles:
     """The sound files of `folder`, by name, size and time of modification. Kept in the user's cache folder.
 
@@ -21,9 +28,7 @@ class CheckedFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        name = _blake2b(os.fsencode(folder.resolve())).hexdigest()
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        self.path = Path(cache) / "dynexit" / "checked" / f"{name}-2"
+        self.path = cache_path("checked", folder, 2)
         self._before: dict[bytes, tuple[int, bytes]] = {}  # by key what was seen, and the digest of the content
         self._now: dict[bytes, tuple[int, bytes]] = {}
         with contextlib.suppress(OSError):
