@@ -14,7 +14,7 @@ from dynexit.run_dir import PROGRESS, write_json
 
 T = TypeVar("T")
 
-_NOTABLE_WAIT = 0.05  # of the time
+NOTABLE_WAIT = 0.05  # of the time
 
 finished_loads: list["Load"] = []
 """What this process has loaded and worked on, one entry for each Progress that finished; `job_speed` adds them up."""
@@ -107,7 +107,7 @@ class Progress:
         left = seconds / max(self.step - self._first_step, 1) * (self.num_steps - self.step)
         shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
         waited = speed["share_waiting_for_data"]
-        waits = f", {100 * waited:.0f} % of the time waiting for data" if waited > _NOTABLE_WAIT else ""
+        waits = f", {100 * waited:.0f} % of the time waiting for data" if waited > NOTABLE_WAIT else ""
         self._write(
             f"{self.name}: step {self.step}/{self.num_steps} {shown} {rate:.0f} images/s {left:.0f} s left{waits}"
         )

@@ -108,6 +108,20 @@ def fit(
             session.save_if_asked(f"after epoch {epoch - 1}", epoch, position)
 
 
+def pass_over(split: Split, whole: Sequence[Sequence[int]], ranks: Ranks, progress: Progress) -> Iterator[Batch]:
+    """Yields this rank's batches of `whole`.
+
+    They are steps of `progress`, which counts the images of all ranks and is finished at the end.
+    """
+    batches = ranks.share(whole)
+    progress.start(len(batches))
+    loaded = progress.awaited(load_batches(split, batches, ranks=ranks))
+    for batch, start in zip(loaded, range(0, len(whole), ranks.world_size), strict=False):
+        yield batch
+        progress.advance(sum(map(len, whole[start : start + ranks.world_size])), {})
+    progress.finish()
+
+
 class Session:
     """One run of a task: where it resumes, and how its state is saved."""
 

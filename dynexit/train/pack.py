@@ -6,6 +6,7 @@ Shapes: M members of the pack, m chosen members, L exits, P positions, B batch, 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from dynexit.core.cost import ExitCosts
 from dynexit.core.losses import divergences
 from dynexit.core.standardisation import Standardisation
-from dynexit.data import Batch, Split, load_batches
+from dynexit.data import Batch, Split
 from dynexit.dist import Ranks
 from dynexit.models.heads import Stacked, StackedHeads
 from dynexit.models.multi_exit import MultiExit, features_in_parts
@@ -22,7 +23,7 @@ from dynexit.models.standardised import empty_moments, standardisation_by
 from dynexit.progress import Progress
 from dynexit.study.schema import ExitsSettings, TrainSettings
 from dynexit.train.checkpoint import Checkpoints
-from dynexit.train.loop import EpochLosses, fit
+from dynexit.train.loop import EpochLosses, fit, pass_over
 from dynexit.train.optimizers import (
     MemberAdam,
     MemberSGD,
@@ -112,7 +113,7 @@ class PackTask:
         self.plain_train, self.exits = pack.plain_train, pack.exits
         self.standardisations: list[Standardisation] | None = None
         """By position; heads are trained on what they make of features, and folded into the heads that are kept."""
-        self.say: Callable[[str], None] = lambda text: None
+        self.progress = Progress("", Path(), quiet=True)
         self._finish_update: Callable[[], None] | None = None
 
     def _add(self, part: str, module: Stacked, make_optimizer: MakeOptimizer | None = None) -> None:
@@ -125,7 +126,7 @@ class PackTask:
 
     def train(self, split: Split, checkpoints: Checkpoints, progress: Progress) -> None:
         """Trains on the (augmented) images of `split` for all epochs; see `loop.fit`."""
-        self.say = progress.say
+        self.progress = progress
         if self.exits.standardise or self.exits.whiten:
             self._standardise()
         fit(
@@ -146,8 +147,7 @@ class PackTask:
 
     def plain_features(self, split: Split) -> Iterator[tuple[Tensor, list[Tensor], Tensor, Tensor]]:
         """Yields (index (B,), what the exits read, backbone's logits (B, K), labels (B,)) of this rank's batches."""
-        batches = self.ranks.share(self.plain_batches(split))
-        for index_B, images, labels_B in load_batches(split, batches, ranks=self.ranks):
+        for index_B, images, labels_B in pass_over(split, self.plain_batches(split), self.ranks, self.progress):
             features, final_BK = features_in_parts(self.model, images, self._at_once)
             yield index_B, features, final_BK, self.ranks.to_device(labels_B)
 
@@ -157,12 +157,12 @@ class PackTask:
 
     def _standardise(self) -> None:
         assert self.plain_train is not None
-        model, ranks = self.model, self.ranks
+        model, ranks, say = self.model, self.ranks, self.progress.say
         moments_P = [empty_moments(model, p, ranks, whiten=self.exits.whiten) for p in range(len(model.positions))]
         for _, features, _, _ in self.plain_features(self.plain_train):
             for moments, feature in zip(moments_P, features, strict=True):
                 moments.add(feature)
-        self.standardisations = [standardisation_by(m, model, p, ranks, self.say) for p, m in enumerate(moments_P)]
+        self.standardisations = [standardisation_by(m, model, p, ranks, say) for p, m in enumerate(moments_P)]
 
     # ---- one batch
 

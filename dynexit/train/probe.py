@@ -83,7 +83,7 @@ class Prober:
         began, dims = time.monotonic(), task.model.feature_dims
         self.train, self.validation = keep_features(task, task.plain_train), keep_features(task, task.validation)
         size, seconds = self.train.num_bytes + self.validation.num_bytes, time.monotonic() - began
-        task.say(
+        task.progress.say(
             f"keeps the features of {self.train.num_samples} training images, {size / 1e9:.3f} GB, {seconds:.1f} s"
         )
         self._check_classes()
@@ -96,7 +96,7 @@ class Prober:
         absent = (counts_K == 0).nonzero().flatten().tolist()
         if absent:
             shown = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
-            self.task.say(f"no training image is of class {shown}; no exit will predict it")
+            self.task.progress.say(f"no training image is of class {shown}; no exit will predict it")
 
     def fit(self, p: int) -> list[dict[str, Any]]:
         """Fits all heads at position number p, for every member, and returns what is known of each."""
@@ -114,7 +114,7 @@ class Prober:
             correct_M, cross_entropy_M = self._judge(stack, parts[1])
             accuracy_M = correct_M / self.validation.num_samples
             seconds += time.monotonic() - began
-            task.say(
+            task.progress.say(
                 f"exit after {where}, {name.partition('.')[2]}: validation accuracy {accuracy_M.mean():.4f}, "
                 f"cross-entropy {cross_entropy_M.mean():.4f}; {text}, {seconds:.1f} s"
             )
@@ -127,7 +127,7 @@ class Prober:
         moments = empty_moments(task.model, p, self.ranks, whiten=task.exits.whiten)
         for rows in self._chunks(self.train):
             moments.add(self._read(self.train, p, rows).to(self.ranks.device))
-        return standardisation_by(moments, task.model, p, self.ranks, task.say)
+        return standardisation_by(moments, task.model, p, self.ranks, task.progress.say)
 
     def _read(self, kept: KeptFeatures, p: int, rows: slice) -> Tensor:
         concatenate = self.task.model.reading.concatenate
@@ -266,13 +266,13 @@ class ProbeTask(PackTask):
 
     def train(self, split: Split, checkpoints: Checkpoints, progress: Progress) -> None:
         """Fits the heads of one position after the other; the images of `split` are not augmented for it."""
-        self.say = progress.say
+        self.progress = progress
         positions = self.model.positions
         with session_of(self, self.ranks, checkpoints, progress) as session:
             if session.resumed:
                 progress.say(f"resuming after {session.position} of {len(positions)} exits")
-            progress.start(len(positions), session.position)
             prober = Prober(self, self.method)
+            progress.start(len(positions), session.position)
             self.standardisations = prober.standardisations
             for p in range(session.position, len(positions)):
                 self.results.append(prober.fit(p))

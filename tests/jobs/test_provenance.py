@@ -75,4 +75,9 @@ def test_each_job_leaves_its_provenance(tmp_path: Path) -> None:
     (point,) = json.loads(dynexit(tmp_path, "status", TINY, *overrides, "--json").stdout)["points"]
     names = ("images_per_second_per_rank", "share_waiting_for_data", "peak_memory_bytes")
     assert point["speed"] == {name: measured[name] for name in names}
-    assert "speed" not in dynexit(tmp_path, "status", TINY, *overrides).stdout
+    table = dynexit(tmp_path, "status", TINY, *overrides).stdout
+    assert "speed" not in table
+    waited = measured["share_waiting_for_data"]
+    waits = f", {100 * waited:.0f} % waiting for data" if waited > 0.05 else ""
+    rate, peak = measured["images_per_second_per_rank"], measured["peak_memory_bytes"] / 2**20
+    assert f" relative MACs; {rate:.0f} images/s{waits}, {peak:.0f} MiB" in table

@@ -17,7 +17,7 @@ from dynexit.errors import Failure
 from dynexit.models.macs import exit_costs
 from dynexit.models.multi_exit import MultiExit
 from dynexit.models.readers import Reading
-from dynexit.progress import Progress
+from dynexit.progress import Progress, finished_loads
 from dynexit.study.methods import JeiDnnSettings, ProbeSettings
 from dynexit.study.schema import ExitsSettings, TrainSettings
 from dynexit.train import probe as probe_module
@@ -61,6 +61,19 @@ def standardised(features: torch.Tensor) -> np.ndarray:
     x = features.double().numpy()
     std = x.std(0)
     return (x - x.mean(0)) / np.where(std > 0, std, np.inf)
+
+
+def test_the_backbones_passes_are_counted_and_timed(tmp_path: Path) -> None:
+    finished_loads.clear()
+    pack = probe_pack()
+    trained(pack, tmp_path)
+    assert pack.plain_train is not None
+    counts = [len(pack.plain_train), len(pack.validation)]
+    assert [load.num_images for load in finished_loads] == counts
+    assert all(0 < load.seconds_waited < load.seconds for load in finished_loads)
+    lines = [line for line in log_of(tmp_path).splitlines() if "of the time waiting for data" in line]
+    assert [f"train: {count} images in " in line for count, line in zip(counts, lines, strict=True)] == [True, True]
+    finished_loads.clear()
 
 
 def test_a_linear_head_is_the_optimum_on_standardised_features(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dynexit.contents import JobProgress
 from dynexit.jobs.finished import finished_jobs, last_figures, read_progress
+from dynexit.progress import NOTABLE_WAIT
 from dynexit.provenance import read_provenance
 from dynexit.run_dir import RunDir
 from dynexit.study.grid import Point
@@ -39,7 +40,12 @@ def point_state(point: Point, pack: Path | None, *, is_held: bool) -> PointState
     working_in = pack if missing == "train" else backbone if missing == "prepare" else None
     progress = read_progress(working_in) if working_in is not None else None
     step = f"{progress['step']}/{progress['num_steps']}" if progress else ""
-    figures = last_figures(point) if "train" in finished else " ".join(_figures(progress, is_running=is_held))
+    measured: Mapping[str, Any] = (
+        progress or (read_provenance(RunDir(point, "train").path) if "train" in finished else None) or {}
+    )
+    figures = " ".join(_figures(progress, is_running=is_held))
+    if "train" in finished:
+        figures = "; ".join(filter(None, (last_figures(point), ", ".join(_speed(measured)))))
     is_logged = log.is_file() and (pack is not None or missing == "prepare")
     if missing is None:
         state = "done"
@@ -49,11 +55,18 @@ def point_state(point: Point, pack: Path | None, *, is_held: bool) -> PointState
         state = f"{missing} {'running' if is_held and (missing != 'train' or pack is not None) else 'to do'}"
     else:
         state = "waiting (prepare running)" if is_held else "waiting"
-    measured: Mapping[str, Any] = (
-        progress or (read_provenance(RunDir(point, "train").path) if "train" in finished else None) or {}
-    )
     speed = {name: measured[name] for name in _SPEED if name in measured}
     return PointState(missing, state, step, figures, log, is_logged, speed)
+
+
+def _speed(job: Mapping[str, Any]) -> Iterator[str]:
+    if "images_per_second_per_rank" in job:
+        each = " a rank" if job.get("num_ranks", 1) > 1 else ""
+        yield f"{job['images_per_second_per_rank']:.0f} images/s{each}"
+    if (waited := job.get("share_waiting_for_data", 0.0)) > NOTABLE_WAIT:
+        yield f"{100 * waited:.0f} % waiting for data"
+    if "peak_memory_bytes" in job:
+        yield f"{job['peak_memory_bytes'] / 2**20:.0f} MiB"
 
 
 def _figures(progress: JobProgress | None, *, is_running: bool) -> Iterator[str]:
