@@ -51,7 +51,9 @@ __all__ = [*_MODULES, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        from dynexit.version import installed_version
+
+        value: Any = installed_version()
     elif name in _MODULES:
         value = getattr(importlib.import_module(_MODULES[name]), name)
     else:
@@ -62,13 +64,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    """The installed version; `unknown` for a source folder that is not installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(__name__)
-    except metadata.PackageNotFoundError:
-        return "unknown"

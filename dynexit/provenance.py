@@ -22,6 +22,7 @@ from dynexit.progress import finished_loads, job_speed
 from dynexit.run_dir import DONE, PROVENANCE, STUDY, RunDir, read_json, sha256_file, write_json
 from dynexit.study.grid import Point
 from dynexit.study.stages import stage_of
+from dynexit.version import installed_version
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "numba", "accelerate")
 _INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")  # the widest first
@@ -66,7 +67,7 @@ def provenance_of(stage: str, since: float, num_points: int) -> Provenance:
     world_size = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
     return {
         "stage": stage,
-        "dynexit": importlib.metadata.version("dynexit"),
+        "dynexit": installed_version(),
         "commit": commit(),
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "dynexit"), *sys.argv[1:]]),
         "python": platform.python_version(),

@@ -3,10 +3,14 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynexit.errors import UserError
 from launch.tools import add_command
+
+if TYPE_CHECKING:
+    from dynexit.deploy.model import View
+    from dynexit.deploy.predict import Predictions
 
 
 def add_deploy_commands(commands: Any) -> None:
@@ -134,7 +138,6 @@ def _save(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from dynexit.deploy.model import load
     from dynexit.errors import Failure
-    from dynexit.run_dir import atomic_write
 
     model = load(options.directory, allow_code=options.allow_code)
     if options.relative_macs is not None:
@@ -148,22 +151,30 @@ def _predict(options: argparse.Namespace) -> None:
     else:
         view = model.use(options.point) if options.point else model.use(max_accuracy_drop=0.0)
     found = view.predict(options.images, options.batch_size)
-    if options.out is None:
-        found.write_csv(sys.stdout)
-    else:
-        with atomic_write(options.out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            found.write_csv(file)
-    seen = view.stats()
-    macs = sum(row.macs for row in found.rows) / max(len(found.rows), 1) / view.full_macs
-    print(
-        f"dynexit: {seen.num_images} images by {view.name}, {macs:.4f} of the backbone's MACs; {seen.num_near} with a "
-        f"confidence within {model.tolerance:.2g} of a threshold",
-        file=sys.stderr,
-    )
+    if found.rows:
+        _write(found, view, options.out)
     for reason in found.unreadable.values():
         print(f"dynexit: {reason}", file=sys.stderr)
     if found.unreadable:
         raise Failure(f"{len(found.unreadable)} of {len(found.unreadable) + len(found.rows)} files were left out")
+
+
+def _write(found: "Predictions", view: "View", out: Path | None) -> None:
+    """Writes the answers, to the terminal without `out`, and prints what they cost."""
+    from dynexit.run_dir import atomic_write
+
+    if out is None:
+        found.write_csv(sys.stdout)
+    else:
+        with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            found.write_csv(file)
+    seen = view.stats()
+    macs = sum(row.macs for row in found.rows) / len(found.rows) / view.full_macs
+    print(
+        f"dynexit: {seen.num_images} images by {view.name}, {macs:.4f} of the backbone's MACs; {seen.num_near} with a "
+        f"confidence within {view.router.tolerance:.2g} of a threshold",
+        file=sys.stderr,
+    )
 
 
 def _export(options: argparse.Namespace) -> None:

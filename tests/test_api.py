@@ -15,6 +15,7 @@ import pytest
 import dynexit
 from dynexit.errors import Failure, UserError
 from dynexit.study.validation import all_keys
+from dynexit.version import installed_version
 from launch.__main__ import build_parser, main
 from tests.command_line import ENVIRONMENT, ROOT, TINY
 
@@ -68,14 +69,13 @@ def test_import_is_cheap() -> None:
     assert float(out.stdout) < 0.1
 
 
-def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"dynexit {dynexit.__version__}\n"
     assert re.match(r"\d+\.\d+", dynexit.__version__)
-    monkeypatch.setattr(dynexit, "__name__", "dynexit-that-is-not-installed")
-    assert dynexit._version() == "unknown"
+    assert installed_version("dynexit-that-is-not-installed") == "unknown"
 
 
 @pytest.mark.parametrize(

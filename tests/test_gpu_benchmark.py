@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.benchmarks import gpu
-from tests.benchmarks.roofline import count, extrapolate
+from tests.benchmarks.roofline import count, extrapolate, print_beside
 from tests.command_line import ENVIRONMENT, ROOT
 
 # what a bare machine with a GPU may lack; Python loads a module of this name at its start
@@ -22,11 +22,19 @@ find_spec = PathFinder.find_spec
 def found(cls, name, *more):
     return None if name.partition(".")[0] in MISSING else find_spec(name, *more)
 PathFinder.find_spec = classmethod(found)
+# and dynexit is a folder there, not installed
+from importlib import metadata
+version = metadata.version
+def version_but_of(name):
+    if name == "dynexit":
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+metadata.version = version_but_of
 """
 
 
 @pytest.mark.slow
-def test_every_stage_runs_at_small_size_with_few_wheels(tmp_path: Path) -> None:
+def test_every_stage_runs_at_small_size_with_few_wheels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sitecustomize.py").write_text(SPARSE)
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     out = tmp_path / "gpu.json"
@@ -36,6 +44,9 @@ def test_every_stage_runs_at_small_size_with_few_wheels(tmp_path: Path) -> None:
     results = json.loads(out.read_text())
     assert set(gpu.STAGES) <= set(results)
     assert results["packs"]["rows"][0]["backbone_seconds"] > 0
+    print_beside(results["packs"]["rows"])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[2] for line in table[2:]] == ["1", "2"]
     assert results["study"]["infer"]["unexplained_differences"] == 0
     assert {"prepare", "train", "record", "infer"} <= set(results["study"]["jobs"])
     expected = "skipped" if not torch.cuda.is_available() else "passed"

@@ -315,7 +315,7 @@ class Budget:
 BUDGETS = (
     Budget("jei_dnn", "t2t_vit_7", 64, 28, 60),
     Budget("jei_dnn", "resnet50", 32, 28, 80),
-    Budget("dyce", "resnet50", 32, 4, 226, ("linear", "mlp3x16")),
+    Budget("dyce", "resnet50", 32, 4, 224, ("linear", "mlp3x16")),
 )
 
 

@@ -56,9 +56,10 @@ class BenchRequest:
 class BenchRow:
     """An operating point, or the full model, in one runtime at one batch size.
 
-    Latencies are of a batch, by the clock on the wall. `speed_up` is the full model's time over the point's in the same
-    runtime (medians of rounds in turn; processor time on a CPU with one thread); it is predicted by MACs and by the
-    times of the stages for the exits that the images took. Cells of the full model are None where they mean nothing.
+    Latencies are of a batch, by the clock on the wall. `images_per_second` and `speed_up`, the full model's time over
+    the point's in the same runtime, are of medians of rounds in turn (processor time on a CPU with one thread). The
+    speed-up is predicted by MACs and by the times of the stages for the exits that the images took. Cells of the full
+    model are None where they mean nothing.
     """
 
     runtime: str
@@ -170,13 +171,14 @@ class _ModelBench:
     ) -> BenchRow:
         """`start` are the first fields."""
         latencies = timed.latencies[start[2]]
+        num_batches = len(latencies) / len(timed.seconds[start[2]])
         p50, p95, p99 = (1000 * float(np.percentile(latencies, rank)) for rank in (50, 95, 99))
         return BenchRow(
             *start,
             accuracy=point.accuracy,
             relative_macs=relative_macs,
             relative_time=1.0 if start[2] == FULL else None,
-            images_per_second=float(start[1] / latencies.mean()),
+            images_per_second=start[1] * num_batches / float(np.median(timed.seconds[start[2]])),
             p50_ms=p50,
             p95_ms=p95,
             p99_ms=p99,

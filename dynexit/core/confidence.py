@@ -17,20 +17,22 @@ if TYPE_CHECKING:
 
 def max_probability(logits_xK: "Tensor") -> "Tensor":
     """Largest softmax probability, in [1/K, 1]."""
-    return 1 / _shifted(logits_xK)[0].exp().sum(-1)
+    return 1 / _shifted(logits_xK).exp().sum(-1)
 
 
 def entropy(logits_xK: "Tensor") -> "Tensor":
     """Entropy of the softmax in nats, in [0, ln K]."""
-    z_xK = _shifted(logits_xK)[0]
+    z_xK = _shifted(logits_xK)
     e_xK = z_xK.exp()
     return _entropy(e_xK.sum(-1), (e_xK * z_xK).sum(-1))
 
 
 def margin(logits_xK: "Tensor") -> "Tensor":
     """Largest minus second largest softmax probability, in [0, 1]; 0 where two classes tie."""
-    z_xK, largest_x1 = _shifted(logits_xK)
-    return _margin(z_xK, largest_x1, z_xK.exp().sum(-1))
+    z_xK = _shifted(logits_xK)
+    # a second max without the first one's place: on CPU faster than topk for up to some hundred classes
+    second_x = z_xK.clone().scatter_(-1, z_xK.max(-1, keepdim=True).indices, -math.inf).amax(-1)
+    return -second_x.expm1() / z_xK.exp().sum(-1)
 
 
 def power_entropy(logits_xK: "Tensor") -> "Tensor":
@@ -59,25 +61,28 @@ def gate_features_and_softmax(logits_xK: "Tensor") -> "tuple[Tensor, Softmax]":
     """`gate_features`, and what of the softmax they were made of."""
     import torch
 
-    z_xK, largest_x1 = _shifted(logits_xK.detach())
-    # of (1, e) times (e, e z) the sums over K, in few kernels, and in the memory layout of z
-    pairs_2xK = z_xK.new_empty_strided((2, *z_xK.shape), (z_xK.numel(), *z_xK.stride()))
-    e_xK = torch.exp(z_xK, out=pairs_2xK[0])
-    torch.mul(e_xK, z_xK, out=pairs_2xK[1])
-    sums_4x = z_xK.new_empty(4, *z_xK.shape[:-1])
-    torch.sum(pairs_2xK, -1, out=sums_4x[:2])
+    z_xK = _shifted(logits_xK.detach())
+    # whether a logit is the largest, e and e z, in few kernels, and in the memory layout of z
+    parts_3xK = z_xK.new_empty_strided((3, *z_xK.shape), (z_xK.numel(), *z_xK.stride()))
+    is_largest_xK, e_xK, pairs_2xK = parts_3xK[0], parts_3xK[1], parts_3xK[1:]
+    torch.eq(z_xK, 0, out=is_largest_xK)
+    torch.exp(z_xK, out=e_xK)
+    torch.mul(e_xK, z_xK, out=parts_3xK[2])
+    sums_5x = z_xK.new_empty(5, *z_xK.shape[:-1])
+    torch.sum(parts_3xK, -1, out=sums_5x[:3])
     # softmax(2 * logits) is e² / sum of e², and its shifted logits are 2 z: no second exponential
-    torch.sum(pairs_2xK * e_xK, -1, out=sums_4x[2:])
-    sums_4x[3].mul_(2)
-    sums_2x, sum_x = sums_4x[::2], sums_4x[0]
+    torch.sum(pairs_2xK * e_xK, -1, out=sums_5x[3:])
+    sums_5x[4].mul_(2)
+    sums_2x, sum_x = sums_5x[1::2], sums_5x[1]
     log_sums_2x = sums_2x.log()
-    features_x4 = z_xK.new_empty(*z_xK.shape[:-1], 4)
-    features_4x = features_x4.movedim(-1, 0)
+    features_4x = z_xK.new_empty(4, *z_xK.shape[:-1])
     largest_x = torch.reciprocal(sum_x, out=features_4x[0])
-    torch.addcdiv(log_sums_2x, sums_4x[1::2], sums_2x, value=-1, out=features_4x[1::2])
-    second_x = e_xK.scatter(-1, largest_x1, 0.0).amax(-1)
+    torch.addcdiv(log_sums_2x, sums_5x[2::2], sums_2x, value=-1, out=features_4x[1::2])
+    # without the largest e, which is 1, unless there are two; by an index of the largest it takes a CPU longer
+    is_alone_x1 = sums_5x[0].eq_(1)[..., None]
+    second_x = torch.addcmul(e_xK, is_largest_xK, is_alone_x1, value=-1, out=is_largest_xK).amax(-1)
     torch.addcdiv(largest_x, second_x, sum_x, value=-1, out=features_4x[2])
-    return features_x4, Softmax(z_xK, e_xK, sum_x, log_sums_2x[0])
+    return features_4x.movedim(0, -1), Softmax(z_xK, e_xK, sum_x, log_sums_2x[0])
 
 
 def entropy_confidence(logits_xK: "Tensor") -> "Tensor":
@@ -111,20 +116,13 @@ CONFIDENCES = {
 LOGIT_CONFIDENCES = tuple(name for name, kind in CONFIDENCES.items() if kind.reads == "logits")
 
 
-def _shifted(logits_xK: "Tensor") -> "tuple[Tensor, Tensor]":
-    """Logits minus the largest, and the index of (one of) the largest with K = 1."""
+def _shifted(logits_xK: "Tensor") -> "Tensor":
+    """Logits minus the largest."""
     if logits_xK.ndim == 0 or logits_xK.shape[-1] < 2:
         raise ValueError(f"logits need at least 2 classes on their last axis, got shape {tuple(logits_xK.shape)}")
-    max_x1, index_x1 = logits_xK.max(-1, keepdim=True)
-    return logits_xK - max_x1, index_x1
+    return logits_xK - logits_xK.amax(-1, keepdim=True)
 
 
 def _entropy(sum_x: "Tensor", weighted_x: "Tensor") -> "Tensor":
     """Entropy from the sum of e and the sum of e * z: both terms are 0 or more, so nothing cancels."""
     return sum_x.log().addcdiv(weighted_x, sum_x, value=-1)
-
-
-def _margin(z_xK: "Tensor", largest_x1: "Tensor", sum_x: "Tensor") -> "Tensor":
-    # a second max without the first one's place: on CPU faster than topk for up to some hundred classes
-    second_x = z_xK.scatter(-1, largest_x1, -math.inf).amax(-1)
-    return -second_x.expm1() / sum_x

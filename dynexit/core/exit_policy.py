@@ -15,7 +15,7 @@ def exit_probabilities(gates_xGB: Tensor) -> Tensor:
     Source: JEI-DNN (arXiv 2310.09163), direct form of the exit distribution.
     """
     before_xGB = functional.pad(gates_xGB[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
-    return torch.minimum(gates_xGB, 1 - before_xGB).clamp_min(0)
+    return torch.clamp(1 - before_xGB, min=before_xGB[..., :1, :], max=gates_xGB)  # before the first gate it is 0
 
 
 def exit_index_from_gates(gates_xGB: Tensor, single: bool = False) -> Tensor:

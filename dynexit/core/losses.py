@@ -69,18 +69,17 @@ def soft_cross_entropies(logits_xLBK: Tensor, target_xBK: Tensor) -> Tensor:
     return shifted_xLBK.exp().sum(-1).log() * target_xBK.sum(-1) - (shifted_xLBK * target_xBK).sum(-1)
 
 
-def divergences(logits_xLBK: Tensor, temperature: float = 3.0) -> Tensor:
-    """Divergence of every intermediate exit from the last one, (..., L-1, B): T^2 KL(last || exit), logits over T.
+def divergences(logits_xRBK: Tensor, teacher_BK: Tensor, temperature: float = 3.0) -> Tensor:
+    """Divergence of every exit from the teacher's logits, (..., R, B): T^2 KL(teacher || exit), both logits over T.
 
-    The last exit is the teacher and a constant. T^2 keeps the gradient's size. Source: Hinton et al., Distilling the
-    Knowledge in a Neural Network (arXiv 1503.02531), section 2.
+    The teacher is a constant. T^2 keeps the gradient's size. Source: Hinton et al., Distilling the Knowledge in a
+    Neural Network (arXiv 1503.02531), section 2.
     """
-    logits_xLBK = logits_xLBK / temperature
-    last_x1BK = logits_xLBK[..., -1:, :, :].detach()
-    teacher_x1BK = (last_x1BK - last_x1BK.amax(-1, keepdim=True)).exp()
-    teacher_x1BK = teacher_x1BK / teacher_x1BK.sum(-1, keepdim=True)
-    ce_xLB = soft_cross_entropies(logits_xLBK, teacher_x1BK)
-    return temperature**2 * (ce_xLB[..., :-1, :] - ce_xLB[..., -1:, :].detach())
+    teacher_BK = teacher_BK.detach() / temperature
+    target_BK = (teacher_BK - teacher_BK.amax(-1, keepdim=True)).exp()
+    target_BK = target_BK / target_BK.sum(-1, keepdim=True)
+    ce_xRB = soft_cross_entropies(logits_xRBK / temperature, target_BK)
+    return temperature**2 * (ce_xRB - soft_cross_entropies(teacher_BK, target_BK))
 
 
 def first_exit_weights(logits_MRBK: Tensor, num_head_types: int) -> Tensor:
@@ -126,30 +125,31 @@ def head_loss(
     ce_MGB = cross_entropies(logits_MLBK, labels_B, softmax=softmax)
     if ce_MGB.shape[-2] > gates_MGB.shape[-2]:  # later than of the logits, whose gradient would be padded
         ce_MGB = ce_MGB[..., :-1, :]
-    if kind == "paper":
-        ce_MGB = ce_MGB * _paper_weights(ce_MGB.detach(), gates_MGB.detach())
+    if kind == "paper" and ce_MGB.requires_grad:  # in the value the weights cancel
+        weights_MGB = _paper_weights(ce_MGB.detach(), gates_MGB.detach())
+        ce_MGB.register_hook(weights_MGB.mul)  # type: ignore[no-untyped-call]
     return ce_MGB.mean((-2, -1))
 
 
-def prediction_errors(logits_MLBK: Tensor, labels_B: Tensor, objective: str) -> Tensor:
+def prediction_errors(logits_MLBK: Tensor, labels_B: Tensor, objective: str, softmax: Softmax | None = None) -> Tensor:
     """Error of every exit on every sample as the gate targets count it, (M, L, B); no gradient.
 
     ce: cross-entropy in nats. prob: minus the largest probability where correct, else 0. zero_one: -1 where correct,
-    else 0. Raises ValueError on another objective.
+    else 0. `softmax` is that of the logits, if it is known. Raises ValueError on another objective.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"gate objective {objective!r} is unknown; it is one of {', '.join(OBJECTIVES)}")
     logits_MLBK = logits_MLBK.detach()
     if objective == "ce":
-        return cross_entropies(logits_MLBK, labels_B)
-    correct_MLB = (logits_MLBK.argmax(-1) == labels_B).to(logits_MLBK.dtype)
+        return cross_entropies(logits_MLBK, labels_B, softmax=softmax)
+    correct_MLB = (logits_MLBK.max(-1).indices == labels_B).to(logits_MLBK.dtype)
     return -correct_MLB * max_probability(logits_MLBK) if objective == "prob" else -correct_MLB
 
 
 def gate_targets(errors_MLB: Tensor, relative_cost_L: Tensor, ce_ic_tradeoff_M: Tensor) -> Tensor:
     """Exit with the least error + tradeoff * cost for every sample, (M, B) int64 in 0..G; ties go to the lowest."""
     cost_ML = ce_ic_tradeoff_M[..., None] * relative_cost_L
-    return (errors_MLB + cost_ML[..., None]).argmin(-2)
+    return (errors_MLB + cost_ML[..., None]).min(-2).indices  # on CPU many times as fast as argmin
 
 
 def gate_labels(targets_MB: Tensor, num_gates: int) -> Tensor:
@@ -159,10 +159,11 @@ def gate_labels(targets_MB: Tensor, num_gates: int) -> Tensor:
 
 def gate_loss(gate_logits_MGB: Tensor, targets_MB: Tensor, positive_weight_MG: Tensor) -> Tensor:
     """Mean over gates and samples of the binary cross-entropy to gate_labels, positives weighted by gate: (M,)."""
-    labels_MGB = gate_labels(targets_MB, gate_logits_MGB.shape[-2])
-    entropies_MGB = -functional.logsigmoid(torch.where(labels_MGB, gate_logits_MGB, -gate_logits_MGB))
+    labels_MGB = gate_labels(targets_MB, gate_logits_MGB.shape[-2]).to(gate_logits_MGB.dtype)
     weights_MG1 = positive_weight_MG[..., None].to(gate_logits_MGB.dtype)
-    return torch.where(labels_MGB, entropies_MGB * weights_MG1, entropies_MGB).mean((-2, -1))
+    return functional.binary_cross_entropy_with_logits(
+        gate_logits_MGB, labels_MGB, pos_weight=weights_MG1, reduction="none"
+    ).mean((-2, -1))
 
 
 def positive_weights(counts_ML: Tensor, kind: str) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: P positions, H head types, L exits, N samples. numpy throughout: this is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -66,32 +67,33 @@ def operating_point(exit_index_N: IntArray, correct_LN: BoolArray, macs_L: IntAr
 class Configuration:
     """Which exits are enabled, with which head and threshold: per position (head type index or -1, threshold).
 
-    -1 is no exit. Thresholds are compared in float32: ValueError unless finite floats that float32 represents exactly.
+    -1 is no exit. Thresholds are compared in float32 and are rounded to it. Raises ValueError for one that is not
+    finite in float32, for another head type and for entries that are not such pairs.
     """
 
     exits: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        for head_type, threshold in self.exits:
+        try:
+            pairs = [(head_type, threshold) for head_type, threshold in self.exits]
+        except (TypeError, ValueError):
+            raise ValueError("a configuration is a list of [head type, threshold] pairs") from None
+        for head_type, threshold in pairs:
             if type(head_type) is not int or head_type < -1:
                 raise ValueError(f"a head type is an index, or -1 for no exit, got {head_type!r}")
-            in_range = type(threshold) is float and abs(threshold) <= _MAX_FLOAT32
-            if not in_range or float(np.float32(threshold)) != threshold:
-                raise ValueError(f"a threshold is a finite float that float32 represents exactly, got {threshold!r}")
+            if not (isinstance(threshold, Real) and abs(threshold) <= _MAX_FLOAT32):
+                raise ValueError(f"a threshold is a finite number in float32, got {threshold!r}")
+        rounded = tuple((head_type, float(np.float32(threshold))) for head_type, threshold in pairs)
+        object.__setattr__(self, "exits", rounded)
 
     def to_json(self) -> list[list[int | float]]:
         """[[head type, threshold], ...]; from_json inverts it exactly, also through text."""
         return [[head_type, threshold] for head_type, threshold in self.exits]
 
     @classmethod
-    def from_json(cls, data: Sequence[Sequence[Any]]) -> "Configuration":
-        """The configuration that to_json wrote. Raises ValueError on entries that are not such pairs."""
-        try:
-            # a threshold of 1 may come back from JSON as an integer
-            exits = tuple((head_type, threshold * 1.0) for head_type, threshold in data)
-        except (TypeError, ValueError):
-            raise ValueError("a configuration is a list of [head type, threshold] pairs") from None
-        return cls(exits)
+    def from_json(cls, data: Any) -> "Configuration":
+        """The configuration that to_json wrote. Raises ValueError as the class does."""
+        return cls(data)
 
 
 def configuration_macs_L(configuration: Configuration, costs: ExitCosts) -> IntArray:  # noqa: N802

@@ -5,7 +5,7 @@ Shapes: B images, L exits, K classes.
 
 import copy
 import dataclasses
-import threading
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +25,7 @@ from dynexit.deploy.optimize import DIFFERENCES, optimized_backbone, usable_devi
 from dynexit.deploy.predict import Predictions, check_images, image_transform, predict_files, read_image
 from dynexit.deploy.probe import check_probe
 from dynexit.deploy.router import NEAR, Answers, Router
-from dynexit.deploy.statistics import ExitCounter, ExitStatistics
+from dynexit.deploy.statistics import ExitCounter, ExitCounters, ExitStatistics
 from dynexit.deploy.stream import stream
 from dynexit.errors import UserError
 from dynexit.models.precision import set_precision
@@ -67,6 +67,7 @@ class View:
     """A model with one way to leave early. Immutable; views of a model share its weights, threads may share a view."""
 
     name: str
+    """That of the operating point, or one made from the configuration: equal ones have the same name."""
     point: SavedPoint | None
     """The operating point; None for a configuration that is none of the folder's."""
     configuration: Configuration | None
@@ -116,15 +117,18 @@ class View:
 
         Batches are images, or tuples that begin with images. Up to `max_batch` images run together; answers of a batch
         come when its last image is done, which may be after later batches have entered. A batch that has waited for
-        `max_delay_ms` is finished before others enter; None waits for full stages. Raises UserError for a batch that
-        a view does not take, when it enters.
+        `max_delay_ms` is finished before others enter, also while the loader, then in a thread, is slow; None waits for
+        full stages. Raises UserError for a batch that a view does not take, after the answers for those before it.
         """
-        batches = (self._checked(batch[0] if isinstance(batch, tuple | list) else batch) for batch in loader)
-        return (self._outputs(answers) for answers in stream(self.router, batches, max_batch, max_delay_ms))
+        found = stream(self.router, loader, max_batch, max_delay_ms, self._images_of)
+        return (self._outputs(answers) for answers in found)
 
     def stats(self) -> ExitStatistics:
         """What this way to leave has seen since the model was loaded, in all threads, against validation."""
         return self._counter.statistics()
+
+    def _images_of(self, batch: Any) -> Tensor:
+        return self._checked(batch[0] if isinstance(batch, tuple | list) else batch)
 
     def _checked(self, images: Tensor) -> Tensor:
         check_images(images, self.input_size)
@@ -178,8 +182,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
             self.engines[identity] = Engine(model, training.stack.head_types, heads, gates, tile)
         if self._is_bf16:
             set_precision(self.backbone, "bf16")
-        self._counters: dict[tuple[str, Any], ExitCounter] = {}
-        self._lock = threading.Lock()
+        self._counters = ExitCounters()
 
     @property
     def device(self) -> torch.device:
@@ -259,9 +262,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
 
     def stats(self) -> tuple[ExitStatistics, ...]:
         """What each way to leave that was used has seen, against validation: a growing drift calls for a new study."""
-        with self._lock:
-            counters = list(self._counters.values())
-        return tuple(counter.statistics() for counter in counters)
+        return self._counters.statistics()
 
     def verify(self) -> float:
         """Runs the probe. Returns the largest difference of a confidence; raises Failure for other answers."""
@@ -307,7 +308,8 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         training = next(iter(self.trainings)) if training is None else training
         if training not in self.trainings:
             raise UserError(f"training is {training!r}; the folder has {known}")
-        return self._make("configuration", None, training, configuration, confidence)
+        digest = hashlib.sha256(repr((training, confidence, configuration.exits)).encode()).hexdigest()
+        return self._make(f"configuration-{digest[:8]}", None, training, configuration, confidence)
 
     def _make(
         self, name: str, point: SavedPoint | None, training: str, way: Configuration | None, confidence: str
@@ -315,9 +317,6 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         saved, engine = self.trainings[training], self.engines[training]
         router = engine.router(way, confidence, self.tolerance)
         macs_L = saved.macs_L(way, confidence)
-        with self._lock:
-            key = (name, None if point is not None else (training, way, confidence))
-            counter = self._counters.setdefault(key, ExitCounter(name, point, len(macs_L)))
         temperature_L = saved.temperature_L(way)
         return View(
             name,
@@ -329,7 +328,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
             saved.exit_costs.full_macs,
             self.input_size,
             None if temperature_L is None else temperature_L.astype(np.float32),
-            counter,
+            self._counters.of(name, point, len(macs_L)),
             self._description,
         )
 

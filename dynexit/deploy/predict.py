@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -14,7 +15,7 @@ from dynexit.data.images import Transform
 from dynexit.data.pixels import EXTENSIONS, decode
 from dynexit.data.transforms import GREY, test_transform
 from dynexit.errors import UserError
-from dynexit.files import spreadsheet_text
+from dynexit.files import regular, spreadsheet_text
 from dynexit.study.data.names import OWN
 from dynexit.study.schema import DataSettings
 
@@ -80,7 +81,7 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     """Returns the files, and of folders all images below them, by name. Raises UserError if that is nothing."""
     found: list[Path] = []
     for source in sources:
-        if source.is_dir():
+        if os.path.isdir(source):  # Path.is_dir raises an error for some names
             inside = (path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
             found += sorted(inside)
         else:
@@ -130,9 +131,13 @@ def read_image(file: str | Path | BinaryIO, transform: Transform) -> Tensor:
     """See View.read."""
     if not isinstance(file, str | Path):
         return transform(decode(file, getattr(file, "name", "in memory")))
-    if not Path(file).exists():
-        raise UserError(f"the image {file} does not exist")
-    return transform(decode(Path(file), str(file)))
+    try:
+        path = regular(Path(file))
+    except (FileNotFoundError, ValueError):  # a null byte
+        raise UserError(f"the image {file} does not exist") from None
+    except OSError as error:
+        raise UserError(f"the image {file} cannot be read: {error.strerror}") from None
+    return transform(decode(path, str(file)))
 
 
 def check_images(images: Tensor, input_size: tuple[int, int, int]) -> None:

@@ -19,6 +19,8 @@ _MARGIN = 4
 """Confidences of other images may differ more than the probe's did."""
 _MOST_DIFFERENCE = 1e-3
 """Of logits, relative to the largest one, from one machine to another in float32."""
+_OTHER_MODEL = {"float32": 0.01, "tf32": 0.02, "bf16": 0.1}
+"""By precision how far a confidence may lie from the recorded one."""
 _MOST_RUN = 3
 
 
@@ -36,16 +38,21 @@ def make_probe(images: Tensor, engines: Mapping[str, Engine], points: Sequence[S
     return {name: tensor.clone().contiguous() for name, tensor in probe.items()}
 
 
-def measured_tolerance(images: Tensor, engines: Mapping[str, Engine]) -> float:
-    """How far confidences of the same image may lie apart from one batch size to another; at least NEAR."""
-    most = 0.0
-    for engine in engines.values():
-        together = max_probability(engine.all_logits(images)[0])
-        alone = torch.cat(
-            [max_probability(engine.all_logits(image)[0]) for image in images.tensor_split(len(images))], -1
+def measured_tolerance(images: Tensor, engine: Engine, recorded_Rn: np.ndarray) -> float:
+    """How far confidences of the same image may lie apart, at least NEAR.
+
+    That is from one batch size to another, and from those recorded, perhaps on another device or compiled. Raises
+    Failure if they are too far from these.
+    """
+    together_PHn = max_probability(engine.all_logits(images)[0])
+    alone_PHn = torch.cat([max_probability(engine.all_logits(image)[0]) for image in torch.split(images, 1)], -1)
+    most = float(np.abs(together_PHn.flatten(0, 1).cpu().numpy() - recorded_Rn).max())
+    if not most <= _OTHER_MODEL[engine.model.backbone.precision]:
+        raise Failure(
+            f"confidences differ by {most:.3g} from those recorded; the record is of another machine or model: record "
+            "the study again"
         )
-        most = max(most, float((together - alone).abs().max()))
-    return max(NEAR, _MARGIN * most)
+    return max(NEAR, _MARGIN * most, _MARGIN * float((together_PHn - alone_PHn).abs().max()))
 
 
 def check_probe(

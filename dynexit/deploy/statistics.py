@@ -63,3 +63,22 @@ class ExitCounter:
             None if point is None else point.validation.mean_confidence,
             drift,
         )
+
+
+class ExitCounters:
+    """The counters of a model, one for every name of a way to leave; threads may share them."""
+
+    def __init__(self) -> None:
+        self._counters: dict[str, ExitCounter] = {}
+        self._lock = threading.Lock()
+
+    def of(self, name: str, point: SavedPoint | None, num_exits: int) -> ExitCounter:
+        """Returns the counter of that name, a new one at first."""
+        with self._lock:
+            return self._counters.setdefault(name, ExitCounter(name, point, num_exits))
+
+    def statistics(self) -> tuple[ExitStatistics, ...]:
+        """Returns what all of them have seen, in the order of their first use."""
+        with self._lock:
+            counters = list(self._counters.values())
+        return tuple(counter.statistics() for counter in counters)

@@ -2,8 +2,11 @@
 
 import collections
 import dataclasses
+import queue
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,11 +65,11 @@ class _Pending:
         for place in counts.nonzero()[0].tolist():
             self._batches[place].num_missing -= int(counts[place])
 
-    def is_late(self, max_delay_ms: float | None) -> bool:
-        """Whether the oldest batch has waited for that long."""
+    def seconds_left(self, max_delay_ms: float | None) -> float | None:
+        """Returns how long the oldest batch may still wait, 0 if it is late; None for any time."""
         if max_delay_ms is None or not self._batches:
-            return False
-        return 1000 * (time.monotonic() - self._batches[0].since) >= max_delay_ms
+            return None
+        return max(self._batches[0].since + max_delay_ms / 1000 - time.monotonic(), 0)
 
     def complete(self) -> Iterator[Answers]:
         """Gives out the oldest batches as far as they are complete."""
@@ -143,40 +146,108 @@ class _Stages:
         return join_in_flight(parts, self.router.num_rows(size))
 
 
-def stream(
-    router: Router, batches: Iterable[Tensor], max_batch: int, max_delay_ms: float | None = None
-) -> Iterator[Answers]:
-    """Yields the answers for every batch of images (B, C, H, W), in order; they are those of Router.classify.
+class _Awaited(Iterator[Any]):
+    """Items that a thread pulls, each when it is asked for, so that they can be awaited with a time limit.
 
-    Runs the deepest stage that has `max_batch` samples waiting, else admits a batch. All queues are emptied, from the
-    first stage on, at the end and when a batch has waited for `max_delay_ms`. Raises UserError unless `max_batch` is at
-    least 1 and the delay, if there is one, at least 0.
+    The thread is a daemon: neither `close` nor the end of the program waits for a slow loader.
+    """
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items, self._is_asked = items, False
+        self._asks = queue.SimpleQueue[bool]()
+        self._found = queue.SimpleQueue[tuple[Any, BaseException | None]]()
+        self._next: tuple[Any, BaseException | None] = None, None
+        threading.Thread(target=self._pull, daemon=True).start()
+
+    def comes_within(self, seconds: float | None) -> bool:
+        """Whether `next` has an answer within that time, which may be the end or an error; None waits for it."""
+        if not self._is_asked:
+            self._asks.put(True)
+            self._is_asked = True
+        try:
+            self._next = self._found.get(timeout=None if seconds is None else min(seconds, threading.TIMEOUT_MAX))
+        except queue.Empty:
+            return False
+        self._is_asked = False
+        return True
+
+    def __next__(self) -> Any:
+        """Returns the item that `comes_within` has waited for, or raises what the loader raised."""
+        item, error = self._next
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        """Ends the thread as soon as it is out of the loader."""
+        self._asks.put(False)
+
+    def _pull(self) -> None:
+        while self._asks.get():
+            try:
+                self._found.put((next(self._items), None))
+            except BaseException as error:  # StopIteration too
+                self._found.put((None, error))
+
+
+def stream(
+    router: Router,
+    batches: Iterable[Any],
+    max_batch: int,
+    max_delay_ms: float | None = None,
+    take: Callable[[Any], Tensor] = lambda images: images,
+) -> Iterator[Answers]:
+    """Yields the answers for every batch, in order; they are those of Router.classify.
+
+    `take` makes images (B, C, H, W) of a batch when it enters. Runs the deepest stage that has `max_batch` samples
+    waiting, else admits a batch. All queues are emptied, from the first stage on, at the end and when a batch has
+    waited for `max_delay_ms`; with a delay a thread pulls the batches, so that a slow loader delays no answers. An
+    error of `batches` or `take` is raised after the answers for all batches before it. Raises UserError unless
+    `max_batch` is at least 1 and the delay, if there is one, at least 0.
     """
     if max_batch < 1:
         raise UserError(f"max_batch is {max_batch}; give at least 1")
     if max_delay_ms is not None and not max_delay_ms >= 0:
         raise UserError(f"max_delay_ms is {max_delay_ms}; give at least 0, or None to wait for full batches")
-    return _stream(router, iter(batches), max_batch, max_delay_ms)
+    return _stream(router, iter(batches), max_batch, max_delay_ms, take)
 
 
-def _stream(router: Router, batches: Iterator[Tensor], max_batch: int, max_delay_ms: float | None) -> Iterator[Answers]:
+def _stream(
+    router: Router,
+    batches: Iterator[Any],
+    max_batch: int,
+    max_delay_ms: float | None,
+    take: Callable[[Any], Tensor],
+) -> Iterator[Answers]:
     stages, pending = _Stages(router, max_batch), _Pending(router.num_classes)
-    more = True
-    while more or pending:
-        stage = stages.full()
-        with torch.inference_mode():
-            if stage is None and stages.admit():
+    awaited = None if max_delay_ms is None else _Awaited(batches)
+    entering = map(take, batches if awaited is None else awaited)
+    more, fault = True, None
+    try:
+        while more or pending:
+            stage = stages.full()
+            with torch.inference_mode():
+                if stage is None and stages.admit():
+                    continue
+            if stage is None and (not more or pending.seconds_left(max_delay_ms) == 0):
+                stage = stages.shallowest()
+            if stage is None:
+                if awaited is None or awaited.comes_within(pending.seconds_left(max_delay_ms)):
+                    try:
+                        images = next(entering, None)
+                    except Exception as error:
+                        images, fault = None, error
+                    more = images is not None
+                    if images is not None:
+                        stages.enter(images, pending.enter(len(images)))
                 continue
-        if stage is None and (not more or pending.is_late(max_delay_ms)):
-            stage = stages.shallowest()
-        if stage is None:
-            images = next(batches, None) if more else None
-            more = images is not None
-            if images is not None:
-                stages.enter(images, pending.enter(len(images)))
-            continue
-        with torch.inference_mode():
-            left = stages.run(stage)
-        if left is not None:
-            pending.collect(left)
-            yield from pending.complete()
+            with torch.inference_mode():
+                left = stages.run(stage)
+            if left is not None:
+                pending.collect(left)
+                yield from pending.complete()
+        if fault is not None:
+            raise fault
+    finally:
+        if awaited is not None:
+            awaited.close()

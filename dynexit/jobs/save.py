@@ -4,7 +4,6 @@ Shapes: P positions, H head types, L exits, R rows of a record, N samples, n inp
 """
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import timm
 import torch
 from torch import Tensor
 
-from dynexit.core.confidence import max_probability
 from dynexit.data import load_data, workers_of
 from dynexit.data.sources.python import gives_tensors
 from dynexit.data.transforms import GREY, mean_and_std, recipe_of
@@ -41,10 +39,9 @@ from dynexit.search.operating_points import ReportRow, read_csv
 from dynexit.study.data.names import OWN
 from dynexit.study.grid import Point
 from dynexit.study.schema import DataSettings
+from dynexit.version import installed_version
 
 _NUM_PROBES = 8
-_OTHER_MODEL = {"float32": 0.01, "tf32": 0.02, "bf16": 0.1}
-"""A confidence that is further from the recorded one is no matter of the device; by the backbone's precision."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +85,7 @@ def run_save(
     saved = tuple(records[one.point.id].saved_point(one.name, one.row, one.front.test) for one in chosen)
     places = np.linspace(0, len(data.validation) - 1, _NUM_PROBES).astype(int)
     images = data.validation.__getitems__(places.tolist())[1]
-    tolerance = max(measured_tolerance(images, engines), _recorded_tolerance(images, engines, records, places))
-    _check_answers(images, engines, records, saved, places, tolerance)
+    tolerance = _checked_tolerance(images, engines, records, saved, places)
     class_names = _class_names(first, backbone.num_classes)
     mean, std = _mean_and_std(first, data.in_channels)
     architecture = backbone.name if isinstance(backbone, OwnBackbone) else backbone.name.split(".")[0]
@@ -97,7 +93,7 @@ def run_save(
         directory,
         description={
             "format": FORMAT,
-            "dynexit": importlib.metadata.version("dynexit"),
+            "dynexit": installed_version(),
             "trainings": {training: records[training].saved_training() for training in trained},
             "points": saved,
             "preprocessing": Preprocessing(data=_preprocessing(first, data.in_channels)),
@@ -236,31 +232,16 @@ def _named(chosen: Sequence[_Chosen]) -> list[_Chosen]:
     return named
 
 
-def _recorded_tolerance(
-    images: Tensor, engines: Mapping[str, Engine], records: Mapping[str, RecordedTraining], places: np.ndarray
-) -> float:
-    """How far confidences here lie from those recorded, which may be of another device. Raises Failure if too far."""
-    most = 0.0
-    for training, engine in engines.items():
-        found_Rn = max_probability(engine.all_logits(images)[0]).flatten(0, 1).numpy()
-        record = records[training].records["validation"]
-        most = max(most, float(np.abs(found_Rn - record.probability()[:-1, places]).max()))
-    if not most <= _OTHER_MODEL[next(iter(engines.values())).model.backbone.precision]:
-        raise Failure(
-            f"confidences differ by {most:.3g} from those recorded; the record is of another machine or model: record "
-            "the study again"
-        )
-    return 4 * most
-
-
-def _check_answers(
+def _checked_tolerance(
     images: Tensor,
     engines: Mapping[str, Engine],
     records: Mapping[str, RecordedTraining],
     points: Sequence[SavedPoint],
     places: np.ndarray,
-    tolerance: float,
-) -> None:
+) -> float:
+    """How far confidences may lie apart. Raises Failure for answers other than the record's by more than that."""
+    recorded = {training: one.records["validation"].probability() for training, one in records.items()}
+    tolerance = max(measured_tolerance(images, engines[key], p_RN[:-1, places]) for key, p_RN in recorded.items())
     for point in points:
         expected_N, _ = records[point.training].expected(point.configuration, point.confidence, "validation")
         router = engines[point.training].router(point.configuration, point.confidence, tolerance)
@@ -270,6 +251,7 @@ def _check_answers(
                 f"{point.name}: the model leaves at exits {answers.exit_index_B.tolist()} where the record has "
                 f"{expected_N[places].tolist()}; record the study again"
             )
+    return tolerance
 
 
 def _takes_tensors(data: DataSettings) -> bool:

@@ -2,7 +2,7 @@
 
 Source: Wang et al., DyCE (arXiv 2403.01695); where its published code weighs the loss by a confidence that it trains
 too, the confidence is held constant here and the first exit has a loss of its own.
-Shapes: M members, L exits (rows of heads, then the backbone's classifier), B batch, K classes.
+Shapes: M members, R rows of heads, B batch, K classes.
 """
 
 import contextlib
@@ -70,16 +70,15 @@ class DyceTask(IndependentTask):
         rest_BK = mixup_target(labels_B[even:], self.num_classes, 1.0, smoothing)  # type: ignore[no-untyped-call]
         return torch.cat((mixed, images[even:])), torch.cat((target_BK, rest_BK))
 
-    def _loss(self, logits_MLBK: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, logits_MRBK: Tensor, final_BK: Tensor, target: Tensor) -> Tensor:
         """Sum over the heads of the mean loss over the batch, (M,); `target` are class probabilities (B, K)."""
-        logits_MRBK = logits_MLBK[:, :-1]
         if self.method.loss == "distill":
-            losses_MRB = divergences(logits_MLBK)
+            losses_MRB = divergences(logits_MRBK, final_BK)
         else:
             losses_MRB = soft_cross_entropies(logits_MRBK, target)
         if self.method.loss == "weighted":
             losses_MRB = losses_MRB * first_exit_weights(logits_MRBK, self.num_head_types)
-        return (losses_MRB + self._distilled(logits_MLBK)).mean(-1).sum(-1)
+        return (losses_MRB + self._distilled(logits_MRBK, final_BK)).mean(-1).sum(-1)
 
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
         high, low = self.method.learning_rate, self.method.min_learning_rate

@@ -62,7 +62,7 @@ def evaluate_gates(task: PackTask, split: Split, gating: Gating, cost_L: Tensor)
     def sums_of(images: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         logits_MLBK, gates_MGB, targets_MB = gating(images, labels_B)
         ce_MLB = cross_entropies(logits_MLBK, labels_B)
-        correct_MLB = logits_MLBK.argmax(-1) == labels_B
+        correct_MLB = logits_MLBK.max(-1).indices == labels_B
         exit_MB = exit_index_from_gates(gates_MGB)
         taken_M1B = exit_MB[:, None, :]
         return {
@@ -98,7 +98,7 @@ def evaluate_exits(task: PackTask, split: Split) -> tuple[Tensor, Tensor]:
     def sums_of(images: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         logits_MLBK = task.exit_logits(images)
         ce_MLB = cross_entropies(logits_MLBK, labels_B).to(torch.float64)
-        return {"correct_ML": (logits_MLBK.argmax(-1) == labels_B).sum(-1), "cross_entropy_ML": ce_MLB.sum(-1)}
+        return {"correct_ML": (logits_MLBK.max(-1).indices == labels_B).sum(-1), "cross_entropy_ML": ce_MLB.sum(-1)}
 
     per_exit = (len(task.members), len(task.heads.row_names) + 1)
     total = _sums_over(task, split, {"correct_ML": per_exit, "cross_entropy_ML": per_exit}, sums_of)

@@ -1,7 +1,7 @@
 """Plain deep supervision: every exit head has its own cross-entropy and takes no notice of the others; no gates.
 
 The other methods without gates differ from this one in the loss, the heads or the optimizer.
-Shapes: M members, L exits (rows of heads, then the backbone's classifier), B batch, K classes.
+Shapes: M members, R rows of heads, L exits (those, then the backbone's classifier), B batch, K classes.
 """
 
 from collections.abc import Mapping
@@ -37,13 +37,13 @@ class IndependentTask(PackTask):
 
     def _head_step(self, features: list[Tensor], final_BK: Tensor, target: Tensor, share: float) -> Tensor:
         heads = leaves(self.optimizers["heads"].stack, None)
-        loss_M = self._loss(self._logits(heads, features, final_BK), target)
+        loss_M = self._loss(self._logits(heads, features, None), final_BK, target)
         self._update("heads", heads, loss_M, None, share, 0)
         return loss_M.detach()
 
-    def _loss(self, logits_MLBK: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, logits_MRBK: Tensor, final_BK: Tensor, target: Tensor) -> Tensor:
         """Sum over the heads of the mean loss over the batch, (M,); `target` is what a batch is trained on (labels)."""
-        losses_MRB = cross_entropies(logits_MLBK, target)[:, :-1] + self._distilled(logits_MLBK)
+        losses_MRB = cross_entropies(logits_MRBK, target) + self._distilled(logits_MRBK, final_BK)
         return losses_MRB.mean(-1).sum(-1)
 
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:

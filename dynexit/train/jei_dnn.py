@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from dynexit.core.confidence import gate_features, gate_features_and_softmax
+from dynexit.core.confidence import gate_features_and_softmax
 from dynexit.core.losses import gate_loss, gate_targets, head_loss, positive_weights, prediction_errors, warm_up_loss
 from dynexit.data import Batch
 from dynexit.models.heads import StackedGates
@@ -142,21 +142,28 @@ class JeiDnnTask(PackTask):
         logits_mGB: Tensor = functional_call(self.gates, self.gates.by_name(gates), (u_mGB4,))
         return logits_mGB
 
-    def _targets(self, logits_mLBK: Tensor, labels_B: Tensor, members: Tensor | None) -> Tensor:
-        errors_mLB = prediction_errors(logits_mLBK, labels_B, self.method.gate_objective)
-        return gate_targets(errors_mLB, self.cost_L, _chosen(self.tradeoff_M, members))
+    def _features_and_targets(
+        self, logits_mGBK: Tensor, final_BK: Tensor, labels_B: Tensor, members: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the gates read (m, G, B, 4), and the exit that each sample should leave at (m, B)."""
+        u_mGB4, softmax = gate_features_and_softmax(logits_mGBK)
+        errors_mGB = prediction_errors(logits_mGBK, labels_B, self.method.gate_objective, softmax)
+        last_1B = prediction_errors(final_BK[None], labels_B, self.method.gate_objective)  # the same for all members
+        errors_mLB = torch.cat((errors_mGB, last_1B.expand(len(errors_mGB), 1, -1)), 1)
+        return u_mGB4, gate_targets(errors_mLB, self.cost_L, _chosen(self.tradeoff_M, members))
 
     def _gating(self, images: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits_MLBK = self.exit_logits(images)
-        gates_MGB = self._gate_logits(self.optimizers["gates"].stack, gate_features(logits_MLBK[:, :-1])).sigmoid()
-        return logits_MLBK, gates_MGB, self._targets(logits_MLBK, labels_B, None)
+        features, final_BK = self._features(images)
+        logits_MLBK = self._logits(self.current()["heads"], features, final_BK)
+        u_MGB4, target_MB = self._features_and_targets(logits_MLBK[:, :-1], final_BK, labels_B, None)
+        return logits_MLBK, self._gate_logits(self.optimizers["gates"].stack, u_MGB4).sigmoid(), target_MB
 
     def _warm_up_step(
         self, features: list[Tensor], final_BK: Tensor, labels_B: Tensor, members: Tensor | None, share: float
     ) -> Tensor:
         heads = leaves(self.optimizers["heads"].stack, members)
         logits_mLBK = self._logits(heads, features, final_BK)
-        loss_m = warm_up_loss(logits_mLBK, labels_B) + self._warm_up_distillation(logits_mLBK)
+        loss_m = warm_up_loss(logits_mLBK, labels_B) + self._warm_up_distillation(logits_mLBK[:, :-1], final_BK)
         self._update("heads", heads, loss_m, members, share, 0, self._warming(heads))
         return loss_m
 
@@ -168,9 +175,9 @@ class JeiDnnTask(PackTask):
         }
         return {name: self.ranks.to_device(torch.tensor(rows)) for name, rows in moving.items()}
 
-    def _warm_up_distillation(self, logits_mLBK: Tensor) -> Tensor | float:
+    def _warm_up_distillation(self, logits_mGBK: Tensor, final_BK: Tensor) -> Tensor | float:
         """Exits weighed as in the warm-up loss."""
-        added_mGB = self._distilled(logits_mLBK)
+        added_mGB = self._distilled(logits_mGBK, final_BK)
         if isinstance(added_mGB, float):
             return added_mGB
         num_gates = added_mGB.shape[1]
@@ -180,10 +187,10 @@ class JeiDnnTask(PackTask):
         self, features: list[Tensor], final_BK: Tensor, labels_B: Tensor, members: Tensor | None, share: float
     ) -> Tensor:
         with torch.no_grad():
-            logits_mLBK = self._logits(_part(self.optimizers["heads"].stack, members), features, final_BK)
-            target_mB = self._targets(logits_mLBK, labels_B, members)
+            logits_mGBK = self._logits(_part(self.optimizers["heads"].stack, members), features, None)
+            u_mGB4, target_mB = self._features_and_targets(logits_mGBK, final_BK, labels_B, members)
         gates = leaves(self.optimizers["gates"].stack, members)
-        logits_mGB = self._gate_logits(gates, gate_features(logits_mLBK[:, :-1]))
+        logits_mGB = self._gate_logits(gates, u_mGB4)
         loss_m = gate_loss(logits_mGB, target_mB, _chosen(self.positive_weight_MG, members))
         self._update("gates", gates, loss_m, members, share, 1)
         return loss_m
@@ -192,21 +199,24 @@ class JeiDnnTask(PackTask):
         self, features: list[Tensor], final_BK: Tensor, labels_B: Tensor, members: Tensor | None, share: float
     ) -> Tensor:
         heads = leaves(self.optimizers["heads"].stack, members)
-        needs_last = self.method.head_loss == "single" or bool(self.settings.distillation)
+        needs_last = self.method.head_loss == "single"
         logits_mLBK = self._logits(heads, features, final_BK if needs_last else None)
         gates = _part(self.optimizers["gates"].stack, members)
+        logits_mGBK = logits_mLBK[:, : len(features)]
         with torch.no_grad():
-            u_mGB4, softmax = gate_features_and_softmax(logits_mLBK[:, : len(features)])
+            u_mGB4, softmax = gate_features_and_softmax(logits_mGBK)
             gates_mGB = self._gate_logits(gates, u_mGB4).sigmoid()
         known = None if needs_last else softmax
         loss_m = head_loss(logits_mLBK, labels_B, gates_mGB, self.method.head_loss, known)
-        added_mGB = self._distilled(logits_mLBK)
+        added_mGB = self._distilled(logits_mGBK, final_BK)
         loss_m = loss_m if isinstance(added_mGB, float) else loss_m + added_mGB.mean((-2, -1))
         self._update("heads", heads, loss_m, members, share, 2)
         return loss_m
 
     def _learning_rate(self, part: str, members: Tensor | None) -> Tensor:
-        rates = {i: group.learning_rate(self.settings) for group in self.groups for i in group.members}
+        rates: dict[int, float] = {}
+        for group in self.groups:
+            rates |= dict.fromkeys(group.members, group.learning_rate(self.settings))
         rates_M = torch.tensor([rates[i] for i in range(len(rates))], dtype=self.dtype)
         return _chosen(self.ranks.to_device(rates_M), members)
 

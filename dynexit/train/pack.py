@@ -187,10 +187,10 @@ class PackTask:
         """Logits (M, L, B, K) of every member's weights as they would be kept now."""
         return self._logits(self.current()["heads"], *self._features(images))
 
-    def _distilled(self, logits_mLBK: Tensor) -> Tensor | float:
-        """What distillation adds to the loss of every intermediate exit on every sample, (m, L-1, B) or 0."""
+    def _distilled(self, logits_mRBK: Tensor, final_BK: Tensor) -> Tensor | float:
+        """What distillation adds to the loss of every head on every sample, (m, R, B) or 0."""
         weight = self.settings.distillation
-        return weight * divergences(logits_mLBK) if weight else 0.0
+        return weight * divergences(logits_mRBK, final_BK) if weight else 0.0
 
     def _update(
         self,

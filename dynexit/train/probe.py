@@ -232,7 +232,7 @@ class Prober:
         for rows in self._chunks(part.kept):
             z_BD, labels_B = self._loaded(part, rows)
             logits_MBK = _logits(stack, z_BD)
-            sums_2M[0] += (logits_MBK.argmax(-1) == labels_B).sum(-1)
+            sums_2M[0] += (logits_MBK.max(-1).indices == labels_B).sum(-1)
             sums_2M[1] += cross_entropies(logits_MBK, labels_B).sum(-1, dtype=torch.float64)
         self.ranks.all_reduce([sums_2M])
         return sums_2M[0].cpu(), sums_2M[1].cpu() / part.kept.num_samples

@@ -62,11 +62,11 @@ class WeightedTask(IndependentTask):
         """Whether every rank has two samples of the batch; the same answer everywhere."""
         return share > 0 and round(size / share) >= 2 * self.ranks.world_size
 
-    def _loss(self, logits_MLBK: Tensor, target: Tensor) -> Tensor:
-        ce_MGB = cross_entropies(logits_MLBK, target)[:, :-1]
+    def _loss(self, logits_MGBK: Tensor, final_BK: Tensor, target: Tensor) -> Tensor:
+        ce_MGB = cross_entropies(logits_MGBK, target)
         with torch.no_grad():
             weight_MGB = self._weights(self.optimizers["weighting"].stack, ce_MGB)
-        return (weight_MGB * ce_MGB + self._distilled(logits_MLBK)).mean(-1).sum(-1)
+        return (weight_MGB * ce_MGB + self._distilled(logits_MGBK, final_BK)).mean(-1).sum(-1)
 
     def _weights(self, network: Stack, ce_MGB: Tensor) -> Tensor:
         """The weight (M, G, B) of every sample at every exit, 1 on average over a batch's samples and exits."""
@@ -77,12 +77,13 @@ class WeightedTask(IndependentTask):
 
     def _meta_step(self, mine: HeadInputs, other: HeadInputs, share: float) -> Tensor:
         heads, network = leaves(self.optimizers["heads"].stack, None), leaves(self.optimizers["weighting"].stack, None)
-        logits_MLBK = self._logits(heads, *mine[:2])
-        ce_MGB = cross_entropies(logits_MLBK, mine[2], twice=True)[:, :-1]
-        losses_MGB = self._weights(network, ce_MGB) * ce_MGB + self._distilled(logits_MLBK)
+        features, final_BK, labels_B = mine
+        logits_MGBK = self._logits(heads, features, None)
+        ce_MGB = cross_entropies(logits_MGBK, labels_B, twice=True)
+        losses_MGB = self._weights(network, ce_MGB) * ce_MGB + self._distilled(logits_MGBK, final_BK)
         gradients = torch.autograd.grad(losses_MGB.mean(-1).sum(), list(heads.values()), create_graph=True)
         ahead = self._ahead(heads, dict(zip(heads, gradients, strict=True)))
-        loss_M = self._allotted_loss(self._logits(ahead, *other[:2]), other[2])
+        loss_M = self._allotted_loss(self._logits(ahead, other[0], None), other[2])
         self._update("weighting", network, loss_M, None, share, 1)
         return loss_M.detach()
 
@@ -98,9 +99,8 @@ class WeightedTask(IndependentTask):
             ahead[name] = old - rate_M.view((1, -1) + (1,) * (old.dim() - 2)) * moved
         return ahead
 
-    def _allotted_loss(self, logits_MLBK: Tensor, labels_B: Tensor) -> Tensor:
+    def _allotted_loss(self, logits_MGBK: Tensor, labels_B: Tensor) -> Tensor:
         """Sum over the exits of the mean cross-entropy of the samples allotted to each, (M,)."""
-        logits_MGBK = logits_MLBK[:, :-1]
         mine_MGB = allotment(max_probability(logits_MGBK.detach()), self.method.exit_ratio)
         ce_MGB = torch.where(mine_MGB, cross_entropies(logits_MGBK, labels_B), 0.0)
         return (ce_MGB.sum(-1) / mine_MGB.sum(-1).clamp_min(1)).sum(-1)

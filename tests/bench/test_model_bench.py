@@ -52,6 +52,8 @@ def test_points_are_timed_beside_the_full_model(folder: Path, tmp_path: Path) ->
         assert 0 < float(early["relative_macs"]) < 1
         for row in (early, whole):
             assert float(row["p50_ms"]) <= float(row["p95_ms"]) <= float(row["p99_ms"])
+            faster = float(row["images_per_second"]) / float(full["images_per_second"])
+            assert 0.5 < faster / float(row["speed_up"]) < 2  # by the same clock, over a few rounds
             ratio = float(row["speed_up"]) / float(row["predicted_by_time"])
             assert float(row["realised_over_time"]) == pytest.approx(ratio)
     assert (tmp_path / "out" / "accuracy_time.png").read_bytes()[:4] == b"\x89PNG"

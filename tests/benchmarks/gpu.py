@@ -152,8 +152,12 @@ def _seconds_of(run: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.median(found[1:])
 
 
+GOALS = {(10, 16): 0.1, (1000, 28): 0.3}
+"""By classes and members the most that a step may add to a backbone in bf16."""
+
+
 def packs(device: str, tiny: bool) -> dict[str, Any]:
-    """Steps by model, classes, members and precision, next to the bare backbone."""
+    """Steps by model, classes, members and precision, next to the bare backbone; `roofline --beside` has the model."""
     grid = [("t2t_vit_7", 10, one) for one in ("float32", "bf16")]
     if not tiny:
         precisions = ("float32", "tf32", "bf16")
@@ -192,10 +196,19 @@ def _pack_row(device: str, tiny: bool, name: str, num_classes: int, precision: s
         task = JeiDnnTask(Pack(model, costs, members, TrainSettings(), split, Ranks(0, 1, where), 100), method)
         return _seconds_of(lambda: [task.train_step(loaded, 1.0) for _ in range(2)], device, repeats) / 2
 
-    steps = {f"step_seconds_{m}": seconds_with(m) for m in ((1, 2) if tiny else (1, 16, 28))}
+    steps = {m: seconds_with(m) for m in ((1, 2) if tiny else (1, 16, 28))}
     bare = _seconds_of(lambda: model.features(loaded[1]), device, repeats)
-    named = {"model": name, "classes": num_classes, "precision": precision, "batch": batch}
-    return {**named, "backbone_seconds": bare, **steps}
+    named = {"model": name, "classes": num_classes, "precision": precision, "batch": batch, "image_size": size}
+    added = {m: seconds / bare - 1 for m, seconds in steps.items()}
+    goals = {m: (added[m], most) for (k, m), most in GOALS.items() if k == num_classes and m in added}
+    met = {f"goal_{m}": f"{share:.3f} of at most {most:g}" for m, (share, most) in goals.items() if precision == "bf16"}
+    return {
+        **named,
+        "backbone_seconds": bare,
+        **{f"step_seconds_{m}": seconds for m, seconds in steps.items()},
+        **{f"added_to_backbone_{m}": share for m, share in added.items()},
+        **met,
+    }
 
 
 def batch_sizes(device: str, tiny: bool) -> dict[str, Any]:

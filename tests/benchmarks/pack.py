@@ -1,4 +1,4 @@
-"""What a pack costs beside one member: one step on T2T-ViT-7-sized work, and the whole train job on digits.
+"""What a pack costs beside one member: steps on T2T-ViT-7-sized work and on the digits net, the train job on digits.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/pack.py [--rounds 7] [--digits configs/digits.yaml]
 
@@ -78,6 +78,25 @@ def vit_step(rounds: int) -> None:
     compare("two steps, ViT of T2T-ViT-7's size at 224 px, batch 64, 16 members", one, many, rounds)
 
 
+def digits_steps(path: Path, rounds: int) -> None:
+    """The net of the study at `path` on random images."""
+    config, device = load_study(path).points[0].config, start_ranks("auto").device
+    own, size = config.backbone, config.data.image_size
+    backbone = build_backbone(own.name, arguments=own.arguments, num_classes=10, image_size=size).to(device)
+    positions = range(backbone.num_blocks - 1)
+    costs, model = exit_costs(backbone, positions, ["linear"]), MultiExit(backbone, positions)
+    images = torch.randn(64, *backbone.input_size, device=device)
+    split = Split(images, torch.randint(10, (64,), device=device), torch.arange(64))
+    # a block like those of an evaluation: glibc keeps what is freed from then on, as in a training
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+    def ten(step: Callable[[], None]) -> Callable[[], None]:
+        return lambda: [step() for _ in range(10)].clear()
+
+    one, many = (ten(step_of(model, costs, n, split)) for n in (1, 24))
+    compare(f"20 steps on the net of {path.name}, batch 64, 24 members", one, many, rounds)
+
+
 def digits_job(path: Path, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         quiet = [f"runs_dir={folder}", "dist.log_seconds=1000", "dist.num_threads=1"]
@@ -109,6 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--digits", type=Path, default=Path("configs/digits.yaml"))
     options = parser.parse_args()
+    digits_steps(options.digits, 3 * options.rounds)
     vit_step(options.rounds)
     digits_job(options.digits, max(options.rounds // 3, 1))
 

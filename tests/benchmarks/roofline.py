@@ -1,16 +1,20 @@
 """Step times on H100 GPUs, computed from counted kernels, bytes and MACs; nothing here was measured on a GPU.
 
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.roofline [--batch 256] [--tiny]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.roofline [--batch 256] [--tiny] [--beside gpu.json]
 
 Kernels and bytes are counted on the pretend device (tests/pretend_cuda.py) at two batch sizes and two numbers of
 members, and extrapolated: bytes are c0 + c1·batch + c2·members + c3·batch·members, kernels depend on neither. A part of
-a step takes as long as the slowest of: its kernels' launches by the host, its bytes, its MACs. Prints a Markdown table.
+a step takes as long as the slowest of: its kernels' launches by the host, its bytes, its MACs. Prints a Markdown table;
+with `--beside` that of what gpu.py measured in bf16, next to what is computed for it.
 """
 
 import argparse
 import dataclasses
 import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,7 +144,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256, help="images per GPU")
     parser.add_argument("--tiny", action="store_true", help="one small case, to see that it runs")
+    parser.add_argument("--beside", type=Path, help="the results of gpu.py")
     options = parser.parse_args()
+    if options.beside:
+        print_beside(json.loads(options.beside.read_text())["packs"]["rows"])
+        return
     gpus = (1, 8, 64)
     cases = [("t2t_vit_7", 224), ("resnet50", 224)]
     grid = [("t2t_vit_7", 64, 10)] if options.tiny else [(name, size, k) for name, size in cases for k in (10, 1000)]
@@ -156,11 +164,27 @@ def main() -> None:
         "limit of the members",
     ]
     print(f"Milliseconds, {options.batch} images per GPU\n")
-    for line in (head, ["---"] * len(head)):
-        print("| " + " | ".join(line) + " |")
+    print_lines(head, ["---"] * len(head))
     for name, size, num_classes in grid:
-        for row in rows_of(name, num_classes, size, options.batch, (1, 16, 28), gpus):
-            print("| " + " | ".join(row) + " |", flush=True)
+        print_lines(*rows_of(name, num_classes, size, options.batch, (1, 16, 28), gpus))
+
+
+def print_beside(rows: Sequence[dict[str, Any]]) -> None:
+    """Milliseconds of backbone and members' step, measured and computed."""
+    head = ["model", "classes", "members", "backbone", "computed", "members' step", "computed", "added", "computed"]
+    print_lines(head, ["---"] * len(head))
+    for row in (row for row in rows if row["precision"] == "bf16"):
+        members = [int(key.removeprefix("step_seconds_")) for key in row if key.startswith("step_seconds_")]
+        for found in rows_of(row["model"], row["classes"], row["image_size"], row["batch"], members, [1]):
+            bare, added = 1e3 * row["backbone_seconds"], row[f"added_to_backbone_{found[2]}"]
+            measured = (f"{bare:.2f}", f"{bare * added:.2f}", f"{added:.2f}")
+            computed = (found[3], found[4], found[6])
+            print_lines([*found[:3], *(cell for pair in zip(measured, computed, strict=True) for cell in pair)])
+
+
+def print_lines(*lines: Sequence[str]) -> None:
+    for line in lines:
+        print("| " + " | ".join(line) + " |", flush=True)
 
 
 if __name__ == "__main__":

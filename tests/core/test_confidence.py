@@ -33,7 +33,7 @@ def test_confidences_lie_in_unit_interval_at_extremes() -> None:
         assert confidence.min() >= lowest, name
         assert confidence.max() <= highest, name
     assert gate_features(logits).isfinite().all()
-    assert margin(logits).tolist() == [0, 1, 0, 1]
+    assert margin(logits).tolist() == gate_features(logits)[:, 2].tolist() == [0, 1, 0, 1]
     assert CONFIDENCES["entropy"].function(logits)[:2].tolist() == pytest.approx([0, 1], abs=1e-6)
     assert entropy(logits)[0].item() == pytest.approx(math.log(3))
 

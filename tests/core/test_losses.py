@@ -156,6 +156,10 @@ def test_prediction_errors_and_targets_equal_loops(objective: str) -> None:
 def test_gate_target_ties_go_to_the_lowest_exit() -> None:
     errors = torch.tensor([[[2.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
     assert losses.gate_targets(errors, torch.tensor([0.5, 0.5, 1.0]), torch.tensor([0.0])).tolist() == [[1, 0]]
+    many = torch.randint(3, (M, L, 100), generator=torch.Generator().manual_seed(3)).float()
+    many[:, 2:, :20] = torch.nan  # counts as the least
+    targets = losses.gate_targets(many, torch.zeros(L), torch.zeros(M))
+    assert torch.equal(targets, torch.from_numpy(many.numpy().argmin(1)))
 
 
 def test_gate_loss_equals_loops() -> None:
@@ -253,16 +257,17 @@ def test_soft_cross_entropies_equal_torch() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_divergences_are_those_of_every_exit_from_the_last(temperature: float) -> None:
+def test_divergences_are_those_of_every_exit_from_the_teacher(temperature: float) -> None:
     logits, _, _ = example()
-    ours = losses.divergences(logits, temperature)
+    last = logits[0, -1]
+    ours = losses.divergences(logits[:, :-1], last, temperature)
     for exit_ in range(G):
         student = (logits[:, exit_] / temperature).log_softmax(-1)
-        teacher = (logits[:, -1] / temperature).softmax(-1)
+        teacher = (last / temperature).softmax(-1).expand(M, B, K)
         expected = temperature**2 * functional.kl_div(student, teacher, reduction="none").sum(-1)
         torch.testing.assert_close(ours[:, exit_], expected, rtol=1e-12, atol=1e-14)
     assert not grad(ours, logits)[:, -1].any()  # the teacher learns nothing
-    assert not losses.divergences(logits[:, -1:].expand(M, L, B, K)).any()
+    assert not losses.divergences(last.expand(M, G, B, K), last).any()
 
 
 def test_first_exit_weights_are_two_times_its_doubt() -> None:

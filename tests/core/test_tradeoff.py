@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,21 +83,34 @@ def test_whole_number_thresholds_may_come_back_as_integers() -> None:
     assert Configuration.from_json([[0, 1], [-1, 0]]) == Configuration(((0, 1.0), (-1, 0.0)))
 
 
+@pytest.mark.parametrize("threshold", [0.9, 0.1, 1 / 3, 1, np.float64(0.7), np.float32(0.7), 1e-300, 3e38])
+def test_thresholds_are_rounded_to_float32(threshold: Any) -> None:
+    configuration = Configuration(((0, threshold), (-1, 1.0)))
+    assert configuration.exits == ((0, float(np.float32(threshold))), (-1, 1.0))
+    assert type(configuration.exits[0][1]) is float
+    assert configuration == Configuration(configuration.exits)
+    confidence = np.full((2, 1, 3), np.float32(threshold))
+    confidence[0, 0, 1:] = np.nextafter(np.float32(threshold), np.float32([-np.inf, np.inf]))
+    right = np.ones((2, 1, 3), dtype=bool)
+    assert apply_configuration(configuration, confidence, right, right[0, 0])[0].tolist() == [2, 2, 0]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([[0, 0.1]], "a threshold is a finite float that float32 represents exactly, got 0.1"),
-        ([[0, math.nan]], "a threshold is a finite float that float32 represents exactly, got nan"),
-        ([[0, math.inf]], "a threshold is a finite float that float32 represents exactly, got inf"),
-        ([[0, 1e300]], "a threshold is a finite float that float32 represents exactly, got 1e+300"),
+        ([[0, math.nan]], "a threshold is a finite number in float32, got nan"),
+        ([[0, math.inf]], "a threshold is a finite number in float32, got inf"),
+        ([[0, 1e300]], "a threshold is a finite number in float32, got 1e+300"),
+        ([[0, "high"]], "a threshold is a finite number in float32, got 'high'"),
+        ([[0, None]], "a threshold is a finite number in float32, got None"),
         ([[-2, 0.5]], "a head type is an index, or -1 for no exit, got -2"),
         ([[0.0, 0.5]], "a head type is an index, or -1 for no exit, got 0.0"),
         ([[0, 0.5, 1]], "a configuration is a list of [head type, threshold] pairs"),
-        ([[0, "high"]], "a configuration is a list of [head type, threshold] pairs"),
         ([3], "a configuration is a list of [head type, threshold] pairs"),
+        (3, "a configuration is a list of [head type, threshold] pairs"),
     ],
 )
-def test_impossible_configurations_are_refused(data: list[list[float]], message: str) -> None:
+def test_impossible_configurations_are_refused(data: Any, message: str) -> None:
     with pytest.raises(ValueError) as error:
         Configuration.from_json(data)
     assert str(error.value) == message

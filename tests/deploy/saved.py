@@ -14,6 +14,7 @@ from dynexit.deploy.assembly import HeadStack, attach_exits, exit_positions, rea
 from dynexit.deploy.card import write_card
 from dynexit.deploy.description import FORMAT, PointStatistics, Preprocessing, SavedPoint, SavedTraining
 from dynexit.deploy.engine import Engine
+from dynexit.deploy.model import Outputs
 from dynexit.deploy.model_folder import backbone_config, write_folder
 from dynexit.deploy.probe import make_probe
 from dynexit.deploy.router import NEAR
@@ -27,6 +28,10 @@ TYPES = ("linear", "mlp2x7")
 
 def make_images(input_size: tuple[int, int, int], count: int, seed: int = 1) -> Tensor:
     return torch.randn(count, *input_size, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: Outputs, b: Outputs) -> bool:
+    return torch.equal(a.exit_index, b.exit_index) and torch.equal(a.prediction, b.prediction)
 
 
 def thresholds(confidence_PN: np.ndarray, heads: Sequence[int], share: float) -> Configuration:

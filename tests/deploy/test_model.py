@@ -1,10 +1,10 @@
-"""A loaded model in use: targets, views, outputs, threads, statistics, streams, image files, and bad input."""
+"""A loaded model in use: targets, views, outputs, threads, statistics, image files, and bad input."""
 
 import csv
 import io
+import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
 
 import dynexit
 from dynexit.core.calibration import conformal_sets
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.deploy.engine import Engine
-from dynexit.deploy.model import EarlyExitModel, Outputs, View
+from dynexit.deploy.model import EarlyExitModel, View
 from dynexit.errors import UserError
-from tests.deploy.saved import CLASSES, make_images, save_random
+from tests.deploy.saved import CLASSES, make_images, same, save_random
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +170,6 @@ def test_a_configuration_is_used_as_given(model: EarlyExitModel) -> None:
         model.use(point.model_copy(update={"training": "bb" if point.training == "aa" else "aa"}))
 
 
-def same(a: Outputs, b: Outputs) -> bool:
-    return torch.equal(a.exit_index, b.exit_index) and torch.equal(a.prediction, b.prediction)
-
-
 def test_views_are_used_by_threads_and_cannot_be_changed(model: EarlyExitModel) -> None:
     images = make_images(model.input_size, 64)
     views = [model.use(point) for point in model.points]
@@ -213,49 +208,25 @@ def test_statistics_show_drift(model: EarlyExitModel) -> None:
     assert view.stats().drift > 0.3  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("max_batch", [1, 5, 16, 1000])
-def test_a_stream_gives_the_same_answers_in_order(model: EarlyExitModel, max_batch: int) -> None:
-    images = make_images(model.input_size, 53)
-    for point in model.points:
-        view = model.use(point)
-        batches = list(images.split(7))
-        found = list(view.stream(batches, max_batch))
-        assert [len(out.prediction) for out in found] == [len(batch) for batch in batches]
-        whole = view(images)
-        differs = torch.cat([out.exit_index for out in found]) != whole.exit_index
-        assert not (differs & ~whole.near).any()
-        differs |= torch.cat([out.prediction for out in found]) != whole.prediction
-        assert not (differs & ~whole.near).any()
-        close = ~whole.near
-        probabilities = torch.cat([out.probabilities for out in found])
-        torch.testing.assert_close(probabilities[close], whole.probabilities[close], atol=1e-5, rtol=1e-4)
-
-
-def test_a_stream_takes_loaders_and_yields_before_the_end(model: EarlyExitModel) -> None:
-    view = model.use(model.points[0])
-    images = make_images(model.input_size, 24)
-    loader = DataLoader(TensorDataset(images, torch.arange(24)), batch_size=8)
-    assert torch.equal(torch.cat([out.exit_index for out in view.stream(loader)]), view(images).exit_index)
-    entered = 0
-
-    def endless() -> Iterator[torch.Tensor]:
-        nonlocal entered
-        while True:
-            entered += 1
-            yield images
-
-    assert same(next(view.stream(endless(), max_batch=24)), view(images))
-    entered = 0
-    answers = view.stream(endless(), max_batch=24, max_delay_ms=0)
-    for number in range(1, 4):
-        assert same(next(answers), view(images))
-        assert entered == number
-    with pytest.raises(UserError, match="max_delay_ms is -1; give at least 0"):
-        view.stream([images], max_delay_ms=-1)
-    with pytest.raises(UserError, match="max_batch is 0; give at least 1"):
-        view.stream([images], max_batch=0)
-    with pytest.raises(UserError, match="the batch is empty"):
-        list(view.stream([images[:0]]))
+def test_statistics_tell_own_configurations_apart(model: EarlyExitModel) -> None:
+    images = make_images(model.input_size, 7)
+    num_positions = len(model.trainings["aa"].exit_costs.positions)
+    ways: tuple[tuple[float, str, str], ...] = (
+        (0.25, "aa", "max_probability"),
+        (0.5, "aa", "max_probability"),
+        (0.5, "bb", "max_probability"),
+        (0.5, "aa", "gate"),
+    )
+    names = []
+    for turn in range(3):
+        for threshold, training, confidence in ways:
+            configuration = Configuration(((0, threshold),) * num_positions)
+            view = model.use(configuration, training=training, confidence=confidence)
+            view(images[: turn + 1])
+            names.append(view.name)
+    assert names == 3 * names[:4]
+    assert {seen.name: seen.num_images for seen in model.stats()} == dict.fromkeys(names[:4], 1 + 2 + 3)
+    assert len(set(names)) == 4
 
 
 @pytest.mark.parametrize(
@@ -297,10 +268,14 @@ def photos(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
 def test_predict_names_unreadable_files_and_does_the_rest(model: EarlyExitModel, photos: Path) -> None:
     view = model.use(model.points[0])
-    found = view.predict([photos, photos / "deep" / "c.png", photos / "gone.jpg"], batch_size=2)
+    os.mkfifo(photos.parent / "pipe.png")
+    more = [photos / "gone.jpg", photos.parent / "pipe.png", photos / ("a" * 300)]
+    found = view.predict([photos, photos / "deep" / "c.png", *more], batch_size=2)
     assert [Path(row.file).name for row in found.rows] == ["a.png", "b.JPG", "c.png", "c.png"]
-    assert {Path(name).name for name in found.unreadable} == {"broken.png", "gone.jpg"}
-    assert "does not exist" in found.unreadable[str(photos / "gone.jpg")]
+    assert list(found.unreadable) == [str(photos / "broken.png"), *map(str, more)]
+    reasons = ("does not exist", "cannot be read: is a pipe or a device, not a regular file", ": File name too long")
+    for path, reason in zip(more, reasons, strict=True):
+        assert found.unreadable[str(path)].endswith(reason)
     for row in found.rows:
         image = view.transform(Image.open(row.file).convert("RGB"))
         alone = view(image[None])

@@ -17,8 +17,8 @@ from dynexit.train.independent import IndependentTask
 
 
 class LastExitTask(IndependentTask):
-    def _loss(self, logits_MLBK, target):
-        return super()._loss(logits_MLBK[:, -2:], target)
+    def _loss(self, logits_MRBK, final_BK, target):
+        return super()._loss(logits_MRBK[:, -1:], final_BK, target)
 """
 
 
