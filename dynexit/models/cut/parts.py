@@ -140,7 +140,9 @@ def _part(exported: Exported, start: int, stop: int) -> fx.Graph:
             return size_of(node)
         args: Any = fx.node.map_aggregate(node.args, leaf)
         kwargs: Any = fx.node.map_aggregate(node.kwargs, leaf)
-        return graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        # attention leaves other strides on other devices and versions of torch, and a view may fail there
+        target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+        return graph.create_node("call_function", target, args, kwargs, name=node.name)
 
     def weight_type(node: fx.Node) -> torch.dtype:
         return exported.constants[exported.sources[node].removeprefix("constants.")].dtype

@@ -13,6 +13,7 @@ from dynexit.deploy.engine import Engine, largest_tile
 from dynexit.deploy.optimize import optimized_backbone
 from dynexit.errors import UserError
 from dynexit.models.backbones import select
+from dynexit.models.cut.backbone import GraphCut
 from dynexit.models.heads import StackedHeads
 from dynexit.models.macs import backbone_macs
 from dynexit.models.multi_exit import MultiExit
@@ -45,6 +46,14 @@ def test_cut_modules_give_their_own_logits(name: str) -> None:
         h = backbone.run_block(i, h)
         assert backbone.feature(i, h).shape == (3, backbone.feature_dims[i])
     torch.testing.assert_close(backbone.tail(h), logits(built(name), x[[0, 2, 3]]), rtol=1e-5, atol=1e-5)
+
+
+def test_parts_need_no_strides_of_the_device_they_were_cut_on() -> None:
+    how = cut("ViT").how
+    assert isinstance(how, GraphCut)
+    targets = [node.target for graph in how.parts.graphs for node in graph.nodes]
+    assert torch.ops.aten.view.default not in targets
+    assert torch.ops.aten.reshape.default in targets
 
 
 @pytest.mark.parametrize("name", MODELS)
