@@ -92,9 +92,10 @@ class Provenance(TypedDict):
 
 @_open
 class Classes(TypedDict):
-    """classes.json: the names of the classes by label."""
+    """classes.json: the names of the classes by label, and by split `describe` of the images."""
 
     names: list[str]
+    images: NotRequired[dict[str, tuple[int, str]]]
 
 
 @_open

@@ -5,6 +5,7 @@ loading processes, and a run can start again in the middle of an epoch.
 """
 
 import dataclasses
+import hashlib
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -75,6 +76,12 @@ class Split:
     def file_names(self) -> list[str] | None:
         """The file of each sample, relative to data.dir; None if the samples are in no files of their own."""
         return None if isinstance(self.images, Tensor) else self.images.file_names()
+
+    def describe(self) -> tuple[int, str]:
+        """The number of samples, and a SHA-256 of their labels and files; pixels are not read."""
+        found = hashlib.sha256(self.labels.numpy().tobytes())
+        found.update("\0".join(self.file_names() or ()).encode(errors="surrogateescape"))
+        return len(self), found.hexdigest()
 
     def loader(self) -> "_BatchLoader":
         """The processes that load this split."""

@@ -49,8 +49,8 @@ def measured_tolerance(images: Tensor, engine: Engine, recorded_Rn: np.ndarray) 
     most = float(np.abs(together_PHn.flatten(0, 1).cpu().numpy() - recorded_Rn).max())
     if not most <= _OTHER_MODEL[engine.model.backbone.precision]:
         raise Failure(
-            f"confidences differ by {most:.3g} from those recorded; the record is of another machine or model: record "
-            "the study again"
+            f"confidences differ by {most:.3g} from those recorded; the record is of another machine, model or "
+            "images: record the study again, under another name"
         )
     return max(NEAR, _MARGIN * most, _MARGIN * float((together_PHn - alone_PHn).abs().max()))
 

@@ -290,6 +290,8 @@ def _print(summary: dict[str, Any], settings: InferSettings, predictions: Path) 
         f"{summary['backbone_images_per_second']:.0f} images/s on the same batches"
         + (f" ({predicted:.2f} by the times of stage bench)" if predicted else "")
     )
+    if summary["speed_up"] < 1:
+        print("that is slower than the backbone alone; infer.latency_ms chooses by measured times")
     print(
         f"{summary['near_a_threshold']} samples within {summary['tolerance']:.2g} of a threshold, "
         f"{summary['differences_near_a_threshold']} of them decided otherwise than in the record, "

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dynexit.contents import Classes
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
@@ -9,13 +10,12 @@ from dynexit.deploy.assembly import HeadStack, attach_exits, costs_of, exit_posi
 from dynexit.deploy.optimize import with_quick_pooling
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
-from dynexit.jobs.finished import class_names
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.cut.own import OwnModule
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 from dynexit.models.precision import check_precision, set_precision
-from dynexit.run_dir import BACKBONE, HEADS, RunDir
+from dynexit.run_dir import BACKBONE, CLASSES, HEADS, RunDir
 from dynexit.study.grid import Point
 from dynexit.study.schema import Config, ExitsSettings
 
@@ -107,8 +107,7 @@ def begin(point: Point) -> tuple[Ranks, DataSets, MultiExit, ExitCosts]:
     with ranks.failing_together():
         check_precision(config.backbone.precision, ranks.device)
     data = load_on_ranks(config, ranks, checked=True)
-    with ranks.failing_together():
-        _check_classes(class_names(point), data)
+    ranks.once(lambda: check_images(point, data))
     model, costs = load_model(point, ranks)
     return ranks, data, model, costs
 
@@ -139,8 +138,33 @@ def quickened(model: MultiExit, exits: ExitsSettings) -> MultiExit:
     return attach_exits(with_quick_pooling(model.backbone), model.positions, exits)
 
 
-def _check_classes(names: list[str] | None, data: DataSets) -> None:
-    pairs = zip(names or (), data.class_names, strict=False)
+def describe_images(data: DataSets) -> dict[str, tuple[int, str]]:
+    """By split what `check_images` compares."""
+    return {name: data.split(name).describe() for name in ("train", "validation", "test")}
+
+
+def check_images(point: Point, data: DataSets) -> None:
+    """Raises UserError unless classes and splits are those that the point's backbone was prepared with.
+
+    An image more or less changes which images are in which split, and test images would be some that the backbone was
+    fitted to. Folders of versions that stored less are checked by less.
+    """
+    try:
+        stored: Classes = RunDir(point, "prepare").read_json(CLASSES, Classes)
+    except FileNotFoundError:
+        return
+    _check_classes(stored["names"], data)
+    before, now = stored.get("images"), describe_images(data)
+    if before is not None and before != now:
+        counts = " and ".join(str(sum(count for count, _ in one.values())) for one in (before, now))
+        raise UserError(
+            f"the data set's images, or the classes of some, changed since the backbone was prepared ({counts} images "
+            "then and now), and with them the splits; restore them, or start a new study with name=NAME"
+        )
+
+
+def _check_classes(names: list[str], data: DataSets) -> None:
+    pairs = zip(names, data.class_names, strict=False)
     differing = next(((i, before, now) for i, (before, now) in enumerate(pairs) if before != now), None)
     if differing:
         label, before, now = differing

@@ -7,7 +7,7 @@ import torch
 
 from dynexit.data import DataSets, check_class_order
 from dynexit.dist import Ranks
-from dynexit.jobs.load import build_model, load_on_ranks, ranks_of
+from dynexit.jobs.load import build_model, describe_images, load_on_ranks, ranks_of
 from dynexit.models.macs import exit_costs
 from dynexit.models.precision import check_precision
 from dynexit.progress import Progress
@@ -106,7 +106,7 @@ def run_prepare(points: Sequence[Point]) -> None:
             return
         directory.save_tensors(BACKBONE, weights)
         directory.write_json(COSTS, costs.to_json())
-        directory.write_json(CLASSES, {"names": data.class_names})
+        directory.write_json(CLASSES, {"names": data.class_names, "images": describe_images(data)})
         directory.write_lines(METRICS, task.rows)
         if task.rows:
             validation = task.rows[-1]["validation_accuracy"]

@@ -26,7 +26,7 @@ from dynexit.deploy.probe import make_probe, measured_tolerance
 from dynexit.dist import start_ranks
 from dynexit.errors import Failure, UserError
 from dynexit.jobs.finished import class_names
-from dynexit.jobs.load import load_heads, load_model
+from dynexit.jobs.load import check_images, load_heads, load_model
 from dynexit.jobs.recorded import RecordedTraining
 from dynexit.models.backbones import Backbone
 from dynexit.models.cut.backbone import OwnBackbone
@@ -78,6 +78,7 @@ def run_save(
     first = chosen[0].point
     ranks = start_ranks("cpu", first.config.dist.num_threads)
     data = load_data(first.config.data, workers_of(first.config.dist, ranks.device), checked=True)
+    check_images(first, data)
     backbone = load_model(first, ranks)[0].backbone
     trained = {one.point.id: one.point for one in chosen}
     records = {identity: RecordedTraining.of(point, data) for identity, point in trained.items()}

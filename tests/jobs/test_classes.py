@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_names_of_classes_are_in_every_output(folder: Path) -> None:
     study = study_in(folder, "outputs", "data.class_order=timm", "infer.source=search")
     run_stage("prepare", study.points)
-    assert read_json(prepare_dir(study) / "classes.json") == {"names": NATURAL}
+    assert read_json(prepare_dir(study) / "classes.json")["names"] == NATURAL
     assert "classes.json" in read_json(prepare_dir(study) / "DONE")["files"]
     log = (prepare_dir(study) / "log.txt").read_text()
     assert log.count("11 classes, with images in train/validation/test: 0 60/10/10, 1 ") == 1
@@ -110,6 +111,24 @@ def test_classes_that_changed_since_prepare_are_refused(folder: Path) -> None:
             run_stage("train", study.points)
     finally:
         (folder / "images" / "three").rename(folder / "images" / "3")
+
+
+@pytest.mark.parametrize("change", ["added", "moved", "renamed"])
+def test_images_that_changed_since_prepare_are_refused(folder: Path, change: str) -> None:
+    study = study_in(folder, f"images_{change}", "data.class_order=timm")
+    run_stage("prepare", study.points)
+    made = folder / "images" / ("4" if change == "moved" else "3") / ("99.png" if change == "moved" else "a.png")
+    source = folder / "images" / "3" / "07.png"
+    (shutil.copyfile if change == "added" else shutil.move)(source, made)
+    try:
+        count = len(list((folder / "images").rglob("*.png")))
+        text = rf"^the data set's images, .* since the backbone was prepared \(880 and {count} images then and now\)"
+        with pytest.raises(UserError, match=text):
+            run_stage("train", study.points)
+    finally:
+        source.exists() or shutil.copyfile(made, source)
+        made.unlink()
+    run_stage("train", study.points)
 
 
 def test_a_wrong_order_is_refused_and_warned_of(folder: Path) -> None:
