@@ -138,13 +138,19 @@ def finished_jobs(point: Point) -> list[str]:
     return [stage for stage in point.stages if RunDir(point, stage).is_marked]
 
 
-def class_names(point: Point) -> list[str] | None:
-    """The names of the classes by label, as prepare stored them; None in folders of versions that stored none."""
+def stored_classes(point: Point) -> Classes | None:
+    """What prepare stored of classes and images; None in folders of versions that stored nothing."""
     try:
-        names: list[str] = RunDir(point, "prepare").read_json(CLASSES, Classes)["names"]
+        stored: Classes = RunDir(point, "prepare").read_json(CLASSES, Classes)
     except FileNotFoundError:
         return None
-    return names
+    return stored
+
+
+def class_names(point: Point) -> list[str] | None:
+    """The names of the classes by label, as prepare stored them; None in folders of versions that stored none."""
+    stored = stored_classes(point)
+    return None if stored is None else stored["names"]
 
 
 def failure_reason(point: Point) -> str | None:

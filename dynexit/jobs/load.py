@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from dynexit.contents import Classes
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.data import DataSets, check_class_order, check_colours, describe_data, load_data, workers_of
@@ -10,12 +9,13 @@ from dynexit.deploy.assembly import HeadStack, attach_exits, costs_of, exit_posi
 from dynexit.deploy.optimize import with_quick_pooling
 from dynexit.dist import Ranks, start_ranks
 from dynexit.errors import UserError
+from dynexit.jobs.finished import stored_classes
 from dynexit.models.backbones import Backbone, build_backbone
 from dynexit.models.cut.own import OwnModule
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
 from dynexit.models.precision import check_precision, set_precision
-from dynexit.run_dir import BACKBONE, CLASSES, HEADS, RunDir
+from dynexit.run_dir import BACKBONE, HEADS, RunDir
 from dynexit.study.grid import Point
 from dynexit.study.schema import Config, ExitsSettings
 
@@ -149,13 +149,12 @@ def check_images(point: Point, data: DataSets) -> None:
     An image more or less changes which images are in which split, and test images would be some that the backbone was
     fitted to. Folders of versions that stored less are checked by less.
     """
-    try:
-        stored: Classes = RunDir(point, "prepare").read_json(CLASSES, Classes)
-    except FileNotFoundError:
+    stored = stored_classes(point)
+    if stored is None:
         return
     _check_classes(stored["names"], data)
-    before, now = stored.get("images"), describe_images(data)
-    if before is not None and before != now:
+    before = stored.get("images")
+    if before is not None and before != (now := describe_images(data)):
         counts = " and ".join(str(sum(count for count, _ in one.values())) for one in (before, now))
         raise UserError(
             f"the data set's images, or the classes of some, changed since the backbone was prepared ({counts} images "
