@@ -170,14 +170,13 @@ def join_in_flight(parts: Sequence[InFlight], num_rows: int) -> InFlight:
 
 
 def _joined(tensors: Sequence[Tensor | None], num_more: int = 0) -> Tensor | None:
-    """The tensors of all parts in a row and as many rows of zeros; None if they have none."""
+    """The tensors of all parts in a row and as many further rows; None if they have none."""
     given = [tensor for tensor in tensors if tensor is not None]
     return _in_a_row(given, num_more) if given else None
 
 
 def _in_a_row(tensors: Sequence[Tensor], num_more: int) -> Tensor:
-    more = [tensors[0].new_zeros(num_more, *tensors[0].shape[1:])] if num_more else []
-    return torch.cat([*tensors, *more])
+    return torch.cat([*tensors, *[tensors[0][:1]] * num_more])  # with zeros, channels would not stay last
 
 
 Walk = Sequence[tuple[Sequence[Callable[[State], State]], int]]
