@@ -28,6 +28,7 @@ from dynexit.deploy.router import NEAR, Answers, Router
 from dynexit.deploy.statistics import ExitCounter, ExitCounters, ExitStatistics
 from dynexit.deploy.stream import stream
 from dynexit.errors import UserError
+from dynexit.models.passes import compile_stages, compiling
 from dynexit.models.precision import set_precision
 
 
@@ -272,20 +273,21 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         most = DIFFERENCES["bf16" if self._is_bf16 else "float32"]
         return check_probe(self.probe, self.engines, self.points, name, most)
 
-    def optimize(self, device: str = "cpu", *, precision: str = "float32") -> "EarlyExitModel":
+    def optimize(self, device: str = "cpu", *, precision: str = "float32", compile: bool = False) -> "EarlyExitModel":
         """Returns a faster model with the same operating points on that device; this one stays as it is.
 
-        Folds batch norms into convolutions, puts channels last, and with `precision` bf16 runs the backbone in
-        bfloat16. The probe must give the saved answers: logits within 1e-3 of the largest in float32 and 5e-2 in bf16,
-        and the same exits but for confidences near a threshold, with a tolerance that is measured. Raises UserError for
-        another precision, for bf16 on a device without it and for a device that torch cannot use, Failure for other
-        answers.
+        Folds batch norms, puts channels last; `precision` bf16 runs the backbone in bfloat16, `compile` its stages by
+        torch.compile. The probe must give the saved answers: logits within 1e-3 of the largest (5e-2 in bf16), other
+        exits only within a measured tolerance of a threshold. Raises UserError for a precision or device that cannot be
+        used, Failure for other answers or if compilation fails.
         """
-        usable = usable_device(device)
-        precision = "bf16" if self._is_bf16 else precision
+        usable, precision = usable_device(device), "bf16" if self._is_bf16 else precision
         backbone = optimized_backbone(self._contents.backbone, precision, usable)
         faster = EarlyExitModel(dataclasses.replace(self._contents, backbone=backbone), usable)
-        difference = check_probe(faster.probe, faster.engines, faster.points, "the model", DIFFERENCES[precision])
+        if compile:
+            compile_stages(faster.backbone, [p for one in faster.engines.values() for p in one.model.positions])
+        with compiling("compile"):
+            difference = check_probe(faster.probe, faster.engines, faster.points, "the model", DIFFERENCES[precision])
         faster.tolerance = max(faster.tolerance, 4 * difference)
         return faster
 

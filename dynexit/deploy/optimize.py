@@ -47,7 +47,8 @@ class QuickMaxPool(nn.MaxPool2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         """The pooled maps."""
-        if maps.numel() < _FEW_VALUES or maps.device.type != "cpu" or not maps.is_contiguous():
+        few = torch.compiler.is_compiling() or maps.numel() < _FEW_VALUES
+        if few or maps.device.type != "cpu" or not maps.is_contiguous():
             plain: Tensor = super().forward(maps)
             return plain
         pooled: Tensor = torch.mkldnn_max_pool2d(
@@ -81,7 +82,21 @@ class QuickLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The products."""
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            product: Tensor = _quick_linear(x, self.weight, self.bias)
+            return product
         return quick_linear(x, self.weight, self.bias)
+
+
+@torch.library.custom_op("dynexit::quick_linear", mutates_args=())
+def _quick_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `quick_linear`, which torch.compile would replace by MKL's products."""
+    return quick_linear(x, weight, bias)
+
+
+@_quick_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _quicken_linear_layers(backbone: Backbone) -> None:

@@ -142,6 +142,10 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The backbone's own logits (B, K)."""
+        return self.run_all(x) if self.cut.whole is None else self.cut.whole(x)
+
+    def run_all(self, x: Tensor) -> Tensor:
+        """As `forward`, part by part."""
         h = self.stem(x)
         for i in range(self.num_blocks):
             h = self.run_block(i, h)

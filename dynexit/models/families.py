@@ -20,6 +20,7 @@ class Cut:
 
     `feature` is what a linear exit reads; `pooled` what an MLP exit reads where that is something else: `feature` is
     the class token then. `places` is the state as a map (B, C, H, W), or its normalised patch tokens (B, N, D).
+    `whole` is the forward as one function, for a compiled model.
     """
 
     stem: Callable[[Tensor], State]
@@ -28,6 +29,7 @@ class Cut:
     feature: Callable[[State], Tensor]
     places: Callable[[State], Tensor]
     pooled: Callable[[State], Tensor] | None = None
+    whole: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
 """A frozen backbone's passes made faster: maps channels last in memory, torch.compile. Answers differ by rounding."""
 
 import contextlib
+import dataclasses
+import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
 from dynexit.errors import Failure, UserError
 from dynexit.models.backbones import Backbone
 from dynexit.models.cut.backbone import OwnBackbone
+from dynexit.models.families import State
 from dynexit.models.multi_exit import MultiExit
 from dynexit.study.schema import BackboneSettings
 
@@ -57,6 +62,56 @@ def quicken(model: MultiExit, settings: BackboneSettings, device: torch.device, 
             f"backbone.channels_last = {json.dumps(asked)}: {backbone.name} takes no maps with their channels last "
             f"({reason}); set backbone.channels_last=false"
         ) from error
+
+
+def compile_stages(backbone: Backbone, positions: Iterable[int]) -> None:
+    """Has torch.compile run the stem, the blocks between two of `positions`, and the tail from now on, in place.
+
+    Each is compiled at its first call with one image, and once or twice for several, whichever exits are used; so is
+    `Backbone.forward`, as one function. Copies of the backbone are not compiled.
+    """
+    cut = backbone.cut
+    blocks: list[Callable[[State], State]] = [lambda h: h] * backbone.num_blocks
+    ends = sorted({0, backbone.num_blocks, *(max(position + 1, 0) for position in positions)})
+    for start, stop in itertools.pairwise(ends):
+        blocks[stop - 1] = _compiled(functools.partial(_run, cut.blocks[start:stop]))
+    stem = _compiled(cut.stem)
+    backbone.cut = dataclasses.replace(
+        cut,
+        stem=lambda images: stem(images.contiguous()),  # each order in memory would have graphs of its own
+        blocks=blocks,
+        tail=_compiled(cut.tail),
+        whole=_compiled(backbone.run_all),
+    )
+
+
+def _run(blocks: Iterable[Callable[[State], State]], h: State) -> State:
+    for block in blocks:
+        h = block(h)
+    return h
+
+
+def _compiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function, whose graphs stay valid: it reads nothing that changes but its argument."""
+
+    def run(h: State) -> State:
+        return function(h)
+
+    run.__code__ = run.__code__.replace()  # by its identity torch finds graphs, and limits their number
+    # to check what all modules hold at every call takes a tenth of a small net's time
+    options: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    graphs = torch.compile(run, fullgraph=True, dynamic=False, options=options)
+
+    def call(h: State) -> State:
+        if torch.compiler.is_compiling():  # as a part of the whole
+            return function(h)
+        torch._dynamo.maybe_mark_dynamic(h[0] if isinstance(h, tuple) else h, 0)
+        try:
+            return graphs(h)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            return function(h)
+
+    return call
 
 
 def _gains(backbone: Backbone, device: torch.device) -> bool:
