@@ -285,7 +285,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         backbone = optimized_backbone(self._contents.backbone, precision, usable)
         faster = EarlyExitModel(dataclasses.replace(self._contents, backbone=backbone), usable)
         if compile:
-            compile_stages(faster.backbone, [p for one in faster.engines.values() for p in one.model.positions])
+            compile_stages(faster.backbone)
         with compiling("compile"):
             difference = check_probe(faster.probe, faster.engines, faster.points, "the model", DIFFERENCES[precision])
         faster.tolerance = max(faster.tolerance, 4 * difference)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,25 +64,38 @@ def quicken(model: MultiExit, settings: BackboneSettings, device: torch.device, 
         ) from error
 
 
-def compile_stages(backbone: Backbone, positions: Iterable[int]) -> None:
-    """Has torch.compile run the stem, the blocks between two of `positions`, and the tail from now on, in place.
+def compile_stages(backbone: Backbone) -> None:
+    """Has torch.compile run the stem, the blocks from one exit to the next and the tail from now on, in place.
 
-    Each is compiled at its first call with one image, and once or twice for several, whichever exits are used; so is
-    `Backbone.forward`, as one function. Copies of the backbone are not compiled.
+    Each is compiled at its first call with one image, and once or twice for several; ways to leave early share them.
+    So is `Backbone.forward`, as one function. Copies of the backbone are not compiled.
     """
     cut = backbone.cut
-    blocks: list[Callable[[State], State]] = [lambda h: h] * backbone.num_blocks
-    ends = sorted({0, backbone.num_blocks, *(max(position + 1, 0) for position in positions)})
-    for start, stop in itertools.pairwise(ends):
-        blocks[stop - 1] = _compiled(functools.partial(_run, cut.blocks[start:stop]))
     stem = _compiled(cut.stem)
     backbone.cut = dataclasses.replace(
         cut,
         stem=lambda images: stem(images.contiguous()),  # each order in memory would have graphs of its own
-        blocks=blocks,
+        blocks=_CompiledBlocks(cut.blocks),
         tail=_compiled(cut.tail),
         whole=_compiled(backbone.run_all),
     )
+
+
+class _CompiledBlocks(Sequence[Any]):
+    """Blocks of which every slice is one compiled function. A call costs 10 µs, as much as two operations."""
+
+    def __init__(self, blocks: Sequence[Callable[[State], State]]) -> None:
+        self._blocks = blocks
+        self._stage = functools.cache(lambda start, stop: _compiled(lambda h: _run(blocks[start:stop], h)))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return self._blocks[index]
+        start, stop, _ = index.indices(len(self))
+        return [lambda h: self._stage(start, stop)(h)] if start < stop else []
 
 
 def _run(blocks: Iterable[Callable[[State], State]], h: State) -> State:
@@ -91,16 +104,20 @@ def _run(blocks: Iterable[Callable[[State], State]], h: State) -> State:
     return h
 
 
+_NUMBERS = itertools.count()
+
+
 def _compiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The function, whose graphs stay valid: it reads nothing that changes but its argument."""
 
     def run(h: State) -> State:
         return function(h)
 
-    run.__code__ = run.__code__.replace()  # by its identity torch finds graphs, and limits their number
+    # torch finds graphs by this object and limits their number, and remembers by its name which sizes have changed
+    run.__code__ = run.__code__.replace(co_name=f"run_{next(_NUMBERS)}")
     # to check what all modules hold at every call takes a tenth of a small net's time
     options: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    graphs = torch.compile(run, fullgraph=True, dynamic=False, options=options)
+    graphs = torch.compile(run, fullgraph=True, options=options)
 
     def call(h: State) -> State:
         if torch.compiler.is_compiling():  # as a part of the whole
