@@ -63,7 +63,7 @@ def add_model_bench(bench: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--points", metavar="P,...", help="shares of the full model's time, or names of points; default: 0.4,0.6,0.8"
     )
-    group.add_argument("--runtime", metavar="NAME,...", help="default: torch")
+    group.add_argument("--runtime", metavar="NAME,...", help="torch, optimized, compiled, onnx; default: torch")
     group.add_argument("--device", metavar="DEVICE", help="cpu (the default) or cuda")
     group.add_argument("--out", type=Path, metavar="FOLDER", help="for bench.csv, bench.json and accuracy_time.png")
 

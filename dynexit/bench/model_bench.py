@@ -274,12 +274,12 @@ def bench_model(directory: Path, request: BenchRequest, out: Path) -> str:
 def bench_text(rows: Sequence[BenchRow]) -> str:
     """The rows as lines of text."""
     lines = [
-        f"{'runtime':8}{'batch':>6}  {'point':22}{'asked':>8}{'accuracy':>9}{'images/s':>11}{'p50 ms':>9}{'p95 ms':>9}"
+        f"{'runtime':10}{'batch':>6}  {'point':22}{'asked':>8}{'accuracy':>9}{'images/s':>11}{'p50 ms':>9}{'p95 ms':>9}"
         f"{'p99 ms':>9}{'speed-up':>10}{'by MACs':>9}{'by time':>9}{'realised/predicted':>20}"
     ]
     for row in rows:
         line = (
-            f"{row.runtime:8}{row.batch_size:6}  {row.point:22}{row.asked:>8}{100 * row.accuracy:8.2f}%"
+            f"{row.runtime:10}{row.batch_size:6}  {row.point:22}{row.asked:>8}{100 * row.accuracy:8.2f}%"
             f"{row.images_per_second:11.1f}{row.p50_ms:9.3f}{row.p95_ms:9.3f}{row.p99_ms:9.3f}{row.speed_up:10.3f}"
         )
         if row.realised_over_time is not None:

@@ -5,7 +5,7 @@ A runtime has a name, the device it runs on, and two ways to classify images (B,
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -52,6 +52,21 @@ class TorchRuntime:
         return lambda images: router.classify(images).exit_index_B
 
 
+class OptimizedRuntime(TorchRuntime):
+    """As TorchRuntime, of what `optimize` makes of the model."""
+
+    name, compiles = "optimized", False
+
+    def __init__(self, model: EarlyExitModel, directory: Path, scratch: Path) -> None:
+        super().__init__(model.optimize(str(model.device), compile=self.compiles), directory, scratch)
+
+
+class CompiledRuntime(OptimizedRuntime):
+    """As OptimizedRuntime, with torch.compile."""
+
+    name, compiles = "compiled", True
+
+
 class OnnxRuntime:
     """What `dynexit export` writes, on onnxruntime with as many threads as torch has, and the backbone as one graph.
 
@@ -89,7 +104,8 @@ class OnnxRuntime:
         return lambda images: self._router(images.numpy(), name).exit_index
 
 
-RUNTIMES: dict[str, Callable[[EarlyExitModel, Path, Path], Runtime]] = {"torch": TorchRuntime, "onnx": OnnxRuntime}
+_KINDS: list[Any] = [TorchRuntime, OptimizedRuntime, CompiledRuntime, OnnxRuntime]
+RUNTIMES: dict[str, Callable[[EarlyExitModel, Path, Path], Runtime]] = {kind.name: kind for kind in _KINDS}
 """By the name that `--runtime` takes."""
 
 

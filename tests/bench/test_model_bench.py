@@ -1,11 +1,14 @@
 """`dynexit bench` on a model folder: its files, and thresholds at which the shares of validation leave."""
 
 import csv
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from dynexit.bench.images import thresholds_for
 from dynexit.bench.model_bench import BenchRequest, bench_model
@@ -65,6 +68,20 @@ def test_points_are_timed_beside_the_full_model(folder: Path, tmp_path: Path) ->
         assert note in text
 
 
+def test_optimised_and_compiled_models_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_random(tmp_path / "model", exits={"positions": [2]})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # without C++
+    counters.clear()
+    request = BenchRequest([2], ["0.9"], ["torch", "optimized", "compiled"], rounds=3, seconds=0.0, num_images=16)
+    text = bench_model(tmp_path / "model", request, tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]
+    assert [row["runtime"] for row in rows] == [name for name in request.runtimes for _ in ("full model", "0.9")]
+    assert len({(row["point"], row["relative_macs"]) for row in rows if row["asked"]}) == 1
+    assert "\noptimized " in text
+    assert "\ncompiled  " in text
+    assert counters["stats"]["unique_graphs"] == 11  # stem, three stages and tail, for one image or more, and the whole
+
+
 @pytest.mark.slow
 def test_onnx_takes_the_exits_that_torch_takes(folder: Path, tmp_path: Path) -> None:
     request = BenchRequest([4], ["0.5"], ["torch", "onnx"], rounds=3, seconds=0.0, num_images=64)
@@ -83,7 +100,7 @@ def test_onnx_takes_the_exits_that_torch_takes(folder: Path, tmp_path: Path) -> 
         (["--batch", "x"], "--batch x: batch sizes are 1 or more"),
         (["--points", "3"], "--points 3: should be a share of the full model's time, as 0.6, or one of aa-0.4, "),
         (["--points", "fast"], "--points fast: should be a share"),
-        (["--runtime", "tpu"], "--runtime tpu: should be one of torch, onnx"),
+        (["--runtime", "tpu"], "--runtime tpu: should be one of torch, optimized, compiled, onnx"),
         (["--device", "tpu"], "device = 'tpu' cannot be used"),
         (["seed=1"], "seed=1 is for a study; for a model folder: dynexit bench DIR --out FOLDER"),
     ],
