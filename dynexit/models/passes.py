@@ -26,7 +26,8 @@ def compiling(key: str) -> Iterator[None]:
     except RuntimeError as error:  # looked at by name: importing the class takes seconds
         if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines()]  # the first may be "backend='inductor' raised:"
+        reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
         raise Failure(
             f"{key} = true: torch.compile failed ({reason}); fix its compiler, empty its cache "
             f"(TORCHINDUCTOR_CACHE_DIR), or set {key}=false"

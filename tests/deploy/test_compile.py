@@ -160,6 +160,6 @@ def test_a_missing_compiler_is_one_message(tmp_path: Path, monkeypatch: pytest.M
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(Failure) as caught:
         model.optimize(compile=True)
     message = str(caught.value)
-    assert message.startswith("compile = true: torch.compile failed (")
+    assert message.startswith("compile = true: torch.compile failed (InvalidCxxCompiler: ")
     assert message.endswith("or set compile=false")
     assert "\n" not in message
