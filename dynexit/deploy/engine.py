@@ -14,8 +14,9 @@ from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.router import NEAR, Router, Stop, even_parts
 from dynexit.errors import UserError
 from dynexit.models.cut.backbone import OwnBackbone
-from dynexit.models.heads import PlainHead, StackedGates, StackedHeads
+from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.products import PlainHead
 
 # glibc returns each larger block to the system when it is freed; taking it again costs a page fault for every 4 KiB
 _MOST_ACTIVATION_BYTES = (32 << 20) - 4096
@@ -127,10 +128,13 @@ class Engine:
         enabled = [p for p, (head, _) in enumerate(exits) if head >= 0]
         if self._shrinkage and enabled != list(range(len(enabled))):
             raise UserError("additive heads need every exit before one that is used; give it a threshold of 1")
+        by_probability = confidence == "max_probability" and not self._shrinkage
         stops = []
         for before_p, p in zip([-1, *enabled], enabled, strict=False):
             gate = self._gates[p] if by_gate and self._gates is not None else None
-            stops.append(Stop(p, before_p, self.head(p, exits[p][0]), exits[p][1], gate))
+            head, threshold = exits[p]
+            sure_limit = threshold - tolerance if by_probability and threshold is not None else None
+            stops.append(Stop(p, before_p, self.head(p, head), threshold, gate, sure_limit))
         function = _largest_probability if confidence == "max_probability" else CONFIDENCES[confidence].function
         measure = None if by_gate else function
         return Router(self.model, stops, measure, self._shrinkage, self._tile, tolerance)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -135,12 +136,15 @@ class MultiExit(nn.Module):
 
         `before` is what this gave at the position before (None at the first), which only concatenated features need.
         """
+        own = self.reader_at(p)(h)
+        return torch.cat((before, own), -1) if self.reading.concatenate and before is not None else own
+
+    def reader_at(self, p: int) -> Callable[[State], Tensor]:
+        """What turns the state at position number p into what its exit reads there."""
         if self.reading.reader is not None:
-            feature = read(self.backbone.cut, self.reading.reader, h)
-        else:
-            parts = [reader(self.positions[p], h) for reader in self._readers]
-            feature = parts[0] if len(parts) == 1 else torch.stack(parts, 1)
-        return torch.cat((before, feature), -1) if self.reading.concatenate and before is not None else feature
+            return partial(read, self.backbone.cut, self.reading.reader)
+        readers = [partial(reader, self.positions[p]) for reader in self._readers]
+        return readers[0] if len(readers) == 1 else lambda h: torch.stack([reader(h) for reader in readers], 1)
 
     @torch.no_grad()
     def tail(self, h: State, from_p: int) -> Tensor:
