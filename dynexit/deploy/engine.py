@@ -68,7 +68,7 @@ class Engine:
             weight_G4, bias_G = gates.weight.detach()[0], gates.bias.detach()[0]
             self._gates = list(zip(weight_G4.unbind(), bias_G.unbind(), strict=True))
         on_cpu = next(model.parameters()).device.type == "cpu"
-        self._tile = (largest_tile(model) if tile is None else tile) if on_cpu else None
+        self.tile = (largest_tile(model) if tile is None else tile) if on_cpu else None
 
     @property
     def has_gates(self) -> bool:
@@ -88,7 +88,7 @@ class Engine:
     def plain(self, images: Tensor) -> list[Tensor]:
         """Runs the plain backbone on images (B, C, H, W), in the tiles in which a router runs it: logits of each."""
         images = images.to(next(self.model.parameters()).dtype)
-        return [self.model.backbone(tile) for tile in even_parts(images, self._tile)]
+        return [self.model.backbone(tile) for tile in even_parts(images, self.tile)]
 
     @torch.inference_mode()
     def all_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,4 +133,4 @@ class Engine:
             stops.append(Stop(p, before_p, self.head(p, exits[p][0]), exits[p][1], gate))
         function = _largest_probability if confidence == "max_probability" else CONFIDENCES[confidence].function
         measure = None if by_gate else function
-        return Router(self.model, stops, measure, self._shrinkage, self._tile, tolerance)
+        return Router(self.model, stops, measure, self._shrinkage, self.tile, tolerance)
