@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from dynexit.arguments import as_path, whole_number
 from dynexit.data.fashion_mnist import SIDE, margins
 from dynexit.data.images import Transform
 from dynexit.data.pixels import EXTENSIONS, decode
@@ -92,14 +93,15 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predict_files(view: "View", sources: Sequence[Path], batch_size: int) -> Predictions:
+def predict_files(view: "View", sources: Iterable[str | Path] | str | Path, batch_size: int) -> Predictions:
     """See View.predict."""
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; give at least 1")
+    batch_size = whole_number("batch_size", batch_size)
+    given = sources if isinstance(sources, Iterable) and not isinstance(sources, str) else [sources]
+    paths = [as_path("an image's file", source) for source in given]
     rows: list[Prediction] = []
     unreadable: dict[str, str] = {}
     transform = view.transform
-    for names, images in _batches(find_images(sources), transform, batch_size, unreadable):
+    for names, images in _batches(find_images(paths), transform, batch_size, unreadable):
         out = view(images)
         confidence = out.probabilities.gather(1, out.prediction[:, None])[:, 0]
         columns: list[Any] = [values.tolist() for values in (out.prediction, confidence, out.exit_index, out.macs)]
@@ -129,15 +131,15 @@ def _batches(
 
 def read_image(file: str | Path | BinaryIO, transform: Transform) -> Tensor:
     """See View.read."""
-    if not isinstance(file, str | Path):
+    if not isinstance(file, str | Path) and hasattr(file, "read"):
         return transform(decode(file, getattr(file, "name", "in memory")))
     try:
-        path = regular(Path(file))
+        found = regular(as_path("an image's file", file))
     except (FileNotFoundError, ValueError):  # a null byte
         raise UserError(f"the image {file} does not exist") from None
     except OSError as error:
         raise UserError(f"the image {file} cannot be read: {error.strerror}") from None
-    return transform(decode(path, str(file)))
+    return transform(decode(found, str(file)))
 
 
 def check_images(images: Tensor, input_size: tuple[int, int, int]) -> None:

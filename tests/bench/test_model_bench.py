@@ -102,3 +102,5 @@ def test_options_of_folders_are_not_for_studies(tmp_path: Path, capsys: pytest.C
     assert "--batch is for a model folder, and" in capsys.readouterr().err
     with pytest.raises(UserError, match="batch sizes are 1 or more"):
         BenchRequest([0])
+    with pytest.raises(UserError, match=r"--batch 2\.5: batch sizes are 1 or more"):
+        BenchRequest([2.5])  # type: ignore[list-item]
