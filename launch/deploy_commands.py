@@ -32,7 +32,7 @@ def add_deploy_commands(commands: Any) -> None:
     save.set_defaults(tool=_save)
     predict = add_command(commands, "predict", "classify image files with a model folder")
     predict.add_argument("directory", type=Path, metavar="DIR", help="a folder that `dynexit save` wrote")
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="of a folder all below it")
+    predict.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder all below it")
     target = predict.add_mutually_exclusive_group()
     target.add_argument("--relative-macs", type=float, metavar="SHARE", help="most accurate within this share of MACs")
     target.add_argument(
@@ -139,6 +139,8 @@ def _predict(options: argparse.Namespace) -> None:
     from dynexit.deploy.model import load
     from dynexit.errors import Failure
 
+    if "-" in options.images:
+        raise UserError("`-` is no file: images are not read from standard input; give files or folders")
     model = load(options.directory, allow_code=options.allow_code)
     if options.relative_macs is not None:
         view = model.use(relative_macs=options.relative_macs)

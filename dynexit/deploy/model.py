@@ -104,7 +104,7 @@ class View:
         return read_image(file, self.transform)
 
     def predict(self, sources: Iterable[str | Path] | str | Path, batch_size: int = 64) -> Predictions:
-        """Classifies image files; of a folder all images below it. Names files that it cannot read and does the rest.
+        """Classifies image files; of a folder all images below it. Names what it cannot read and does the rest.
 
         Raises UserError if there is no image at all.
         """

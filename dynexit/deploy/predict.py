@@ -78,16 +78,23 @@ def image_transform(data: DataSettings, num_channels: int) -> Transform:
     return transform
 
 
-def find_images(sources: Sequence[Path]) -> list[Path]:
-    """Returns the files, and of folders all images below them, by name. Raises UserError if that is nothing."""
+def find_images(sources: Sequence[Path], unreadable: dict[str, str]) -> list[Path]:
+    """Returns the files, and of folders all entries below them with an image's suffix, by name.
+
+    Notes folders that cannot be read in `unreadable`. Raises UserError if there is nothing.
+    """
     found: list[Path] = []
+
+    def note(error: OSError) -> None:
+        unreadable[error.filename] = f"the folder {error.filename} cannot be read: {error.strerror}"
+
     for source in sources:
         if os.path.isdir(source):  # Path.is_dir raises an error for some names
-            inside = (path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-            found += sorted(inside)
+            inside = (Path(folder, name) for folder, _, names in os.walk(source, onerror=note) for name in names)
+            found += sorted(path for path in inside if path.suffix.lower() in EXTENSIONS)
         else:
             found.append(source)
-    if not found:
+    if not found and not unreadable:
         named = ", ".join(map(str, sources)) or "no file at all"
         raise UserError(f"no image was found in {named}; give files, or folders with {' '.join(EXTENSIONS)}")
     return found
@@ -101,7 +108,7 @@ def predict_files(view: "View", sources: Iterable[str | Path] | str | Path, batc
     rows: list[Prediction] = []
     unreadable: dict[str, str] = {}
     transform = view.transform
-    for names, images in _batches(find_images(paths), transform, batch_size, unreadable):
+    for names, images in _batches(find_images(paths, unreadable), transform, batch_size, unreadable):
         out = view(images)
         confidence = out.probabilities.gather(1, out.prediction[:, None])[:, 0]
         columns: list[Any] = [values.tolist() for values in (out.prediction, confidence, out.exit_index, out.macs)]

@@ -262,6 +262,8 @@ def photos(tmp_path: Path) -> Path:
         Image.fromarray(pixels, mode).save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "broken.png").write_bytes(b"no image")
     (tmp_path / "photos" / "notes.txt").write_text("no image either")
+    os.mkfifo(tmp_path / "photos" / "deep" / "pipe.PNG")
+    (tmp_path / "photos" / "link.png").symlink_to("nowhere.png")
     return tmp_path / "photos"
 
 
@@ -272,9 +274,11 @@ def test_predict_names_unreadable_files_and_does_the_rest(model: EarlyExitModel,
     more = [photos / "gone.jpg", photos.parent / "pipe.png", photos / ("a" * 300)]
     found = view.predict([photos, photos / "deep" / "c.png", *more], batch_size=2)
     assert [Path(row.file).name for row in found.rows] == ["a.png", "b.JPG", "c.png", "c.png"]
-    assert list(found.unreadable) == [str(photos / "broken.png"), *map(str, more)]
-    reasons = ("does not exist", "cannot be read: is a pipe or a device, not a regular file", ": File name too long")
-    for path, reason in zip(more, reasons, strict=True):
+    inside = [photos / "broken.png", photos / "deep" / "pipe.PNG", photos / "link.png"]
+    assert list(found.unreadable) == [str(path) for path in (*inside, *more)]
+    pipe = "cannot be read: is a pipe or a device, not a regular file"
+    reasons = (pipe, "does not exist", "does not exist", pipe, ": File name too long")
+    for path, reason in zip([*inside[1:], *more], reasons, strict=True):
         assert found.unreadable[str(path)].endswith(reason)
     for row in found.rows:
         image = view.transform(Image.open(row.file).convert("RGB"))
@@ -292,6 +296,17 @@ def test_predict_names_unreadable_files_and_does_the_rest(model: EarlyExitModel,
     (photos.parent / "empty").mkdir()
     with pytest.raises(UserError, match="no image was found in"):
         view.predict(photos.parent / "empty")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_predict_names_folders_that_it_cannot_read(model: EarlyExitModel, photos: Path) -> None:
+    (photos / "deep").chmod(0)
+    try:
+        found = model.use("backbone").predict(photos)
+    finally:
+        (photos / "deep").chmod(0o700)
+    assert [Path(row.file).name for row in found.rows] == ["a.png", "b.JPG"]
+    assert found.unreadable[str(photos / "deep")] == f"the folder {photos / 'deep'} cannot be read: Permission denied"
 
 
 def test_a_view_is_what_the_api_says(model: EarlyExitModel) -> None:

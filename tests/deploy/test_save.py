@@ -225,6 +225,9 @@ def test_the_commands_save_and_predict(study: Study, tmp_path: Path) -> None:
     done = command(tmp_path, "predict", "model", "pipe.png", "--out", "none.csv", status=1)
     assert (done.stdout, done.stderr) == ("", pipe + "dynexit: 1 of 1 files were left out\n")
     assert not (tmp_path / "none.csv").exists()
+    done = command(tmp_path, "predict", "model", "photos/0.png", "-", status=2)
+    dash = "dynexit: `-` is no file: images are not read from standard input; give files or folders\n"
+    assert (done.stdout, done.stderr) == ("", dash)
     assert "exists; give the name of a new folder" in command(tmp_path, "save", TINY, "model", *words, status=2).stderr
     assert "has no report; run `dynexit run`" in command(tmp_path, "save", TINY, "m", "name=other", status=2).stderr
     text = command(tmp_path, "predict", "model", "photos", "--relative-macs", "0.01", status=2).stderr
