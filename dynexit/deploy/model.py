@@ -263,7 +263,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         copy_folder(self._contents.directory, self._description, save_directory)
 
     def stats(self) -> tuple[ExitStatistics, ...]:
-        """What each way to leave that was used has seen, against validation: a growing drift calls for a new study."""
+        """What each way that classified images has seen, against validation: a growing drift calls for a new study."""
         return self._counters.statistics()
 
     def verify(self) -> float:

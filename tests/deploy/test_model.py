@@ -197,6 +197,7 @@ def test_views_are_used_by_threads_and_cannot_be_changed(model: EarlyExitModel) 
 def test_statistics_show_drift(model: EarlyExitModel) -> None:
     view = model.use(model.points[0])
     assert view.stats().exit_fractions is None
+    assert model.stats() == ()
     out = view(make_images(model.input_size, 50, seed=5))
     seen = view.stats()
     shares = np.bincount(out.exit_index.numpy(), minlength=len(view.macs_L)) / 50
@@ -206,6 +207,8 @@ def test_statistics_show_drift(model: EarlyExitModel) -> None:
     assert seen.drift == pytest.approx(np.abs(shares - model.points[0].exit_fractions).sum() / 2)
     view(torch.zeros(500, *model.input_size))  # all of them leave at one exit
     assert view.stats().drift > 0.3  # type: ignore[operator]
+    model.use("backbone")
+    assert [one.name for one in model.stats()] == [view.name]  # the other has seen nothing
 
 
 def test_statistics_tell_own_configurations_apart(model: EarlyExitModel) -> None:
