@@ -61,6 +61,7 @@ def accuracy_figure(
         axes.tick_params(colors=_MUTED, length=0, pad=5)
     figure.axes[0].set_ylabel("validation accuracy", color=_INK)
     entries = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*entries, loc="outside lower left", ncols=2, fontsize=8.5, labelcolor=_INK, frameon=False)
+    columns = max(2, len(predicted))
+    figure.legend(*entries, loc="outside lower left", ncols=columns, fontsize=8.5, labelcolor=_INK, frameon=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
