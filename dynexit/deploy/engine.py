@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.router import NEAR, Router, Stop, even_parts
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from dynexit.models.cut.backbone import OwnBackbone
 from dynexit.models.heads import PlainHead, StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
@@ -110,8 +110,8 @@ class Engine:
         num_positions = len(self.model.positions)
         if configuration is not None and len(configuration.exits) != num_positions:
             raise UserError(
-                f"the configuration has {len(configuration.exits)} positions and the model {num_positions}; give one "
-                "of this model"
+                f"the configuration has {counted(len(configuration.exits), 'position')} and the model {num_positions}; "
+                "give one of this model"
             )
         if configuration is not None and max(head for head, _ in configuration.exits) >= len(self.head_types):
             raise UserError(

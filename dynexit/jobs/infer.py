@@ -24,7 +24,7 @@ from dynexit.deploy.probe import measured_tolerance
 from dynexit.deploy.router import Answers, Router, join
 from dynexit.deploy.stream import stream
 from dynexit.dist import Ranks
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, counted
 from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import class_names, measured_times
 from dynexit.jobs.load import begin, load_heads, quickened
@@ -89,8 +89,8 @@ def run_infer(points: Sequence[Point]) -> Path:
     _print(summary, settings, directory / "predictions.csv")
     if summary["unexplained_differences"]:
         raise Failure(
-            f"{summary['unexplained_differences']} samples left elsewhere than the record says without being near a "
-            f"threshold; the record in {record.source} is of another machine or model: record again"
+            f"{counted(summary['unexplained_differences'], 'sample')} left elsewhere than the record says without "
+            f"being near a threshold; the record in {record.source} is of another machine or model: record again"
         )
     return directory.path
 
@@ -304,8 +304,8 @@ def _print(summary: dict[str, Any], settings: InferSettings, predictions: Path) 
     if summary["speed_up"] < 1:
         print("that is slower than the backbone alone; infer.latency_ms chooses by measured times")
     print(
-        f"{summary['near_a_threshold']} samples within {summary['tolerance']:.2g} of a threshold, "
+        f"{counted(summary['near_a_threshold'], 'sample')} within {summary['tolerance']:.2g} of a threshold, "
         f"{summary['differences_near_a_threshold']} of them decided otherwise than in the record, "
-        f"{summary['unexplained_differences']} other differences"
+        f"{counted(summary['unexplained_differences'], 'other difference')}"
     )
     print(f"predictions: {predictions}")
