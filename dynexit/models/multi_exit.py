@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynexit.core.cost import STEM
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from dynexit.models.backbones import Backbone, select
 from dynexit.models.families import State
 from dynexit.models.precision import products_of
@@ -28,15 +28,15 @@ def check_positions(backbone: Backbone, positions: Sequence[int]) -> None:
     last = backbone.num_blocks - 2
     if last < 0:
         raise UserError(
-            f"backbone {backbone.name} has {backbone.num_blocks} blocks, and exits sit after all but the last: it "
-            "has no place for one; give it more blocks"
+            f"backbone {backbone.name} has {counted(backbone.num_blocks, 'block')}, and exits sit after all but the "
+            "last: it has no place for one; give it more blocks"
         )
     blocks = positions[1:] if tuple(positions[:1]) == (STEM,) else positions
     in_order = list(positions) == sorted(set(positions))
     if not positions or not in_order or any(not 0 <= position <= last for position in blocks):
         raise UserError(
             f"exit positions {list(positions)} do not fit {backbone.name}: give block indices in rising order from "
-            f"0 to {last} (it has {backbone.num_blocks} blocks, and its own classifier sits after the last)"
+            f"0 to {last} (it has {counted(backbone.num_blocks, 'block')}, and its own classifier sits after the last)"
         )
 
 

@@ -68,7 +68,7 @@ def test_commands_of_the_page_run(folder: Path) -> None:
     assert point in front
     images = Path(__file__).parents[2] / "configs"
     predict[predict.index("IMAGE_OR_FOLDER")] = str(images / "digits_pareto.png")
-    assert "dynexit: 1 images by macs-" in dynexit(folder, *predict).stderr
+    assert "dynexit: 1 image by macs-" in dynexit(folder, *predict).stderr
     out = dynexit(folder, *infer).stdout
     assert "0 other differences" in out
 
