@@ -12,6 +12,7 @@ from dynexit.errors import UserError, counted
 from dynexit.jobs.finished import finished_jobs, report_is_done, unattained_budgets
 from dynexit.jobs.planning.checks import check_identity, check_models, folders_elsewhere
 from dynexit.jobs.planning.description import describe_plan
+from dynexit.jobs.planning.images import changed_images
 from dynexit.jobs.planning.missing import Job, done_together, missing_jobs
 from dynexit.run_dir import STUDY, write_text
 from dynexit.study.grid import Point, Study
@@ -143,6 +144,8 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
     if ranks.is_main and not did_something and until != INFER.name:
         done = counted(len(study.points), "point is", "points are")
         print(f"{study.directory}: nothing to do, {'all ' * (len(study.points) > 1)}{done} done")
+        if mistake := changed_images(left.all_points):
+            print(f"dynexit: warning: {mistake}", file=sys.stderr)
     if ranks.is_main and "report" in stages and until != INFER.name and report_is_done(study.points):
         from dynexit.report.terminal import result
 
