@@ -148,5 +148,5 @@ def test_points_without_a_record_are_named(folder: Path, tmp_path: Path, monkeyp
     shutil.rmtree(first.study_dir / "shards")
     with pytest.raises(Failure) as error:
         run_report(points[1:])
-    wanted = f"nothing to report: none of the 5 points is finished; {points[1].label}: its record is missing; run "
+    wanted = f"nothing to report: no point is finished; {points[1].label}: its record is missing; run "
     assert str(error.value).startswith(wanted)
