@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import shutil
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -301,15 +303,20 @@ def test_predict_names_unreadable_files_and_does_the_rest(model: EarlyExitModel,
         view.predict(photos.parent / "empty")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
 def test_predict_names_folders_that_it_cannot_read(model: EarlyExitModel, photos: Path) -> None:
-    (photos / "deep").chmod(0)
-    try:
-        found = model.use("backbone").predict(photos)
-    finally:
-        (photos / "deep").chmod(0o700)
-    assert [Path(row.file).name for row in found.rows] == ["a.png", "b.JPG"]
-    assert found.unreadable[str(photos / "deep")] == f"the folder {photos / 'deep'} cannot be read: Permission denied"
+    with tempfile.TemporaryDirectory() as name:  # not in pytest's folder, where nobody but its owner may look
+        folder, user = Path(name), os.geteuid()
+        folder.chmod(0o755)
+        shutil.copy(photos / "a.png", folder)
+        (folder / "deep").mkdir(mode=0)
+        os.seteuid(user or 65534)  # root reads every folder
+        try:
+            found = model.use("backbone").predict(folder)
+        finally:
+            os.seteuid(user)
+        assert [Path(row.file).name for row in found.rows] == ["a.png"]
+        assert found.unreadable == {f"{folder}/deep": f"the folder {folder}/deep cannot be read: Permission denied"}
+        (folder / "deep").chmod(0o700)
 
 
 def test_a_view_is_what_the_api_says(model: EarlyExitModel) -> None:
