@@ -13,6 +13,11 @@ def shorten(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text):,} characters)"
 
 
+def counted(count: int, one: str, several: str = "") -> str:
+    """Returns the count with its noun: `one`, or `several`, which is `one` with an s if it is not given."""
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
 class Reported(Exception):  # noqa: N818  users read its text alone
     """An error that is reported by its message alone. `on_all_ranks` says that all ranks raised it.
 

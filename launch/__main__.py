@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dynexit
-from dynexit.errors import Failure, Interrupted, UserError, shorten, unmasked_interrupts
+from dynexit.errors import Failure, Interrupted, Reported, UserError, shorten, unmasked_interrupts
 from dynexit.study.stages import BENCH, INFER, STAGES
 from launch.deploy_commands import add_deploy_commands, add_model_bench
 from launch.tasks.worker import leave
@@ -91,12 +91,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _call(options: argparse.Namespace) -> None:
+    does_jobs = options.command in _JOBS and not options.dry_run
+    if not does_jobs and os.environ.get("RANK", "0") != "0":
+        return  # of torchrun's processes one does it
     if "tool" in options:
         options.tool(options)
         return
     from launch.commands import COMMANDS
 
     COMMANDS[options.command](options)
+
+
+def _report(error: Reported, lines: Sequence[str]) -> None:
+    """Prints what is wrong, unless the first process on this node prints the same."""
+    torch = sys.modules.get("torch")
+    is_shared = error.on_all_ranks or torch is None or not torch.distributed.is_initialized()
+    if is_shared and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    for line in lines:
+        print(f"dynexit: {line}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,11 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _call(_parse(arguments))
         return 0
     except UserError as error:
-        print(f"dynexit: {error}", file=sys.stderr)
+        _report(error, [str(error)])
         return 2
     except Failure as error:
-        for line in str(error).splitlines():
-            print(f"dynexit: {line}", file=sys.stderr)
+        _report(error, str(error).splitlines())
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"dynexit: {str(stop) or 'interrupted'}; the same command resumes from there", file=sys.stderr)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, counted
 from dynexit.study.own_code import allowing_code
 from dynexit.study.stages import BENCH, INFER, STAGES, stages_until
 from launch.api import LoadedStudy, load_study
@@ -141,7 +141,11 @@ def _cancel(options: argparse.Namespace) -> None:
     chosen = {point.id for point in points}
     for job in live:
         others = {identity for stage, identity in job.work if stage == "train"} - chosen  # those of points
-        with_others = f", and with it {len(others)} other points of its task" if others and job.stage == "train" else ""
+        with_others = (
+            f", and with it {counted(len(others), 'other point')} of its task"
+            if others and job.stage == "train"
+            else ""
+        )
         print(f"cancelled {job.stage} {job.job_id}{with_others}")
 
 

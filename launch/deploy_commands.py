@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from launch.tools import add_command
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_deploy_commands(commands: Any) -> None:
     save.set_defaults(tool=_save)
     predict = add_command(commands, "predict", "classify image files with a model folder")
     predict.add_argument("directory", type=Path, metavar="DIR", help="a folder that `dynexit save` wrote")
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="of a folder all below it")
+    predict.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder all below it")
     target = predict.add_mutually_exclusive_group()
     target.add_argument("--relative-macs", type=float, metavar="SHARE", help="most accurate within this share of MACs")
     target.add_argument(
@@ -124,7 +124,7 @@ def _save(options: argparse.Namespace) -> None:
             latency_ms=target,
             identity=options.point,
         )
-    print(f"{options.directory}: {len(saved)} operating points")
+    print(f"{options.directory}: {counted(len(saved), 'operating point')}")
     for point in saved:
         low, high = point.accuracy_interval
         accuracy = f"{100 * point.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
@@ -139,6 +139,8 @@ def _predict(options: argparse.Namespace) -> None:
     from dynexit.deploy.model import load
     from dynexit.errors import Failure
 
+    if "-" in options.images:
+        raise UserError("`-` is no file: images are not read from standard input; give files or folders")
     model = load(options.directory, allow_code=options.allow_code)
     if options.relative_macs is not None:
         view = model.use(relative_macs=options.relative_macs)
@@ -156,7 +158,8 @@ def _predict(options: argparse.Namespace) -> None:
     for reason in found.unreadable.values():
         print(f"dynexit: {reason}", file=sys.stderr)
     if found.unreadable:
-        raise Failure(f"{len(found.unreadable)} of {len(found.unreadable) + len(found.rows)} files were left out")
+        num_files = len(found.unreadable) + len(found.rows)
+        raise Failure(f"left out: {len(found.unreadable)} of {counted(num_files, 'file')}")
 
 
 def _write(found: "Predictions", view: "View", out: Path | None) -> None:
@@ -171,8 +174,8 @@ def _write(found: "Predictions", view: "View", out: Path | None) -> None:
     seen = view.stats()
     macs = sum(row.macs for row in found.rows) / len(found.rows) / view.full_macs
     print(
-        f"dynexit: {seen.num_images} images by {view.name}, {macs:.4f} of the backbone's MACs; {seen.num_near} with a "
-        f"confidence within {view.router.tolerance:.2g} of a threshold",
+        f"dynexit: {counted(seen.num_images, 'image')} by {view.name}, {macs:.4f} of the backbone's MACs; "
+        f"{seen.num_near} with a confidence within {view.router.tolerance:.2g} of a threshold",
         file=sys.stderr,
     )
 
@@ -186,13 +189,16 @@ def _export(options: argparse.Namespace) -> None:
         options.directory, options.out, options.to, verify=options.verify, allow_code=options.allow_code
     )
     points = json.loads((options.out / SETTINGS).read_text(encoding="utf-8"))["points"]
-    print(f"{options.out}: {count} programs, {len(points)} operating points, router.json and router.py")
+    print(
+        f"{options.out}: {counted(count, 'program')}, {counted(len(points), 'operating point')}, router.json and "
+        "router.py"
+    )
     if check is None:
         print("dynexit: nothing was checked; run again with --verify to compare answers", file=sys.stderr)
         return
     print(
-        f"dynexit: checked on the probe, {check.num_answers} answers: logits differ by at most {check.difference:.2g} "
-        f"of the largest (allowed {MOST_DIFFERENCE:g}); {check.num_near} answers had a confidence within "
-        f"{check.tolerance:.2g} of a threshold, {check.num_other} of them left at another exit",
+        f"dynexit: checked on the probe, {counted(check.num_answers, 'answer')}: logits differ by at most "
+        f"{check.difference:.2g} of the largest (allowed {MOST_DIFFERENCE:g}); {counted(check.num_near, 'answer')} had "
+        f"a confidence within {check.tolerance:.2g} of a threshold, {check.num_other} of them left at another exit",
         file=sys.stderr,
     )

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from dynexit.jobs.finished import finished_jobs, report_is_done, unattained_budgets
 from dynexit.jobs.planning.checks import check_identity, check_models, folders_elsewhere
 from dynexit.jobs.planning.description import describe_plan
+from dynexit.jobs.planning.images import changed_images
 from dynexit.jobs.planning.missing import Job, done_together, missing_jobs
 from dynexit.run_dir import STUDY, write_text
 from dynexit.study.grid import Point, Study
@@ -138,10 +139,13 @@ def _run_stages(study: Study, stages: Sequence[str], until: str, on: str, ranks:
             left = left.only(kept)
             lost = [point.label for point, is_kept in zip(everyone, kept, strict=True) if not is_kept]
             if lost and not failed and ranks.is_main:
-                text = f"{len(lost)} points have no results, although no job failed; first: {lost[0]}"
-                failures.append(f"{stage}: {text}")
+                points = counted(len(lost), "point has", "points have")
+                failures.append(f"{stage}: {points} no results, although no job failed; first: {lost[0]}")
     if ranks.is_main and not did_something and until != INFER.name:
-        print(f"{study.directory}: nothing to do, all {len(study.points)} points are done")
+        done = counted(len(study.points), "point is", "points are")
+        print(f"{study.directory}: nothing to do, {'all ' * (len(study.points) > 1)}{done} done")
+        if mistake := changed_images(left.all_points):
+            print(f"dynexit: warning: {mistake}", file=sys.stderr)
     if ranks.is_main and "report" in stages and until != INFER.name and report_is_done(study.points):
         from dynexit.report.terminal import result
 

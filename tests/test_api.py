@@ -241,10 +241,10 @@ def test_a_run_leaves_the_documented_files_and_columns(ran: tuple[Path, dict[str
     files = re.findall(r"^- `(\S+)`$", text, re.MULTILINE)
     assert len(files) > 10
     for name in files:
-        assert list((folder / "runs" / "digits").glob(name.replace("ID", "*"))), name
+        assert list((folder / "runs" / "digits_short").glob(name.replace("ID", "*"))), name
     assert (folder / "runs" / "mlflow.db").is_file()
     (documented,) = re.findall(r"^    (source,.*)$", text, re.MULTILINE)
-    header = (folder / "runs/digits/report/operating_points.csv").read_text().splitlines()[0]
+    header = (folder / "runs/digits_short/report/operating_points.csv").read_text().splitlines()[0]
     assert re.fullmatch(re.escape(documented).replace(r"exit_1,\.\.\.", r"exit_1(,exit_\d+)*"), header)
 
 
@@ -252,7 +252,7 @@ def test_a_run_leaves_the_documented_files_and_columns(ran: tuple[Path, dict[str
 def test_a_moved_run_folder_is_the_same_study(ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, variables = ran
     (tmp_path / "kept").mkdir()
-    moved = (folder / "runs" / "digits").rename(tmp_path / "kept" / "renamed")
+    moved = (folder / "runs" / "digits_short").rename(tmp_path / "kept" / "renamed")
     try:
         study = dynexit.load_study(moved)
         assert (study.directory, study.config.name) == (moved, "renamed")
@@ -263,16 +263,16 @@ def test_a_moved_run_folder_is_the_same_study(ran: tuple[Path, dict[str, Any]], 
             dynexit.load_study(strange).run()
         strange.rename(moved)
     finally:
-        moved.rename(folder / "runs" / "digits")
+        moved.rename(folder / "runs" / "digits_short")
 
 
 @pytest.mark.slow
 def test_run_raises_failure_with_the_reason(ran: tuple[Path, dict[str, Any]]) -> None:
-    heads = next(Path("runs/digits/train").glob("*/heads.safetensors"))
+    heads = next(Path("runs/digits_short/train").glob("*/heads.safetensors"))
     content = heads.read_bytes()
     heads.write_bytes(content[:100])
     try:
         with pytest.raises(Failure, match=r"heads\.safetensors has 100 bytes instead of"):
-            dynexit.load_study("runs/digits").run()
+            dynexit.load_study("runs/digits_short").run()
     finally:
         heads.write_bytes(content)

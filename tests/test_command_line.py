@@ -105,7 +105,7 @@ def test_status_and_dry_run_start_nothing(finished: Path, tmp_path: Path) -> Non
     assert "relative MACs" in table[1]
     assert "runs/tiny_study/pack/" in table[1]
     plan = dynexit(tmp_path, "run", TINY, "--dry-run").stdout
-    assert "train: 1 jobs" in plan
+    assert "train: 1 job\n" in plan
     assert "resources: --on here" in plan
     assert list(tmp_path.iterdir()) == []
     assert dynexit(tmp_path, "status", TINY).stdout.splitlines()[-2:] == ["report: to do", "6 waiting"]

@@ -1,11 +1,11 @@
-"""An interrupt while a compiled module is loaded is still reported as an interrupt."""
+"""Interrupts while a compiled module is loaded, and counts in messages."""
 
 import subprocess
 import sys
 
 import pytest
 
-from dynexit.errors import Interrupted, UserError, unmasked_interrupts
+from dynexit.errors import Interrupted, UserError, counted, unmasked_interrupts
 
 CTRL_C_WHILE_A_MODULE_IS_LOADED = """
 import importlib.machinery, signal, sys
@@ -43,3 +43,8 @@ def test_other_errors_are_left_as_they_are() -> None:
     with pytest.raises(Interrupted) as interrupt, unmasked_interrupts():
         raise UserError("timm is broken") from Interrupted("stopped by SIGTERM")
     assert str(interrupt.value) == "stopped by SIGTERM"
+
+
+def test_a_count_of_one_has_a_singular_noun() -> None:
+    assert [counted(count, "point") for count in (0, 1, 2)] == ["0 points", "1 point", "2 points"]
+    assert [counted(count, "job is", "jobs are") for count in (1, 3)] == ["1 job is", "3 jobs are"]

@@ -15,6 +15,7 @@ from dynexit.contents import JudgedNetworks, Networks
 from dynexit.core.statistics import accuracy_interval
 from dynexit.core.tradeoff import Configuration, apply_configuration, pareto_front
 from dynexit.report.judged.outcomes import Judgement, Judgements, Outcomes, choosing_samples
+from dynexit.report.page import threshold_text
 from dynexit.run_dir import RunDir
 from dynexit.search.operating_points import ONE_THRESHOLD, ReportRow, RowKey
 from dynexit.search.problem import Problem
@@ -179,5 +180,8 @@ def describe_baseline(row: ReportRow) -> str:
     """A baseline's row in words: its networks, or its threshold."""
     cells = json.loads(row.configuration)
     if row.source == ONE_THRESHOLD:
-        return f"all exits above {cells[0][1]:.3g}"
-    return ", else ".join(name if threshold is None else f"{name} above {threshold:.3g}" for name, threshold in cells)
+        threshold = cells[0][1]
+        return f"all exits above {threshold_text(threshold)}" if threshold < 1 else "all exits, none taken"
+    return ", else ".join(
+        name if threshold is None else f"{name} above {threshold_text(threshold)}" for name, threshold in cells
+    )

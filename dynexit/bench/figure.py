@@ -60,6 +60,8 @@ def accuracy_figure(
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(colors=_MUTED, length=0, pad=5)
     figure.axes[0].set_ylabel("validation accuracy", color=_INK)
-    figure.axes[0].legend(loc="lower right", fontsize=8.5, labelcolor=_INK)
+    entries = figure.axes[0].get_legend_handles_labels()
+    columns = max(2, len(predicted))
+    figure.legend(*entries, loc="outside lower left", ncols=columns, fontsize=8.5, labelcolor=_INK, frameon=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})

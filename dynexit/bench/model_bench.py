@@ -47,7 +47,7 @@ class BenchRequest:
     num_images: int = 128
 
     def __post_init__(self) -> None:
-        wrong = next((size for size in self.batch_sizes if size < 1), None)
+        wrong = next((size for size in self.batch_sizes if not isinstance(size, int) or size < 1), None)
         if wrong is not None or not self.batch_sizes:
             raise UserError(f"--batch {wrong}: batch sizes are 1 or more, as 1,8,64")
 

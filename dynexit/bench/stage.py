@@ -11,7 +11,7 @@ from dynexit.bench.shrinking import with_shrinking
 from dynexit.core.latency import LatencyTable, sizes_to_measure
 from dynexit.deploy.assembly import HeadStack
 from dynexit.dist import Ranks
-from dynexit.errors import UserError, end_if_stopped
+from dynexit.errors import UserError, counted, end_if_stopped
 from dynexit.gpus import choose_device, find_gpus
 from dynexit.jobs.load import load_model, quickened
 from dynexit.progress import Progress
@@ -58,8 +58,8 @@ def run_bench(points: Sequence[Point]) -> None:
         exits = 1000 * sum(row[0] for row in times[batch].heads)
         progress.advance(batch, {})
         progress.say(
-            f"batch size {batch}: backbone {1000 * times[batch].backbone:.3f} ms, all {len(costs.positions)} exits "
-            f"{exits:.3f} ms more"
+            f"batch size {batch}: backbone {1000 * times[batch].backbone:.3f} ms, all "
+            f"{counted(len(costs.positions), 'exit')} {exits:.3f} ms more"
         )
         end_if_stopped()
     machine = {"backbone": config.backbone.name, **describe_machine(device, PRECISION)}

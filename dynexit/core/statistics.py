@@ -80,6 +80,17 @@ def mean_interval(values_N: np.ndarray, origin_N: np.ndarray | None = None, seed
     return Interval(mean, float(low), float(high))
 
 
+def paired_interval(correct_N: np.ndarray, other_N: np.ndarray, origin_N: np.ndarray | None = None) -> Interval:
+    """Returns the accuracy of one classifier minus that of another on the same samples, as `mean_interval` does.
+
+    No gain over a classifier that is always right is allowed for, and no loss to one that is always wrong: the
+    bootstrap never has them, the rule of three would.
+    """
+    found = mean_interval(correct_N.astype(np.int64) - other_N, origin_N)
+    low = found.low if np.any(other_N) else max(found.low, 0.0)
+    return Interval(found.value, low, min(found.high, 0.0) if np.all(other_N) else found.high)
+
+
 def verdict(difference: Interval) -> str:
     """Returns what a paired difference of accuracies shows: better, worse, no difference found, or too few samples.
 

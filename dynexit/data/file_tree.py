@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dynexit.data.pixels import EXTENSIONS
 from dynexit.data.sources.listings import Listings
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 
 _NUM_NAMED = 5  # of many names, as many are shown
 _Identity = tuple[int, int]  # of a folder, whatever path leads to it
@@ -90,18 +90,19 @@ def _by_count(counts: collections.Counter[str]) -> list[tuple[str, int]]:
 def remarks_of(folder: Path, tree: FileTree) -> Iterator[str]:
     """Yields a line for each kind of entry that was skipped, and for images that lie deeper than their class folder."""
     if tree.num_hidden:
-        yield f"{folder}: skipped {tree.num_hidden} hidden files and folders, as .ipynb_checkpoints or __MACOSX"
+        hidden = counted(tree.num_hidden, "hidden file or folder", "hidden files and folders")
+        yield f"{folder}: skipped {hidden}, as .ipynb_checkpoints or __MACOSX"
     if tree.num_links:
-        yield f"{folder}: skipped {tree.num_links} links to folders that are read already"
+        yield f"{folder}: skipped {counted(tree.num_links, 'link')} to folders that are read already"
     if tree.other_suffixes:
         counts = [f"{count} {suffix}" for suffix, count in _by_count(tree.other_suffixes)]
         yield (
-            f"{folder}: skipped {tree.other_suffixes.total()} files that are no images by their suffix "
+            f"{folder}: skipped {counted(tree.other_suffixes.total(), 'file', 'files')} without an image's suffix "
             f"({some(counts)}); read are {' '.join(EXTENSIONS)}"
         )
     if tree.subfolders:
         counts = [f"{count} in {name}" for name, count in _by_count(tree.subfolders)]
         yield (
-            f"{folder}: {tree.subfolders.total()} images lie in folders inside the class folders ({some(counts)}); "
-            "each has the class of its outermost folder"
+            f"{folder}: {counted(tree.subfolders.total(), 'image lies', 'images lie')} in folders inside the class "
+            f"folders ({some(counts)}); each has the class of its outermost folder"
         )

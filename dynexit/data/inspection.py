@@ -22,7 +22,7 @@ from dynexit.data.pixels import (
     to_rgb,
 )
 from dynexit.data.sources.checked import PIXELS, ROTATED, UNSTATED_DEPTH, CheckedFiles
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -63,11 +63,14 @@ def inspect_images(sources: Sequence[FileSource], *, pixels: bool) -> list[str]:
         raise UserError("\n".join(faults))
     remarks = []
     if rotated:
-        remarks.append(f"{rotated} images have an EXIF rotation, which is ignored: they are read as they are stored")
+        remarks.append(
+            f"{counted(rotated, 'image has', 'images have')} an EXIF rotation, which is ignored: pixels are read as "
+            "they are stored"
+        )
     if unstated:
         remarks.append(
-            f"{unstated} images hold 32-bit integers: each is scaled by the smallest of 8, 16 and 31 bits that holds "
-            "its values"
+            f"{counted(unstated, 'image holds', 'images hold')} 32-bit integers: each is scaled by the smallest of 8, "
+            "16 and 31 bits that holds its values"
         )
     return remarks
 
@@ -126,8 +129,8 @@ def copies_remark(splits: Mapping[str, tuple[FileSource, Tensor]]) -> Iterator[s
             copies[tuple(paths)].append(" = ".join(map(str, paths.values())))
     for where, pairs in copies.items():
         yield (
-            f"warning: {len(pairs)} images are byte-equal in {' and '.join(where)}, the first {pairs[0]}; results on "
-            "these are too good"
+            f"warning: {counted(len(pairs), 'image is', 'images are')} byte-equal in {' and '.join(where)}, the first "
+            f"{pairs[0]}; results on these are too good"
         )
 
 

@@ -6,11 +6,13 @@ Shapes: P positions, L = P + 1 exits, H head types.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from dynexit.arguments import number
 from dynexit.core.cost import ExitCosts
 from dynexit.core.tradeoff import Configuration, configuration_macs_L
 from dynexit.deploy.assembly import HeadStack
@@ -291,7 +293,7 @@ def choose_by_time(points: Sequence[SavedPoint], target: float | tuple[float, in
         raise UserError(
             f"the batch size of latency_ms is {batch!r}; times were measured for {', '.join(map(str, sizes))}"
         )
-    if not isinstance(latency_ms, int | float) or not latency_ms > 0:
+    if isinstance(latency_ms, bool) or not isinstance(latency_ms, Real) or not latency_ms > 0:
         raise UserError(f"latency_ms is {latency_ms!r}; give milliseconds above 0")
     timed = [(one.milliseconds, point) for point in points for one in point.times_of(batch, device)]
     within = [(milliseconds, point) for milliseconds, point in timed if milliseconds <= latency_ms]
@@ -309,10 +311,9 @@ def choose(points: Sequence[SavedPoint], target: str, value: float) -> SavedPoin
 
     Raises UserError for a target out of range, and for one that no point attains, naming the nearest.
     """
-    if not isinstance(value, int | float) or not value >= 0:
-        raise UserError(f"{target} is {value!r}; give a number of at least 0")
-    if value > _MOST[target]:
-        raise UserError(f"{target} is {value!r}, which is more than {_MOST[target]}; give a share, as {value / 100:g}")
+    if number(target, value) > _MOST[target]:
+        share = min(value, 100) / 100
+        raise UserError(f"{target} is {value!r}, which is more than {_MOST[target]}; give a share, as {share:g}")
     cheapest = min(points, key=lambda point: point.relative_macs)
     if target == "relative_macs":
         within = [point for point in points if point.relative_macs <= value]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from dynexit.core.confidence import CONFIDENCES
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.router import NEAR, Router, Stop, even_parts
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from dynexit.models.cut.backbone import OwnBackbone
-from dynexit.models.heads import PlainHead, StackedGates, StackedHeads
+from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.products import PlainHead
 
 # glibc returns each larger block to the system when it is freed; taking it again costs a page fault for every 4 KiB
 _MOST_ACTIVATION_BYTES = (32 << 20) - 4096
@@ -68,7 +69,7 @@ class Engine:
             weight_G4, bias_G = gates.weight.detach()[0], gates.bias.detach()[0]
             self._gates = list(zip(weight_G4.unbind(), bias_G.unbind(), strict=True))
         on_cpu = next(model.parameters()).device.type == "cpu"
-        self._tile = (largest_tile(model) if tile is None else tile) if on_cpu else None
+        self.tile = (largest_tile(model) if tile is None else tile) if on_cpu else None
 
     @property
     def has_gates(self) -> bool:
@@ -88,7 +89,7 @@ class Engine:
     def plain(self, images: Tensor) -> list[Tensor]:
         """Runs the plain backbone on images (B, C, H, W), in the tiles in which a router runs it: logits of each."""
         images = images.to(next(self.model.parameters()).dtype)
-        return [self.model.backbone(tile) for tile in even_parts(images, self._tile)]
+        return [self.model.backbone(tile) for tile in even_parts(images, self.tile)]
 
     @torch.inference_mode()
     def all_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,15 +111,15 @@ class Engine:
         num_positions = len(self.model.positions)
         if configuration is not None and len(configuration.exits) != num_positions:
             raise UserError(
-                f"the configuration has {len(configuration.exits)} positions and the model {num_positions}; give one "
-                "of this model"
+                f"the configuration has {counted(len(configuration.exits), 'position')} and the model {num_positions}; "
+                "give one of this model"
             )
         if configuration is not None and max(head for head, _ in configuration.exits) >= len(self.head_types):
             raise UserError(
                 f"the configuration uses head type {max(head for head, _ in configuration.exits)}, and the model has "
                 f"{len(self.head_types)} ({', '.join(self.head_types)}); give one of this model"
             )
-        if confidence not in CONFIDENCES:
+        if confidence not in (*CONFIDENCES,):
             raise UserError(f"confidence is {confidence!r}, allowed are {', '.join(CONFIDENCES)}")
         by_gate = configuration is None or CONFIDENCES[confidence].reads == "gates"
         if by_gate and self._gates is None:
@@ -127,10 +128,13 @@ class Engine:
         enabled = [p for p, (head, _) in enumerate(exits) if head >= 0]
         if self._shrinkage and enabled != list(range(len(enabled))):
             raise UserError("additive heads need every exit before one that is used; give it a threshold of 1")
+        by_probability = confidence == "max_probability" and not self._shrinkage
         stops = []
         for before_p, p in zip([-1, *enabled], enabled, strict=False):
             gate = self._gates[p] if by_gate and self._gates is not None else None
-            stops.append(Stop(p, before_p, self.head(p, exits[p][0]), exits[p][1], gate))
+            head, threshold = exits[p]
+            sure_limit = threshold - tolerance if by_probability and threshold is not None else None
+            stops.append(Stop(p, before_p, self.head(p, head), threshold, gate, sure_limit))
         function = _largest_probability if confidence == "max_probability" else CONFIDENCES[confidence].function
         measure = None if by_gate else function
-        return Router(self.model, stops, measure, self._shrinkage, self._tile, tolerance)
+        return Router(self.model, stops, measure, self._shrinkage, self.tile, tolerance)

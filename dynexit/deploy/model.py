@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
+from dynexit.arguments import as_path, shown
 from dynexit.core.calibration import softmax
 from dynexit.core.tradeoff import Configuration
 from dynexit.deploy.assembly import attach_exits
@@ -57,7 +58,7 @@ class Outputs:
         as it was saved. A set may be empty. Raises UserError for a level that is not stored.
         """
         levels = dict(self._conformal)
-        if alpha not in levels:
+        if alpha not in (*levels,):
             known = ", ".join(f"{one:g}" for one in levels) or "none (a configuration of your own has no levels)"
             raise UserError(f"alpha is {alpha!r}; the levels stored are {known}")
         return torch.from_numpy(softmax(self._logits_BK) >= np.float32(1 - levels[alpha]))
@@ -104,12 +105,11 @@ class View:
         return read_image(file, self.transform)
 
     def predict(self, sources: Iterable[str | Path] | str | Path, batch_size: int = 64) -> Predictions:
-        """Classifies image files; of a folder all images below it. Names files that it cannot read and does the rest.
+        """Classifies image files; of a folder all images below it. Names what it cannot read and does the rest.
 
         Raises UserError if there is no image at all.
         """
-        given = [sources] if isinstance(sources, str | Path) else list(sources)
-        return predict_files(self, [Path(source) for source in given], batch_size)
+        return predict_files(self, sources, batch_size)
 
     def stream(
         self, loader: Iterable[Any], max_batch: int = 64, max_delay_ms: float | None = None
@@ -129,7 +129,7 @@ class View:
         return self._counter.statistics()
 
     def _images_of(self, batch: Any) -> Tensor:
-        return self._checked(batch[0] if isinstance(batch, tuple | list) else batch)
+        return self._checked(batch[0] if isinstance(batch, tuple | list) and batch else batch)
 
     def _checked(self, images: Tensor) -> Tensor:
         check_images(images, self.input_size)
@@ -235,6 +235,8 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         ((name, value),) = given.items()
         if isinstance(value, Configuration):
             return self._view_of(value, training, confidence)
+        if training is not None or confidence != "max_probability":
+            raise UserError("training and confidence go with a configuration; a point has its own: leave them out")
         if isinstance(value, SavedPoint):
             return self._view(value)
         if name == "latency_ms":
@@ -254,7 +256,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
 
         Raises UserError if that folder has changed since, and for that folder itself.
         """
-        if Path(save_directory).resolve() == self._contents.directory.resolve():
+        if as_path("save_directory", save_directory).resolve() == self._contents.directory.resolve():
             raise UserError(f"{save_directory} is the folder that the model was loaded from; give another one")
         return super().save_pretrained(save_directory, **options)
 
@@ -262,24 +264,23 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         copy_folder(self._contents.directory, self._description, save_directory)
 
     def stats(self) -> tuple[ExitStatistics, ...]:
-        """What each way to leave that was used has seen, against validation: a growing drift calls for a new study."""
+        """What each way that classified images has seen, against validation: a growing drift calls for a new study."""
         return self._counters.statistics()
 
     def verify(self) -> float:
         """Runs the probe. Returns the largest difference of a confidence; raises Failure for other answers."""
         return self._check("the model")
 
-    def _check(self, name: str) -> float:
-        most = DIFFERENCES["bf16" if self._is_bf16 else "float32"]
+    def _check(self, name: str, precision: str = "float32") -> float:
+        most = DIFFERENCES["bf16" if self._is_bf16 else precision]
         return check_probe(self.probe, self.engines, self.points, name, most)
 
     def optimize(self, device: str = "cpu", *, precision: str = "float32", compile: bool = False) -> "EarlyExitModel":
         """Returns a faster model with the same operating points on that device; this one stays as it is.
 
         Folds batch norms, puts channels last; `precision` bf16 runs the backbone in bfloat16, `compile` its stages by
-        torch.compile. The probe must give the saved answers: logits within 1e-3 of the largest (5e-2 in bf16), other
-        exits only within a measured tolerance of a threshold. Raises UserError for a precision or device that cannot be
-        used, Failure for other answers or if compilation fails.
+        torch.compile. The probe must give the saved logits to 1e-3 of the largest (5e-2 in bf16), and the same exits
+        but near a threshold. UserError for an unusable precision or device, Failure for other answers or no compiler.
         """
         usable, precision = usable_device(device), "bf16" if self._is_bf16 else precision
         backbone = optimized_backbone(self._contents.backbone, precision, usable)
@@ -287,15 +288,14 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         if compile:
             compile_stages(faster.backbone)
         with compiling("compile"):
-            difference = check_probe(faster.probe, faster.engines, faster.points, "the model", DIFFERENCES[precision])
-        faster.tolerance = max(faster.tolerance, 4 * difference)
+            faster.tolerance = max(faster.tolerance, 4 * faster._check("the model", precision))
         return faster
 
     def _named(self, name: Any) -> SavedPoint:
-        found = next((point for point in self.points if point.name == name), None)
+        found = next((point for point in self.points if isinstance(name, str) and point.name == name), None)
         if found is None:
             known = ", ".join(point.name for point in self.points)
-            raise UserError(f"no operating point is called {name!r}; there are {known}")
+            raise UserError(f"no operating point is called {shown(name)}; there are {known}")
         return found
 
     def _view(self, point: SavedPoint) -> View:
@@ -308,7 +308,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         if training is None and len(self.trainings) > 1:
             raise UserError(f"the folder has the exits of several trainings; give training=, one of {known}")
         training = next(iter(self.trainings)) if training is None else training
-        if training not in self.trainings:
+        if training not in (*self.trainings,):
             raise UserError(f"training is {training!r}; the folder has {known}")
         digest = hashlib.sha256(repr((training, confidence, configuration.exits)).encode()).hexdigest()
         return self._make(f"configuration-{digest[:8]}", None, training, configuration, confidence)
@@ -344,7 +344,7 @@ def load(
     foreign, cut short, altered or of another version, and for an unusable device; Failure for other answers. A folder
     that is not self-contained (its card says so) runs a function of a module that must be in `allow_code`.
     """
-    model = EarlyExitModel(read_folder(Path(directory), allow_code), usable_device(device))
+    model = EarlyExitModel(read_folder(as_path("directory", directory), allow_code), usable_device(device))
     if verify:
         model.tolerance = max(NEAR, model.tolerance, 4 * model._check(str(directory)))
     return model

@@ -220,7 +220,7 @@ def read_folder(directory: Path, allow_code: Sequence[str] = ()) -> Contents:
         raise UserError(
             f"{directory} is no model folder of dynexit (it has no {EXITS}); give a folder that `dynexit save` wrote"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # other bytes than UTF-8, a null byte in the name
         raise UserError(f"{directory / EXITS} cannot be read ({error}); copy the folder again") from None
     description = read_description(text, str(directory))
     if missing := set(_PROMISED) - set(description.files):

@@ -21,7 +21,7 @@ def optimized_backbone(backbone: Backbone, precision: str, device: torch.device)
 
     Raises UserError for another precision, and for bf16 on a device without instructions for it.
     """
-    if precision not in DIFFERENCES:
+    if precision not in (*DIFFERENCES,):
         raise UserError(f"precision is {precision!r}, allowed are {', '.join(DIFFERENCES)}")
     if precision == "bf16" and not _has_bf16(device):
         raise UserError(f"precision = bf16: this {device.type} device has no instructions for it; use float32")
@@ -158,8 +158,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     """Returns the device. Raises UserError if torch cannot use it."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch built without it
-        text = str(error).splitlines()[0]
+        torch.empty(0, device=found).cpu()  # not of `meta`
+    except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or a torch built without it
+        text = "it is no device" if isinstance(error, TypeError) else str(error).splitlines()[0]
         raise UserError(f"device = {str(device)!r} cannot be used ({text}); give cpu, or cuda with a GPU") from None
     return found

@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from dynexit.arguments import as_path, whole_number
 from dynexit.data.fashion_mnist import SIDE, margins
 from dynexit.data.images import Transform
 from dynexit.data.pixels import EXTENSIONS, decode
@@ -77,29 +78,37 @@ def image_transform(data: DataSettings, num_channels: int) -> Transform:
     return transform
 
 
-def find_images(sources: Sequence[Path]) -> list[Path]:
-    """Returns the files, and of folders all images below them, by name. Raises UserError if that is nothing."""
+def find_images(sources: Sequence[Path], unreadable: dict[str, str]) -> list[Path]:
+    """Returns the files, and of folders all entries below them with an image's suffix, by name.
+
+    Notes folders that cannot be read in `unreadable`. Raises UserError if there is nothing.
+    """
     found: list[Path] = []
+
+    def note(error: OSError) -> None:
+        unreadable[error.filename] = f"the folder {error.filename} cannot be read: {error.strerror}"
+
     for source in sources:
         if os.path.isdir(source):  # Path.is_dir raises an error for some names
-            inside = (path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-            found += sorted(inside)
+            inside = (Path(folder, name) for folder, _, names in os.walk(source, onerror=note) for name in names)
+            found += sorted(path for path in inside if path.suffix.lower() in EXTENSIONS)
         else:
             found.append(source)
-    if not found:
+    if not found and not unreadable:
         named = ", ".join(map(str, sources)) or "no file at all"
         raise UserError(f"no image was found in {named}; give files, or folders with {' '.join(EXTENSIONS)}")
     return found
 
 
-def predict_files(view: "View", sources: Sequence[Path], batch_size: int) -> Predictions:
+def predict_files(view: "View", sources: Iterable[str | Path] | str | Path, batch_size: int) -> Predictions:
     """See View.predict."""
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; give at least 1")
+    batch_size = whole_number("batch_size", batch_size)
+    given = sources if isinstance(sources, Iterable) and not isinstance(sources, str) else [sources]
+    paths = [as_path("an image's file", source) for source in given]
     rows: list[Prediction] = []
     unreadable: dict[str, str] = {}
     transform = view.transform
-    for names, images in _batches(find_images(sources), transform, batch_size, unreadable):
+    for names, images in _batches(find_images(paths, unreadable), transform, batch_size, unreadable):
         out = view(images)
         confidence = out.probabilities.gather(1, out.prediction[:, None])[:, 0]
         columns: list[Any] = [values.tolist() for values in (out.prediction, confidence, out.exit_index, out.macs)]
@@ -129,15 +138,15 @@ def _batches(
 
 def read_image(file: str | Path | BinaryIO, transform: Transform) -> Tensor:
     """See View.read."""
-    if not isinstance(file, str | Path):
+    if not isinstance(file, str | Path) and hasattr(file, "read"):
         return transform(decode(file, getattr(file, "name", "in memory")))
     try:
-        path = regular(Path(file))
+        found = regular(as_path("an image's file", file))
     except (FileNotFoundError, ValueError):  # a null byte
         raise UserError(f"the image {file} does not exist") from None
     except OSError as error:
         raise UserError(f"the image {file} cannot be read: {error.strerror}") from None
-    return transform(decode(path, str(file)))
+    return transform(decode(found, str(file)))
 
 
 def check_images(images: Tensor, input_size: tuple[int, int, int]) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dynexit.core.confidence import gate_features
 from dynexit.models.families import State
-from dynexit.models.heads import PlainHead
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.products import PlainHead
 
 NEAR = 1e-5
 """Batching changes the last bits of a confidence in float32 on a CPU; this close to a threshold they may decide."""
@@ -59,6 +59,7 @@ class Stop:
     head: PlainHead
     threshold: float | None  # None: JEI-DNN's rule on the gates' outputs
     gate: tuple[Tensor, Tensor] | None  # weight (4,), bias ()
+    sure_limit: float | None  # with no probability of the head above it a sample passes; None: something else decides
 
 
 @dataclasses.dataclass(slots=True)
@@ -179,8 +180,8 @@ def _in_a_row(tensors: Sequence[Tensor], num_more: int) -> Tensor:
     return torch.cat([*tensors, *[tensors[0][:1]] * num_more])  # with zeros, channels would not stay last
 
 
-Walk = Sequence[tuple[Sequence[Callable[[State], State]], int]]
-"""Blocks to run and the position number to read at then, as often as needed."""
+Walk = Sequence[tuple[Sequence[Callable[[State], State]], Callable[[State], Tensor]]]
+"""Blocks to run and what reads at the position then, as often as needed."""
 
 
 class Router:
@@ -201,6 +202,7 @@ class Router:
         """`confidence` None stands for the gates' outputs; stops without a threshold leave it all to the gates."""
         self._model, self._stops, self._shrinkage = model, tuple(stops), shrinkage
         self._confidence, self.tolerance = confidence, tolerance
+        self._concatenates = model.reading.concatenate
         self._by_gates = any(stop.threshold is None for stop in stops)
         parameter = next(model.parameters())
         self.device, self._dtype = parameter.device, parameter.dtype
@@ -223,6 +225,8 @@ class Router:
         feature: Tensor | None = None
         for stop, walk in zip(self._stops, self._walks, strict=True):
             state, feature = self._reach(walk, state, feature)
+            if stop.sure_limit is not None and stop.head.stays_below(stop.sure_limit, feature):
+                continue
             logits = self._logits(stop, feature, before)
             value, before = self._measure(stop, logits).item(), logits
             if stop.threshold is None:
@@ -271,7 +275,7 @@ class Router:
             return left
         stop = self._stops[stage]
         flight.state, feature = self._reach(self._walks[stage], flight.state, flight.feature_cD)
-        flight.feature_cD = feature if self._model.reading.concatenate else None
+        flight.feature_cD = feature if self._concatenates else None
         logits = self._logits(stop, feature[: len(flight)], flight.before_bK)
         value_b = self._measure(stop, logits).cpu().numpy()
         if stop.threshold is None:
@@ -307,16 +311,17 @@ class Router:
         first = stop.before_p + 1 if self._model.reading.concatenate else stop.p
         reads = range(first, stop.p + 1)
         return [
-            (self._model.blocks_between(from_p, p), p)
+            (self._model.blocks_between(from_p, p), self._model.reader_at(p))
             for from_p, p in zip([stop.before_p, *reads], reads, strict=False)
         ]
 
     def _reach(self, walk: Walk, state: State, feature: Tensor | None) -> tuple[State, Tensor]:
         """The state at an exit and what it reads, from those at the exit before."""
-        for blocks, p in walk:
+        for blocks, read in walk:
             for block in blocks:
                 state = block(state)
-            feature = self._model.feature(p, state, feature)
+            own = read(state)
+            feature = torch.cat((feature, own), -1) if self._concatenates and feature is not None else own
         assert feature is not None
         return state, feature
 

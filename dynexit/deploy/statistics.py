@@ -78,7 +78,7 @@ class ExitCounters:
             return self._counters.setdefault(name, ExitCounter(name, point, num_exits))
 
     def statistics(self) -> tuple[ExitStatistics, ...]:
-        """Returns what all of them have seen, in the order of their first use."""
+        """Returns what those that have seen images have seen, in the order of their first use."""
         with self._lock:
             counters = list(self._counters.values())
-        return tuple(counter.statistics() for counter in counters)
+        return tuple(seen for seen in (counter.statistics() for counter in counters) if seen.num_images)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynexit.arguments import number, shown, whole_number
 from dynexit.deploy.router import Answers, InFlight, Leaving, Router, even_parts, join_in_flight
 from dynexit.errors import UserError
 
@@ -203,12 +204,13 @@ def stream(
     waiting, else admits a batch. All queues are emptied, from the first stage on, at the end and when a batch has
     waited for `max_delay_ms`; with a delay a thread pulls the batches, so that a slow loader delays no answers. An
     error of `batches` or `take` is raised after the answers for all batches before it. Raises UserError unless
-    `max_batch` is at least 1 and the delay, if there is one, at least 0.
+    `max_batch` is at least 1 and the delay, if there is one, at least 0, and for batches that are not iterable.
     """
-    if max_batch < 1:
-        raise UserError(f"max_batch is {max_batch}; give at least 1")
-    if max_delay_ms is not None and not max_delay_ms >= 0:
-        raise UserError(f"max_delay_ms is {max_delay_ms}; give at least 0, or None to wait for full batches")
+    max_batch = whole_number("max_batch", max_batch)
+    if max_delay_ms is not None:
+        max_delay_ms = number("max_delay_ms", max_delay_ms)
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise UserError(f"a stream takes batches, and got {shown(batches)}; give a list or a loader of them")
     return _stream(router, iter(batches), max_batch, max_delay_ms, take)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dynexit.baselines.rows import baselines_of
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, counted
 from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import failure_reason, finished_jobs, report_is_done
 from dynexit.jobs.reporting.rows import collect_rows
@@ -180,7 +180,7 @@ def aggregate(directories: Sequence[Path], say: Callable[[str], None]) -> Aggreg
         ready = [point for point in points if _is_ready(point, folder, found)]
         rows = _reported(points) if len(ready) == len(points) else []
         rows = rows or _rows(ready, folder, found)
-        say(f"{folder}: {len(ready)} of {len(points)} points are finished")
+        say(f"{folder}: {len(ready)} of {counted(len(points), 'point is', 'points are')} finished")
         if rows:
             found.studies[str(folder)] = rows
             found.num_points[str(folder)] = len(ready)

@@ -16,6 +16,7 @@ from torch import Tensor
 from dynexit.core.confidence import margin
 from dynexit.core.cost import ExitCosts
 from dynexit.core.exit_policy import exit_index_from_gates
+from dynexit.core.latency import LatencyTable
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L, operating_point
 from dynexit.data import Split, load_batches
 from dynexit.deploy.engine import Engine
@@ -23,7 +24,7 @@ from dynexit.deploy.probe import measured_tolerance
 from dynexit.deploy.router import Answers, Router, join
 from dynexit.deploy.stream import stream
 from dynexit.dist import Ranks
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, counted
 from dynexit.files import spreadsheet_text
 from dynexit.jobs.finished import class_names, measured_times
 from dynexit.jobs.load import begin, load_heads, quickened
@@ -36,6 +37,7 @@ from dynexit.study.grid import Point, canonical_json, digest
 from dynexit.study.outcomes import InferSettings
 
 _GROUP_BYTES = 1 << 26  # of images
+_BATCH_SIZE = 256  # if no times were measured
 _NUM_COMPARED = 64  # images whose confidences are compared with the record's
 
 
@@ -59,8 +61,11 @@ def run_infer(points: Sequence[Point]) -> Path:
     checkpoint = RunDir(point, "train").digest(HEADS)
     record = Record.open(RunDir(point, "record") / settings.split, checkpoint)
     router = engine.router(configuration, config.search.confidence, _tolerance(engine, record, samples, ranks))
-    batches = _TimedBatches(engine, router, samples, settings.batch_size, ranks)
-    answers, seconds = _classify(router, batches, settings.batch_size, ranks)
+    table = _table_of_times(point, ranks)
+    batch_size = settings.batch_size or (table.batch_sizes[-1] if table else _BATCH_SIZE)
+    settings = settings.model_copy(update={"batch_size": batch_size})
+    batches = _TimedBatches(engine, router, samples, batch_size, ranks)
+    answers, seconds = _classify(router, batches, batch_size, ranks)
     expected = expected_exits(record, costs, configuration, config.search.confidence)
     summary = {"tolerance": router.tolerance, **_compare(answers, samples, record, expected, costs, router.tolerance)}
     summary |= {
@@ -74,7 +79,7 @@ def run_infer(points: Sequence[Point]) -> Path:
         "images_per_second": len(samples) / seconds,
         "backbone_images_per_second": len(samples) / batches.backbone_seconds,
         "speed_up": batches.backbone_seconds / seconds,
-        "predicted_speed_up": _predicted_speed_up(point, configuration, summary["exit_counts"], ranks),
+        "predicted_speed_up": _predicted_speed_up(point, configuration, summary["exit_counts"], table, batch_size),
     }
     identity = digest([chosen.chosen_by, chosen.configuration, json.loads(canonical_json(settings))])
     directory = RunDir(point, "infer", identity)
@@ -84,8 +89,8 @@ def run_infer(points: Sequence[Point]) -> Path:
     _print(summary, settings, directory / "predictions.csv")
     if summary["unexplained_differences"]:
         raise Failure(
-            f"{summary['unexplained_differences']} samples left elsewhere than the record says without being near a "
-            f"threshold; the record in {record.source} is of another machine or model: record again"
+            f"{counted(summary['unexplained_differences'], 'sample')} left elsewhere than the record says without "
+            f"being near a threshold; the record in {record.source} is of another machine or model: record again"
         )
     return directory.path
 
@@ -204,21 +209,27 @@ def _classify(router: Router, batches: _TimedBatches, batch_size: int, ranks: Ra
     return answers, _now(ranks) - start - batches.seconds
 
 
+def _table_of_times(point: Point, ranks: Ranks) -> LatencyTable | None:
+    """The times that the search read; None without, and of another device."""
+    table = measured_times(point, "search") if point.is_by_time else None
+    return table if table and table.machine["device"] == ranks.device.type else None
+
+
 def _predicted_speed_up(
-    point: Point, configuration: Configuration | None, exit_counts: Sequence[int], ranks: Ranks
+    point: Point,
+    configuration: Configuration | None,
+    exit_counts: Sequence[int],
+    table: LatencyTable | None,
+    batch_size: int,
 ) -> float | None:
-    """By the times that the search read, of this batch size, if images leave so often at each exit; None without."""
-    batch = point.config.infer.batch_size
-    if not point.is_by_time:
-        return None
-    table = measured_times(point, "search")
-    if batch not in table.batch_sizes or table.machine["device"] != ranks.device.type:
+    """By the times of this batch size, if images leave so often at each exit; None if they were not measured."""
+    if table is None or batch_size not in table.batch_sizes:
         return None
     heads = [0] * len(table.positions) if configuration is None else [head for head, _ in configuration.exits]
     gates = configuration is None or point.config.search.confidence == "gate"
     num_images = sum(exit_counts)
     shares = [count / num_images for count in exit_counts]
-    return 1 / table.relative_as_stream(heads, shares, batch, num_images, gates=gates)
+    return 1 / table.relative_as_stream(heads, shares, batch_size, num_images, gates=gates)
 
 
 def _now(ranks: Ranks) -> float:
@@ -287,14 +298,14 @@ def _print(summary: dict[str, Any], settings: InferSettings, predictions: Path) 
     predicted = summary["predicted_speed_up"]
     print(
         f"{summary['images_per_second']:.0f} images/s, {summary['speed_up']:.2f} times the whole backbone's "
-        f"{summary['backbone_images_per_second']:.0f} images/s on the same batches"
+        f"{summary['backbone_images_per_second']:.0f} images/s on the same batches of {settings.batch_size}"
         + (f" ({predicted:.2f} by the times of stage bench)" if predicted else "")
     )
     if summary["speed_up"] < 1:
         print("that is slower than the backbone alone; infer.latency_ms chooses by measured times")
     print(
-        f"{summary['near_a_threshold']} samples within {summary['tolerance']:.2g} of a threshold, "
+        f"{counted(summary['near_a_threshold'], 'sample')} within {summary['tolerance']:.2g} of a threshold, "
         f"{summary['differences_near_a_threshold']} of them decided otherwise than in the record, "
-        f"{summary['unexplained_differences']} other differences"
+        f"{counted(summary['unexplained_differences'], 'other difference')}"
     )
     print(f"predictions: {predictions}")

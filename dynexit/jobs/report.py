@@ -52,7 +52,7 @@ def run_report(points: Sequence[Point]) -> Path:
     static = [point for point in static_points(points) if not RunDir(point, "search").is_done()]
     failed += [missing_reason(point) for point in static]
     if not ready:
-        raise Failure(f"nothing to report: none of the {len(points)} points is finished; {failed[0]}")
+        raise Failure(f"nothing to report: no point is finished; {failed[0]}")
     directory = points[0].study_dir / "report"
     for name in (DONE, PROVENANCE):
         (directory / name).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from dynexit.core.cost import ExitCosts
 from dynexit.core.latency import LatencyTable
 from dynexit.core.tradeoff import Configuration, pareto_front
 from dynexit.dyce.inputs import parse_costs, read_json_file, read_problems
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from dynexit.record.shards import Record
 from dynexit.run_dir import COSTS, write_json
 from dynexit.search.budgets import Unattainable, latency_costs
@@ -125,7 +125,7 @@ def search_records(files: RecordFiles | CascadeFiles, settings: SearchRequest, o
 
     print("\n".join(_table(entries, "MACs" if times is None else "time")))
     if weights:
-        print(f"{len(weights)} weights in {seconds:.3g} s, {1000 * seconds / len(weights):.3g} ms each")
+        print(f"{counted(len(weights), 'weight')} in {seconds:.3g} s, {1000 * seconds / len(weights):.3g} ms each")
     print(f"written to {out}")
     return entries
 

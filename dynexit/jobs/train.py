@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dynexit.core.cost import ExitCosts
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, counted
 from dynexit.features import keep_features_of
 from dynexit.jobs.finished import set_aside_stale
 from dynexit.jobs.load import begin, ranks_of
@@ -60,7 +60,7 @@ def run_train(points: Sequence[Point]) -> None:
         if ranks.is_main:
             pack.write_json(MEMBERS, [point.id for point in points])
     progress = Progress(
-        f"train {len(points)} points",
+        f"train {counted(len(points), 'point')}",
         pack.path,
         config.dist.log_seconds,
         quiet=not ranks.is_main,

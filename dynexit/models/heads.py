@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynexit.errors import UserError
-from dynexit.models.products import quick_linear
+from dynexit.models.products import PlainHead
 
 INITIALISATIONS = ("uniform", "truncated_normal")
 
@@ -247,7 +247,7 @@ class StackedHeads(Stacked):
         own = {name.removeprefix(start): value for name, value in blocks.items() if name.startswith(start)}
         return self._type(head_type).layers_at(self.positions.index(int(position)), own)
 
-    def plain(self, row_name: str) -> "PlainHead":
+    def plain(self, row_name: str) -> PlainHead:
         """One head of the first member, as it is now, without what additive heads add."""
         layers = self._layers(row_name, self.blocks())
         # inputs first in memory: products with one sample, which wait for the weights, take two thirds of the time
@@ -264,24 +264,6 @@ def _initialise(weight: Tensor, bias: Tensor, generator: torch.Generator, initia
     else:
         nn.init.trunc_normal_(weight, std=0.02, generator=generator)
         bias.zero_()
-
-
-@dataclass(frozen=True)
-class PlainHead:
-    """One exit head of one member as plain (weight, bias) pairs, ReLU between them."""
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    is_linear: bool
-
-    def __call__(self, feature: Tensor) -> Tensor:
-        """Logits (B, K) from what its exit reads, (B, D) or (B, 2, D)."""
-        if feature.dim() == 3:  # what linear heads read, then what MLP heads read
-            feature = feature[:, 0 if self.is_linear else 1]
-        x = feature.to(self.layers[0][0].dtype)
-        for weight, bias in self.layers[:-1]:
-            x = quick_linear(x, weight, bias).relu_()
-        weight, bias = self.layers[-1]
-        return quick_linear(x, weight, bias)
 
 
 class StackedGates(Stacked):

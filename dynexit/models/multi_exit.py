@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from dynexit.core.cost import STEM
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from dynexit.models.backbones import Backbone, select
 from dynexit.models.families import State
 from dynexit.models.precision import products_of
@@ -27,15 +28,15 @@ def check_positions(backbone: Backbone, positions: Sequence[int]) -> None:
     last = backbone.num_blocks - 2
     if last < 0:
         raise UserError(
-            f"backbone {backbone.name} has {backbone.num_blocks} blocks, and exits sit after all but the last: it "
-            "has no place for one; give it more blocks"
+            f"backbone {backbone.name} has {counted(backbone.num_blocks, 'block')}, and exits sit after all but the "
+            "last: it has no place for one; give it more blocks"
         )
     blocks = positions[1:] if tuple(positions[:1]) == (STEM,) else positions
     in_order = list(positions) == sorted(set(positions))
     if not positions or not in_order or any(not 0 <= position <= last for position in blocks):
         raise UserError(
             f"exit positions {list(positions)} do not fit {backbone.name}: give block indices in rising order from "
-            f"0 to {last} (it has {backbone.num_blocks} blocks, and its own classifier sits after the last)"
+            f"0 to {last} (it has {counted(backbone.num_blocks, 'block')}, and its own classifier sits after the last)"
         )
 
 
@@ -135,12 +136,15 @@ class MultiExit(nn.Module):
 
         `before` is what this gave at the position before (None at the first), which only concatenated features need.
         """
+        own = self.reader_at(p)(h)
+        return torch.cat((before, own), -1) if self.reading.concatenate and before is not None else own
+
+    def reader_at(self, p: int) -> Callable[[State], Tensor]:
+        """What turns the state at position number p into what its exit reads there."""
         if self.reading.reader is not None:
-            feature = read(self.backbone.cut, self.reading.reader, h)
-        else:
-            parts = [reader(self.positions[p], h) for reader in self._readers]
-            feature = parts[0] if len(parts) == 1 else torch.stack(parts, 1)
-        return torch.cat((before, feature), -1) if self.reading.concatenate and before is not None else feature
+            return partial(read, self.backbone.cut, self.reading.reader)
+        readers = [partial(reader, self.positions[p]) for reader in self._readers]
+        return readers[0] if len(readers) == 1 else lambda h: torch.stack([reader(h) for reader in readers], 1)
 
     @torch.no_grad()
     def tail(self, h: State, from_p: int) -> Tensor:

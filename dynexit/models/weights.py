@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from dynexit.files import check_weights_file
 from dynexit.models.t2t_vit import T2TViT, resize_positions
 
@@ -229,12 +229,12 @@ def _converted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 def _refuse_misfit(state: Mapping[str, Tensor], model: Any, path: Path, backbone_name: str) -> None:
     missing, unknown, shapes, types = _misfits(state, model)
     faults = [
-        f"{len(names)} {what} (first: {_first(names)})"
-        for what, names in (
-            ("weights are missing", missing),
-            ("are unknown to it", unknown),
-            ("have another shape", shapes),
-            ("are of another type", types),
+        f"{counted(len(names), one, several)} (first: {_first(names)})"
+        for one, several, names in (
+            ("weight is missing", "weights are missing", missing),
+            ("is unknown to it", "are unknown to it", unknown),
+            ("has another shape", "have another shape", shapes),
+            ("is of another type", "are of another type", types),
         )
         if names
     ]

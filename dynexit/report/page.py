@@ -274,7 +274,8 @@ def describe_configuration(configuration: str, positions: Sequence[int], head_ty
     """A configuration `[[head type or -1, threshold], ...]`, one per position, in words.
 
     Positions are named by their block as in the study. Exits behind one where everybody leaves (a threshold below 0)
-    are not reached and not said; head types are named where there are several. An empty text gives an empty one.
+    are not reached and not said; where nobody leaves (a threshold of 1) it says `never`. Head types are named where
+    there are several. An empty text gives an empty one.
     """
     if not configuration:
         return ""
@@ -285,14 +286,14 @@ def describe_configuration(configuration: str, positions: Sequence[int], head_ty
         place = f"after {place_name(position)}" + (f" ({head_types[head_type]})" if len(head_types) > 1 else "")
         if threshold < 0:
             return f"exit {', '.join(parts)}, the rest {place}" if parts else f"everybody leaves {place}"
-        parts.append(f"{place} above {_threshold(threshold)}")
+        parts.append(f"{place} above {threshold_text(threshold)}" if threshold < 1 else f"{place} never")
     return f"exit {', '.join(parts)}" if parts else "the whole backbone"
 
 
-def _threshold(threshold: float) -> str:
+def threshold_text(threshold: float) -> str:
     """Two decimals, or as many as it takes that a threshold inside (0, 1) does not read as 0 or 1."""
     for decimals in range(2, 9):
         text = f"{threshold:.{decimals}f}"
-        if 0 < float(text) < 1 or threshold in (0, 1):
+        if 0 < float(text) < 1 or threshold == 0:
             break
     return text

@@ -34,5 +34,6 @@ def time_figure(rows: Sequence[ReportRow], batch_sizes: Sequence[int], path: Pat
         axes.set_title(f"batch size {batch}", loc="left", color=look.ink, fontsize=10.5)
         axes.yaxis.set_major_formatter(PERCENT)
     figure.axes[0].set_ylabel("test accuracy", color=look.ink)
-    figure.axes[0].legend(loc="lower right", frameon=False, labelcolor=look.ink, fontsize=9)
+    entries, columns = figure.axes[0].get_legend_handles_labels(), max(2, min(3, len(sizes)))
+    figure.legend(*entries, loc="outside lower left", ncols=columns, frameon=False, labelcolor=look.ink, fontsize=9)
     save_figure(figure, path)

@@ -3,11 +3,11 @@
 Shapes: N samples, P positions, H head types, B bins, Q = F = P + 1 places to leave, the last the end; M samples moved.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numba
 import numpy as np
+
+from dynexit.compiled import compiled
 
 Arrays: TypeAlias = tuple[np.ndarray, ...]
 """Arrays that a kernel takes together; its docstring has their names."""
@@ -29,14 +29,6 @@ EQUAL = 1e-12
 
 LATER, HERE, AT = 0, 1, 2
 """Columns of a table: samples right only later, right only here, and those that would leave at q in AT + q."""
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled at its first call, and kept on disk for the next process where there is a place for it."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(nogil=True)(function)
 
 
 @compiled

@@ -72,4 +72,10 @@ class InferSettings(Section):
     )
     source: Literal["search", "gates", "fixed", "any"] = key("any", "operating points to choose from")
     split: Literal["validation", "test"] = key("test", "samples to classify")
-    batch_size: int = key(256, "images that enter together", "images", ge=1)
+    batch_size: int | None = key(
+        None,
+        "images that enter together; null takes the largest batch size whose time the search read, 256 if no times "
+        "were measured on the device",
+        "images",
+        ge=1,
+    )

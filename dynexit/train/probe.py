@@ -20,6 +20,7 @@ from dynexit.core.losses import cross_entropies
 from dynexit.core.regression import Regression, fit_regression
 from dynexit.core.standardisation import Standardisation
 from dynexit.data import Split, epoch_batches
+from dynexit.errors import counted
 from dynexit.models.standardised import empty_moments, standardisation_by
 from dynexit.progress import Progress
 from dynexit.study.methods import ProbeSettings
@@ -207,7 +208,7 @@ class Prober:
             value.copy_(best[name])
         for i in best_M.isinf().nonzero().flatten().tolist():
             task.stopped[i] = f"{task.members[i].name}: an MLP head's loss was not finite; lower probe.learning_rate"
-        return {"best_epoch": epoch_M.tolist()}, f"best of {epoch + 1} epochs: {epoch_M.mean():g}"
+        return {"best_epoch": epoch_M.tolist()}, f"best of {counted(epoch + 1, 'epoch')}: {epoch_M.mean():g}"
 
     def _mlp_step(
         self, optimizer: MemberAdam, train: "_HeldSplit", batch: list[int], rate: float, active_M: Tensor

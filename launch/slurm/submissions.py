@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dynexit.contents import LaunchedJobs
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, counted
 from dynexit.run_dir import folders_in_place, read_json
 from dynexit.study.grid import Point, Study
 from launch.slurm import cluster
@@ -108,8 +108,8 @@ def check_queue(study: Study) -> None:
     if live:
         names = " ".join(live[:5]) + " ..." * (len(live) > 5)
         raise UserError(
-            f"{len(live)} jobs of {study.directory} are in the cluster's queue ({names}); wait for them, "
-            "or cancel them with `dynexit cancel`"
+            f"the cluster's queue has {counted(len(live), 'job')} of {study.directory} ({names}); wait for them, or "
+            "cancel them with `dynexit cancel`"
         )
 
 

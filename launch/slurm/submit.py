@@ -7,7 +7,7 @@ from pathlib import Path
 
 import submitit
 
-from dynexit.errors import Failure, UserError
+from dynexit.errors import Failure, UserError, counted
 from dynexit.jobs.planning.missing import done_together
 from dynexit.study.grid import Study
 from dynexit.study.own_code import allowed_code, check_allowed
@@ -92,7 +92,8 @@ def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
         blocks = [f"no cluster answers here ({failure}): its limits and queue are left out"]
         limits = cluster.Limits(site.max_array_size or cluster.DEFAULT_ARRAY_SIZE, site.max_submit_jobs)
         arrays = plan_arrays(study, stages, limits, {}, {})
-    blocks.append(f"queue: {len(arrays)} submissions, {sum(len(array.tasks) for array in arrays)} jobs")
+    num_jobs = sum(len(array.tasks) for array in arrays)
+    blocks.append(f"queue: {counted(len(arrays), 'submission')}, {counted(num_jobs, 'job')}")
     blocks.append(_expected_hours(study, site, arrays))
     for i, array in enumerate(arrays):
         after = resolve(array.after, [f"<{n}>" for n in range(i)])
@@ -104,7 +105,7 @@ def describe_submission(study: Study, stages: Sequence[str], site: Site) -> str:
 def describe_array(array: Array) -> str:
     """An array in words: stage, tasks, packs."""
     counts = {"task": len(array.tasks)} | ({"pack": _num_packs(array)} if array.stage in TRAINING else {})
-    return f"{array.stage}: " + ", ".join(f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items())
+    return f"{array.stage}: " + ", ".join(counted(count, word) for word, count in counts.items())
 
 
 def _num_packs(array: Array) -> int:

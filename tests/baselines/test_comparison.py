@@ -49,7 +49,7 @@ def test_seeds_are_one_row_with_their_spread() -> None:
 
 def test_each_seed_has_its_own_cascade() -> None:
     (cells,) = comparison_section([compared(seed, budget=0.4) for seed in (0, 1)]).table
-    name = "cascade within 0.4: small above 0.5, else backbone; other seeds have their own"
+    name = "cascade within 0.4: small above 0.50, else backbone; other seeds have their own"
     assert cells["compared with"] == name
 
 

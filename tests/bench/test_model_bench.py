@@ -1,6 +1,7 @@
 """`dynexit bench` on a model folder: its files, and thresholds at which the shares of validation leave."""
 
 import csv
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -8,14 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch._dynamo.utils import counters
 
+from dynexit.bench.figure import accuracy_figure
 from dynexit.bench.images import thresholds_for
-from dynexit.bench.model_bench import BenchRequest, bench_model
+from dynexit.bench.model_bench import BenchRequest, BenchRow, bench_model
+from dynexit.core.latency import BatchTimes, LatencyTable
 from dynexit.core.tradeoff import Configuration, apply_configuration
 from dynexit.errors import UserError
+from dynexit.report.time_figure import time_figure
+from dynexit.search.operating_points import RowTime
 from launch.__main__ import main
 from tests.deploy.saved import save_random
+from tests.report.synthetic_rows import synthetic_rows
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +126,34 @@ def test_options_of_folders_are_not_for_studies(tmp_path: Path, capsys: pytest.C
     assert "--batch is for a model folder, and" in capsys.readouterr().err
     with pytest.raises(UserError, match="batch sizes are 1 or more"):
         BenchRequest([0])
+    with pytest.raises(UserError, match=r"--batch 2\.5: batch sizes are 1 or more"):
+        BenchRequest([2.5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("batch_sizes", [[1], [1, 8, 64]])
+def test_a_legend_covers_no_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch_sizes: list[int]) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    times = BatchTimes(1.0, (0.5, 0.5), ((0.1,),), (0.0,), (0.0,))
+    table = LatencyTable((0,), ("linear",), dict.fromkeys(batch_sizes, times))
+    row = BenchRow("torch", 1, "p", "0.6", 0.9, 0.5, 0.5, 1.5, 1.0, 1.0, 1.0, 2.0)
+    rows = [
+        dataclasses.replace(row, runtime=runtime, batch_size=batch, asked=asked)
+        for runtime in ("torch", "onnx")
+        for batch in batch_sizes
+        for asked in ("0.6", "")
+    ]
+    curves = {batch: [(0.5, 0.8), (1.0, 0.9)] for batch in batch_sizes}
+    accuracy_figure(curves, rows, table, tmp_path / "bench.png")
+    timed = [
+        dataclasses.replace(one, times=tuple(RowTime(batch, 4.0, one.relative_macs) for batch in batch_sizes))
+        for one in synthetic_rows((1.0,), (0,), (0.5, 0.9))
+    ]
+    time_figure(timed, batch_sizes, tmp_path / "time.png")
+    for figure in drawn:
+        (legend,) = figure.legends
+        box, page = legend.get_window_extent(), figure.bbox
+        assert not any(axes.legend_ or box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1
+    assert len(drawn) == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -79,8 +80,9 @@ def test_infer_predicts_its_speed_up_where_it_was_measured(finished: Path, capsy
     (path,) = (finished / "runs" / "tiny_study").glob("bench/*/latency.json")
     table = LatencyTable.from_json(json.loads(path.read_text()))
     asked = (f"runs_dir={finished}/runs", *PLAIN, *BY_TIME, "infer.source=search")
+    folders = {}
     for batch in (256, 1, 8):
-        folder = run_infer(load_study(TINY, [*asked, f"infer.batch_size={batch}"]).points)
+        folders[batch] = folder = run_infer(load_study(TINY, [*asked, f"infer.batch_size={batch}"]).points)
         out, summary = capsys.readouterr().out, json.loads((folder / "summary.json").read_text())
         if batch == 256:
             assert summary["predicted_speed_up"] is None
@@ -93,7 +95,19 @@ def test_infer_predicts_its_speed_up_where_it_was_measured(finished: Path, capsy
         else:
             relative = table.relative_as_stream(heads, shares, batch, summary["num_samples"])
         assert summary["predicted_speed_up"] == pytest.approx(1 / relative)
-        assert f"({1 / relative:.2f} by the times of stage bench)" in out
+        assert f" images/s on the same batches of {batch} ({1 / relative:.2f} by the times of stage bench)" in out
+    assert run_infer(load_study(TINY, asked).points) == folders[8]  # by default the largest size measured
+    pattern = r" images/s on the same batches of 8 \([\d.]+ by the times of stage bench\)$"
+    assert re.search(pattern, capsys.readouterr().out, re.MULTILINE)
+
+
+def test_infer_takes_256_images_if_no_time_was_measured(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "study")
+    command(tmp_path / "study", "report", TINY, *PLAIN)
+    asked = (f"runs_dir={tmp_path}/study/runs", *PLAIN, "infer.source=search")
+    plain = run_infer(load_study(TINY, asked).points)
+    assert run_infer(load_study(TINY, [*asked, "infer.batch_size=256"]).points) == plain
+    assert json.loads((plain / "summary.json").read_text())["predicted_speed_up"] is None
 
 
 def test_a_new_measurement_repeats_the_search(finished: Path, tmp_path: Path) -> None:

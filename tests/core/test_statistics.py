@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dynexit.core.statistics import Interval, accuracy_interval, mean_interval, verdict
+from dynexit.core.statistics import Interval, accuracy_interval, mean_interval, paired_interval, verdict
 
 
 def resampled(values_N: np.ndarray, origin_N: np.ndarray, num_resamples: int = 4000) -> tuple[float, float]:
@@ -57,6 +57,18 @@ def test_all_right_or_wrong_is_not_certain(right: bool) -> None:
 def test_limits_of_equal_classifiers_follow_the_rule_of_three() -> None:
     interval = mean_interval(np.zeros(300), np.arange(300) % 100)
     assert (interval.low, interval.high) == pytest.approx((-math.log(20) / 100, math.log(20) / 100))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_nobody_gains_over_a_classifier_that_is_always_right(right: bool) -> None:
+    other_N, limit = np.full(300, right), math.log(20) / 100
+    equal = paired_interval(other_N, other_N, np.arange(300) % 100)
+    assert (equal.value, equal.low, equal.high) == pytest.approx((0, -limit * right, limit * (not right)))
+    differing_N = other_N ^ (np.arange(300) % 100 < 5)
+    interval = paired_interval(differing_N, other_N, np.arange(300) % 100)
+    assert interval == mean_interval(differing_N.astype(int) - other_N, np.arange(300) % 100)
+    mixed_N = np.arange(300) % 100 < 50
+    assert paired_interval(mixed_N, mixed_N) == mean_interval(np.zeros(300))
 
 
 def test_intervals_cover_the_truth() -> None:

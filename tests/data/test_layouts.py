@@ -128,9 +128,7 @@ def test_files_of_other_kinds_are_counted_and_named(tmp_path: Path) -> None:
         (tmp_path / "dog" / name).write_text("x")
     data = load_data(folder(tmp_path))
     assert sum(sizes(data)) == 20
-    start = (
-        f"{tmp_path}: skipped 4 files that are no images by their suffix (2 .heic, 1 .txt, 1 no suffix); read are .jpg"
-    )
+    start = f"{tmp_path}: skipped 4 files without an image's suffix (2 .heic, 1 .txt, 1 no suffix); read are .jpg"
     start_of_either_order = (start, start.replace("1 .txt, 1 no suffix", "1 no suffix, 1 .txt"))
     assert any(line.startswith(start_of_either_order) for line in data.remarks)
     assert "20 images" not in " ".join(data.remarks)
@@ -138,7 +136,7 @@ def test_files_of_other_kinds_are_counted_and_named(tmp_path: Path) -> None:
     image.save(tmp_path / "cat" / "masks" / "1.png")
     assert has_line(
         load_data(folder(tmp_path)).remarks,
-        f"{tmp_path}: 1 images lie in folders inside the class folders (1 in masks); each has the class of its",
+        f"{tmp_path}: 1 image lies in folders inside the class folders (1 in masks); each has the class of its",
     )
 
 

@@ -218,8 +218,8 @@ def test_rotation_is_ignored_and_counted(tmp_path: Path) -> None:
     Image.fromarray(GREY.astype(np.int32)).save(tmp_path / "dog" / "deep.tif")
     for check in ("headers", "pixels"):
         remarks = load_data(folder(tmp_path, check_images=check)).remarks
-        assert "2 images have an EXIF rotation, which is ignored: they are read as they are stored" in remarks
-        assert any(line.startswith("1 images hold 32-bit integers: each is scaled by") for line in remarks)
+        assert "2 images have an EXIF rotation, which is ignored: pixels are read as they are stored" in remarks
+        assert any(line.startswith("1 image holds 32-bit integers: each is scaled by") for line in remarks)
     assert not any("EXIF" in line for line in load_data(folder(tmp_path, check_images="none")).remarks)
 
 

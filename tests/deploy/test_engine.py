@@ -17,6 +17,7 @@ from dynexit.deploy.stream import stream
 from dynexit.errors import UserError
 from dynexit.models.heads import StackedGates, StackedHeads
 from dynexit.models.multi_exit import MultiExit
+from dynexit.models.products import PlainHead
 from dynexit.models.readers import Reading
 from tests.models.tiny import build_tiny
 
@@ -204,6 +205,44 @@ def test_samples_near_a_threshold_are_marked() -> None:
     for size in (1, 23):
         answers = in_batches(engine.router(Configuration(tuple(exits))), images, size)
         np.testing.assert_array_equal(answers.near_B, near)
+
+
+@pytest.mark.parametrize("head_types", [("linear",), ("mlp2x7",), TYPES])
+@pytest.mark.parametrize("above", [-1e-3, -1e-7, 0.0, 1e-7, 5e-6, 1e-4, 1e-3, 0.3])
+def test_one_image_leaves_as_a_batch_does_at_any_threshold(head_types: Sequence[str], above: float) -> None:
+    engine, heads, _ = build("ViT", head_types)
+    images = images_for(engine, 6)
+    logits_PHBK, _ = all_exits(engine, heads, images)
+    confidence_PHB = CONFIDENCES["max_probability"].function(logits_PHBK).numpy()
+    last = len(head_types) - 1
+    for b in range(len(images)):
+        thresholds = [(last, float(confidence_P)) for confidence_P in confidence_PHB[:, last, b] + np.float32(above)]
+        router = engine.router(Configuration(tuple(thresholds)), tolerance=2e-6)
+        one, batch = router.classify(images[b : b + 1]), router.classify(images[[b, b]])
+        if abs(above) > 1e-6:
+            assert one.exit_index_B[0] == batch.exit_index_B[0] == (len(thresholds) if above > 0 else 0)
+        assert one.near_B[0] == batch.near_B[0] == (abs(above) < 2e-6)
+        if one.exit_index_B[0] == batch.exit_index_B[0]:
+            np.testing.assert_allclose(one.logits_BK[0], batch.logits_BK[0], rtol=1e-5, atol=1e-5)
+
+
+def test_one_image_reads_float32_weights_only_where_they_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, heads, _ = build("ViT", ("linear",))
+    image = images_for(engine, 1)
+    logits_PHBK, _ = all_exits(engine, heads, image)
+    confidence_P = CONFIDENCES["max_probability"].function(logits_PHBK)[:, 0, 0].tolist()
+    calls: list[PlainHead] = []
+    call = PlainHead.__call__
+    monkeypatch.setattr(PlainHead, "__call__", lambda head, feature: calls.append(head) or call(head, feature))
+    far = [(0, confidence + 0.01) for confidence in confidence_P]
+    for exits, computed in ((far, []), ([*far[:-1], (0, confidence_P[-1] - 0.01)], [len(far) - 1])):
+        calls.clear()
+        engine.router(Configuration(tuple(exits))).classify(image)
+        assert calls == [engine.head(p, 0) for p in computed]
+    for router in (engine.router(Configuration(tuple(far)), "entropy"), engine.router(None)):
+        calls.clear()
+        router.classify(image)
+        assert calls[0] is engine.head(0, 0)
 
 
 def test_refuses_a_configuration_of_another_model() -> None:

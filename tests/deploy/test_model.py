@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import shutil
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -197,6 +199,7 @@ def test_views_are_used_by_threads_and_cannot_be_changed(model: EarlyExitModel) 
 def test_statistics_show_drift(model: EarlyExitModel) -> None:
     view = model.use(model.points[0])
     assert view.stats().exit_fractions is None
+    assert model.stats() == ()
     out = view(make_images(model.input_size, 50, seed=5))
     seen = view.stats()
     shares = np.bincount(out.exit_index.numpy(), minlength=len(view.macs_L)) / 50
@@ -206,6 +209,8 @@ def test_statistics_show_drift(model: EarlyExitModel) -> None:
     assert seen.drift == pytest.approx(np.abs(shares - model.points[0].exit_fractions).sum() / 2)
     view(torch.zeros(500, *model.input_size))  # all of them leave at one exit
     assert view.stats().drift > 0.3  # type: ignore[operator]
+    model.use("backbone")
+    assert [one.name for one in model.stats()] == [view.name]  # the other has seen nothing
 
 
 def test_statistics_tell_own_configurations_apart(model: EarlyExitModel) -> None:
@@ -262,6 +267,8 @@ def photos(tmp_path: Path) -> Path:
         Image.fromarray(pixels, mode).save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "broken.png").write_bytes(b"no image")
     (tmp_path / "photos" / "notes.txt").write_text("no image either")
+    os.mkfifo(tmp_path / "photos" / "deep" / "pipe.PNG")
+    (tmp_path / "photos" / "link.png").symlink_to("nowhere.png")
     return tmp_path / "photos"
 
 
@@ -272,9 +279,11 @@ def test_predict_names_unreadable_files_and_does_the_rest(model: EarlyExitModel,
     more = [photos / "gone.jpg", photos.parent / "pipe.png", photos / ("a" * 300)]
     found = view.predict([photos, photos / "deep" / "c.png", *more], batch_size=2)
     assert [Path(row.file).name for row in found.rows] == ["a.png", "b.JPG", "c.png", "c.png"]
-    assert list(found.unreadable) == [str(photos / "broken.png"), *map(str, more)]
-    reasons = ("does not exist", "cannot be read: is a pipe or a device, not a regular file", ": File name too long")
-    for path, reason in zip(more, reasons, strict=True):
+    inside = [photos / "broken.png", photos / "deep" / "pipe.PNG", photos / "link.png"]
+    assert list(found.unreadable) == [str(path) for path in (*inside, *more)]
+    pipe = "cannot be read: is a pipe or a device, not a regular file"
+    reasons = (pipe, "does not exist", "does not exist", pipe, ": File name too long")
+    for path, reason in zip([*inside[1:], *more], reasons, strict=True):
         assert found.unreadable[str(path)].endswith(reason)
     for row in found.rows:
         image = view.transform(Image.open(row.file).convert("RGB"))
@@ -292,6 +301,22 @@ def test_predict_names_unreadable_files_and_does_the_rest(model: EarlyExitModel,
     (photos.parent / "empty").mkdir()
     with pytest.raises(UserError, match="no image was found in"):
         view.predict(photos.parent / "empty")
+
+
+def test_predict_names_folders_that_it_cannot_read(model: EarlyExitModel, photos: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # not in pytest's folder, where nobody but its owner may look
+        folder, user = Path(name), os.geteuid()
+        folder.chmod(0o755)
+        shutil.copy(photos / "a.png", folder)
+        (folder / "deep").mkdir(mode=0)
+        os.seteuid(user or 65534)  # root reads every folder
+        try:
+            found = model.use("backbone").predict(folder)
+        finally:
+            os.seteuid(user)
+        assert [Path(row.file).name for row in found.rows] == ["a.png"]
+        assert found.unreadable == {f"{folder}/deep": f"the folder {folder}/deep cannot be read: Permission denied"}
+        (folder / "deep").chmod(0o700)
 
 
 def test_a_view_is_what_the_api_says(model: EarlyExitModel) -> None:

@@ -216,15 +216,18 @@ def test_the_commands_save_and_predict(study: Study, tmp_path: Path) -> None:
     assert f"3 images by {dynexit.load(tmp_path / 'model').use(max_accuracy_drop=0.0).name}," in done.stderr
     assert len(done.stdout.splitlines()) == 4
     assert "photos/broken.jpg" in done.stderr
-    assert "1 of 4 files were left out" in done.stderr
+    assert "left out: 1 of 4 files\n" in done.stderr
     os.mkfifo(tmp_path / "pipe.png")
     done = command(tmp_path, "predict", "model", "photos/0.png", "pipe.png", status=1)
     assert len(done.stdout.splitlines()) == 2
     pipe = "dynexit: the image pipe.png cannot be read: is a pipe or a device, not a regular file\n"
     assert pipe in done.stderr
     done = command(tmp_path, "predict", "model", "pipe.png", "--out", "none.csv", status=1)
-    assert (done.stdout, done.stderr) == ("", pipe + "dynexit: 1 of 1 files were left out\n")
+    assert (done.stdout, done.stderr) == ("", pipe + "dynexit: left out: 1 of 1 file\n")
     assert not (tmp_path / "none.csv").exists()
+    done = command(tmp_path, "predict", "model", "photos/0.png", "-", status=2)
+    dash = "dynexit: `-` is no file: images are not read from standard input; give files or folders\n"
+    assert (done.stdout, done.stderr) == ("", dash)
     assert "exists; give the name of a new folder" in command(tmp_path, "save", TINY, "model", *words, status=2).stderr
     assert "has no report; run `dynexit run`" in command(tmp_path, "save", TINY, "m", "name=other", status=2).stderr
     text = command(tmp_path, "predict", "model", "photos", "--relative-macs", "0.01", status=2).stderr

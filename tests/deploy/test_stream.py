@@ -60,9 +60,9 @@ def test_a_stream_takes_loaders_and_yields_before_the_end(model: EarlyExitModel)
     for number in range(1, 4):
         assert same(next(answers), view(images))
         assert entered == number
-    with pytest.raises(UserError, match="max_delay_ms is -1; give at least 0"):
+    with pytest.raises(UserError, match="max_delay_ms is -1; give a number of at least 0"):
         view.stream([images], max_delay_ms=-1)
-    with pytest.raises(UserError, match="max_batch is 0; give at least 1"):
+    with pytest.raises(UserError, match="max_batch is 0; give a whole number of at least 1"):
         view.stream([images], max_batch=0)
     with pytest.raises(UserError, match="the batch is empty"):
         list(view.stream([images[:0]]))

@@ -12,11 +12,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dynexit.errors import UserError
+from dynexit.jobs import load
 from dynexit.jobs.load import check_model
 from dynexit.record.shards import Record
 from dynexit.run_dir import RunDir, mark_done, read_json
 from dynexit.study.grid import Study
 from dynexit.study.read import load_study
+from launch.run import run_study
 from tests.command_line import TINY, run_stage
 
 pytestmark = pytest.mark.slow
@@ -156,3 +158,37 @@ def test_a_wrong_order_is_refused_and_warned_of(folder: Path) -> None:
     made = load_study(folder / "study.yaml", [f"runs_dir={folder}", "name=made", "data.class_order=timm"])
     rows = [json.loads(line) for line in (prepare_dir(made) / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["validation_accuracy"] > 0.5
+
+
+def test_a_finished_study_warns_of_images_that_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = study_in(folder, "finished", "data.class_order=timm")
+    run_study(study, "prepare", "here", None)
+    listed: list[object] = []
+    check = load.check_images
+    monkeypatch.setattr(load, "check_images", lambda *given: (listed.append(given), check(*given)))
+
+    def said() -> str:
+        capsys.readouterr()
+        assert run_study(study, "prepare", "here", None) == []
+        found = capsys.readouterr()
+        assert "finished: nothing to do, 1 point is done\n" in found.out
+        return found.err
+
+    assert said() == ""
+    assert not listed  # no folder is newer than the backbone
+    (folder / "images" / "3" / "notes.txt").touch()
+    assert said() == ""
+    assert len(listed) == 1
+    shutil.copyfile(folder / "images" / "3" / "07.png", folder / "images" / "3" / "more.png")
+    try:
+        assert said() == (
+            "dynexit: warning: the data set's images, or the classes of some, changed since the backbone was prepared "
+            "(880 and 881 images then and now), and with them the splits; restore them, or start a new study with "
+            "name=NAME\n"
+        )
+    finally:
+        (folder / "images" / "3" / "more.png").unlink()
+        (folder / "images" / "3" / "notes.txt").unlink()
+    assert said() == ""

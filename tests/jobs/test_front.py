@@ -68,7 +68,7 @@ def test_commands_of_the_page_run(folder: Path) -> None:
     assert point in front
     images = Path(__file__).parents[2] / "configs"
     predict[predict.index("IMAGE_OR_FOLDER")] = str(images / "digits_pareto.png")
-    assert "dynexit: 1 images by macs-" in dynexit(folder, *predict).stderr
+    assert "dynexit: 1 image by macs-" in dynexit(folder, *predict).stderr
     out = dynexit(folder, *infer).stdout
     assert "0 other differences" in out
 
@@ -148,5 +148,5 @@ def test_points_without_a_record_are_named(folder: Path, tmp_path: Path, monkeyp
     shutil.rmtree(first.study_dir / "shards")
     with pytest.raises(Failure) as error:
         run_report(points[1:])
-    wanted = f"nothing to report: none of the 5 points is finished; {points[1].label}: its record is missing; run "
+    wanted = f"nothing to report: no point is finished; {points[1].label}: its record is missing; run "
     assert str(error.value).startswith(wanted)

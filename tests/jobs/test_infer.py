@@ -29,6 +29,18 @@ def test_the_tolerance_follows_the_distance_from_the_record() -> None:
         measured_tolerance(images, engine, other_Rn)
 
 
+def test_few_images_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build("ResNet", tile=30)[0]
+    images = images_for(engine, 65)
+    recorded_Rn = max_probability(engine.all_logits(images)[0]).flatten(0, 1).numpy()
+    sizes, run = [], engine.all_logits
+    monkeypatch.setattr(engine, "all_logits", lambda batch: sizes.append(len(batch)) or run(batch))
+    assert measured_tolerance(images, engine, recorded_Rn) == pytest.approx(NEAR, abs=1e-5)
+    assert sizes == [22, 22, 21, *[1] * 8]
+    monkeypatch.setattr(engine, "all_logits", lambda batch: run(batch + 0.01 * (len(batch) == 1)))
+    assert measured_tolerance(images, engine, recorded_Rn) > 2 * NEAR  # from one batch size to another
+
+
 def test_classes_may_change_places_only_in_a_tie(tmp_path: Path) -> None:
     recorded, _, labels = record(tmp_path, 0, 6)
     last = len(recorded.rows) - 1

@@ -154,6 +154,30 @@ def test_a_second_launcher_is_told_who_holds_the_study(one_process: Path, tmp_pa
     assert second.endswith("; wait for it or stop it\n")
 
 
+def test_one_process_a_node_prints_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in range(4):  # two on each of two nodes
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        assert main(["run", "nowhere.yaml"]) == 2
+        text = "dynexit: there is no study nowhere.yaml; give the path of a YAML file, as configs/digits.yaml\n"
+        assert capsys.readouterr().err == (text if rank in (0, 2) else "")
+        for command in (["config", str(TINY)], ["run", str(TINY), "--dry-run"]):
+            assert main(command) == 0
+            assert bool(capsys.readouterr().out) == (rank == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_mistake_that_ranks_share_is_printed_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", *STARTERS["torchrun"], "run", str(TINY), *UNEVEN, "dist.device=cuda"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dynexit: ")]
+    assert len(lines) == 1, done.stderr
+
+
 def test_each_local_job_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5,7")
     assert _places(DistSettings(), 2) == [[0, 1], [2, 5]]

@@ -153,8 +153,8 @@ def test_the_engine_answers_as_all_exits_at_once(family: str, concatenate: bool)
     confidence_PB = logits_PBK.softmax(-1).amax(-1)
     num_positions = len(model.positions)
     reads: list[int] = []
-    feature_of = model.feature
-    model.feature = lambda p, h, before=None: (reads.append(p), feature_of(p, h, before))[1]  # type: ignore[method-assign]
+    reader_at = model.reader_at
+    model.reader_at = lambda p: lambda h: (reads.append(p), reader_at(p)(h))[1]  # type: ignore[method-assign]
     for enabled in ({0, num_positions - 1}, {1}, set(range(num_positions)), set()):
         middles = [float(confidence_PB[p].quantile(0.8)) for p in range(num_positions)]
         exits = [(0, middles[p]) if p in enabled else (-1, 1.0) for p in range(num_positions)]

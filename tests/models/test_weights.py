@@ -160,7 +160,7 @@ def test_wrong_shapes_missing_and_unknown_weights_are_named(tmp_path: Path, stat
         t2t(path)
     assert str(error.value) == (
         f"weights file '{path}' is not of backbone 't2t_vit_7': 4 weights are missing (first: blocks.0.norm1.bias, "
-        "blocks.1.norm1.bias, blocks.1.norm2.bias); 1 are unknown to it (first: block.0.gamma); 1 have another shape "
+        "blocks.1.norm1.bias, blocks.1.norm2.bias); 1 is unknown to it (first: block.0.gamma); 1 has another shape "
         "(first: tokens_to_token.project.bias (25,) instead of (24,)); give that model's own weights, or the name and "
         "arguments of the model that the file is of"
     )
@@ -197,7 +197,7 @@ def test_a_classifier_of_other_classes_is_refused_where_none_is_trained(tmp_path
     build_backbone("resnet18", arguments=arguments, num_classes=6, weights=path, classifier_is_trained=False)
     torch.save({name: value for name, value in state.items() if name != "fc.bias"}, path)  # half a classifier is none
     for classifier_is_trained in (False, True):
-        with pytest.raises(UserError, match=r"not of backbone 'resnet18': 1 weights are missing \(first: fc.bias\)"):
+        with pytest.raises(UserError, match=r"not of backbone 'resnet18': 1 weight is missing \(first: fc.bias\)"):
             build_backbone(
                 "resnet18",
                 arguments=arguments,
@@ -240,11 +240,11 @@ def test_tensors_that_are_no_weights(tmp_path: Path, state: dict[str, Tensor]) -
         (
             "norm.weight",
             norm.long(),
-            r"1 are of another type \(first: norm.weight of torch.int64 instead of",
+            r"1 is of another type \(first: norm.weight of torch.int64 instead of",
         ),
-        ("pos_embed", torch.ones(5), r"1 have another shape \(first: pos_embed \(5,\) instead of"),
-        ("pos_embed", torch.ones(()), r"1 have another shape \(first: pos_embed \(\) instead of"),
-        ("pos_embed", torch.ones(1, 0, 24), r"1 have another shape \(first: pos_embed \(1, 0, 24\) instead of"),
+        ("pos_embed", torch.ones(5), r"1 has another shape \(first: pos_embed \(5,\) instead of"),
+        ("pos_embed", torch.ones(()), r"1 has another shape \(first: pos_embed \(\) instead of"),
+        ("pos_embed", torch.ones(1, 0, 24), r"1 has another shape \(first: pos_embed \(1, 0, 24\) instead of"),
     ):
         path = save(tmp_path / "odd.pth", {**state, name: value})
         with pytest.raises(UserError, match=message):

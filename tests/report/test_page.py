@@ -149,7 +149,7 @@ def test_a_page_without_anything_is_a_page(tmp_path):
         ("[[0,0.9999872446060181],[1,-1.0],[-1,0.0]]",
          "exit after block 2 (linear) above 0.99999, the rest after block 4 (mlp3x500)"),
         ("[[0,0.0],[0,1.0],[0,1e-06]]",
-         "exit after block 2 (linear) above 0.00, after block 4 (linear) above 1.00, "
+         "exit after block 2 (linear) above 0.00, after block 4 (linear) never, "
          "after block 7 (linear) above 0.000001"),
         ("", ""),
     ],

@@ -79,7 +79,7 @@ def test_an_image_cut_short_is_named_before_training(study: str, capsys: pytest.
 
 def test_overrides_may_follow_options_and_nothing_else_may(study: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--dry-run", study, "--on", "local", "name=other"]) == 0
-    assert "study other: 1 points" in capsys.readouterr().out
+    assert "study other: 1 point in " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["run", study, "--dry-run", "--onn", "local"])
     assert "unrecognized arguments: --onn local" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from dynexit.data.file_tree import some
-from dynexit.errors import UserError
+from dynexit.errors import UserError, counted
 from dynexit.files import read_text
 
 _COLUMNS = ("file", "label")
@@ -51,7 +51,9 @@ def read_labels(given: str, root: Path, split_names: Mapping[str, str]) -> dict[
         splits.setdefault(split, {})[names[-1]] = label
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{what}: {len(twice)} files are duplicated ({some(twice)}); give each file one row")
+        raise UserError(
+            f"{what}: {counted(len(twice), 'file is', 'files are')} duplicated ({some(twice)}); give each file one row"
+        )
     if "train" not in splits:
         raise UserError(f"{what}: lists no {'training ' * bool(names)}images; give a row per image")
     return splits

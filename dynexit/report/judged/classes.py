@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dynexit.core.statistics import accuracy_interval, mean_interval
+from dynexit.core.statistics import accuracy_interval, paired_interval
 from dynexit.files import spreadsheet_text
 from dynexit.report.judged.outcomes import Outcomes
 from dynexit.report.judged.words import difference_text, share_text
@@ -85,7 +85,7 @@ def class_table(answers: ClassAnswers, names: Sequence[str] | None) -> list[dict
 def _cells(one: dict[str, Any], answers: ClassAnswers) -> dict[str, Any]:
     mask_N = answers.label_N == one["class"]
     correct_N, origin_N = answers.correct_N[mask_N], answers.origin_N[mask_N]
-    difference = mean_interval(correct_N.astype(np.int64) - answers.base_N[mask_N], origin_N)
+    difference = paired_interval(correct_N, answers.base_N[mask_N], origin_N)
     return {
         "class": one["name"] or str(one["class"]),
         "images": one["images"],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dynexit.core.exit_policy import exit_index_from_gates
-from dynexit.core.statistics import Interval, accuracy_interval, mean_interval, verdict
+from dynexit.core.statistics import Interval, accuracy_interval, mean_interval, paired_interval, verdict
 from dynexit.core.tradeoff import Configuration, apply_configuration, configuration_macs_L
 from dynexit.record.held_back import calibration_samples, originals
 from dynexit.record.shards import Record
@@ -114,7 +114,7 @@ class Outcomes:
 
     def difference(self, correct_N: np.ndarray) -> Interval:
         """The accuracy of these answers minus that of the backbone's own, on the same samples."""
-        return mean_interval(correct_N.astype(np.int64) - self.correct_RN[-1], self.origin_N)
+        return paired_interval(correct_N, self.correct_RN[-1], self.origin_N)
 
 
 def judge(

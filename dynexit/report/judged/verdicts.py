@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dynexit.errors import counted
 from dynexit.report.judged.front import FrontEntry
 from dynexit.report.table import Summary, percent
 
@@ -23,7 +24,7 @@ def headline(entries: Sequence[FrontEntry], budget: float = 0.5) -> str:
     affordable = within_half(entries, budget)
     whole = next((one for one in entries if one.validation.source == "backbone"), None)
     if not affordable or whole is None:
-        return f"{sum(one.validation.on_front for one in entries)} operating points on the front."
+        return f"{counted(sum(one.validation.on_front for one in entries), 'operating point')} on the front."
     best = affordable[-1]
     text = (
         f"With {percent(best.test.relative_macs, 0)} of the backbone’s MACs this study reaches {best.accuracy} test "

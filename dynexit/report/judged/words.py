@@ -7,6 +7,7 @@ import numpy as np
 
 from dynexit.core.cost import place_name
 from dynexit.core.statistics import Interval
+from dynexit.errors import counted
 from dynexit.report.judged.outcomes import Judgements, Outcomes
 from dynexit.report.table import FrontPoint, backbone_accuracy
 from dynexit.run_dir import RunDir
@@ -117,8 +118,8 @@ def _collapsed(
     for name, those in found.items():
         more = f" and {len(those) - _NAMED} more" if len(those) > _NAMED else ""
         yield (
-            f"Gates collapsed: those of {len(those)} of {len(gates)} points send more than {100 * _COLLAPSED:.0f} % of "
-            f"the test images to {_exit(name)} ({'; '.join(those[:_NAMED])}{more})."
+            f"Gates collapsed: those of {len(those)} of {counted(len(gates), 'point')} send more than "
+            f"{100 * _COLLAPSED:.0f} % of the test images to {_exit(name)} ({'; '.join(those[:_NAMED])}{more})."
         )
 
 
@@ -160,8 +161,9 @@ def _disagreement(front: Sequence[FrontPoint], judged: Judgements) -> Iterator[s
     apart = sum(first.low > second.high or second.low > first.high for first, second in pairs)
     if apart:
         yield (
-            f"Validation and test disagree: for {apart} of the front’s {len(front)} points the intervals of the "
-            "difference to the backbone do not overlap. Validation chose them, which flatters it; or the splits differ."
+            f"Validation and test disagree: for {apart} of the front’s {counted(len(front), 'point')} the intervals of "
+            "the difference to the backbone do not overlap. Validation chose them, which flatters it; or the splits "
+            "differ."
         )
 
 
