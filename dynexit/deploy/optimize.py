@@ -1,11 +1,14 @@
 """A backbone made faster: batch norms folded, channels last, bfloat16, quick max pooling and linear layers."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dynexit.errors import UserError
 from dynexit.models.backbones import Backbone
@@ -109,38 +112,51 @@ def _quicken_linear_layers(backbone: Backbone) -> None:
 def fold_batch_norms(backbone: Backbone) -> int:
     """Folds every batch norm that reads a convolution's output into it, in place. Returns how many it folded.
 
-    Runs one image to see which follows which. A convolution whose output something else reads too gives other answers
-    then: compare them.
+    Runs one image to see which follows which. A convolution whose output anything else reads too stays as it is.
     """
     model: Any = backbone.model
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[int, str, str]] = []  # the id of what passes between the two, and their names
     names = {module: name for name, module in model.named_modules()}
     outputs: dict[int, tuple[Tensor, nn.Module]] = {}  # the tensors are kept, so that no id comes again
     calls: dict[nn.Module, int] = {}
+    reads = _Reads()
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         calls[module] = calls.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
             outputs[id(output)] = (output, module)
+            del reads.count[id(output)]  # of tensors that are gone
         elif id(inputs[0]) in outputs:
-            pairs.append((names[outputs[id(inputs[0])][1]], names[module]))
+            pairs.append((id(inputs[0]), names[outputs[id(inputs[0])][1]], names[module]))
 
     kinds = (nn.Conv2d, nn.BatchNorm2d)
     hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, kinds)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), reads:
             model(torch.zeros(1, *backbone.input_size))
     finally:
         for hook in hooks:
             hook.remove()
     num_folded = 0
-    for conv_name, norm_name in pairs:
+    for between, conv_name, norm_name in pairs:
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        if calls[conv] == calls[norm] == 1:
+        if calls[conv] == calls[norm] == reads.count[between] == 1:
             _replace(model, conv_name, fuse_conv_bn_eval(conv, norm))
             _replace(model, norm_name, _rest_of(norm))
             num_folded += 1
     return num_folded
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts by id how many operations read each tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count.update(id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+        return func(*args, **(kwargs or {}))
 
 
 def _rest_of(norm: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """An optimised model gives the same answers, within what its precision allows."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from dynexit.deploy.optimize import QuickLinear, QuickMaxPool, fold_batch_norms,
 from dynexit.errors import Failure, UserError
 from tests.conftest import require
 from tests.deploy.saved import make_images, save_random
-from tests.models.tiny import build_tiny
+from tests.models.tiny import TINY, build_tiny
 
 FOLDED = {"ResNet": True, "EfficientNet": True, "RegNet": True, "MobileNetV3": True, "ViT": False, "ConvNeXt": False}
 
@@ -31,6 +32,23 @@ def test_folding_changes_no_answer(family: str, tmp_path: Path) -> None:
         assert sure.double().mean() > 0.8
         assert torch.equal(slow.exit_index[sure], fast.exit_index[sure])
         torch.testing.assert_close(slow.probabilities[sure], fast.probabilities[sure], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_folds_to_the_same_logits(family: str) -> None:
+    backbone = copy.deepcopy(build_tiny(family))
+    generator = torch.Generator().manual_seed(0)
+    norms = [module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:  # not those of an identity
+        norm.running_mean.normal_(generator=generator)  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr]
+    images = torch.randn(3, *backbone.input_size, generator=generator)
+    with torch.no_grad():
+        before = backbone(images)
+        num_folded = fold_batch_norms(backbone)
+        torch.testing.assert_close(copy.deepcopy(backbone)(images), before, rtol=1e-3, atol=1e-4)  # cut again
+    # norms that follow no convolution, and in MaxViT one whose convolution a shortcut reads too
+    assert len(norms) - num_folded == {"EfficientFormerV2": 1, "MaxViT": 4}.get(family, 0)
 
 
 def test_bf16_stays_within_its_tolerance(tmp_path: Path) -> None:
