@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dynexit.errors import counted
 from dynexit.jobs.report import published_beside
 from dynexit.study.read import load_study, resolved_yaml
 from launch.__main__ import main
@@ -29,7 +30,7 @@ def test_a_study_loads_resolves_and_dry_runs_without_its_data(
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(path), "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert f"study {path.stem}: {len(study.points)} points" in plan
+    assert f"study {path.stem}: {counted(len(study.points), 'point')} in" in plan
     assert all(point.id in plan for point in study.points)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name]  # a plan leaves nothing
 
