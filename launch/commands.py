@@ -41,6 +41,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == BENCH and bench_folder(options):
         return
     study = load_study(options.study, options.words, allow_code=options.allow_code)
+    if options.command == INFER.name and options.study.is_dir() and options.words:
+        kept = load_study(options.study, allow_code=options.allow_code)
+        if [point.ids for point in study.points] != [point.ids for point in kept.points]:
+            raise UserError(
+                f"{' '.join(options.words)} makes another study of the run folder {options.study}, and infer leaves it "
+                "as it is; give the study's YAML file in place of the folder"
+            )
     until = "report" if options.command == "run" else options.command
     if options.open and (until != "report" or options.on == "slurm"):
         raise UserError("--open is for `run` and `report` with --on here or local, which make the page")

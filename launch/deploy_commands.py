@@ -81,6 +81,8 @@ def bench_folder(options: argparse.Namespace) -> bool:
     if options.words or options.out is None:
         what = f"{options.words[0]} is for a study" if options.words else "--out is missing"
         raise UserError(f"{what}; for a model folder: dynexit bench DIR --out FOLDER [--batch 1,8,64] [--points 0.6]")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out} is a file; name a folder")
     from dynexit.bench.model_bench import BenchRequest, bench_model
     from dynexit.study.own_code import allowing_code
 
@@ -141,6 +143,8 @@ def _predict(options: argparse.Namespace) -> None:
 
     if "-" in options.images:
         raise UserError("`-` is no file: images are not read from standard input; give files or folders")
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"--out {options.out} is a folder; name a file")
     model = load(options.directory, allow_code=options.allow_code)
     if options.relative_macs is not None:
         view = model.use(relative_macs=options.relative_macs)

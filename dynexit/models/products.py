@@ -14,10 +14,11 @@ from torch.nn.functional import linear
 if TYPE_CHECKING:
     from dynexit.core.bounds import ProbabilityLimit
 
-
 _MANY_PRODUCTS = 1 << 20
 """From so many on oneDNN is at least as fast as MKL; it prepares a product for 10 µs, for a new size once 500 µs."""
 
+_MANY_WEIGHTS = 1 << 15
+"""Fewer are read in a µs or two, and asking for certainty first costs samples that leave as much."""
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 
@@ -53,7 +54,7 @@ class PlainHead:
     def stays_below(self, limit: float, feature: Tensor) -> bool:
         """Whether no probability of one sample, (1, D) or (1, 2, D), reaches the limit for certain; see core.bounds.
 
-        It takes a fraction of the time of the logits, on a CPU in float32. Elsewhere nothing is certain.
+        It takes a fraction of the time of the logits, on a CPU in float32 with many weights. Else nothing is certain.
         """
         return self._limit is not None and self._limit.is_above_all(limit, self._hidden(feature).numpy()[0])
 
@@ -62,7 +63,9 @@ class PlainHead:
         from dynexit.core.bounds import ProbabilityLimit  # imports numba, which takes half a second
 
         weight, bias = self.layers[-1]
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or not weight.isfinite().all():
+        if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _MANY_WEIGHTS:
+            return None
+        if not weight.isfinite().all():
             return None
         return ProbabilityLimit(weight.numpy(), bias.numpy())
 

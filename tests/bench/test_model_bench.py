@@ -120,6 +120,14 @@ def test_a_wrong_request_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_is_named_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "config.json"
+    assert main(["bench", str(folder), "--out", str(file)]) == 2
+    assert capsys.readouterr().err == f"dynexit: --out {file} is a file; name a folder\n"
+    assert main(["predict", str(folder), str(file), "--out", str(folder)]) == 2
+    assert capsys.readouterr().err == f"dynexit: --out {folder} is a folder; name a file\n"
+
+
 def test_options_of_folders_are_not_for_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "study.yaml").write_text("seed: 0")
     assert main(["bench", str(tmp_path / "study.yaml"), "--batch", "1"]) == 2

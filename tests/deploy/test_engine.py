@@ -209,7 +209,10 @@ def test_samples_near_a_threshold_are_marked() -> None:
 
 @pytest.mark.parametrize("head_types", [("linear",), ("mlp2x7",), TYPES])
 @pytest.mark.parametrize("above", [-1e-3, -1e-7, 0.0, 1e-7, 5e-6, 1e-4, 1e-3, 0.3])
-def test_one_image_leaves_as_a_batch_does_at_any_threshold(head_types: Sequence[str], above: float) -> None:
+def test_one_image_leaves_as_a_batch_does_at_any_threshold(
+    head_types: Sequence[str], above: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynexit.models.products._MANY_WEIGHTS", 1)
     engine, heads, _ = build("ViT", head_types)
     images = images_for(engine, 6)
     logits_PHBK, _ = all_exits(engine, heads, images)
@@ -226,7 +229,9 @@ def test_one_image_leaves_as_a_batch_does_at_any_threshold(head_types: Sequence[
             np.testing.assert_allclose(one.logits_BK[0], batch.logits_BK[0], rtol=1e-5, atol=1e-5)
 
 
-def test_one_image_reads_float32_weights_only_where_they_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("many", [1, 1 << 15])
+def test_one_image_reads_float32_weights_only_where_they_decide(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynexit.models.products._MANY_WEIGHTS", many)
     engine, heads, _ = build("ViT", ("linear",))
     image = images_for(engine, 1)
     logits_PHBK, _ = all_exits(engine, heads, image)
@@ -238,7 +243,7 @@ def test_one_image_reads_float32_weights_only_where_they_decide(monkeypatch: pyt
     for exits, computed in ((far, []), ([*far[:-1], (0, confidence_P[-1] - 0.01)], [len(far) - 1])):
         calls.clear()
         engine.router(Configuration(tuple(exits))).classify(image)
-        assert calls == [engine.head(p, 0) for p in computed]
+        assert calls == [engine.head(p, 0) for p in (computed if many == 1 else range(len(far)))]
     for router in (engine.router(Configuration(tuple(far)), "entropy"), engine.router(None)):
         calls.clear()
         router.classify(image)

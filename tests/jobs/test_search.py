@@ -62,6 +62,8 @@ def test_budgets_and_risk_are_met_shown_and_run(trained: Path, tmp_path: Path) -
     assert "0 other differences" in out
     assert "(search), the best within relative_macs 0.8: " in out
     dynexit(folder, "infer", "runs/tiny_study", "infer.relative_macs=0.01", status=2)
+    err = dynexit(folder, "infer", "runs/tiny_study", "train.num_epochs=7", status=2).stderr
+    assert "train.num_epochs=7 makes another study of the run folder runs/tiny_study, and infer leaves it" in err
     assert (folder / "runs/tiny_study/study.yaml").read_text() == resolved  # budgets hold for one command
 
 
