@@ -41,7 +41,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == BENCH and bench_folder(options):
         return
     study = load_study(options.study, options.words, allow_code=options.allow_code)
-    if options.command == INFER.name and options.study.is_dir() and options.words:
+    changes = any(not word.startswith("infer.") for word in options.words)
+    if options.command == INFER.name and options.study.is_dir() and changes:
         kept = load_study(options.study, allow_code=options.allow_code)
         if [point.ids for point in study.points] != [point.ids for point in kept.points]:
             raise UserError(

@@ -119,7 +119,7 @@ class Engine:
                 f"the configuration uses head type {max(head for head, _ in configuration.exits)}, and the model has "
                 f"{len(self.head_types)} ({', '.join(self.head_types)}); give one of this model"
             )
-        if confidence not in (*CONFIDENCES,):
+        if confidence not in (*CONFIDENCES,):  # which may have no hash
             raise UserError(f"confidence is {confidence!r}, allowed are {', '.join(CONFIDENCES)}")
         by_gate = configuration is None or CONFIDENCES[confidence].reads == "gates"
         if by_gate and self._gates is None:

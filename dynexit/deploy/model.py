@@ -58,7 +58,7 @@ class Outputs:
         as it was saved. A set may be empty. Raises UserError for a level that is not stored.
         """
         levels = dict(self._conformal)
-        if alpha not in (*levels,):
+        if alpha not in (*levels,):  # which may have no hash
             known = ", ".join(f"{one:g}" for one in levels) or "none (a configuration of your own has no levels)"
             raise UserError(f"alpha is {alpha!r}; the levels stored are {known}")
         return torch.from_numpy(softmax(self._logits_BK) >= np.float32(1 - levels[alpha]))
@@ -308,7 +308,7 @@ class EarlyExitModel(ModelHubMixin, library_name="dynexit"):
         if training is None and len(self.trainings) > 1:
             raise UserError(f"the folder has the exits of several trainings; give training=, one of {known}")
         training = next(iter(self.trainings)) if training is None else training
-        if training not in (*self.trainings,):
+        if training not in (*self.trainings,):  # which may have no hash
             raise UserError(f"training is {training!r}; the folder has {known}")
         digest = hashlib.sha256(repr((training, confidence, configuration.exits)).encode()).hexdigest()
         return self._make(f"configuration-{digest[:8]}", None, training, configuration, confidence)

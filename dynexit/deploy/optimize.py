@@ -24,7 +24,7 @@ def optimized_backbone(backbone: Backbone, precision: str, device: torch.device)
 
     Raises UserError for another precision, and for bf16 on a device without instructions for it.
     """
-    if precision not in (*DIFFERENCES,):
+    if precision not in (*DIFFERENCES,):  # which may have no hash
         raise UserError(f"precision is {precision!r}, allowed are {', '.join(DIFFERENCES)}")
     if precision == "bf16" and not _has_bf16(device):
         raise UserError(f"precision = bf16: this {device.type} device has no instructions for it; use float32")

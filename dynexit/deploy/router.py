@@ -225,9 +225,10 @@ class Router:
         feature: Tensor | None = None
         for stop, walk in zip(self._stops, self._walks, strict=True):
             state, feature = self._reach(walk, state, feature)
-            if stop.sure_limit is not None and stop.head.stays_below(stop.sure_limit, feature):
+            hidden = stop.head.hidden(feature)
+            if stop.sure_limit is not None and stop.head.stays_below(stop.sure_limit, hidden):
                 continue
-            logits = self._logits(stop, feature, before)
+            logits = self._logits(stop, hidden, before)
             value, before = self._measure(stop, logits).item(), logits
             if stop.threshold is None:
                 left = 1 - used
@@ -276,7 +277,7 @@ class Router:
         stop = self._stops[stage]
         flight.state, feature = self._reach(self._walks[stage], flight.state, flight.feature_cD)
         flight.feature_cD = feature if self._concatenates else None
-        logits = self._logits(stop, feature[: len(flight)], flight.before_bK)
+        logits = self._logits(stop, stop.head.hidden(feature[: len(flight)]), flight.before_bK)
         value_b = self._measure(stop, logits).cpu().numpy()
         if stop.threshold is None:
             assert flight.used_b is not None
@@ -329,8 +330,8 @@ class Router:
     def _last_p(self) -> int:
         return self._stops[-1].p if self._stops else -1
 
-    def _logits(self, stop: Stop, feature: Tensor, before: Tensor | None) -> Tensor:
-        logits = stop.head(feature)
+    def _logits(self, stop: Stop, hidden: Tensor, before: Tensor | None) -> Tensor:
+        logits = stop.head.last_layer(hidden)
         return logits if before is None or not self._shrinkage else logits + self._shrinkage * before
 
     def _measure(self, stop: Stop, logits: Tensor) -> Tensor:

@@ -48,15 +48,19 @@ class PlainHead:
 
     def __call__(self, feature: Tensor) -> Tensor:
         """Logits (B, K) from what its exit reads, (B, D) or (B, 2, D)."""
-        weight, bias = self.layers[-1]
-        return quick_linear(self._hidden(feature), weight, bias)
+        return self.last_layer(self.hidden(feature))
 
-    def stays_below(self, limit: float, feature: Tensor) -> bool:
-        """Whether no probability of one sample, (1, D) or (1, 2, D), reaches the limit for certain; see core.bounds.
+    def last_layer(self, x: Tensor) -> Tensor:
+        """Logits (B, K) from what the last layer reads."""
+        weight, bias = self.layers[-1]
+        return quick_linear(x, weight, bias)
+
+    def stays_below(self, limit: float, x: Tensor) -> bool:
+        """Whether no probability of one sample reaches the limit for certain, from what its last layer reads (1, D).
 
         It takes a fraction of the time of the logits, on a CPU in float32 with many weights. Else nothing is certain.
         """
-        return self._limit is not None and self._limit.is_above_all(limit, self._hidden(feature).numpy()[0])
+        return self._limit is not None and self._limit.is_above_all(limit, x.numpy()[0])
 
     @functools.cached_property
     def _limit(self) -> "ProbabilityLimit | None":
@@ -69,8 +73,8 @@ class PlainHead:
             return None
         return ProbabilityLimit(weight.numpy(), bias.numpy())
 
-    def _hidden(self, feature: Tensor) -> Tensor:
-        """What the last layer reads."""
+    def hidden(self, feature: Tensor) -> Tensor:
+        """What the last layer reads, from what the exit reads, (B, D) or (B, 2, D)."""
         if feature.dim() == 3:  # what linear heads read, then what MLP heads read
             feature = feature[:, 0 if self.is_linear else 1]
         x = feature.to(self.layers[0][0].dtype)

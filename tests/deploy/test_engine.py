@@ -237,8 +237,8 @@ def test_one_image_reads_float32_weights_only_where_they_decide(many: int, monke
     logits_PHBK, _ = all_exits(engine, heads, image)
     confidence_P = CONFIDENCES["max_probability"].function(logits_PHBK)[:, 0, 0].tolist()
     calls: list[PlainHead] = []
-    call = PlainHead.__call__
-    monkeypatch.setattr(PlainHead, "__call__", lambda head, feature: calls.append(head) or call(head, feature))
+    last_layer = PlainHead.last_layer
+    monkeypatch.setattr(PlainHead, "last_layer", lambda head, x: calls.append(head) or last_layer(head, x))
     far = [(0, confidence + 0.01) for confidence in confidence_P]
     for exits, computed in ((far, []), ([*far[:-1], (0, confidence_P[-1] - 0.01)], [len(far) - 1])):
         calls.clear()
